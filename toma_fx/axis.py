@@ -1,0 +1,190 @@
+"""Facts of the token-axis analysis: what each dimension of a value enumerates.
+
+A fact is a `Layout`, one label per dimension: `BATCH`, `HEIGHT`, `WIDTH`, `Tokens`, or None. Facts
+name graph nodes by string and hold no graph objects, so they can be printed, compared and saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+BATCH, HEIGHT, WIDTH = "batch", "height", "width"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of tokens of one origin inside a token axis.
+
+    Attributes:
+        name: node that created it (a spatial fold, or an input).
+        length: number of tokens.
+        grid: (H, W) if the tokens are a raster of an image.
+        role: "image" (folded from a spatial grid), "sequence" (a packed or text input), "ids"
+            (position ids), "other".
+    """
+
+    name: str
+    length: int
+    grid: tuple[int, int] | None = None
+    role: Literal["image", "sequence", "ids", "other"] = "other"
+
+    def __str__(self) -> str:
+        shape = f" ({self.grid[0]}x{self.grid[1]})" if self.grid else ""
+        return f"{self.name} {self.length}{shape}"
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Label of a dimension that enumerates tokens: segments, end to end."""
+
+    segments: tuple[Segment, ...]
+
+    @property
+    def length(self) -> int:
+        """Total number of tokens."""
+        return sum(s.length for s in self.segments)
+
+    def __str__(self) -> str:
+        return "[" + " | ".join(str(s) for s in self.segments) + "]"
+
+
+Label = str | Tokens | None
+Layout = tuple[Label, ...]
+Fact = Layout | tuple[Layout | None, ...] | None
+"""Layout of a tensor, layouts of a tuple of tensors, or nothing known."""
+
+
+def token_dim(layout: Layout | None) -> int | None:
+    """The dimension that enumerates tokens, if there is one."""
+    if layout is None:
+        return None
+    return next((d for d, label in enumerate(layout) if isinstance(label, Tokens)), None)
+
+
+def tokens_of(layout: Layout | None) -> Tokens | None:
+    """The token label of a layout, if there is one."""
+    dim = token_dim(layout)
+    if layout is None or dim is None:
+        return None
+    label = layout[dim]
+    return label if isinstance(label, Tokens) else None
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A literal argument that carries a token count: `args[path]` is the length of `segments`."""
+
+    path: tuple[int, ...]
+    segments: tuple[Segment, ...]
+
+    def value(self, lengths: Mapping[str, int]) -> int:
+        """The literal when the segments named in `lengths` have those lengths."""
+        return sum(lengths.get(s.name, s.length) for s in self.segments)
+
+
+@dataclass(frozen=True)
+class Positional:
+    """An operand from outside the token flow whose dimension `dim` lines up with the token axis.
+
+    `batch` is the operand's dimension that lines up with the batch (None: it has none, and the
+    batch lies `lead` dimensions before its first). `additive` operands may be merged like tokens;
+    the others (rotary tables, masks, gates) are gathered at the destinations.
+    """
+
+    operand: str
+    dim: int
+    tokens: Tokens
+    batch: int | None
+    lead: int = 0
+    additive: bool = False
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What a rule derives: the fact of the output, literals to patch, positional operands."""
+
+    fact: Fact
+    patches: tuple[Patch, ...] = ()
+    positionals: tuple[Positional, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A "no" with its reason and the node to blame."""
+
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Site:
+    """One scaled-dot-product attention and what its tokens are.
+
+    Attributes:
+        node: graph node. module: module path.
+        kind: "self", "joint", "cross", "temporal", "text" or "unknown".
+        query, key: token labels of q and k, printed.
+        segment: the image segment that its queries carry ("" if none).
+    """
+
+    node: str
+    module: str
+    kind: str
+    query: str
+    key: str
+    segment: str
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One update `x_next = x + out` of a residual stream.
+
+    Attributes:
+        x, out, add: nodes of the stream value, of the update, and of the add.
+        kinds: what the branch holds: "attention", "cross", "mlp", "other".
+        module: module path. sites: attention nodes inside. block: index of its block.
+        entries: normalised values that enter the branch (where a sublayer merges).
+        nodes: nodes between entries and `out`, in graph order.
+        rejected: why the branch can't be merged, if it can't.
+    """
+
+    x: str
+    out: str
+    add: str
+    kinds: tuple[str, ...]
+    module: str
+    sites: tuple[str, ...]
+    block: int
+    entries: tuple[str, ...]
+    nodes: tuple[str, ...]
+    rejected: Rejected | None = None
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A residual stream x0..xL of one image segment, with its branches in order."""
+
+    name: str
+    segment: Segment
+    values: tuple[str, ...]
+    branches: tuple[Branch, ...]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Result of the analysis: plain data about a captured graph.
+
+    Attributes:
+        facts: layout of every labelled node. transfers: the rule results that rewriting needs.
+        refusals: nodes where token flow ended, with the reason.
+        sites: every attention. streams: every residual stream of an image segment.
+    """
+
+    facts: Mapping[str, Fact]
+    transfers: Mapping[str, Transfer]
+    refusals: Mapping[str, Rejected]
+    sites: tuple[Site, ...]
+    streams: tuple[Stream, ...]
+    grids: Mapping[str, tuple[int, int]] = field(default_factory=dict)

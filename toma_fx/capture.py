@@ -1,0 +1,231 @@
+"""Capture: a denoiser and example inputs become one flat FX graph of pre-dispatch ATen ops.
+
+The graph takes the flattened inputs and returns the flattened outputs; parameters and buffers are
+attributes shared with the original model, never copied. Three bit-exact clean-ups make it canonical:
+metadata assertions (which would pin token counts) are dropped, equal shape and cast ops become one,
+and `cat` of all slices of a value becomes the value.
+"""
+
+from __future__ import annotations
+
+import linecache
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from toma_fx.errors import CaptureError, ModelTypeError, TrainingModeError
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One flattened input of a captured graph.
+
+    Attributes:
+        name: placeholder name. keypath: where it sits in the call, for messages.
+        tensor: fake tensor with its shape, dtype, device; None for constants.
+        constant: the value of a non-tensor input. ids_grid: (H, W) if the values enumerate a grid.
+    """
+
+    name: str
+    keypath: str
+    tensor: Tensor | None
+    constant: Any = None
+    ids_grid: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A canonical graph of one call signature.
+
+    Attributes:
+        graph_module: flat inputs -> flat outputs, parameters shared with the model.
+        inputs: one spec per placeholder. out_spec: tree of the outputs.
+    """
+
+    graph_module: fx.GraphModule
+    inputs: tuple[InputSpec, ...]
+    out_spec: pytree.TreeSpec
+
+
+def flatten_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], Any]:
+    """Flatten a call; keyword order does not matter."""
+    return pytree.tree_flatten((tuple(args), dict(sorted(kwargs.items()))))
+
+
+def ids_grid(value: Any) -> tuple[int, int] | None:
+    """(H, W) if the rows of `value` [N, d] or [1, N, d] enumerate a raster in two columns."""
+    if not isinstance(value, Tensor) or value.dim() not in (2, 3) or not 2 <= value.shape[-1] <= 4:
+        return None
+    if value.dim() == 3:
+        value = value[0]
+    if isinstance(value, torch._subclasses.FakeTensor) or value.shape[0] < 4:
+        return None
+    ids = value.detach().double().cpu()
+    y, x = ids[:, -2], ids[:, -1]
+    if not bool((ids[:, :-2] == ids[0, :-2]).all()):
+        return None
+    width = int((y == y[0]).sum())
+    if width < 2 or len(ids) % width or len(ids) == width:
+        return None
+    rows, columns = y.view(-1, width), x.view(-1, width)
+    raster = (rows == rows[:, :1]).all() and (columns == columns[:1]).all()
+    rising = (rows[1:, 0] > rows[:-1, 0]).all() and (columns[0, 1:] > columns[0, :-1]).all()
+    return (len(ids) // width, width) if bool(raster) and bool(rising) else None
+
+
+def check_model(model: Any) -> None:
+    """Raise unless `model` is a module in evaluation mode."""
+    if not isinstance(model, nn.Module):
+        raise ModelTypeError(
+            "not a denoiser",
+            where="model",
+            expected="a torch.nn.Module such as UNet2DConditionModel, or a diffusers pipeline",
+            got=type(model).__name__,
+        )
+    if model.training:
+        raise TrainingModeError(
+            "the model is in training mode",
+            where=type(model).__name__,
+            expected="evaluation mode",
+            got="training = True",
+            hint="call model.eval() first; merging is for inference",
+        )
+
+
+def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Captured:
+    """Trace one call of `model`; the model is not changed.
+
+    Raises:
+        CaptureError: the model can't be exported; names the module and the Python line.
+        ModelTypeError, TrainingModeError: see `check_model`.
+    """
+    check_model(model)
+    kwargs = dict(sorted(kwargs.items()))
+    try:
+        with torch.no_grad():
+            program = torch.export.export(model, tuple(args), kwargs, strict=False)
+    except Exception as error:
+        raise _capture_error(model, error) from error
+    exported = program.module(check_guards=False)
+    graph = exported.graph
+    flat = flatten_call(args, kwargs)[0]
+    leaves = pytree.tree_flatten_with_path((tuple(args), kwargs))[0]
+    graph.set_codegen(fx.graph.CodeGen())
+    _flatten_output(graph)
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    specs = []
+    for node, value, (path, _) in zip(placeholders, flat, leaves, strict=True):
+        fake = node.meta["val"] if isinstance(value, Tensor) else None
+        constant = None if isinstance(value, Tensor) else value
+        specs.append(InputSpec(node.name, _key(path), fake, constant, ids_grid(value)))
+    graph_module = fx.GraphModule(exported, graph, type(model).__name__)
+    _canonicalise(graph_module)
+    out_spec = program.call_spec.out_spec
+    assert out_spec is not None
+    return Captured(graph_module, tuple(specs), out_spec)
+
+
+def _key(path: Sequence[Any]) -> str:
+    """`kwargs['a']['b']` style key path as "a.b"."""
+    keys = [str(getattr(k, "key", getattr(k, "idx", k))) for k in path]
+    return ".".join(keys[1:])
+
+
+def _flatten_output(graph: fx.Graph) -> None:
+    """Make the output node return a flat tuple of nodes and constants."""
+    output = graph.output_node()
+    output.args = (tuple(pytree.tree_leaves(output.args[0])),)
+
+
+def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
+    """Find the innermost module and model source line in the traceback."""
+    names = {id(m): name for name, m in model.named_modules()}
+    where, line = type(model).__name__, ""
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        owner = frame.f_locals.get("self")
+        if id(owner) in names and isinstance(owner, nn.Module):
+            where = names[id(owner)] or type(model).__name__
+        file = frame.f_code.co_filename
+        if id(owner) in names and "/torch/" not in file:
+            text = linecache.getline(file, number).strip()
+            line = f"{file}:{number}: {text}"
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    return CaptureError(
+        "torch.export could not trace the model",
+        where=f"{where} at {line}" if line else where,
+        expected="a forward pass without data-dependent Python",
+        got=f"{type(error).__name__}: {reason[0]}",
+        hint="check the inputs first: the original model must run on them",
+    )
+
+
+# -- canonical form -------------------------------------------------------------------------------
+
+_SHARED = {
+    "aten.unsqueeze", "aten.to", "aten.view", "aten.reshape", "aten.permute", "aten.transpose",
+    "aten.slice", "aten.expand",
+}  # fmt: skip
+
+
+def _canonicalise(graph_module: fx.GraphModule) -> None:
+    """Drop assertions and dead code, share equal shape ops, fold cat-of-slices. Bit-exact."""
+    from toma_fx.rules import op_name
+
+    graph = graph_module.graph
+    for node in list(graph.nodes):
+        if node.op == "call_function" and op_name(node.target) == "aten._assert_tensor_metadata":
+            graph.erase_node(node)
+    mutates = any(
+        isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable
+        for n in graph.nodes
+    )
+    if not mutates:
+        _share_shape_ops(graph)
+        _fold_slices(graph)
+    graph.eliminate_dead_code()
+    graph.lint()
+    graph_module.recompile()
+
+
+def _share_shape_ops(graph: fx.Graph) -> None:
+    """Equal shape and cast ops on one value become one node (40 rotary casts in Flux, say)."""
+    from toma_fx.rules import op_name
+
+    seen: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or op_name(node.target) not in _SHARED:
+            continue
+        key = repr((node.target, node.args, sorted(node.kwargs.items())))
+        first = seen.setdefault(key, node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+
+
+def _fold_slices(graph: fx.Graph) -> None:
+    """cat([x[:a], x[a:]]) along the same dimension is x."""
+    from toma_fx.rules import op_name
+
+    for node in list(graph.nodes):
+        if node.op != "call_function" or op_name(node.target) not in ("aten.cat", "aten.concat"):
+            continue
+        parts: Any = node.args[0]
+        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+        if not all(op_name(p.target) == "aten.slice" for p in parts):
+            continue
+        source, at = parts[0].args[0], 0
+        rank = source.meta["val"].dim()
+        for part in parts:
+            args = part.args
+            aligned = args[0] is source and len(args) == 4 and args[1] % rank == dim % rank
+            if not aligned or args[2] != at:
+                break
+            at = args[3]
+        else:
+            if at >= source.meta["val"].shape[dim]:
+                node.replace_all_uses_with(source)

@@ -1,0 +1,81 @@
+"""Typed errors. Each says what went wrong, where, what was expected, what was found, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class TomaError(Exception):
+    """Base of every error that toma_fx raises on purpose.
+
+    Attributes:
+        what: one sentence on the failure.
+        where: module path, graph node, argument or field concerned ("" if none).
+        expected: what would have been right.
+        got: what was found instead.
+        hint: what to do next.
+    """
+
+    def __init__(
+        self, what: str, *, where: str = "", expected: str = "", got: str = "", hint: str = ""
+    ) -> None:
+        self.what, self.where, self.expected, self.got, self.hint = what, where, expected, got, hint
+        rows = (("where", where), ("expected", expected), ("got", got), ("try", hint))
+        super().__init__("\n".join([what, *(f"  {name}: {text}" for name, text in rows if text)]))
+
+
+class ConfigError(TomaError, ValueError):
+    """A configuration field has a value outside its domain."""
+
+
+class UnknownNameError(ConfigError):
+    """A preset, field, scope, branch or module path that does not exist."""
+
+
+class TileError(ConfigError):
+    """The window does not fit the token grid."""
+
+
+class ModelTypeError(TomaError, TypeError):
+    """The object is neither a denoiser module nor a pipeline that holds one."""
+
+
+class TrainingModeError(TomaError, RuntimeError):
+    """The model is in training mode; token merging is an inference optimization."""
+
+
+class CaptureError(TomaError, RuntimeError):
+    """`torch.export` could not trace the model; names the module and the Python line."""
+
+
+class SignatureError(TomaError, ValueError):
+    """A call does not fit the signature that was captured."""
+
+
+class RewriteError(TomaError, RuntimeError):
+    """A pass asked for a change that would leave the graph invalid."""
+
+
+class VerifyError(TomaError, RuntimeError):
+    """A rewritten graph failed verification; the original model is untouched."""
+
+
+class NoMergeSites(TomaError, RuntimeError):
+    """Nothing in the model can be merged with this configuration.
+
+    Attributes:
+        reasons: one line per attention or branch that was left alone.
+    """
+
+    def __init__(self, what: str, reasons: Sequence[str], *, where: str = "", hint: str = "") -> None:
+        self.reasons = tuple(reasons)
+        listed = "; ".join(self.reasons) if self.reasons else "the graph has no attention at all"
+        super().__init__(what, where=where, expected="at least one merged branch", got=listed, hint=hint)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """"did you mean" text for an unknown name: the three nearest known ones, or all of them."""
+    options = sorted(set(known))
+    close = difflib.get_close_matches(name, options, n=3, cutoff=0.4)
+    return "nearest: " + ", ".join(close) if close else "known: " + ", ".join(options[:20])

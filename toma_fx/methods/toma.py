@@ -1,0 +1,206 @@
+"""ToMA: token merge with attention (Lu et al., ICML 2025, arXiv 2509.10918) as pure functions.
+
+    x [B, N, C] --select--> idx [B, T, k]      greedy facility location inside each window
+    x, idx      --weights--> pattern           softmax over destinations, merge and unmerge matrices
+    x           --merge--> y [B, T*k, C]       y = A_norm x
+    y           --unmerge--> x' [B, N, C]      x' = A^T y, or the pseudo-inverse of A_norm
+
+T windows of n = h*w tokens tile the grid (H, W); k destinations are kept in each. All shapes are
+static, nothing depends on a global, and everything traces: the rewrite splices these functions
+into the denoiser's graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from toma_fx.errors import TileError
+from toma_fx.methods.windows import Size, from_windows, to_windows, window_count
+
+TIE = 2.0**-14
+"""Gains are compared in steps of this size. Mutual nearest neighbours have mathematically equal gains
+whose rounding differs between back ends; on this grid they tie, and ties go to the lowest index, so
+that eager, compiled and exported programs choose the same tokens."""
+UNROLL = 64
+"""Destinations a window up to which the greedy loop is unrolled; longer loops use `while_loop`."""
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Who merges into whom, for one batch of token sequences.
+
+    Attributes:
+        idx: destinations in greedy order, local to their window, [B, T, k] int64.
+        merge: row-normalised merge matrices, [B, T, k, n], dtype of the tokens.
+        unmerge: unmerge matrices, [B, T, n, k], dtype of the tokens.
+        grid: token grid (H, W) with H*W = N.
+        tile: window (h, w) with h*w = n.
+    """
+
+    idx: Tensor
+    merge: Tensor
+    unmerge: Tensor
+    grid: Size
+    tile: Size
+
+
+def check_tile(grid: Size, tile: Size, *, where: str = "") -> None:
+    """Raise `TileError` unless `tile` fits and divides `grid`."""
+    if tile[0] > grid[0] or tile[1] > grid[1] or min(tile) < 1:
+        raise TileError(
+            "the tile is larger than the token grid",
+            where=where,
+            expected=f"a tile of at most {grid[0]}x{grid[1]} tokens",
+            got=f"{tile[0]}x{tile[1]}",
+            hint="lower tile=, or raise min_tokens= so that this site is left alone",
+        )
+    if grid[0] % tile[0] or grid[1] % tile[1]:
+        raise TileError(
+            "the tile does not divide the token grid",
+            where=where,
+            expected=f"a divisor of {grid[0]}x{grid[1]}",
+            got=f"{tile[0]}x{tile[1]}",
+        )
+
+
+def cosine_similarity(x: Tensor) -> Tensor:
+    """Pairwise cosine similarity in float32: [..., n, C] -> [..., n, n]."""
+    unit = F.normalize(x.float(), dim=-1)
+    return unit @ unit.transpose(-1, -2)
+
+
+def select(x: Tensor, grid: Size, tile: Size, keep: int) -> Tensor:
+    """Greedy facility location inside each window (arXiv 2509.10918; the published code's
+    `batched_facility_location`).
+
+    The first destination has the largest row sum of the cosine similarity S; each next one is the
+    token j with the largest gain sum_i max(0, S[j, i] - m[i]), m being the running maximum of the
+    chosen rows. Similarity is float32 whatever the dtype of `x`; of gains equal to within `TIE` the
+    lowest index wins; a token is never chosen twice. Cost: keep * n^2 comparisons a window.
+
+    Args:
+        x: tokens [B, H*W, C], any float dtype.
+        grid: (H, W).
+        tile: window (h, w), dividing the grid.
+        keep: destinations a window, 1 <= keep <= h*w.
+
+    Returns:
+        Window-local indices [B, T, keep], int64, in the order of choice.
+
+    Raises:
+        TileError: the tile does not fit the grid, or `keep` does not fit the tile.
+    """
+    check_tile(grid, tile, where="select")
+    tokens = window_count(grid, tile)[1]
+    if not 1 <= keep <= tokens:
+        raise TileError(
+            "the number of destinations does not fit the window",
+            where="select",
+            expected=f"1 to {tokens}",
+            got=str(keep),
+        )
+    similarity = cosine_similarity(to_windows(x, grid, tile))
+    first = _steps(similarity.sum(-1)).argmax(-1, keepdim=True)
+    covered = _row(similarity, first)
+    if keep > UNROLL:
+        return _select_loop(similarity, first, covered, keep)
+    slots = torch.arange(tokens, device=x.device)
+    taken = slots == first
+    chosen = [first]
+    for _ in range(keep - 1):
+        best = _best_gain(similarity, covered, taken)
+        chosen.append(best)
+        covered = torch.maximum(covered, _row(similarity, best))
+        taken = taken | (slots == best)
+    return torch.cat(chosen, -1)
+
+
+def _row(similarity: Tensor, j: Tensor) -> Tensor:
+    """Row `j` [B, T, 1] of each window's similarity, [B, T, n]."""
+    return torch.take_along_dim(similarity, j.unsqueeze(-1), dim=-2).squeeze(-2)
+
+
+def _steps(gain: Tensor) -> Tensor:
+    """Gains in whole multiples of `TIE`."""
+    return torch.round(gain * (1 / TIE))
+
+
+def _best_gain(similarity: Tensor, covered: Tensor, taken: Tensor) -> Tensor:
+    """The untaken token of largest gain in each window, [B, T, 1] int64."""
+    gain = _steps((similarity - covered.unsqueeze(-2)).relu().sum(-1))
+    return gain.masked_fill(taken, -1.0).argmax(-1, keepdim=True)
+
+
+def _select_loop(similarity: Tensor, first: Tensor, covered: Tensor, keep: int) -> Tensor:
+    """The loop of `select` as one `while_loop` node, for windows too large to unroll."""
+    from torch._higher_order_ops.while_loop import while_loop
+
+    slots = torch.arange(similarity.shape[-1], device=similarity.device)
+    places = torch.arange(keep, device=similarity.device)
+    chosen = torch.where(places == 0, first, 0)
+    taken = slots == first
+    count = torch.ones((), dtype=torch.int64, device=similarity.device)
+
+    def more(count: Tensor, chosen: Tensor, covered: Tensor, taken: Tensor) -> Tensor:
+        return count < keep
+
+    def step(
+        count: Tensor, chosen: Tensor, covered: Tensor, taken: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        best = _best_gain(similarity, covered, taken)
+        return (
+            count + 1,
+            torch.where(places == count, best, chosen),
+            torch.maximum(covered, _row(similarity, best)),
+            taken | (slots == best),
+        )
+
+    result: Tensor = while_loop(more, step, (count, chosen, covered, taken))[1]
+    return result
+
+
+def weights(
+    x: Tensor, idx: Tensor, grid: Size, tile: Size, scale: float, *, unmerge: str = "transpose"
+) -> Pattern:
+    """Merge and unmerge matrices for chosen destinations (arXiv 2509.10918; the published
+    code's `tile_attention_merge`).
+
+    A[d, i] = softmax over d of scale * cos(x[d], x[i]); merge is A with rows normalised to sum 1,
+    unmerge is A transposed. `unmerge="pinv"` takes the pseudo-inverse of the merge matrix instead,
+    the least-squares inverse that the transpose approximates.
+
+    Args:
+        x: tokens [B, H*W, C]; idx: destinations [B, T, k] from `select`.
+        grid, tile: as in `select`.
+        scale: sharpness of the softmax; 1000 is the published code's, near one-hot.
+        unmerge: "transpose" or "pinv".
+
+    Returns:
+        `Pattern`, its matrices in the dtype of `x` (computed in float32).
+    """
+    unit = F.normalize(to_windows(x, grid, tile).float(), dim=-1)
+    destinations = torch.take_along_dim(unit, idx.unsqueeze(-1), dim=-2)
+    share = torch.softmax(scale * (destinations @ unit.transpose(-1, -2)), dim=-2)
+    merge_matrix = share / share.sum(-1, keepdim=True)
+    if unmerge == "pinv":
+        gram = merge_matrix @ merge_matrix.transpose(-1, -2)
+        # solve_ex never raises, so that NaN tokens come out as NaN, as in the original
+        inverse = torch.linalg.solve_ex(gram, merge_matrix)[0].transpose(-1, -2)
+    else:
+        inverse = share.transpose(-1, -2)
+    return Pattern(idx, merge_matrix.to(x.dtype), inverse.to(x.dtype).contiguous(), grid, tile)
+
+
+def merge(x: Tensor, pattern: Pattern) -> Tensor:
+    """Tokens [B, N, C] -> merged tokens [B, T*k, C], window by window: y = A_norm x."""
+    return (pattern.merge @ to_windows(x, pattern.grid, pattern.tile)).flatten(1, 2)
+
+
+def unmerge(y: Tensor, pattern: Pattern) -> Tensor:
+    """Merged tokens [B, T*k, C] -> tokens [B, N, C]: x' = A^T y, or pinv(A_norm) y."""
+    windows = y.unflatten(1, (pattern.unmerge.shape[1], pattern.unmerge.shape[3]))
+    return from_windows(pattern.unmerge @ windows, pattern.grid, pattern.tile)
