@@ -1,0 +1,155 @@
+"""Pass: run the segments of a plan on merged tokens.
+
+Sublayer (norm before merge, update unmerged):
+
+    x -> norm -> attention -> add          x -> norm -> merge -> attention -> unmerge -> add
+    \------------------------/             \--------------------------------------------/
+
+Block and stack (only the update is unmerged, every token keeps its own detail):
+
+    x_a -> block -> ... -> x_b             x_a -> merge -> block -> ... -> x_b'
+                                           x_b = x_a + unmerge(x_b' - merge(x_a))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from toma_fx.analysis import Flow
+from toma_fx.axis import Analysis, Positional, tokens_of
+from toma_fx.errors import RewriteError
+from toma_fx.passes import tokens
+from toma_fx.passes.provide_patterns import PatternNodes
+from toma_fx.passes.rewriter import Rewriter
+from toma_fx.passes.tokens import Span, span_of
+from toma_fx.plan import MergePlan, MergeSegment
+
+
+@dataclass(frozen=True)
+class MergeSegments:
+    """Rewrite every segment of `plan`; `patterns` are the pattern nodes of its groups."""
+
+    plan: MergePlan
+    analysis: Analysis
+    flow: Flow
+    patterns: Mapping[str, PatternNodes]
+
+    def apply(self, rewriter: Rewriter) -> None:
+        """Rewrite the graph."""
+        work = _Work(self, rewriter, rewriter.index())
+        for segment in self.plan.segments:
+            work.rewrite(segment)
+
+    def __str__(self) -> str:
+        return f"MergeSegments({len(self.plan.segments)} segments)"
+
+
+@dataclass
+class _Work:
+    """State of one application: nodes by name, and merged or gathered values already made."""
+
+    task: MergeSegments
+    rewriter: Rewriter
+    nodes: dict[str, fx.Node]
+    made: dict[tuple[str, ...], fx.Node] = field(default_factory=dict)
+
+    def rewrite(self, segment: MergeSegment) -> None:
+        inner = [self.nodes[n] for n in segment.inner]
+        for name in segment.entries:
+            entered = self.entered(name, segment)
+            for node in inner:
+                if self.nodes[name] in node.all_input_nodes:
+                    self.rewriter.replace_input(node, self.nodes[name], entered)
+        for node in self.touched(segment):
+            self.patch(node, segment)
+            self.rewriter.retype(node)
+        self.leave(segment, inner)
+
+    def span(self, name: str, segment: MergeSegment) -> Span:
+        """Where the segment's image lies in the sequence of a node."""
+        label = tokens_of(self.task.flow.layout(name))
+        if label is None:
+            raise RewriteError("no token axis", where=segment.name, got=name)
+        return span_of(label, segment.image)
+
+    def entered(self, name: str, segment: MergeSegment) -> fx.Node:
+        """The merged form of an entry, made once per group."""
+        key = ("merge", name, segment.group)
+        if key not in self.made:
+            node, pattern = self.nodes[name], self.task.patterns[segment.group]
+            with self.rewriter.after(node, pattern.merge):
+                self.made[key] = tokens.merged(
+                    self.rewriter, node, self.span(name, segment), segment.setting, pattern.merge
+                )
+        return self.made[key]
+
+    def touched(self, segment: MergeSegment) -> list[fx.Node]:
+        """Inner nodes, and nodes that read them without carrying the image, in graph order."""
+        flow, inner = self.task.flow, set(segment.inner)
+        readers = {u for n in inner - {segment.exit} for u in flow.users[n]}
+        names = sorted(inner | readers, key=flow.position.__getitem__)
+        return [self.nodes[n] for n in names]
+
+    def patch(self, node: fx.Node, segment: MergeSegment) -> None:
+        """Literals and positional operands of one node."""
+        transfer = self.task.analysis.transfers.get(node.name)
+        if transfer is None:
+            return
+        lengths = {segment.image.name: segment.setting.merged}
+        for patch in transfer.patches:
+            if any(s.name == segment.image.name for s in patch.segments):
+                self.rewriter.set_literal(node, patch.path, patch.value(lengths))
+        current: dict[str, fx.Node] = {}
+        for positional in transfer.positionals:
+            if all(s.name != segment.image.name for s in positional.tokens.segments):
+                continue
+            old = current.get(positional.operand, self.nodes[positional.operand])
+            new = self.aligned(old, positional, segment)
+            self.rewriter.replace_input(node, old, new)
+            current[positional.operand] = new
+
+    def aligned(self, operand: fx.Node, positional: Positional, segment: MergeSegment) -> fx.Node:
+        """A positional operand on merged tokens, made once per group.
+
+        What is added to the stream merges as the stream does (merging is linear); tables that
+        multiply, and masks, are gathered at the destinations.
+        """
+        pattern, setting = self.task.patterns[segment.group], segment.setting
+        span = span_of(positional.tokens, segment.image)
+        value = operand.meta["val"]
+        content = positional.additive and positional.dim == 1 and value.dim() == 3
+        key = ("content" if content else "gather", operand.name, str(positional.dim), segment.group)
+        if key not in self.made:
+            with self.rewriter.after(operand, pattern.idx, pattern.merge):
+                if content:
+                    made = tokens.merged(self.rewriter, operand, span, setting, pattern.merge)
+                else:
+                    made = tokens.gathered(
+                        self.rewriter, operand, positional, span, setting, pattern.idx
+                    )
+            self.made[key] = made
+        return self.made[key]
+
+    def leave(self, segment: MergeSegment, inner: list[fx.Node]) -> None:
+        """Unmerge at the exit and hand the result to everyone outside."""
+        end, span = self.nodes[segment.exit], self.span(segment.exit, segment)
+        unmerge, setting = self.task.patterns[segment.group].unmerge, segment.setting
+        with self.rewriter.after(end):
+            before = set(self.rewriter.graph.nodes)
+            if segment.base:
+                whole = (self.nodes[segment.base], self.span(segment.base, segment))
+                entered = self.entered(segment.base, segment)
+                result = tokens.updated(
+                    self.rewriter, whole, entered, (end, span), setting, unmerge
+                )
+            else:
+                result = tokens.unmerged(self.rewriter, end, span, setting, unmerge)
+            new = [n for n in self.rewriter.graph.nodes if n not in before]
+        self.rewriter.replace_uses(end, result, keep=[*inner, *new])
+        for key in [k for k in self.made if k[1] == end.name]:
+            del self.made[key]
+        # later segments that name this value mean the whole one
+        self.nodes[segment.exit] = result

@@ -1,0 +1,101 @@
+"""The rewrite: captured graph and plan to a program, verified after every pass."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+from torch import fx
+
+from toma_fx.analysis import Flow
+from toma_fx.axis import Analysis, tokens_of
+from toma_fx.capture import Captured
+from toma_fx.errors import RewriteError
+from toma_fx.passes.merge_segments import MergeSegments
+from toma_fx.passes.provide_patterns import (
+    ProvidePatterns,
+    Use,
+    pattern_inputs,
+    pattern_outputs,
+)
+from toma_fx.passes.rewriter import Rewriter
+from toma_fx.passes.tokens import Span, span_of
+from toma_fx.plan import MergePlan, PatternGroup
+from toma_fx.verify import verify
+
+
+@dataclass(frozen=True)
+class Program:
+    """One use of a rewritten graph.
+
+    Attributes:
+        use: "refresh" (selects and weighs), "reweigh" (weighs for given destinations), "reuse"
+            (patterns are inputs).
+        graph_module: (model inputs, pattern inputs) -> (model outputs, pattern outputs), flat.
+        pattern_inputs, pattern_outputs: their names, in order.
+        log: (pass, action, node) of every change.
+    """
+
+    use: Use
+    graph_module: fx.GraphModule
+    pattern_inputs: tuple[str, ...]
+    pattern_outputs: tuple[str, ...]
+    log: tuple[tuple[str, str, str], ...]
+
+
+def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """A copy with its own graph that shares every parameter; node names stay the same."""
+    graph = copy.deepcopy(graph_module.graph)
+    names = [n.name for n in graph_module.graph.nodes]
+    if [n.name for n in graph.nodes] != names:
+        raise RewriteError("node names changed in a copy", where="copy_graph")
+    for new, old in zip(graph.nodes, graph_module.graph.nodes, strict=True):
+        new.meta = dict(old.meta)
+    return fx.GraphModule(graph_module, graph, graph_module.__class__.__name__)
+
+
+def _feature_span(flow: Flow, group: PatternGroup) -> Span:
+    label = tokens_of(flow.layout(group.feature))
+    if label is None:
+        raise RewriteError("no token axis", where=group.name, got=group.feature)
+    return span_of(label, group.image)
+
+
+def rewrite(
+    captured: Captured, analysis: Analysis, flow: Flow, plan: MergePlan, use: Use
+) -> Program:
+    """Build the program for one use; the captured graph is not changed.
+
+    Raises:
+        RewriteError, VerifyError: the graph can't be merged as planned.
+    """
+    graph_module = copy_graph(captured.graph_module)
+    rewriter = Rewriter(graph_module)
+    inputs = [i.name for i in captured.inputs]
+    outputs = [
+        n.meta["val"] if isinstance(n, fx.Node) else n
+        for n in captured.graph_module.graph.output_node().args[0]  # type: ignore[union-attr]
+    ]
+
+    def check(stage: str) -> None:
+        added = graph_module.graph.output_node().args[0][len(outputs) :]  # type: ignore[index]
+        expected = [*outputs, *(n.meta["val"] for n in added)]
+        verify(graph_module, inputs, expected, stage)
+
+    check("captured")
+    spans = {g.name: _feature_span(flow, g) for g in plan.groups}
+    provide = ProvidePatterns(plan, use, spans)
+    with rewriter.running("provide_patterns"):
+        patterns = provide.apply(rewriter)
+    inputs.extend(pattern_inputs(plan, use))
+    check("provide_patterns")
+    with rewriter.running("merge_segments"):
+        MergeSegments(plan, analysis, flow, patterns).apply(rewriter)
+    check("merge_segments")
+    with rewriter.running("erase_dead"):
+        rewriter.erase_dead()
+    check("erase_dead")
+    graph_module.recompile()
+    return Program(
+        use, graph_module, pattern_inputs(plan, use), pattern_outputs(plan, use), tuple(rewriter.log)
+    )

@@ -1,0 +1,187 @@
+"""The one door for graph mutation: only `Rewriter` creates, changes or erases nodes.
+
+It gives new nodes their fake value, keeps the module stack of the node they belong to, records which
+pass did what, and refuses name collisions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from toma_fx.errors import RewriteError
+from toma_fx.verify import fake_result
+
+
+class Rewriter:
+    """Mutates one graph on behalf of passes.
+
+    Attributes:
+        graph_module: the graph being rewritten. log: (pass, action, node) of every change.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        self.graph_module = graph_module
+        self.graph = graph_module.graph
+        self.log: list[tuple[str, str, str]] = []
+        self._pass = ""
+        self._cursor: fx.Node | None = None
+        values = (n.meta.get("val") for n in self.graph.nodes)
+        self.mode = next(v.fake_mode for v in values if hasattr(v, "fake_mode"))
+
+    @contextmanager
+    def running(self, name: str) -> Iterator[None]:
+        """Attribute changes to the pass `name`."""
+        self._pass = name
+        yield
+        self._pass = ""
+
+    @contextmanager
+    def after(self, *nodes: fx.Node) -> Iterator[None]:
+        """Insert new nodes after the last of `nodes` in graph order."""
+        previous, self._cursor = self._cursor, max(nodes)
+        yield
+        self._cursor = previous
+
+    def node(self, name: str) -> fx.Node:
+        """Node by name."""
+        found = next((n for n in self.graph.nodes if n.name == name), None)
+        if found is None:
+            raise RewriteError("no such node", where=self._pass, got=name)
+        return found
+
+    def index(self) -> dict[str, fx.Node]:
+        """All nodes by name."""
+        return {n.name: n for n in self.graph.nodes}
+
+    def placeholder(self, name: str, like: Callable[[], Tensor]) -> fx.Node:
+        """Append an input; `like` builds its fake value."""
+        inputs = [n for n in self.graph.nodes if n.op == "placeholder"]
+        if any(n.name == name for n in self.graph.nodes):
+            raise RewriteError("a node of that name exists", where=self._pass, got=name)
+        with self.graph.inserting_after(inputs[-1]):
+            node = self.graph.placeholder(name)
+        with self.mode:
+            node.meta["val"] = like()
+        self._record("add input", node)
+        return node
+
+    def splice(self, function: Callable[..., Any], inputs: Sequence[fx.Node]) -> list[fx.Node]:
+        """Trace `function` on the fake values of `inputs` and insert its nodes at the cursor.
+
+        Returns the nodes of its outputs (a tensor or tuple of tensors).
+        """
+        fakes = [n.meta["val"] for n in inputs]
+        with torch.no_grad(), self.mode:
+            traced = make_fx(function, pre_dispatch=True)(*fakes)
+        mapping: dict[fx.Node, Any] = dict(
+            zip((n for n in traced.graph.nodes if n.op == "placeholder"), inputs, strict=True)
+        )
+        results: list[fx.Node] = []
+        for node in traced.graph.nodes:
+            if node.op == "placeholder":
+                continue
+            if node.op == "output":
+                out = node.args[0]
+                results = [mapping[n] for n in (out if isinstance(out, (tuple, list)) else [out])]
+                break
+            if node.op == "get_attr":
+                mapping[node] = self._attach(getattr(traced, node.target), node.target)
+                continue
+            args, kwargs = fx.map_arg((node.args, node.kwargs), mapping.__getitem__)
+            mapping[node] = self._insert(node.target, args, kwargs, node.meta.get("val"))
+        return results
+
+    def _insert(self, target: Any, args: Any, kwargs: Any, value: Any) -> fx.Node:
+        if self._cursor is None:
+            raise RewriteError("no place to insert", where=self._pass)
+        with self.graph.inserting_after(self._cursor):
+            node = self.graph.call_function(target, args, kwargs)
+        stack = self._cursor.meta.get("nn_module_stack")
+        if stack is not None:
+            node.meta["nn_module_stack"] = stack
+        node.meta["toma_fx"] = self._pass
+        node.meta["val"] = value
+        if value is None:
+            self.retype(node)
+        self._cursor = node
+        self._record("insert", node)
+        return node
+
+    def _attach(self, module: Any, name: str) -> fx.Node:
+        """Give the graph module a body of a control-flow node."""
+        if not isinstance(module, fx.GraphModule):
+            raise RewriteError("a method may not hold constants", where=self._pass, got=name)
+        unique, i = name, 0
+        while hasattr(self.graph_module, unique):
+            i += 1
+            unique = f"{name}_{i}"
+        self.graph_module.add_submodule(unique, module)
+        if self._cursor is None:
+            raise RewriteError("no place to insert", where=self._pass)
+        with self.graph.inserting_after(self._cursor):
+            node = self.graph.get_attr(unique)
+        self._cursor = node
+        self._record("attach", node)
+        return node
+
+    def replace_input(self, user: fx.Node, old: fx.Node, new: fx.Node) -> None:
+        """Make `user` read `new` where it read `old`."""
+        if old not in user.all_input_nodes:
+            raise RewriteError("not an input", where=user.format_node() or user.name, got=old.name)
+        user.replace_input_with(old, new)
+        self._record("replace input", user)
+
+    def replace_uses(self, old: fx.Node, new: fx.Node, keep: Sequence[fx.Node]) -> None:
+        """Make every user of `old` but those in `keep` read `new`."""
+        for user in list(old.users):
+            if user not in keep:
+                self.replace_input(user, old, new)
+
+    def set_literal(self, node: fx.Node, path: Sequence[int], value: int) -> None:
+        """Set the literal `node.args[path]`, which must be an int."""
+        args: list[Any] = list(node.args)
+        if len(path) == 1:
+            current, args[path[0]] = args[path[0]], value
+        else:
+            inner = list(args[path[0]])
+            current, inner[path[1]] = inner[path[1]], value
+            args[path[0]] = inner
+        if not isinstance(current, int):
+            raise RewriteError("not a literal", where=node.format_node() or node.name, got=str(current))
+        node.args = tuple(args)
+        self._record("set literal", node)
+
+    def retype(self, node: fx.Node) -> None:
+        """Recompute the fake value of a node from its inputs."""
+        try:
+            with self.mode:
+                node.meta["val"] = fake_result(node)
+        except Exception as error:
+            raise RewriteError(
+                "a node does not run on merged tokens",
+                where=f"{self._pass}: {node.format_node()}",
+                got=f"{type(error).__name__}: {error}",
+                hint="please report this model; exclude= the module meanwhile",
+            ) from error
+
+    def add_outputs(self, nodes: Sequence[fx.Node]) -> None:
+        """Append outputs."""
+        output = self.graph.output_node()
+        output.args = ((*output.args[0], *nodes),)  # type: ignore[misc]
+        self._record("add outputs", output)
+
+    def erase_dead(self) -> None:
+        """Erase nodes without users."""
+        before = len(self.graph.nodes)
+        self.graph.eliminate_dead_code()
+        if len(self.graph.nodes) != before:
+            self._record("erase dead code", self.graph.output_node())
+
+    def _record(self, action: str, node: fx.Node) -> None:
+        self.log.append((self._pass, action, node.name))

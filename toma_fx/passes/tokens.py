@@ -1,0 +1,132 @@
+"""Graph snippets on token sequences: the image part, merge, unmerge, gather at the destinations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from toma_fx.axis import Positional, Segment, Tokens
+from toma_fx.methods.windows import from_windows, to_windows, token_index
+from toma_fx.passes.rewriter import Rewriter
+from toma_fx.plan import Setting
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where the image lies in a sequence: `before` tokens, the image, `after` tokens."""
+
+    before: int
+    after: int
+
+    def image(self, x: Tensor, dim: int = 1) -> Tensor:
+        """The image part of `x` along `dim`."""
+        if not self.before and not self.after:
+            return x
+        return x.narrow(dim, self.before, x.shape[dim] - self.before - self.after)
+
+    def replaced(self, x: Tensor, image: Tensor, dim: int = 1) -> Tensor:
+        """`x` with its image part replaced by `image`."""
+        if not self.before and not self.after:
+            return image
+        head = [x.narrow(dim, 0, self.before)] if self.before else []
+        tail = [x.narrow(dim, x.shape[dim] - self.after, self.after)] if self.after else []
+        return torch.cat([*head, image, *tail], dim)
+
+
+def span_of(tokens: Tokens, image: Segment) -> Span:
+    """Position of `image` in a token axis."""
+    names = [s.name for s in tokens.segments]
+    at = names.index(image.name)
+    lengths = [s.length for s in tokens.segments]
+    return Span(sum(lengths[:at]), sum(lengths[at + 1 :]))
+
+
+def image_part(rewriter: Rewriter, node: fx.Node, span: Span) -> fx.Node:
+    """The image tokens of a sequence, at the cursor."""
+    return node if span == Span(0, 0) else rewriter.splice(span.image, [node])[0]
+
+
+def merged(
+    rewriter: Rewriter, node: fx.Node, span: Span, setting: Setting, merge: fx.Node
+) -> fx.Node:
+    """A sequence with its image tokens merged: [B, a + N + b, C] -> [B, a + M + b, C]."""
+
+    def run(x: Tensor, matrix: Tensor) -> Tensor:
+        return span.replaced(x, apply_merge(span.image(x), matrix, setting))
+
+    return rewriter.splice(run, [node, merge])[0]
+
+
+def unmerged(
+    rewriter: Rewriter, node: fx.Node, span: Span, setting: Setting, unmerge: fx.Node
+) -> fx.Node:
+    """Inverse of `merged`: every image token receives its share of the merged update."""
+
+    def run(y: Tensor, matrix: Tensor) -> Tensor:
+        return span.replaced(y, apply_unmerge(span.image(y), matrix, setting))
+
+    return rewriter.splice(run, [node, unmerge])[0]
+
+
+def updated(
+    rewriter: Rewriter,
+    whole: tuple[fx.Node, Span],
+    entered: fx.Node,
+    left: tuple[fx.Node, Span],
+    setting: Setting,
+    unmerge: fx.Node,
+) -> fx.Node:
+    """x_b = x_a + unmerge(x_b' - merge(x_a)): every token keeps its own detail.
+
+    `whole` is x_a, `entered` is x_a with its image merged, `left` is x_b'; spans tell where the
+    image lies in x_a and x_b'. Text tokens of x_b' pass unchanged.
+    """
+    (base, base_span), (end, end_span) = whole, left
+
+    def run(x: Tensor, small: Tensor, y: Tensor, matrix: Tensor) -> Tensor:
+        update = end_span.image(y) - base_span.image(small)
+        image = base_span.image(x) + apply_unmerge(update, matrix, setting)
+        return end_span.replaced(y, image)
+
+    return rewriter.splice(run, [base, entered, end, unmerge])[0]
+
+
+def apply_merge(x: Tensor, matrix: Tensor, setting: Setting) -> Tensor:
+    """`toma.merge` with a bare matrix [B, T, k, n]."""
+    return (matrix @ to_windows(x, setting.grid, setting.tile)).flatten(1, 2)
+
+
+def apply_unmerge(y: Tensor, matrix: Tensor, setting: Setting) -> Tensor:
+    """`toma.unmerge` with a bare matrix [B, T, n, k]."""
+    windows = y.unflatten(1, (matrix.shape[1], matrix.shape[3]))
+    return from_windows(matrix @ windows, setting.grid, setting.tile)
+
+
+def gathered(
+    rewriter: Rewriter,
+    operand: fx.Node,
+    positional: Positional,
+    span: Span,
+    setting: Setting,
+    idx: fx.Node,
+) -> fx.Node:
+    """A positional operand (rotary table, mask, gate) at the destinations.
+
+    Each batch element has its own destinations, so the result has a batch dimension of full size.
+    """
+    lead = positional.lead if positional.batch is None else 0
+    at = positional.dim + lead
+
+    def run(table: Tensor, idx: Tensor) -> Tensor:
+        for _ in range(lead):
+            table = table.unsqueeze(0)
+        kept = token_index(idx, setting.grid, setting.tile)
+        table = table.expand(kept.shape[0], *table.shape[1:])
+        sizes = [1] * table.dim()
+        sizes[0], sizes[at] = kept.shape[0], kept.shape[1]
+        image = torch.take_along_dim(span.image(table, at), kept.view(sizes), at)
+        return span.replaced(table, image, at)
+
+    return rewriter.splice(run, [operand, idx])[0]

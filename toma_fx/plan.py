@@ -1,0 +1,408 @@
+"""Plan: from analysis and configuration to a frozen value that says what will be merged where.
+
+A *segment* spans one or more residual adds: tokens merge where they enter it and unmerge where they
+leave. A *pattern group* is the set of segments that share one pattern; its leader's entry is what
+destinations are selected on. Everything left alone appears among the rejections with its reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from toma_fx.analysis import Flow
+from toma_fx.axis import Analysis, Branch, Rejected, Segment, Stream
+from toma_fx.config import ToMAConfig
+from toma_fx.errors import NoMergeSites, TileError, UnknownNameError, nearest
+from toma_fx.methods.windows import Size, dividing_tile, window_count
+
+WINDOW_TOKENS = 64
+"""Tokens a window when the configuration does not say."""
+_SMALLER = {"stack": "block", "block": "sublayer"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How the tokens of a segment merge: everything that a shared pattern must agree on."""
+
+    grid: Size
+    tile: Size
+    keep: int
+    scale: float
+    unmerge: str
+
+    @property
+    def windows(self) -> int:
+        """Number of windows."""
+        return window_count(self.grid, self.tile)[0]
+
+    @property
+    def merged(self) -> int:
+        """Tokens after merging."""
+        return self.windows * self.keep
+
+
+@dataclass(frozen=True)
+class MergeSegment:
+    """A stretch of a residual stream that runs on merged tokens.
+
+    Attributes:
+        name: unique name. stream, image: where it belongs. scope: residual adds it spans.
+        branches: indices of its branches in the stream; modules: their paths; kinds: their kinds.
+        sites: attention nodes inside.
+        entries: values merged on the way in. inner: nodes that run on merged tokens.
+        exit: value unmerged on the way out.
+        base: stream value x_a of `x_b = x_a + unmerge(x_b' - merge(x_a))`; "" unmerges the update
+            of one branch itself.
+        group: pattern group.
+    """
+
+    name: str
+    stream: str
+    image: Segment
+    scope: str
+    branches: tuple[int, ...]
+    modules: tuple[str, ...]
+    kinds: tuple[str, ...]
+    sites: tuple[str, ...]
+    entries: tuple[str, ...]
+    inner: tuple[str, ...]
+    exit: str
+    base: str
+    setting: Setting
+    group: str
+
+
+@dataclass(frozen=True)
+class PatternGroup:
+    """Segments that share one pattern, selected on the node `feature`."""
+
+    name: str
+    leader: str
+    feature: str
+    image: Segment
+    batch: int
+    setting: Setting
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """An attention or branch left alone, and why."""
+
+    node: str
+    module: str
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """What the rewrite will do. Plain data: printable, comparable, JSON-able."""
+
+    segments: tuple[MergeSegment, ...]
+    groups: tuple[PatternGroup, ...]
+    rejections: tuple[Rejection, ...]
+    config: ToMAConfig
+
+    def group(self, name: str) -> PatternGroup:
+        """Pattern group by name."""
+        return next(g for g in self.groups if g.name == name)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON-able values."""
+        out = {
+            name: [dataclasses.asdict(x) for x in getattr(self, name)]
+            for name in ("segments", "groups", "rejections")
+        }
+        return {**out, "config": self.config.to_json()}
+
+
+def resolve_tile(config: ToMAConfig, grid: Size, where: str) -> Size:
+    """The window (h, w) for a grid: as asked, or the nearest size that divides the grid.
+
+    Raises:
+        TileError: an explicit size larger than the grid.
+    """
+    tokens = grid[0] * grid[1]
+    if config.window == "global":
+        return grid
+    if config.tiles is not None:
+        if config.tiles > tokens:
+            raise TileError(
+                "more windows than tokens",
+                where=where,
+                expected=f"tiles of at most {tokens} for a {grid[0]}x{grid[1]} grid",
+                got=str(config.tiles),
+                hint="lower tiles=, or raise min_tokens=",
+            )
+        area = tokens / config.tiles
+    else:
+        area = WINDOW_TOKENS
+    asked = config.tile
+    if config.window == "stripe":
+        rows = asked[0] if isinstance(asked, tuple) else asked
+        if rows is not None and rows > grid[0]:
+            raise _too_large((rows, grid[1]), grid, where)
+        wanted = rows if rows is not None else max(1, area / grid[1])
+        divisors = [d for d in range(1, grid[0] + 1) if grid[0] % d == 0]
+        return min(divisors, key=lambda d: (abs(d - wanted), d)), grid[1]
+    if asked is not None and config.tiles is None:
+        h, w = asked if isinstance(asked, tuple) else (asked, asked)
+        if h > grid[0] or w > grid[1]:
+            raise _too_large((h, w), grid, where)
+        if grid[0] % h == 0 and grid[1] % w == 0:
+            return h, w
+        area = h * w
+    return dividing_tile(grid, area)
+
+
+def _too_large(tile: Size, grid: Size, where: str) -> TileError:
+    return TileError(
+        "the tile is larger than the token grid",
+        where=where,
+        expected=f"at most {grid[0]}x{grid[1]} tokens",
+        got=f"{tile[0]}x{tile[1]}",
+        hint="lower tile=, override it for this path, or raise min_tokens= to leave this level alone",
+    )
+
+
+def make_plan(analysis: Analysis, flow: Flow, config: ToMAConfig) -> MergePlan:
+    """Choose segments and pattern groups.
+
+    A ratio of 0 everywhere gives an empty plan: the model runs as captured.
+
+    Raises:
+        NoMergeSites: nothing can be merged, with every reason.
+        UnknownNameError: a path pattern that matches no module.
+        TileError: a window larger than a grid.
+    """
+    _check_patterns(analysis, config)
+    segments: list[MergeSegment] = []
+    rejections: list[Rejection] = []
+    for stream in analysis.streams:
+        for run, setting in _runs(stream, config, flow, rejections):
+            segments.extend(_segments(stream, run, setting, config.scope, config, flow, rejections))
+    groups = _groups(segments, analysis, flow)
+    merged_sites = {site for s in segments for site in s.sites}
+    rejections.extend(_left_alone(analysis, merged_sites, rejections))
+    plan = MergePlan(tuple(segments), groups, tuple(rejections), config)
+    off = config.ratio == 0 and not any(dict(v).get("ratio") for _, v in config.overrides)
+    if not segments and not off:
+        raise NoMergeSites(
+            "no attention or MLP of this model can be merged with this configuration",
+            [f"{r.module or r.node} ({r.kind}): {r.reason}" for r in rejections],
+            hint=_no_sites_hint(analysis, config),
+        )
+    return plan
+
+
+def _no_sites_hint(analysis: Analysis, config: ToMAConfig) -> str:
+    tokens = [s.segment.length for s in analysis.streams]
+    if tokens and max(tokens) < config.min_tokens:
+        return f"lower min_tokens= (the model has at most {max(tokens)} image tokens here)"
+    if not tokens:
+        return "give grid=(H, W) if the model takes packed image tokens"
+    return "toma_fx.explain(model, example_inputs) lists every site"
+
+
+def _check_patterns(analysis: Analysis, config: ToMAConfig) -> None:
+    paths = {b.module for s in analysis.streams for b in s.branches}
+    paths |= {s.module for s in analysis.sites}
+    for pattern in config.path_patterns():
+        if not any(fnmatchcase(path, pattern) for path in paths):
+            raise UnknownNameError(
+                f"the module path pattern {pattern!r} matches nothing",
+                where="include, exclude or overrides",
+                expected="a pattern that matches an attention or MLP of the model",
+                got=pattern,
+                hint=nearest(pattern, paths),
+            )
+
+
+def _runs(
+    stream: Stream, config: ToMAConfig, flow: Flow, rejections: list[Rejection]
+) -> Iterator[tuple[list[int], Setting]]:
+    """Consecutive branches with equal settings that the configuration lets merge."""
+    run: list[int] = []
+    current: Setting | None = None
+    for i, branch in enumerate(stream.branches):
+        found = _setting(stream, branch, config, flow)
+        if isinstance(found, str):
+            kind = "+".join(branch.kinds)
+            rejections.append(Rejection((*branch.sites, branch.out)[0], branch.module, kind, found))
+        setting = None if isinstance(found, str) else found
+        if setting != current and run and current:
+            yield run, current
+            run = []
+        current = setting
+        if setting is not None:
+            run.append(i)
+    if run and current:
+        yield run, current
+
+
+def _setting(stream: Stream, branch: Branch, config: ToMAConfig, flow: Flow) -> Setting | str:
+    """How a branch merges, or the reason why it does not."""
+    image, own = stream.segment, config.at(branch.module)
+    if branch.rejected is not None:
+        return f"{branch.rejected.node}: {branch.rejected.reason}"
+    if not config.selects(branch.module):
+        return "left out by include= or exclude="
+    unwanted = [k for k in branch.kinds if k not in config.branches]
+    if unwanted:
+        return f"{' and '.join(unwanted)} not among branches="
+    if own.ratio == 0:
+        return "ratio is 0"
+    if image.length < own.min_tokens:
+        return f"{image.length} tokens, fewer than min_tokens={own.min_tokens}"
+    if any(len([s for s in flow.segments(e) if s.grid]) > 1 for e in branch.entries):
+        return "two images in one sequence"
+    assert image.grid is not None
+    tile = resolve_tile(own, image.grid, branch.module)
+    tokens = tile[0] * tile[1]
+    keep = tokens - int(tokens * own.ratio + 1e-9)
+    if keep == tokens:
+        return f"ratio {own.ratio} merges no token of a {tile[0]}x{tile[1]} window"
+    return Setting(image.grid, tile, keep, float(own.scale), own.unmerge)
+
+
+def _segments(
+    stream: Stream,
+    run: Sequence[int],
+    setting: Setting,
+    scope: str,
+    config: ToMAConfig,
+    flow: Flow,
+    rejections: list[Rejection],
+) -> list[MergeSegment]:
+    """Cut a run into segments of the scope; one that leaks falls back to the next smaller scope."""
+    out = []
+    for part in _parts(stream, run, scope):
+        built = _segment(stream, part, setting, scope, config, flow)
+        if isinstance(built, MergeSegment):
+            out.append(built)
+        elif scope in _SMALLER:
+            smaller = _SMALLER[scope]
+            out += _segments(stream, part, setting, smaller, config, flow, rejections)
+        else:
+            branch = stream.branches[part[0]]
+            reason = f"{built.node}: {built.reason}"
+            kind = "+".join(branch.kinds)
+            rejections.append(Rejection((*branch.sites, branch.out)[0], branch.module, kind, reason))
+    return out
+
+
+def _parts(stream: Stream, run: Sequence[int], scope: str) -> list[list[int]]:
+    if scope == "stack":
+        return [list(run)]
+    if scope == "sublayer":
+        return [[i] for i in run]
+    parts: dict[int, list[int]] = {}
+    for i in run:
+        parts.setdefault(stream.branches[i].block, []).append(i)
+    return list(parts.values())
+
+
+def _segment(
+    stream: Stream, part: Sequence[int], setting: Setting, scope: str, config: ToMAConfig, flow: Flow
+) -> MergeSegment | Rejected:
+    branches = [stream.branches[i] for i in part]
+    image = stream.segment
+    if scope == "sublayer":
+        base, exit_, inner = "", branches[0].out, branches[0].nodes
+        entries = branches[0].entries
+    else:
+        base, last = stream.values[part[0]], stream.values[part[-1] + 1]
+        exit_ = _sink(flow, image.name, last)
+        inner = flow.region(image.name, base, exit_)
+        entries = flow.entries(image.name, inner)
+        leak = flow.leak(image.name, inner, exit_)
+        if leak is not None:
+            return leak
+        if base not in entries or not flow.is_embedding(base) or not flow.is_embedding(exit_):
+            return Rejected(base, "the stream does not enter the segment as [batch, tokens, channels]")
+    key = {"stream": stream.name, "block": f"{stream.name}/block{branches[0].block}"}
+    group = key.get(config.share, f"{stream.name}/{branches[0].out}")
+    return MergeSegment(
+        name=f"{stream.name}/{scope}{part[0]}",
+        stream=stream.name,
+        image=image,
+        scope=scope,
+        branches=tuple(part),
+        modules=tuple(b.module for b in branches),
+        kinds=tuple(sorted({k for b in branches for k in b.kinds})),
+        sites=tuple(site for b in branches for site in b.sites),
+        entries=entries,
+        inner=inner,
+        exit=exit_,
+        base=base,
+        setting=setting,
+        group=group,
+    )
+
+
+def _sink(flow: Flow, segment: str, exit_: str) -> str:
+    """Move the exit of a joint sequence past the slice that keeps only the image."""
+    while len(flow.segments(exit_)) > 1:
+        onward = [u for u in flow.users[exit_] if flow.carries(u, segment)]
+        other = [u for u in flow.users[exit_] if u not in onward]
+        blocked = any(u in flow.refusals or flow.ops[u] == "output" for u in other)
+        if len(onward) != 1 or flow.passes.get(onward[0]) != exit_ or blocked:
+            break
+        exit_ = onward[0]
+    return exit_
+
+
+def _groups(
+    segments: list[MergeSegment], analysis: Analysis, flow: Flow
+) -> tuple[PatternGroup, ...]:
+    """Pattern groups; segments whose settings differ never share one. Renames them to p0, p1, ..."""
+    members: dict[tuple[str, Setting], list[int]] = {}
+    for i, segment in enumerate(segments):
+        members.setdefault((segment.group, segment.setting), []).append(i)
+    groups = []
+    for n, ((_, setting), indices) in enumerate(members.items()):
+        name = f"p{n}"
+        leader = min((segments[i] for i in indices), key=lambda s: flow.position[s.entries[0]])
+        feature = leader.entries[0]
+        batch = flow.shapes[feature][0]
+        groups.append(PatternGroup(name, leader.name, feature, leader.image, batch, setting))
+        for i in indices:
+            segments[i] = dataclasses.replace(segments[i], group=name)
+    return tuple(groups)
+
+
+_SITE_REASONS = {
+    "text": "its queries carry no image tokens",
+    "temporal": "tokens are its batch; it works on each token alone",
+    "unknown": "no image tokens reach it",
+}
+
+
+def _left_alone(
+    analysis: Analysis, merged: set[str], rejections: list[Rejection]
+) -> list[Rejection]:
+    """Attention that is in no segment and has no reason yet."""
+    known = merged | {r.node for r in rejections}
+    inside = {site: r for s in analysis.streams for b in s.branches for site in b.sites for r in [b]}
+    out = []
+    for site in analysis.sites:
+        if site.node in known:
+            continue
+        branch = inside.get(site.node)
+        if branch is not None and (branch.sites[0] in known):
+            reason = f"left alone with {branch.sites[0]} of the same branch"
+        else:
+            upstream = _upstream(analysis, site.node)
+            reason = _SITE_REASONS.get(site.kind, "not part of a residual branch") + upstream
+        out.append(Rejection(site.node, site.module, site.kind, reason))
+    return out
+
+
+def _upstream(analysis: Analysis, node: str) -> str:
+    """The refusal at the attention itself, if it was refused."""
+    refusal = analysis.refusals.get(node)
+    return f"; {refusal.reason}" if refusal else ""

@@ -1,0 +1,92 @@
+"""Verification of a rewritten graph: lint, signature, and fake-tensor re-execution of every node."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from toma_fx.errors import VerifyError
+
+
+def fake_result(node: fx.Node) -> Any:
+    """Run one node on the fake values of its inputs."""
+    args, kwargs = fx.map_arg(
+        (node.args, node.kwargs), lambda n: n.meta["val"] if "val" in n.meta else n
+    )
+    with torch.no_grad():
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _describe(value: Any) -> str:
+    leaves = pytree.tree_leaves(value)
+    return ", ".join(
+        f"{tuple(x.shape)} {x.dtype} {x.device}" if isinstance(x, torch.Tensor) else str(x)
+        for x in leaves
+    )
+
+
+def verify(
+    graph_module: fx.GraphModule, inputs: Sequence[str], outputs: Sequence[Any], stage: str
+) -> None:
+    """Check a graph after a pass.
+
+    Args:
+        graph_module: the graph; every value carries a fake tensor in `meta["val"]`.
+        inputs: expected placeholder names, in order.
+        outputs: fake tensors (or constants) the graph must return, in order.
+        stage: name of the pass, for the error.
+
+    Raises:
+        VerifyError: naming the node, what was expected and what was found.
+    """
+    graph = graph_module.graph
+    try:
+        graph.lint()
+    except RuntimeError as error:
+        raise VerifyError("graph lint failed", where=stage, got=str(error)) from error
+    found = [n.name for n in graph.nodes if n.op == "placeholder"]
+    if found != list(inputs):
+        raise VerifyError(
+            "the inputs of the graph changed", where=stage, expected=str(list(inputs)), got=str(found)
+        )
+    _reexecute(graph, stage)
+    results: Any = graph.output_node().args[0]
+    given = [r.meta["val"] if isinstance(r, fx.Node) else r for r in results]
+    if _describe(given) != _describe(list(outputs)):
+        raise VerifyError(
+            "the outputs of the graph changed",
+            where=stage,
+            expected=_describe(list(outputs)),
+            got=_describe(given),
+        )
+
+
+def _reexecute(graph: fx.Graph, stage: str) -> None:
+    mode = next(
+        (v.fake_mode for n in graph.nodes if hasattr(v := n.meta.get("val"), "fake_mode")), None
+    )
+    if mode is None:
+        return
+    with mode:
+        for node in graph.nodes:
+            if node.op != "call_function":
+                continue
+            try:
+                value = fake_result(node)
+            except Exception as error:
+                raise VerifyError(
+                    "a node does not run on the shapes of its inputs",
+                    where=f"{stage}: {node.format_node()}",
+                    got=f"{type(error).__name__}: {error}",
+                ) from error
+            if _describe(value) != _describe(node.meta["val"]):
+                raise VerifyError(
+                    "a node's recorded value is stale",
+                    where=f"{stage}: {node.format_node()}",
+                    expected=_describe(node.meta["val"]),
+                    got=_describe(value),
+                )
