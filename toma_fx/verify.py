@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import torch
@@ -30,7 +30,11 @@ def _describe(value: Any) -> str:
 
 
 def verify(
-    graph_module: fx.GraphModule, inputs: Sequence[str], outputs: Sequence[Any], stage: str
+    graph_module: fx.GraphModule,
+    inputs: Sequence[str],
+    outputs: Sequence[Any],
+    stage: str,
+    changed: Set[fx.Node] | None = None,
 ) -> None:
     """Check a graph after a pass.
 
@@ -39,6 +43,8 @@ def verify(
         inputs: expected placeholder names, in order.
         outputs: fake tensors (or constants) the graph must return, in order.
         stage: name of the pass, for the error.
+        changed: nodes whose arguments changed since the graph was last verified; they and their
+            users are executed again. None executes every node.
 
     Raises:
         VerifyError: naming the node, what was expected and what was found.
@@ -53,7 +59,7 @@ def verify(
         raise VerifyError(
             "the inputs of the graph changed", where=stage, expected=str(list(inputs)), got=str(found)
         )
-    _reexecute(graph, stage)
+    _reexecute(graph, stage, changed)
     results: Any = graph.output_node().args[0]
     given = [r.meta["val"] if isinstance(r, fx.Node) else r for r in results]
     if _describe(given) != _describe(list(outputs)):
@@ -65,7 +71,7 @@ def verify(
         )
 
 
-def _reexecute(graph: fx.Graph, stage: str) -> None:
+def _reexecute(graph: fx.Graph, stage: str, changed: Set[fx.Node] | None) -> None:
     mode = next(
         (v.fake_mode for n in graph.nodes if hasattr(v := n.meta.get("val"), "fake_mode")), None
     )
@@ -74,6 +80,9 @@ def _reexecute(graph: fx.Graph, stage: str) -> None:
     with mode:
         for node in graph.nodes:
             if node.op != "call_function":
+                continue
+            concerned = (node, *node.all_input_nodes)
+            if changed is not None and changed.isdisjoint(concerned):
                 continue
             try:
                 value = fake_result(node)

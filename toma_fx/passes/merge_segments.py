@@ -138,7 +138,6 @@ class _Work:
         end, span = self.nodes[segment.exit], self.span(segment.exit, segment)
         unmerge, setting = self.task.patterns[segment.group].unmerge, segment.setting
         with self.rewriter.after(end):
-            before = set(self.rewriter.graph.nodes)
             if segment.base:
                 whole = (self.nodes[segment.base], self.span(segment.base, segment))
                 entered = self.entered(segment.base, segment)
@@ -147,8 +146,8 @@ class _Work:
                 )
             else:
                 result = tokens.unmerged(self.rewriter, end, span, setting, unmerge)
-            new = [n for n in self.rewriter.graph.nodes if n not in before]
-        self.rewriter.replace_uses(end, result, keep=[*inner, *new])
+        readers = [n for n in self.touched(segment) if n is not end]
+        self.rewriter.replace_uses(end, result, keep=[*readers, *self.rewriter.spliced])
         for key in [k for k in self.made if k[1] == end.name]:
             del self.made[key]
         # later segments that name this value mean the whole one

@@ -18,7 +18,7 @@ from toma_fx.passes.provide_patterns import (
     pattern_inputs,
     pattern_outputs,
 )
-from toma_fx.passes.rewriter import Rewriter
+from toma_fx.passes.rewriter import Rewriter, Templates
 from toma_fx.passes.tokens import Span, span_of
 from toma_fx.plan import MergePlan, PatternGroup
 from toma_fx.verify import verify
@@ -62,15 +62,22 @@ def _feature_span(flow: Flow, group: PatternGroup) -> Span:
 
 
 def rewrite(
-    captured: Captured, analysis: Analysis, flow: Flow, plan: MergePlan, use: Use
+    captured: Captured,
+    analysis: Analysis,
+    flow: Flow,
+    plan: MergePlan,
+    use: Use,
+    templates: Templates | None = None,
 ) -> Program:
     """Build the program for one use; the captured graph is not changed.
+
+    `templates` may be shared by the rewrites of one captured graph: it saves tracing again.
 
     Raises:
         RewriteError, VerifyError: the graph can't be merged as planned.
     """
     graph_module = copy_graph(captured.graph_module)
-    rewriter = Rewriter(graph_module)
+    rewriter = Rewriter(graph_module, templates)
     inputs = [i.name for i in captured.inputs]
     outputs = [
         n.meta["val"] if isinstance(n, fx.Node) else n
@@ -80,9 +87,8 @@ def rewrite(
     def check(stage: str) -> None:
         added = graph_module.graph.output_node().args[0][len(outputs) :]  # type: ignore[index]
         expected = [*outputs, *(n.meta["val"] for n in added)]
-        verify(graph_module, inputs, expected, stage)
+        verify(graph_module, inputs, expected, stage, rewriter.settle())
 
-    check("captured")
     spans = {g.name: _feature_span(flow, g) for g in plan.groups}
     provide = ProvidePatterns(plan, use, spans)
     with rewriter.running("provide_patterns"):

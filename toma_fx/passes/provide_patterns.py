@@ -45,10 +45,13 @@ class ProvidePatterns:
 
     def apply(self, rewriter: Rewriter) -> dict[str, PatternNodes]:
         """Returns the pattern nodes of each group."""
-        return {g.name: self._provide(rewriter, g) for g in self.plan.groups}
+        nodes = rewriter.index()
+        return {g.name: self._provide(rewriter, g, nodes[g.feature]) for g in self.plan.groups}
 
-    def _provide(self, rewriter: Rewriter, group: PatternGroup) -> PatternNodes:
-        setting, feature = group.setting, rewriter.node(group.feature)
+    def _provide(
+        self, rewriter: Rewriter, group: PatternGroup, feature: fx.Node
+    ) -> PatternNodes:
+        setting = group.setting
         grid, tile = setting.grid, setting.tile
         count, tokens = setting.windows, tile[0] * tile[1]
         value: Tensor = feature.meta["val"]
@@ -78,10 +81,12 @@ class ProvidePatterns:
             tokens_node = image_part(rewriter, feature, self.spans[group.name])
             if idx is None:
                 (idx,) = rewriter.splice(
-                    lambda x: toma.select(x, grid, tile, setting.keep), [tokens_node]
+                    ("select", setting),
+                    lambda x: toma.select(x, grid, tile, setting.keep),
+                    [tokens_node],
                 )
                 rewriter.add_outputs([idx])
-            merge, unmerge = rewriter.splice(weigh, [tokens_node, idx])
+            merge, unmerge = rewriter.splice(("weigh", setting), weigh, [tokens_node, idx])
         rewriter.add_outputs([merge, unmerge])
         return PatternNodes(idx, merge, unmerge)
 

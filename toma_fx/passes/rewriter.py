@@ -6,7 +6,7 @@ pass did what, and refuses name collisions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,18 +17,26 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from toma_fx.errors import RewriteError
 from toma_fx.verify import fake_result
 
+Templates = dict[tuple[Hashable, Any], fx.GraphModule]
+"""Traced snippets by key and input shapes."""
+
 
 class Rewriter:
     """Mutates one graph on behalf of passes.
 
     Attributes:
         graph_module: the graph being rewritten. log: (pass, action, node) of every change.
+        changed: nodes made or changed since `settle`. spliced: nodes of the last `splice`.
     """
 
-    def __init__(self, graph_module: fx.GraphModule) -> None:
+    def __init__(self, graph_module: fx.GraphModule, templates: Templates | None = None) -> None:
+        """`templates` caches traced snippets; rewrites of one captured graph may share it."""
         self.graph_module = graph_module
         self.graph = graph_module.graph
         self.log: list[tuple[str, str, str]] = []
+        self.changed: set[fx.Node] = set()
+        self.spliced: list[fx.Node] = []
+        self._templates: Templates = {} if templates is None else templates
         self._pass = ""
         self._cursor: fx.Node | None = None
         values = (n.meta.get("val") for n in self.graph.nodes)
@@ -48,12 +56,10 @@ class Rewriter:
         yield
         self._cursor = previous
 
-    def node(self, name: str) -> fx.Node:
-        """Node by name."""
-        found = next((n for n in self.graph.nodes if n.name == name), None)
-        if found is None:
-            raise RewriteError("no such node", where=self._pass, got=name)
-        return found
+    def settle(self) -> set[fx.Node]:
+        """The nodes changed so far, still in the graph; starts a new count."""
+        changed, self.changed = self.changed, set()
+        return {n for n in changed if not n._erased}
 
     def index(self) -> dict[str, fx.Node]:
         """All nodes by name."""
@@ -71,14 +77,22 @@ class Rewriter:
         self._record("add input", node)
         return node
 
-    def splice(self, function: Callable[..., Any], inputs: Sequence[fx.Node]) -> list[fx.Node]:
+    def splice(
+        self, key: Hashable, function: Callable[..., Any], inputs: Sequence[fx.Node]
+    ) -> list[fx.Node]:
         """Trace `function` on the fake values of `inputs` and insert its nodes at the cursor.
 
-        Returns the nodes of its outputs (a tensor or tuple of tensors).
+        Equal `key` promises an equal function, so that its trace may be used again for inputs of
+        the same shapes. Returns the nodes of its outputs (a tensor or tuple of tensors).
         """
         fakes = [n.meta["val"] for n in inputs]
-        with torch.no_grad(), self.mode:
-            traced = make_fx(function, pre_dispatch=True)(*fakes)
+        like = tuple((tuple(f.shape), f.stride(), f.dtype, f.device) for f in fakes)
+        traced = self._templates.get((key, like))
+        if traced is None:
+            with torch.no_grad(), self.mode:
+                traced = make_fx(function, pre_dispatch=True)(*fakes)
+            self._templates[(key, like)] = traced
+        self.spliced = []
         mapping: dict[fx.Node, Any] = dict(
             zip((n for n in traced.graph.nodes if n.op == "placeholder"), inputs, strict=True)
         )
@@ -110,6 +124,7 @@ class Rewriter:
         if value is None:
             self.retype(node)
         self._cursor = node
+        self.spliced.append(node)
         self._record("insert", node)
         return node
 
@@ -184,4 +199,5 @@ class Rewriter:
             self._record("erase dead code", self.graph.output_node())
 
     def _record(self, action: str, node: fx.Node) -> None:
+        self.changed.add(node)
         self.log.append((self._pass, action, node.name))

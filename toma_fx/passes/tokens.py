@@ -45,7 +45,7 @@ def span_of(tokens: Tokens, image: Segment) -> Span:
 
 def image_part(rewriter: Rewriter, node: fx.Node, span: Span) -> fx.Node:
     """The image tokens of a sequence, at the cursor."""
-    return node if span == Span(0, 0) else rewriter.splice(span.image, [node])[0]
+    return node if span == Span(0, 0) else rewriter.splice(("image", span), span.image, [node])[0]
 
 
 def merged(
@@ -56,7 +56,7 @@ def merged(
     def run(x: Tensor, matrix: Tensor) -> Tensor:
         return span.replaced(x, apply_merge(span.image(x), matrix, setting))
 
-    return rewriter.splice(run, [node, merge])[0]
+    return rewriter.splice(("merge", span, setting), run, [node, merge])[0]
 
 
 def unmerged(
@@ -67,7 +67,7 @@ def unmerged(
     def run(y: Tensor, matrix: Tensor) -> Tensor:
         return span.replaced(y, apply_unmerge(span.image(y), matrix, setting))
 
-    return rewriter.splice(run, [node, unmerge])[0]
+    return rewriter.splice(("unmerge", span, setting), run, [node, unmerge])[0]
 
 
 def updated(
@@ -90,7 +90,8 @@ def updated(
         image = base_span.image(x) + apply_unmerge(update, matrix, setting)
         return end_span.replaced(y, image)
 
-    return rewriter.splice(run, [base, entered, end, unmerge])[0]
+    key = ("update", base_span, end_span, setting)
+    return rewriter.splice(key, run, [base, entered, end, unmerge])[0]
 
 
 def apply_merge(x: Tensor, matrix: Tensor, setting: Setting) -> Tensor:
@@ -129,4 +130,5 @@ def gathered(
         image = torch.take_along_dim(span.image(table, at), kept.view(sizes), at)
         return span.replaced(table, image, at)
 
-    return rewriter.splice(run, [operand, idx])[0]
+    key = ("gather", lead, at, span, setting)
+    return rewriter.splice(key, run, [operand, idx])[0]
