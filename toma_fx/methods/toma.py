@@ -18,16 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import toma_fx.ops  # noqa: F401 - registers the operator
 from toma_fx.errors import TileError
+from toma_fx.methods.facility import facility_location
 from toma_fx.methods.windows import Size, from_windows, to_windows, window_count
-
-TIE = 2.0**-14
-"""Gains are compared in steps of this size. Mutual nearest neighbours have mathematically equal gains
-whose rounding differs between back ends; on this grid they tie, and ties go to the lowest index, so
-that eager, compiled and exported programs choose the same tokens."""
-UNROLL = 64
-"""Destinations a window up to which the greedy loop is unrolled; longer loops use `while_loop`."""
-
 
 @dataclass(frozen=True)
 class Pattern:
@@ -73,13 +67,13 @@ def cosine_similarity(x: Tensor) -> Tensor:
     return unit @ unit.transpose(-1, -2)
 
 
-def select(x: Tensor, grid: Size, tile: Size, keep: int) -> Tensor:
+def select(x: Tensor, grid: Size, tile: Size, keep: int, *, opaque: bool = False) -> Tensor:
     """Greedy facility location inside each window (arXiv 2509.10918; the published code's
     `batched_facility_location`).
 
     The first destination has the largest row sum of the cosine similarity S; each next one is the
     token j with the largest gain sum_i max(0, S[j, i] - m[i]), m being the running maximum of the
-    chosen rows. Similarity is float32 whatever the dtype of `x`; of gains equal to within `TIE` the
+    chosen rows. Similarity is float32 whatever the dtype of `x`; of gains equal to within `facility.TIE` the
     lowest index wins; a token is never chosen twice. Cost: keep * n^2 comparisons a window.
 
     Args:
@@ -87,6 +81,8 @@ def select(x: Tensor, grid: Size, tile: Size, keep: int) -> Tensor:
         grid: (H, W).
         tile: window (h, w), dividing the grid.
         keep: destinations a window, 1 <= keep <= h*w.
+        opaque: for tracing: emit one `toma_fx::facility_location` node instead of `keep` unrolled
+            steps. Same result.
 
     Returns:
         Window-local indices [B, T, keep], int64, in the order of choice.
@@ -104,63 +100,10 @@ def select(x: Tensor, grid: Size, tile: Size, keep: int) -> Tensor:
             got=str(keep),
         )
     similarity = cosine_similarity(to_windows(x, grid, tile))
-    first = _steps(similarity.sum(-1)).argmax(-1, keepdim=True)
-    covered = _row(similarity, first)
-    if keep > UNROLL:
-        return _select_loop(similarity, first, covered, keep)
-    slots = torch.arange(tokens, device=x.device)
-    taken = slots == first
-    chosen = [first]
-    for _ in range(keep - 1):
-        best = _best_gain(similarity, covered, taken)
-        chosen.append(best)
-        covered = torch.maximum(covered, _row(similarity, best))
-        taken = taken | (slots == best)
-    return torch.cat(chosen, -1)
-
-
-def _row(similarity: Tensor, j: Tensor) -> Tensor:
-    """Row `j` [B, T, 1] of each window's similarity, [B, T, n]."""
-    return torch.take_along_dim(similarity, j.unsqueeze(-1), dim=-2).squeeze(-2)
-
-
-def _steps(gain: Tensor) -> Tensor:
-    """Gains in whole multiples of `TIE`."""
-    return torch.round(gain * (1 / TIE))
-
-
-def _best_gain(similarity: Tensor, covered: Tensor, taken: Tensor) -> Tensor:
-    """The untaken token of largest gain in each window, [B, T, 1] int64."""
-    gain = _steps((similarity - covered.unsqueeze(-2)).relu().sum(-1))
-    return gain.masked_fill(taken, -1.0).argmax(-1, keepdim=True)
-
-
-def _select_loop(similarity: Tensor, first: Tensor, covered: Tensor, keep: int) -> Tensor:
-    """The loop of `select` as one `while_loop` node, for windows too large to unroll."""
-    from torch._higher_order_ops.while_loop import while_loop
-
-    slots = torch.arange(similarity.shape[-1], device=similarity.device)
-    places = torch.arange(keep, device=similarity.device)
-    chosen = torch.where(places == 0, first, 0)
-    taken = slots == first
-    count = torch.ones((), dtype=torch.int64, device=similarity.device)
-
-    def more(count: Tensor, chosen: Tensor, covered: Tensor, taken: Tensor) -> Tensor:
-        return count < keep
-
-    def step(
-        count: Tensor, chosen: Tensor, covered: Tensor, taken: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        best = _best_gain(similarity, covered, taken)
-        return (
-            count + 1,
-            torch.where(places == count, best, chosen),
-            torch.maximum(covered, _row(similarity, best)),
-            taken | (slots == best),
-        )
-
-    result: Tensor = while_loop(more, step, (count, chosen, covered, taken))[1]
-    return result
+    if opaque:
+        chosen: Tensor = torch.ops.toma_fx.facility_location(similarity, keep)
+        return chosen
+    return facility_location(similarity, keep)
 
 
 def weights(

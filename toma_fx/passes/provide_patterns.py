@@ -19,6 +19,8 @@ from toma_fx.passes.rewriter import Rewriter
 from toma_fx.passes.tokens import Span, image_part
 from toma_fx.plan import MergePlan, PatternGroup
 
+UNROLL = 8
+"""Destinations a window up to which the greedy loop is unrolled into the graph."""
 Use = Literal["refresh", "reweigh", "reuse"]
 PARTS = ("idx", "merge", "unmerge")
 
@@ -54,6 +56,7 @@ class ProvidePatterns:
         setting = group.setting
         grid, tile = setting.grid, setting.tile
         count, tokens = setting.windows, tile[0] * tile[1]
+        opaque = setting.keep > UNROLL
         value: Tensor = feature.meta["val"]
         dtype, device = value.dtype, value.device
         shapes = {
@@ -82,7 +85,7 @@ class ProvidePatterns:
             if idx is None:
                 (idx,) = rewriter.splice(
                     ("select", setting),
-                    lambda x: toma.select(x, grid, tile, setting.keep),
+                    lambda x: toma.select(x, grid, tile, setting.keep, opaque=opaque),
                     [tokens_node],
                 )
                 rewriter.add_outputs([idx])

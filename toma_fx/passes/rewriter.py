@@ -104,9 +104,10 @@ class Rewriter:
                 out = node.args[0]
                 results = [mapping[n] for n in (out if isinstance(out, (tuple, list)) else [out])]
                 break
-            if node.op == "get_attr":
-                mapping[node] = self._attach(getattr(traced, node.target), node.target)
-                continue
+            if node.op != "call_function":
+                raise RewriteError(
+                    "a method may only call functions", where=self._pass, got=node.format_node() or ""
+                )
             args, kwargs = fx.map_arg((node.args, node.kwargs), mapping.__getitem__)
             mapping[node] = self._insert(node.target, args, kwargs, node.meta.get("val"))
         return results
@@ -126,23 +127,6 @@ class Rewriter:
         self._cursor = node
         self.spliced.append(node)
         self._record("insert", node)
-        return node
-
-    def _attach(self, module: Any, name: str) -> fx.Node:
-        """Give the graph module a body of a control-flow node."""
-        if not isinstance(module, fx.GraphModule):
-            raise RewriteError("a method may not hold constants", where=self._pass, got=name)
-        unique, i = name, 0
-        while hasattr(self.graph_module, unique):
-            i += 1
-            unique = f"{name}_{i}"
-        self.graph_module.add_submodule(unique, module)
-        if self._cursor is None:
-            raise RewriteError("no place to insert", where=self._pass)
-        with self.graph.inserting_after(self._cursor):
-            node = self.graph.get_attr(unique)
-        self._cursor = node
-        self._record("attach", node)
         return node
 
     def replace_input(self, user: fx.Node, old: fx.Node, new: fx.Node) -> None:
