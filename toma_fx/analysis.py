@@ -293,11 +293,22 @@ def _passed(node: fx.Node, flow: Flow) -> str | None:
     same_channels = flow.shapes[name][2] == flow.shapes[carrying[0]][2]
     if op in COPIES or (op in ("aten.slice", "aten.cat", "aten.concat") and same_channels):
         return carrying[0]
+    if op in ("aten.clip", "aten.clamp"):
+        return carrying[0] if _only_clips_infinities(node) else None
     if op == "aten.to":
         source_node = node.args[0]
         assert isinstance(source_node, fx.Node)
         return carrying[0] if source_node.meta["val"].dtype == node.meta["val"].dtype else None
     return None
+
+
+def _only_clips_infinities(node: fx.Node) -> bool:
+    """clip(x, -65504, 65504) in half precision (Flux): the identity on finite values."""
+    limit = torch.finfo(node.meta["val"].dtype).max
+    low, high = (*node.args[1:3], None, None)[:2]
+    return isinstance(low, (int, float)) and isinstance(high, (int, float)) and (
+        low <= -limit and high >= limit
+    )
 
 
 def _site(node: fx.Node, flow: Flow) -> Site:

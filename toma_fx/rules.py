@@ -136,6 +136,7 @@ def _getitem(call: Call) -> Outcome:
 # -- element-wise ---------------------------------------------------------------------------------
 
 
+@rule("clip")
 def pointwise(call: Call) -> Outcome:
     """Element-wise ops keep every axis; operands broadcast from the right."""
     operands = [n for n in call.node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
