@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from toma_fx.config import ToMAConfig
 from toma_fx.errors import TileError
 from toma_fx.methods import toma
 from toma_fx.methods.windows import (
@@ -19,7 +20,6 @@ from toma_fx.methods.windows import (
     window_count,
 )
 from toma_fx.plan import resolve_tile
-from toma_fx.config import ToMAConfig
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "toma_reference.npz")
 SDXL_BUCKETS = [

@@ -187,7 +187,7 @@ def make_plan(analysis: Analysis, flow: Flow, config: ToMAConfig) -> MergePlan:
             segments.extend(_segments(stream, run, setting, config.scope, config, flow, rejections))
     groups = _groups(segments, analysis, flow)
     merged_sites = {site for s in segments for site in s.sites}
-    rejections.extend(_left_alone(analysis, merged_sites, rejections))
+    rejections.extend(_left_alone(analysis, flow, merged_sites, rejections))
     plan = MergePlan(tuple(segments), groups, tuple(rejections), config)
     off = config.ratio == 0 and not any(dict(v).get("ratio") for _, v in config.overrides)
     if not segments and not off:
@@ -315,8 +315,9 @@ def _segment(
         base, exit_, inner = "", branches[0].out, branches[0].nodes
         entries = branches[0].entries
     else:
-        base, last = stream.values[part[0]], stream.values[part[-1] + 1]
-        exit_ = _sink(flow, image.name, last)
+        # the base is where the segment before it would end, so that neighbours meet in one node
+        base = _sink(flow, image.name, stream.values[part[0]])
+        exit_ = _sink(flow, image.name, stream.values[part[-1] + 1])
         inner = flow.region(image.name, base, exit_)
         entries = flow.entries(image.name, inner)
         leak = flow.leak(image.name, inner, exit_)
@@ -383,26 +384,33 @@ _SITE_REASONS = {
 
 
 def _left_alone(
-    analysis: Analysis, merged: set[str], rejections: list[Rejection]
+    analysis: Analysis, flow: Flow, merged: set[str], rejections: list[Rejection]
 ) -> list[Rejection]:
     """Attention that is in no segment and has no reason yet."""
     known = merged | {r.node for r in rejections}
-    inside = {site: r for s in analysis.streams for b in s.branches for site in b.sites for r in [b]}
+    branches = {site: b for s in analysis.streams for b in s.branches for site in b.sites}
     out = []
     for site in analysis.sites:
         if site.node in known:
             continue
-        branch = inside.get(site.node)
-        if branch is not None and (branch.sites[0] in known):
-            reason = f"left alone with {branch.sites[0]} of the same branch"
+        if site.node in branches:
+            reason = f"left alone with {branches[site.node].sites[0]} of the same branch"
         else:
-            upstream = _upstream(analysis, site.node)
-            reason = _SITE_REASONS.get(site.kind, "not part of a residual branch") + upstream
+            reason = _SITE_REASONS.get(site.kind, "not part of a residual branch")
+            refusal = _nearest_refusal(flow, site.node, back=site.kind == "unknown")
+            reason += f"; {refusal.node}: {refusal.reason}" if refusal else ""
         out.append(Rejection(site.node, site.module, site.kind, reason))
     return out
 
 
-def _upstream(analysis: Analysis, node: str) -> str:
-    """The refusal at the attention itself, if it was refused."""
-    refusal = analysis.refusals.get(node)
-    return f"; {refusal.reason}" if refusal else ""
+def _nearest_refusal(flow: Flow, node: str, *, back: bool) -> Rejected | None:
+    """The refusal that ended the flow of tokens at, before (`back`) or after an attention."""
+    seen, front = {node}, [node]
+    while front:
+        refused = [n for n in front if n in flow.refusals]
+        if refused:
+            return flow.refusals[refused[0]]
+        edges = flow.operands if back else flow.users
+        front = [n for f in front for n in edges[f] if n not in seen]
+        seen.update(front)
+    return None

@@ -1,0 +1,51 @@
+# Every target works alone on a fresh machine: it makes .venv and installs what it needs.
+# To start over (for instance with another TORCH), remove .venv.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet
+
+.DEFAULT_GOAL := test
+.NOTPARALLEL:
+.PHONY: venv demo test test-all lint clean
+
+venv: $(VENV)/.stamp-dev
+
+$(BIN)/pip:
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first: the version is pinned, and the next line keeps what it finds installed
+$(VENV)/.stamp-demo: pyproject.toml | $(BIN)/pip
+	@echo "Installing toma_fx into $(VENV): a few minutes the first time"
+	$(PIP_INSTALL) "$(TORCH)"
+	$(PIP_INSTALL) -e .
+	@touch $@
+
+$(VENV)/.stamp-dev: pyproject.toml | $(BIN)/pip
+	@echo "Installing toma_fx and its development tools into $(VENV): a few minutes the first time"
+	$(PIP_INSTALL) "$(TORCH)"
+	$(PIP_INSTALL) -e ".[dev]"
+	@touch $@
+
+demo: $(VENV)/.stamp-demo
+	$(BIN)/toma-fx demo --out demo
+
+test: $(VENV)/.stamp-dev
+	$(BIN)/python -m pytest
+
+# -m "" replaces the "not slow" of pyproject.toml
+test-all: $(VENV)/.stamp-dev
+	$(BIN)/python -m pytest -m ""
+
+lint: $(VENV)/.stamp-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Outputs and caches; .venv stays, because it is slow to make again.
+clean:
+	rm -rf demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -path ./.git -prune -o -type d -name __pycache__ -exec rm -rf {} +
