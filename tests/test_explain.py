@@ -1,0 +1,106 @@
+"""`explain`: every attention appears, with its reason where it is left alone."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import toma_fx
+from tests import models
+from toma_fx.analysis import analyse
+from toma_fx.capture import capture
+
+
+def test_sdxl_sites_streams_and_kinds() -> None:
+    analysis, _ = analyse(capture(models.sdxl(), (), models.sdxl_inputs()))
+    kinds = [s.kind for s in analysis.sites]
+    # one layer at the first resolution (1 down, 2 up), two at the second (1 down, mid, 2 up)
+    assert (kinds.count("self"), kinds.count("cross")) == (3 + 8, 3 + 8)
+    assert [len(s.branches) for s in analysis.streams] == [3, 6, 6, 6, 6, 3, 3]
+    assert all(b.rejected is None for s in analysis.streams for b in s.branches)
+    kinds_of = [b.kinds for b in analysis.streams[1].branches]
+    assert kinds_of == [("attention",), ("cross",), ("mlp",)] * 2
+    assert [b.block for b in analysis.streams[1].branches] == [0, 0, 0, 1, 1, 1]
+
+
+def test_flux_is_one_stream_of_joint_attention() -> None:
+    analysis, _ = analyse(capture(models.flux(), (), models.flux_inputs(8, 12)))
+    assert [s.kind for s in analysis.sites] == ["joint"] * 4
+    assert {s.query for s in analysis.sites} == {
+        "[encoder_hidden_states 5 | hidden_states 96 (8x12)]"
+    }
+    (stream,) = analysis.streams
+    kinds = [b.kinds for b in stream.branches]
+    assert kinds == [("attention",), ("mlp",)] * 2 + [("attention", "mlp")] * 2
+
+
+@pytest.mark.parametrize("scope", ["sublayer", "block", "stack"])
+def test_every_attention_is_merged_or_rejected_with_a_reason(scope: str) -> None:
+    report = toma_fx.explain(
+        models.sdxl(), models.sdxl_inputs(), scope=scope, min_tokens=200, exclude="up_blocks.1.*.attn2"
+    )
+    analysis, _ = analyse(capture(models.sdxl(), (), models.sdxl_inputs()))
+    merged = {row.site for row in report.rows}
+    rejected = {r.node: r.reason for r in report.rejections}
+    assert merged.isdisjoint(rejected)
+    assert {s.node for s in analysis.sites} <= merged | set(rejected)
+    assert all(rejected.values())
+    assert sum("fewer than min_tokens" in r for r in rejected.values()) == 24
+    assert sum("exclude" in r for r in rejected.values()) == 2
+
+
+def test_table_and_json() -> None:
+    report = toma_fx.explain(models.flux(), models.flux_inputs(), ratio=0.75)
+    text = str(report)
+    assert "256 -> 64" in text
+    assert "single_transformer_blocks.1" in text
+    assert "ideal speed-up" in text
+    data = json.loads(report.to_json())
+    assert len(data["rows"]) == 6
+    row = data["rows"][0]
+    assert (row["tokens"], row["merged"], row["grid"], row["tile"]) == (256, 64, [16, 16], [8, 8])
+    assert data["ideal_speedup"] == pytest.approx(data["flops_before"] / data["flops_after"])
+    assert report.flops_before > report.flops_refresh > report.flops_after
+
+
+def test_larger_scopes_need_fewer_flops() -> None:
+    flops = [
+        toma_fx.explain(models.sdxl(), models.sdxl_inputs(), scope=s, min_tokens=60).flops_after
+        for s in ("sublayer", "block", "stack")
+    ]
+    assert flops == sorted(flops, reverse=True)
+    assert len(set(flops)) == 3
+
+
+def test_options_select_what_merges() -> None:
+    model, inputs = models.sdxl(), models.sdxl_inputs()
+    base = {"min_tokens": 60}
+    kinds = {r.kind for r in toma_fx.explain(model, inputs, branches="attention", **base).rows}
+    assert kinds == {"attention"}
+    paths = [r.module for r in toma_fx.explain(model, inputs, include="mid_block.*", **base).rows]
+    assert paths
+    assert all(p.startswith("mid_block.") for p in paths)
+    rows = toma_fx.explain(
+        model, inputs, overrides={"mid_block.*": {"ratio": 0.25}}, **base
+    ).rows
+    merged = {r.module.split(".")[0]: r.merged for r in rows if r.tokens == 64}
+    assert (merged["mid_block"], merged["down_blocks"]) == (48, 32)
+    groups = {s: len({r.group for r in toma_fx.explain(model, inputs, share=s, **base).rows}) for s in ("stream", "block", "branch")}
+    assert groups == {"stream": 7, "block": 11, "branch": 33}
+
+
+def test_presets_follow_the_publication() -> None:
+    sdxl = toma_fx.PRESETS["paper-sdxl"]
+    flux = toma_fx.PRESETS["paper-flux"]
+    for preset in (sdxl, flux):
+        assert preset.scope == "sublayer"
+        assert (preset.destinations_every, preset.weights_every) == (10, 5)
+    report = toma_fx.explain(models.sdxl(), models.sdxl_inputs(), "paper-sdxl")
+    assert {(r.grid, r.tile) for r in report.rows} == {((16, 16), (2, 2))}, "64 tiles"
+
+
+def test_a_mean_tile_of_a_bucket_is_shown() -> None:
+    report = toma_fx.explain(models.sdxl(), models.sdxl_inputs(52, 76, 1), min_tokens=60)
+    assert {r.grid for r in report.rows} == {(26, 38), (13, 19)}
+    assert all(r.grid[0] % r.tile[0] == r.grid[1] % r.tile[1] == 0 for r in report.rows)

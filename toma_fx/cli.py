@@ -1,0 +1,118 @@
+"""Command line: `toma-fx explain` and `toma-fx demo`."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from toma_fx.errors import ConfigError, TomaError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="toma-fx", description="Token merging for diffusion denoisers.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    explain = commands.add_parser("explain", help="what would merge where, and why not elsewhere")
+    explain.add_argument(
+        "model", help="tiny-sdxl, tiny-flux, or a folder or hub id with a UNet or Flux transformer"
+    )
+    explain.add_argument("--subfolder", default=None, help="unet or transformer, inside a pipeline")
+    explain.add_argument("--height", type=int, default=None, help="pixels (default 1024, tiny models 64)")
+    explain.add_argument("--width", type=int, default=None, help="pixels (default: as height)")
+    explain.add_argument("--batch", type=int, default=2)
+    explain.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    demo = commands.add_parser("demo", help="original against merged on the embedded models")
+    demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for the pictures")
+    for command in (explain, demo):
+        command.add_argument("--preset", default="default", help="default, paper-sdxl, paper-flux")
+        command.add_argument(
+            "--set", action="append", default=[], metavar="FIELD=VALUE", help="any ToMAConfig field"
+        )
+    args = parser.parse_args(argv)
+    console = Console()
+    try:
+        options = {"toma": args.preset, **dict(_field(text) for text in args.set)}
+        if args.command == "explain":
+            _explain(args, options, console)
+        else:
+            _demo(args, options, console)
+    except TomaError as error:
+        Console(stderr=True).print(f"[red]{type(error).__name__}[/red]: {error}", highlight=False)
+        return 1
+    return 0
+
+
+def _field(text: str) -> tuple[str, Any]:
+    """`ratio=0.5` as a name and a Python value (plain words are strings)."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError("not a setting", where="--set", expected="FIELD=VALUE", got=text)
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+def _explain(args: argparse.Namespace, options: dict[str, Any], console: Console) -> None:
+    from toma_fx import api, tiny
+    from toma_fx.inputs import example_inputs
+
+    if args.model in tiny.NAMES:
+        import torch
+
+        loaded = tiny.load(args.model)
+        size = args.height or tiny.SIZE
+        labels = torch.zeros(args.batch, dtype=torch.int64)
+        tokens, pooled = loaded.conditioning(labels)
+        images = torch.randn(args.batch, 3, size, args.width or size)
+        inputs = tiny.denoiser_inputs(args.model, images, torch.ones(args.batch), tokens, pooled)
+        model = loaded.denoiser
+    else:
+        from diffusers import AutoModel
+
+        model = AutoModel.from_pretrained(args.model, subfolder=args.subfolder).eval()
+        height = args.height or 1024
+        inputs = example_inputs(model, height, args.width or height, args.batch)
+    report = api.explain(model, inputs, **options)
+    if args.json:
+        sys.stdout.write(report.to_json() + "\n")
+    else:
+        console.print(report)
+
+
+def _demo(args: argparse.Namespace, options: dict[str, Any], console: Console) -> None:
+    from toma_fx.demo import run_demo
+
+    outcomes = run_demo(args.out, console, options)
+    table = Table(title="time a step, median (quartiles) of alternating runs", title_justify="left")
+    for name in ("model", "original", "merged", "refresh step", "speed-up", "ideal", "mse", "PSNR"):
+        table.add_column(name)
+    for o in outcomes:
+
+        def spread(key: str, median: float, quartiles: Any = o.quartiles) -> str:
+            low, high = quartiles[key]
+            return f"{median:.0f} ms ({low:.0f} to {high:.0f})"
+
+        table.add_row(
+            o.model,
+            spread("original", o.original_ms),
+            spread("reuse", o.merged_ms),
+            spread("refresh", o.refresh_ms),
+            f"{o.speedup:.2f}x",
+            f"{o.ideal:.2f}x",
+            f"{o.mse:.4f}",
+            f"{o.psnr:.1f} dB",
+        )
+    console.print(table)
+    console.print(f"pictures: {args.out / 'contact-sheet.png'}, figures: {args.out / 'results.json'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
