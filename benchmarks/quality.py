@@ -36,7 +36,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "stack, pinv": {"scope": "stack", "unmerge": "pinv"},
     "stack, refresh every 5": {"scope": "stack", "destinations_every": 5, "weights_every": 5},
     "stack, weights every 5": {"scope": "stack", "weights_every": 5},
+    "stack, refresh every 2": {"scope": "stack", "destinations_every": 2, "weights_every": 2},
     "stack, second half": {"scope": "stack", "first_step": 10},
+    "stack, from step 5, refresh every 5": {
+        "scope": "stack",
+        "first_step": 5,
+        "destinations_every": 5,
+        "weights_every": 5,
+    },
     "stack, ratio 0.25": {"scope": "stack", "ratio": 0.25},
     "stack, ratio 0.75": {"scope": "stack", "ratio": 0.75},
     "stack, scale 100": {"scope": "stack", "scale": 100.0},
@@ -72,6 +79,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--models", nargs="+", default=list(tiny.NAMES))
     args = parser.parse_args()
     results: dict[str, Any] = {
         "command": "python " + " ".join(sys.argv),
@@ -82,7 +90,7 @@ def main() -> None:
         "models": {},
     }
     labels = list(range(len(tiny.CLASSES)))
-    for name in tiny.NAMES:
+    for name in args.models:
         model = tiny.load(name)
         plain = [model.generate(labels, seed=s, steps=args.steps) for s in range(args.seeds)]
         rows = results["models"].setdefault(name, {})

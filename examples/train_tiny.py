@@ -111,7 +111,10 @@ def train(name: str, minutes: float, batch: int, rate: float, coarse: float, out
         losses.append(loss.item())
         if step % 50 == 0:
             size = 32 if low else 64
-            print(f"{progress:6.1%} step {step} {size} px lr {lr:.1e} loss {np.mean(losses[-50:]):.4f}", flush=True)
+            print(
+                f"{progress:6.1%} step {step} {size} px lr {lr:.1e} loss {np.mean(losses[-50:]):.4f}",
+                flush=True,
+            )
         if time.monotonic() - last_save > 300:
             save(out, average["denoiser"], average["conditioning"])
             last_save = time.monotonic()
@@ -121,12 +124,16 @@ def train(name: str, minutes: float, batch: int, rate: float, coarse: float, out
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", choices=tiny.NAMES)
     parser.add_argument("--minutes", type=float, default=90)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--coarse", type=float, default=0.5, help="share of the time spent at 32 pixels")
+    parser.add_argument(
+        "--coarse", type=float, default=0.5, help="share of the time spent at 32 pixels"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=None, help="folder for the weights")
     args = parser.parse_args()

@@ -89,9 +89,7 @@ def sdxl_inputs(
     }
 
 
-def sd15_inputs(
-    height: int = 16, width: int = 16, batch: int = 2, seed: int = 1
-) -> dict[str, Any]:
+def sd15_inputs(height: int = 16, width: int = 16, batch: int = 2, seed: int = 1) -> dict[str, Any]:
     """A call of `sd15()`: the attention grid is (height, width)."""
     g = torch.Generator().manual_seed(seed)
     return {
@@ -111,7 +109,12 @@ def ids(height: int, width: int) -> torch.Tensor:
 
 
 def flux_inputs(
-    height: int = 16, width: int = 16, batch: int = 2, text: int = 5, seed: int = 1, timestep: float = 0.5
+    height: int = 16,
+    width: int = 16,
+    batch: int = 2,
+    text: int = 5,
+    seed: int = 1,
+    timestep: float = 0.5,
 ) -> dict[str, Any]:
     """A call of `flux()` with height*width image tokens and `text` text tokens."""
     g = torch.Generator().manual_seed(seed)

@@ -26,12 +26,13 @@ class Pattern:
 
 @dataclass
 class Settings:
-    """How to merge: tile (h, w), destinations a window, softmax scale, scope, branches."""
+    """How to merge: tile (h, w), destinations a window, softmax scale, scope, sharing (Flux)."""
 
     tile: tuple[int, int]
     keep: int
     scale: float = 1000.0
     scope: str = "sublayer"
+    share: str = "stream"
     refresh: bool = True
     patterns: dict[Any, Pattern] = field(default_factory=dict)
 
@@ -161,7 +162,9 @@ class _UNetBlock:
 # -- Flux -----------------------------------------------------------------------------------------
 
 
-def reference_flux(model: nn.Module, grid: tuple[int, int], s: Settings, inputs: dict[str, Any]) -> Tensor:
+def reference_flux(
+    model: nn.Module, grid: tuple[int, int], s: Settings, inputs: dict[str, Any]
+) -> Tensor:
     """Run Flux with merging, one batch element at a time, so that each has its own rotary table."""
     outputs = []
     for b in range(len(inputs["hidden_states"])):
@@ -179,11 +182,15 @@ def _flux_one(m: Any, grid: tuple[int, int], s: Settings, i: dict[str, Any], b: 
     whole = m.pos_embed(torch.cat([i["txt_ids"], i["img_ids"]]))
     count = text.shape[1]
 
+    fresh: set[Any] = set()
+    now = [0]
+
     def pattern(tokens: Tensor) -> Pattern:
-        if s.refresh and ("fresh", b) not in s.patterns:
-            s.patterns[b] = make_pattern(tokens, grid, s)
-            s.patterns[("fresh", b)] = s.patterns[b]
-        return s.patterns[b]
+        key = (b, now[0] if s.share == "block" else 0)
+        if s.refresh and key not in fresh:
+            s.patterns[key] = make_pattern(tokens, grid, s)
+            fresh.add(key)
+        return s.patterns[key]
 
     def rotary(p: Pattern) -> tuple[Tensor, ...]:
         kept = count + p.destinations[0]
@@ -218,11 +225,11 @@ def _flux_one(m: Any, grid: tuple[int, int], s: Settings, i: dict[str, Any], b: 
         image = p.unmerge @ u[:, count:] if p is not None else u[:, count:]
         return x + image, text + u[:, :count]
 
-    s.patterns.pop(("fresh", b), None)
     steps = [(double, block) for block in m.transformer_blocks]
     steps += [(single, block) for block in m.single_transformer_blocks]
     start = x
     for k, (run, block) in enumerate(steps):
+        now[0] = k
         if s.scope == "sublayer":
             x, text = run(block, x, text, None, whole)
             continue

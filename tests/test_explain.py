@@ -38,7 +38,11 @@ def test_flux_is_one_stream_of_joint_attention() -> None:
 @pytest.mark.parametrize("scope", ["sublayer", "block", "stack"])
 def test_every_attention_is_merged_or_rejected_with_a_reason(scope: str) -> None:
     report = toma_fx.explain(
-        models.sdxl(), models.sdxl_inputs(), scope=scope, min_tokens=200, exclude="up_blocks.1.*.attn2"
+        models.sdxl(),
+        models.sdxl_inputs(),
+        scope=scope,
+        min_tokens=200,
+        exclude="up_blocks.1.*.attn2",
     )
     analysis, _ = analyse(capture(models.sdxl(), (), models.sdxl_inputs()))
     merged = {row.site for row in report.rows}
@@ -81,12 +85,13 @@ def test_options_select_what_merges() -> None:
     paths = [r.module for r in toma_fx.explain(model, inputs, include="mid_block.*", **base).rows]
     assert paths
     assert all(p.startswith("mid_block.") for p in paths)
-    rows = toma_fx.explain(
-        model, inputs, overrides={"mid_block.*": {"ratio": 0.25}}, **base
-    ).rows
+    rows = toma_fx.explain(model, inputs, overrides={"mid_block.*": {"ratio": 0.25}}, **base).rows
     merged = {r.module.split(".")[0]: r.merged for r in rows if r.tokens == 64}
     assert (merged["mid_block"], merged["down_blocks"]) == (48, 32)
-    groups = {s: len({r.group for r in toma_fx.explain(model, inputs, share=s, **base).rows}) for s in ("stream", "block", "branch")}
+    groups = {
+        s: len({r.group for r in toma_fx.explain(model, inputs, share=s, **base).rows})
+        for s in ("stream", "block", "branch")
+    }
     assert groups == {"stream": 7, "block": 11, "branch": 33}
 
 

@@ -77,7 +77,9 @@ def test_kept_rectangle_equals_the_cropped_input(scope: str) -> None:
         matrix = torch.nn.functional.one_hot(kept, height * width).float().expand(2, 1, -1, -1)
         return kept.expand(2, 1, -1), matrix, matrix.transpose(-1, -2).contiguous()
 
-    config = ToMAConfig(scope=scope, window="global", ratio=1 - h * w / (height * width), min_tokens=1)
+    config = ToMAConfig(
+        scope=scope, window="global", ratio=1 - h * w / (height * width), min_tokens=1
+    )
     got = run_reuse(model, inputs, config, rectangle, lambda plan: plan)
     assert models.relative(got[:, kept], model(**cropped)[0]) < 1e-5
     assert models.relative(got, model(**inputs)[0]) > 1e-3

@@ -56,6 +56,19 @@ def test_flux(ratio: float, scope: str) -> None:
     assert models.relative(got, fresh) > 10 * TOLERANCE, "reuse equals refresh"
 
 
+@pytest.mark.parametrize("scope", ["sublayer", "block"])
+@torch.no_grad()
+def test_flux_with_a_pattern_per_block(scope: str) -> None:
+    model, inputs = models.flux(), models.flux_inputs(8, 12)
+    optimized = toma_fx.optimize(
+        model, share="block", scope=scope, tile=4, min_tokens=90, example_inputs=inputs
+    )
+    s = Settings((4, 4), 8, scope=scope, share="block")
+    got, want = optimized(**inputs)[0], reference_flux(model, (8, 12), s, inputs)
+    assert models.relative(got, want) < TOLERANCE
+    assert len(optimized.specializations[0].plan.groups) == 4
+
+
 @torch.no_grad()
 def test_sd15_with_convolutional_projections() -> None:
     model, inputs = models.sd15(), models.sd15_inputs()

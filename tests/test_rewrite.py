@@ -157,7 +157,9 @@ def test_reweigh_with_the_same_tokens_equals_refresh() -> None:
     assert torch.equal(out, again)
     assert all(torch.equal(a, b) for a, b in zip(pattern[1:], weights, strict=True))
     changed = torch.randn(1, 16, 8)
-    other = rewrite(captured, analysis, flow, plan, "reweigh").graph_module(changed, ids, pattern[0])
+    other = rewrite(captured, analysis, flow, plan, "reweigh").graph_module(
+        changed, ids, pattern[0]
+    )
     assert not torch.equal(other[1], pattern[1]), "weights follow the tokens"
 
 

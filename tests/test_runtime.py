@@ -17,7 +17,9 @@ from toma_fx.runtime import call_at
 SMALL: dict[str, Any] = {"min_tokens": 60, "tile": 4}
 
 
-def steps(optimized: Any, count: int, make: Any = models.sdxl_inputs, start: float = 900.0) -> list[str]:
+def steps(
+    optimized: Any, count: int, make: Any = models.sdxl_inputs, start: float = 900.0
+) -> list[str]:
     """Run `count` denoising steps with falling timesteps; the program of each."""
     done = []
     for i in range(count):
@@ -32,7 +34,10 @@ def steps(optimized: Any, count: int, make: Any = models.sdxl_inputs, start: flo
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        ({"destinations_every": 4, "weights_every": 2}, "refresh reuse reweigh reuse refresh reuse"),
+        (
+            {"destinations_every": 4, "weights_every": 2},
+            "refresh reuse reweigh reuse refresh reuse",
+        ),
         ({"destinations_every": 3, "weights_every": 3}, "refresh reuse reuse refresh reuse reuse"),
         ({"first_step": 2}, "plain plain refresh reuse reuse reuse"),
         ({"last_step": 1}, "refresh reuse plain plain plain plain"),
@@ -120,7 +125,9 @@ def test_cache_contexts_keep_their_own_patterns() -> None:
 @torch.no_grad()
 def test_one_compiled_program_per_use_and_no_recompilation(how: str) -> None:
     model = models.flux(num_layers=1, num_single_layers=1)
-    optimized = toma_fx.optimize(model, **SMALL, destinations_every=10, weights_every=10, last_step=44)
+    optimized = toma_fx.optimize(
+        model, **SMALL, destinations_every=10, weights_every=10, last_step=44
+    )
     eager = toma_fx.optimize(model, **SMALL, destinations_every=10, weights_every=10, last_step=44)
     torch._dynamo.reset()
     counters.clear()
@@ -165,14 +172,14 @@ def test_half_precision_models(name: str, dtype: torch.dtype) -> None:
 def _cast(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, dict):
         return {k: v if k.endswith("ids") else _cast(v, dtype) for k, v in value.items()}
-    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+    return (
+        value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+    )
 
 
 @torch.no_grad()
 def test_fixed_capture_refuses_other_shapes_by_name() -> None:
-    optimized = toma_fx.optimize(
-        models.flux(), **SMALL, example_inputs=models.flux_inputs(8, 8)
-    )
+    optimized = toma_fx.optimize(models.flux(), **SMALL, example_inputs=models.flux_inputs(8, 8))
     with pytest.raises(SignatureError) as caught:
         optimized(**models.flux_inputs(8, 10))
     assert caught.value.where == "hidden_states"

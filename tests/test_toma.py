@@ -111,7 +111,9 @@ def test_nan_gives_nan_and_stays_in_its_window() -> None:
     x = torch.randn(1, 64, 8)
     x[0, 0] = float("nan")
     for unmerge in ("transpose", "pinv"):
-        pattern = toma.weights(x, toma.select(x, (8, 8), (4, 4), 4), (8, 8), (4, 4), 10.0, unmerge=unmerge)
+        pattern = toma.weights(
+            x, toma.select(x, (8, 8), (4, 4), 4), (8, 8), (4, 4), 10.0, unmerge=unmerge
+        )
         out = to_windows(toma.unmerge(toma.merge(x, pattern), pattern), (8, 8), (4, 4))
         assert out[0, 0].isnan().all()
         assert out[0, 1:].isfinite().all()
@@ -154,7 +156,9 @@ def test_facility_location_beats_random_choices() -> None:
         assert objective > similarity[other].max(0).values.sum()
 
 
-@pytest.mark.parametrize(("grid", "tile"), [((8, 12), (4, 3)), ((6, 10), (3, 10)), ((5, 7), (5, 7))])
+@pytest.mark.parametrize(
+    ("grid", "tile"), [((8, 12), (4, 3)), ((6, 10), (3, 10)), ((5, 7), (5, 7))]
+)
 def test_windows_round_trip(grid: tuple[int, int], tile: tuple[int, int]) -> None:
     x = torch.randn(2, grid[0] * grid[1], 3)
     cut = to_windows(x, grid, tile)

@@ -1,7 +1,7 @@
 """Token merging for diffusion denoisers as a graph rewrite.
 
-    pipe.unet = toma_fx.optimize(pipe.unet, toma=True)
-    pipe.unet = torch.compile(pipe.unet)
+pipe.unet = toma_fx.optimize(pipe.unet, toma=True)
+pipe.unet = torch.compile(pipe.unet)
 """
 
 from toma_fx.api import explain, optimize

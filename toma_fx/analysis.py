@@ -287,7 +287,9 @@ def _passed(node: fx.Node, flow: Flow) -> str | None:
         assert isinstance(split, fx.Node)
         source = str(split.args[0])
         return source if flow.ops[split.name] == "aten.split_with_sizes" else None
-    carrying = [o for o in flow.operands[name] if not images.isdisjoint(s.name for s in flow.segments(o))]
+    carrying = [
+        o for o in flow.operands[name] if not images.isdisjoint(s.name for s in flow.segments(o))
+    ]
     if len(carrying) != 1 or not flow.is_embedding(carrying[0]):
         return None
     same_channels = flow.shapes[name][2] == flow.shapes[carrying[0]][2]
@@ -306,8 +308,10 @@ def _only_clips_infinities(node: fx.Node) -> bool:
     """clip(x, -65504, 65504) in half precision (Flux): the identity on finite values."""
     limit = torch.finfo(node.meta["val"].dtype).max
     low, high = (*node.args[1:3], None, None)[:2]
-    return isinstance(low, (int, float)) and isinstance(high, (int, float)) and (
-        low <= -limit and high >= limit
+    return (
+        isinstance(low, (int, float))
+        and isinstance(high, (int, float))
+        and (low <= -limit and high >= limit)
     )
 
 
@@ -362,7 +366,12 @@ def _streams_of(segment: Segment, flow: Flow, sites: Mapping[str, Site]) -> list
         chain[0].append(name)
         chain[1].append((base, out, name))
     return [
-        Stream(f"{segment.name}/{values[0]}", segment, tuple(values), _branches(segment, flow, sites, parts))
+        Stream(
+            f"{segment.name}/{values[0]}",
+            segment,
+            tuple(values),
+            _branches(segment, flow, sites, parts),
+        )
         for values, parts in chains
     ]
 
@@ -412,8 +421,16 @@ def _branches(
         entries = flow.entries(segment.name, inner)
         branches.append(
             Branch(
-                base, out, add, kinds, _branch_module(flow, inner, inside), inside, block,
-                entries, inner, _branch_problem(segment, flow, inner, entries, out, kinds),
+                base,
+                out,
+                add,
+                kinds,
+                _branch_module(flow, inner, inside),
+                inside,
+                block,
+                entries,
+                inner,
+                _branch_problem(segment, flow, inner, entries, out, kinds),
             )  # fmt: skip
         )
     return tuple(branches)

@@ -1,7 +1,7 @@
 """Capture: a denoiser and example inputs become one flat FX graph of pre-dispatch ATen ops.
 
 The graph takes the flattened inputs and returns the flattened outputs; parameters and buffers are
-attributes shared with the original model, never copied. Three bit-exact clean-ups make it canonical:
+attributes shared with the original model, never copied. In-place writes are made functional. Three bit-exact clean-ups make it canonical:
 metadata assertions (which would pin token counts) are dropped, equal shape and cast ops become one,
 and `cat` of all slices of a value becomes the value.
 """
@@ -109,6 +109,9 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     try:
         with torch.no_grad():
             program = torch.export.export(model, tuple(args), kwargs, strict=False)
+            if _mutates(program.graph):
+                # writes through views would pass unseen by data flow: make them functional
+                program = program.run_decompositions({})
     except Exception as error:
         raise _capture_error(model, error) from error
     exported = program.module(check_guards=False)
@@ -128,6 +131,13 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     out_spec = program.call_spec.out_spec
     assert out_spec is not None
     return Captured(graph_module, tuple(specs), out_spec)
+
+
+def _mutates(graph: fx.Graph) -> bool:
+    return any(
+        isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable
+        for n in graph.nodes
+    )
 
 
 def _key(path: Sequence[Any]) -> str:
@@ -180,13 +190,8 @@ def _canonicalise(graph_module: fx.GraphModule) -> None:
     for node in list(graph.nodes):
         if node.op == "call_function" and op_name(node.target) == "aten._assert_tensor_metadata":
             graph.erase_node(node)
-    mutates = any(
-        isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable
-        for n in graph.nodes
-    )
-    if not mutates:
-        _share_shape_ops(graph)
-        _fold_slices(graph)
+    _share_shape_ops(graph)
+    _fold_slices(graph)
     graph.eliminate_dead_code()
     graph.lint()
     graph_module.recompile()

@@ -17,14 +17,18 @@ from toma_fx.errors import ConfigError, TomaError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="toma-fx", description="Token merging for diffusion denoisers.")
+    parser = argparse.ArgumentParser(
+        prog="toma-fx", description="Token merging for diffusion denoisers."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     explain = commands.add_parser("explain", help="what would merge where, and why not elsewhere")
     explain.add_argument(
         "model", help="tiny-sdxl, tiny-flux, or a folder or hub id with a UNet or Flux transformer"
     )
     explain.add_argument("--subfolder", default=None, help="unet or transformer, inside a pipeline")
-    explain.add_argument("--height", type=int, default=None, help="pixels (default 1024, tiny models 64)")
+    explain.add_argument(
+        "--height", type=int, default=None, help="pixels (default 1024, tiny models 64)"
+    )
     explain.add_argument("--width", type=int, default=None, help="pixels (default: as height)")
     explain.add_argument("--batch", type=int, default=2)
     explain.add_argument("--json", action="store_true", help="print JSON instead of tables")
@@ -111,7 +115,9 @@ def _demo(args: argparse.Namespace, options: dict[str, Any], console: Console) -
             f"{o.psnr:.1f} dB",
         )
     console.print(table)
-    console.print(f"pictures: {args.out / 'contact-sheet.png'}, figures: {args.out / 'results.json'}")
+    console.print(
+        f"pictures: {args.out / 'contact-sheet.png'}, figures: {args.out / 'results.json'}"
+    )
 
 
 if __name__ == "__main__":

@@ -73,7 +73,9 @@ class ToMAConfig:
     min_tokens: int = 256
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    overrides: Mapping[str, Mapping[str, Any]] | tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = ()
+    overrides: (
+        Mapping[str, Mapping[str, Any]] | tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]
+    ) = ()
     grid: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
@@ -88,7 +90,9 @@ class ToMAConfig:
         for branch in self.branches:
             _check_choice("branches", branch, BRANCHES)
         if not self.branches:
-            raise ConfigError("no branch to merge", where="branches", expected=f"some of {BRANCHES}")
+            raise ConfigError(
+                "no branch to merge", where="branches", expected=f"some of {BRANCHES}"
+            )
         _check_numbers(self)
         object.__setattr__(self, "overrides", _frozen_overrides(self))
 
@@ -189,7 +193,7 @@ def _check_numbers(config: ToMAConfig) -> None:
         ok = value is None or (
             isinstance(sides, tuple)
             and all(type(side) is int and side >= 1 for side in sides)
-            and (len(sides) == 2 or isinstance(value, int) and name == "tile")
+            and (len(sides) == 2 or (isinstance(value, int) and name == "tile"))
         )
         require(ok, name, f"{pair}, whole numbers of at least 1", TileError)
 

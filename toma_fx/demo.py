@@ -213,7 +213,9 @@ def _sheet(title: str, plain: Tensor, fast: Tensor, tokens: list[Image.Image]) -
     draw = ImageDraw.Draw(sheet)
     draw.text((8, 10), title, fill="black", font_size=16)
     for i, label in enumerate(LABELS):
-        draw.text((left + i * (CELL + gap) + 170, 12), tiny.CLASSES[label], fill="gray", font_size=13)
+        draw.text(
+            (left + i * (CELL + gap) + 170, 12), tiny.CLASSES[label], fill="gray", font_size=13
+        )
         gap_image = ((fast[i] - plain[i]) * 4).clamp(-1, 1)
         cells = [_picture(plain[i]), _picture(fast[i]), _picture(gap_image), tokens[i]]
         for row, cell in enumerate(cells):

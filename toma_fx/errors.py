@@ -68,14 +68,18 @@ class NoMergeSites(TomaError, RuntimeError):
         reasons: one line per attention or branch that was left alone.
     """
 
-    def __init__(self, what: str, reasons: Sequence[str], *, where: str = "", hint: str = "") -> None:
+    def __init__(
+        self, what: str, reasons: Sequence[str], *, where: str = "", hint: str = ""
+    ) -> None:
         self.reasons = tuple(reasons)
         listed = "; ".join(self.reasons) if self.reasons else "the graph has no attention at all"
-        super().__init__(what, where=where, expected="at least one merged branch", got=listed, hint=hint)
+        super().__init__(
+            what, where=where, expected="at least one merged branch", got=listed, hint=hint
+        )
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """"did you mean" text for an unknown name: the three nearest known ones, or all of them."""
+    """ "did you mean" text for an unknown name: the three nearest known ones, or all of them."""
     options = sorted(set(known))
     close = difflib.get_close_matches(name, options, n=3, cutoff=0.4)
     return "nearest: " + ", ".join(close) if close else "known: " + ", ".join(options[:20])

@@ -11,7 +11,12 @@ from toma_fx.errors import ModelTypeError
 
 
 def example_inputs(
-    model: nn.Module, height: int = 1024, width: int = 1024, batch: int = 2, *, text: int | None = None
+    model: nn.Module,
+    height: int = 1024,
+    width: int = 1024,
+    batch: int = 2,
+    *,
+    text: int | None = None,
 ) -> dict[str, Any]:
     """Random keyword inputs of one denoising step for a picture of `height` x `width` pixels.
 
@@ -36,7 +41,9 @@ def example_inputs(
             "return_dict": False,
         }
         if config.addition_embed_type == "text_time":
-            pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+            pooled = (
+                config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+            )
             size = [height, width, 0, 0, height, width]
             inputs["added_cond_kwargs"] = {
                 "text_embeds": torch.randn(batch, pooled, **put),

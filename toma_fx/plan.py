@@ -291,7 +291,9 @@ def _segments(
             branch = stream.branches[part[0]]
             reason = f"{built.node}: {built.reason}"
             kind = "+".join(branch.kinds)
-            rejections.append(Rejection((*branch.sites, branch.out)[0], branch.module, kind, reason))
+            rejections.append(
+                Rejection((*branch.sites, branch.out)[0], branch.module, kind, reason)
+            )
     return out
 
 
@@ -307,7 +309,12 @@ def _parts(stream: Stream, run: Sequence[int], scope: str) -> list[list[int]]:
 
 
 def _segment(
-    stream: Stream, part: Sequence[int], setting: Setting, scope: str, config: ToMAConfig, flow: Flow
+    stream: Stream,
+    part: Sequence[int],
+    setting: Setting,
+    scope: str,
+    config: ToMAConfig,
+    flow: Flow,
 ) -> MergeSegment | Rejected:
     branches = [stream.branches[i] for i in part]
     image = stream.segment
@@ -324,7 +331,9 @@ def _segment(
         if leak is not None:
             return leak
         if base not in entries or not flow.is_embedding(base) or not flow.is_embedding(exit_):
-            return Rejected(base, "the stream does not enter the segment as [batch, tokens, channels]")
+            return Rejected(
+                base, "the stream does not enter the segment as [batch, tokens, channels]"
+            )
     key = {"stream": stream.name, "block": f"{stream.name}/block{branches[0].block}"}
     group = key.get(config.share, f"{stream.name}/{branches[0].out}")
     return MergeSegment(

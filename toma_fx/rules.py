@@ -8,7 +8,7 @@ by comparing sizes with a token count, so that a head width equal to the token c
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,20 @@ class Call:
         """Layout of a tensor operand."""
         fact = self.fact(operand)
         return fact if fact is not None and not _is_tuple_fact(fact) else None  # type: ignore[return-value]
+
+    def mixes(self, what: str, layout: Layout, dims: Iterable[int]) -> Rejected | None:
+        """Refusal if `what`, which mixes or cuts along `dims`, would touch tokens, or their batch.
+
+        Each batch element merges by its own pattern, so token i of one no longer matches token i of
+        another.
+        """
+        shape = shape_of(self.node.args[0])
+        for dim in dims:
+            if isinstance(layout[dim], Tokens):
+                return self.no(f"{what} the token axis")
+            if layout[dim] == BATCH and shape[dim] != 1 and tokens_of(layout) is not None:
+                return self.no(f"{what} the batch of tokens")
+        return None
 
     def no(self, reason: str) -> Rejected:
         """Refusal that blames this node."""
@@ -136,7 +150,7 @@ def _getitem(call: Call) -> Outcome:
 # -- element-wise ---------------------------------------------------------------------------------
 
 
-@rule("clip")
+@rule("clip", "expand_as", "full_like", "zeros_like", "ones_like")
 def pointwise(call: Call) -> Outcome:
     """Element-wise ops keep every axis; operands broadcast from the right."""
     operands = [n for n in call.node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
@@ -159,16 +173,46 @@ def broadcast(call: Call, operands: Sequence[fx.Node], *, additive: bool = False
             current = labels[d + shift]
             if current is None or _outranks(label, current):
                 labels[d + shift] = label
-            elif isinstance(label, Tokens) != isinstance(current, Tokens):
-                return call.no("a token axis meets another axis")
+            elif isinstance(label, Tokens) != isinstance(current, Tokens) and BATCH in (
+                label,
+                current,
+            ):
+                return call.no("a token axis meets a batch axis")
+            elif isinstance(label, Tokens) and current in (HEIGHT, WIDTH):
+                labels[d + shift] = label
     if sum(isinstance(label, Tokens) for label in labels) > 1:
         return call.no("two token axes in one value")
+    if _batch_lost(call, operands, labels):
+        return call.no("tokens whose batch elements may have been mixed")
     positionals = []
     for operand in operands:
         found = _positional(call, operand, tuple(labels), additive)
+        if found is not None and BATCH not in labels and _is_content(found.tokens):
+            return call.no("a table over tokens whose batch is folded into another axis")
         if found is not None:
             positionals.append(found)
     return Transfer(tuple(labels), positionals=tuple(positionals))
+
+
+def _is_content(tokens: Tokens) -> bool:
+    return any(s.role in ("image", "sequence") for s in tokens.segments)
+
+
+def _batch_lost(call: Call, operands: Sequence[fx.Node], labels: Sequence[Label]) -> bool:
+    """Whether an operand carries the result's tokens but no longer its batch."""
+    at = next((d for d, label in enumerate(labels) if label == BATCH), None)
+    dim = token_dim(tuple(labels))
+    if at is None or dim is None or shape_of(call.node)[at] == 1:
+        return False
+    for operand in operands:
+        layout, shift = call.layout(operand), len(labels) - len(shape_of(operand))
+        if layout is None or dim < shift or layout[dim - shift] != labels[dim]:
+            continue
+        content = isinstance(labels[dim], Tokens) and _is_content(labels[dim])  # type: ignore[arg-type]
+        own = layout[at - shift] if at >= shift else None
+        if content and own != BATCH:
+            return True
+    return False
 
 
 def _outranks(label: Label, other: Label) -> bool:
@@ -216,6 +260,9 @@ def attention(call: Call) -> Outcome:
             return call.no(f"tokens lie along the width of the {name}")
     if k is not None and v is not None and k[-2] != v[-2]:
         return call.no("keys and values come from different tokens")
+    for layout in (k, v):
+        if q is not None and layout is not None and q[0] != layout[0] and tokens_of(layout):
+            return call.no("queries and keys are batched differently")
     outer = token_dim(q)
     if outer is not None and outer < len(shape_of(query)) - 2:
         if k is None or k[outer] != q[outer]:  # type: ignore[index]
@@ -256,7 +303,9 @@ def matmul(call: Call) -> Outcome:
         return NOTHING
     if tokens_of(right) is not None or left is None or isinstance(left[-1], Tokens):
         return call.no("a matrix product over token axes")
-    if len(shape_of(b)) > 2 and token_dim(left) != len(left) - 2:
+    if len(shape_of(b)) == 1:
+        return Transfer(left[:-1])
+    if len(shape_of(b)) > 2:
         return call.no("a batched matrix product across tokens")
     return Transfer((*left[:-1], None))
 
@@ -315,15 +364,16 @@ def spatial_norm(call: Call) -> Outcome:
     return Transfer(layout)
 
 
-@rule("softmax", "_softmax", "log_softmax", "cumsum")
+@rule("softmax", "_softmax", "log_softmax", "cumsum", "flip")
 def along(call: Call) -> Outcome:
-    """Ops along one dimension that keep the shape."""
+    """Ops along some dimensions that keep the shape."""
     layout = call.layout(call.node.args[0])
     if layout is None:
         return NOTHING
-    if isinstance(layout[call.arg(1, "dim")], Tokens):
-        return call.no("a reduction over the token axis")
-    return Transfer(layout)
+    dims = call.arg(1, "dim")
+    if not isinstance(dims, (list, tuple)):
+        dims = [dims]
+    return call.mixes("a reduction over", layout, dims) or Transfer(layout)
 
 
 @rule("mean", "sum", "amax", "amin", "var", "std", "linalg_vector_norm")
@@ -337,11 +387,14 @@ def reduction(call: Call) -> Outcome:
     whole = range(len(layout))
     if isinstance(dims, int):
         dims = [dims]
-    reduced = set(whole) if not isinstance(dims, (list, tuple)) or not dims else {
-        d % len(layout) for d in dims
-    }
-    if any(isinstance(layout[d], Tokens) for d in reduced):
-        return call.no("a reduction over the token axis")
+    reduced = (
+        set(whole)
+        if not isinstance(dims, (list, tuple)) or not dims
+        else {d % len(layout) for d in dims}
+    )
+    refused = call.mixes("a reduction over", layout, reduced)
+    if refused:
+        return refused
     if len(shape_of(call.node)) == len(layout):
         return Transfer(tuple(None if d in reduced else layout[d] for d in whole))
     return Transfer(tuple(layout[d] for d in whole if d not in reduced))
@@ -472,8 +525,8 @@ def repeat(call: Call) -> Outcome:
     times: Any = call.node.args[1]
     labels: list[Label] = [None] * (len(times) - len(layout)) + list(layout)
     for d, label in enumerate(labels):
-        if isinstance(label, Tokens) and times[d] != 1:
-            return call.no("repetition of the token axis")
+        if times[d] != 1 and (isinstance(label, Tokens) or label == BATCH):
+            return call.no("repetition of the token axis or its batch")
     return Transfer(tuple(labels))
 
 
@@ -483,9 +536,9 @@ def repeat_interleave(call: Call) -> Outcome:
     layout, dim = call.layout(call.node.args[0]), call.arg(2, "dim")
     if layout is None:
         return NOTHING
-    if dim is None or isinstance(layout[dim], Tokens):
+    if dim is None:
         return call.no("repetition of the token axis")
-    return Transfer(layout)
+    return call.mixes("repetition of", layout, [dim]) or Transfer(layout)
 
 
 @rule("permute")
@@ -542,9 +595,9 @@ def select(call: Call) -> Outcome:
     if layout is None:
         return NOTHING
     dim = call.arg(1, "dim", 0) % len(layout)
-    if isinstance(layout[dim], Tokens):
-        return call.no("selection of one token")
-    return Transfer(layout[:dim] + layout[dim + 1 :])
+    return call.mixes("selection of one index of", layout, [dim]) or Transfer(
+        layout[:dim] + layout[dim + 1 :]
+    )
 
 
 @rule("unbind")
@@ -554,8 +607,9 @@ def unbind(call: Call) -> Outcome:
     if layout is None:
         return NOTHING
     dim = call.arg(1, "dim", 0) % len(layout)
-    if isinstance(layout[dim], Tokens):
-        return call.no("tokens are taken apart")
+    refused = call.mixes("unbinding of", layout, [dim])
+    if refused:
+        return refused
     return Transfer((layout[:dim] + layout[dim + 1 :],) * shape_of(call.node.args[0])[dim])
 
 
@@ -566,8 +620,9 @@ def chunk(call: Call) -> Outcome:
     if layout is None:
         return NOTHING
     dim = call.arg(2, "dim", 0) % len(layout)
-    if isinstance(layout[dim], Tokens):
-        return call.no("the token axis is cut into equal pieces")
+    refused = call.mixes("equal pieces of", layout, [dim])
+    if refused:
+        return refused
     pieces = len(call.node.meta["val"])
     return Transfer((_without_batch(layout, dim),) * pieces)
 
@@ -609,7 +664,8 @@ def split_with_sizes(call: Call) -> Outcome:
     dim = call.arg(2, "dim", 0) % len(layout)
     tokens = layout[dim]
     if not isinstance(tokens, Tokens):
-        return Transfer((_without_batch(layout, dim),) * len(sizes))
+        refused = call.mixes("pieces of", layout, [dim])
+        return refused or Transfer((_without_batch(layout, dim),) * len(sizes))
     facts: list[Layout] = []
     patches, at = [], 0
     for i, size in enumerate(sizes):
@@ -637,7 +693,9 @@ def slice_(call: Call) -> Outcome:
     start = start + size if start < 0 else min(start, size)
     end = size if end is None else (end + size if end < 0 else min(end, size))
     if not isinstance(tokens, Tokens):
-        return Transfer(layout if end - start == size else _without_batch(layout, dim))
+        if end - start == size and call.arg(4, "step", 1) == 1:
+            return Transfer(layout)
+        return call.mixes("a range of", layout, [dim]) or Transfer(_without_batch(layout, dim))
     if call.arg(4, "step", 1) != 1 or call.op == "aten.narrow":
         return call.no("a strided or narrowed token axis")
     piece = _cut(tokens, start, end)
@@ -658,8 +716,11 @@ def cat(call: Call) -> Outcome:
     dim = call.arg(1, "dim", 0) % rank
     if all(layout is None for layout in layouts):
         return NOTHING
-    if any(isinstance(x[dim], Tokens) for x in layouts if x is not None):
+    known = [x for x in layouts if x is not None]
+    if any(isinstance(x[dim], Tokens) for x in known):
         return _join(call, operands, layouts, dim)
+    if any(x[dim] == BATCH and tokens_of(x) is not None for x in known):
+        return call.no("batches of tokens are joined")
     return broadcast(call, operands) if not _spatial_only(layouts) else _cat_features(layouts, dim)
 
 
@@ -686,6 +747,10 @@ def _join(call: Call, operands: Any, layouts: list[Layout | None], dim: int) -> 
     if len({s.name for s in segments}) < len(segments):
         return call.no("the same tokens occur twice in one sequence")
     labels[dim] = Tokens(tuple(segments))
+    for operand, layout in zip(operands, layouts, strict=True):
+        held = layout is not None and isinstance(layout[dim], Tokens)
+        if held and BATCH in labels and layout[labels.index(BATCH)] != BATCH:  # type: ignore[index]
+            return call.no(f"the batch elements of {operand.name} may have been mixed")
     return Transfer(tuple(labels))
 
 
@@ -713,8 +778,8 @@ def pad(call: Call) -> Outcome:
     widths: Any = call.node.args[1]
     for i in range(len(widths) // 2):
         label = layout[-1 - i]
-        if isinstance(label, Tokens) and (widths[2 * i] or widths[2 * i + 1]):
-            return call.no("padding of the token axis")
+        if (widths[2 * i] or widths[2 * i + 1]) and (isinstance(label, Tokens) or label == BATCH):
+            return call.no("padding of the token axis or its batch")
     return Transfer(layout)
 
 

@@ -285,7 +285,9 @@ class OptimizedDenoiser(nn.Module):
     def _mismatch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SignatureError:
         """The first difference between a call and the fixed capture."""
         fixed, given = dict(self._fixed_leaves), dict(_named_leaves(args, kwargs))
-        hint = "call optimize() without example_inputs to capture each signature when it first occurs"
+        hint = (
+            "call optimize() without example_inputs to capture each signature when it first occurs"
+        )
         for name in [*fixed, *given]:
             want, got = fixed.get(name, "nothing"), given.get(name, "nothing")
             if want != got:

@@ -140,7 +140,12 @@ def denoiser_inputs(
 
 
 def velocity(
-    name: str, denoiser: Callable[..., Any], images: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor
+    name: str,
+    denoiser: Callable[..., Any],
+    images: Tensor,
+    t: Tensor,
+    tokens: Tensor,
+    pooled: Tensor,
 ) -> Tensor:
     """Predicted velocity (noise minus picture), [B, 3, H, W]."""
     out: Tensor = denoiser(**denoiser_inputs(name, images, t, tokens, pooled))[0]

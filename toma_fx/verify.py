@@ -57,7 +57,10 @@ def verify(
     found = [n.name for n in graph.nodes if n.op == "placeholder"]
     if found != list(inputs):
         raise VerifyError(
-            "the inputs of the graph changed", where=stage, expected=str(list(inputs)), got=str(found)
+            "the inputs of the graph changed",
+            where=stage,
+            expected=str(list(inputs)),
+            got=str(found),
         )
     _reexecute(graph, stage, changed)
     results: Any = graph.output_node().args[0]

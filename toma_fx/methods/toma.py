@@ -23,6 +23,7 @@ from toma_fx.errors import TileError
 from toma_fx.methods.facility import facility_location
 from toma_fx.methods.windows import Size, from_windows, to_windows, window_count
 
+
 @dataclass(frozen=True)
 class Pattern:
     """Who merges into whom, for one batch of token sequences.

@@ -14,7 +14,7 @@ Block and stack (only the update is unmerged, every token keeps its own detail):
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
@@ -106,7 +106,12 @@ class _Work:
         for positional in transfer.positionals:
             if all(s.name != segment.image.name for s in positional.tokens.segments):
                 continue
-            old = current.get(positional.operand, self.nodes[positional.operand])
+            old = self.nodes[positional.operand]
+            if positional.operand in current:
+                # a mask: its rows are done, and have given it a batch dimension
+                old = current[positional.operand]
+                lead = positional.lead if positional.batch is None else 0
+                positional = replace(positional, dim=positional.dim + lead, batch=0, lead=0)
             new = self.aligned(old, positional, segment)
             self.rewriter.replace_input(node, old, new)
             current[positional.operand] = new
@@ -119,13 +124,14 @@ class _Work:
         """
         pattern, setting = self.task.patterns[segment.group], segment.setting
         span = span_of(positional.tokens, segment.image)
-        value = operand.meta["val"]
-        content = positional.additive and positional.dim == 1 and value.dim() == 3
+        lead = positional.lead if positional.batch is None else 0
+        rank = operand.meta["val"].dim() + lead
+        content = positional.additive and positional.dim + lead == 1 and rank == 3
         key = ("content" if content else "gather", operand.name, str(positional.dim), segment.group)
         if key not in self.made:
             with self.rewriter.after(operand, pattern.idx, pattern.merge):
                 if content:
-                    made = tokens.merged(self.rewriter, operand, span, setting, pattern.merge)
+                    made = tokens.merged(self.rewriter, operand, span, setting, pattern.merge, lead)
                 else:
                     made = tokens.gathered(
                         self.rewriter, operand, positional, span, setting, pattern.idx

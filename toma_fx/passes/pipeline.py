@@ -103,5 +103,9 @@ def rewrite(
     check("erase_dead")
     graph_module.recompile()
     return Program(
-        use, graph_module, pattern_inputs(plan, use), pattern_outputs(plan, use), tuple(rewriter.log)
+        use,
+        graph_module,
+        pattern_inputs(plan, use),
+        pattern_outputs(plan, use),
+        tuple(rewriter.log),
     )

@@ -1,8 +1,8 @@
 """Pass: give the graph one pattern per group.
 
-    refresh:  feature -> select -> weights -> (idx, merge, unmerge), all three also outputs
-    reweigh:  idx input;  feature -> weights -> (merge, unmerge), both also outputs
-    reuse:    idx, merge, unmerge are inputs
+refresh:  feature -> select -> weights -> (idx, merge, unmerge), all three also outputs
+reweigh:  idx input;  feature -> weights -> (merge, unmerge), both also outputs
+reuse:    idx, merge, unmerge are inputs
 """
 
 from __future__ import annotations
@@ -50,9 +50,7 @@ class ProvidePatterns:
         nodes = rewriter.index()
         return {g.name: self._provide(rewriter, g, nodes[g.feature]) for g in self.plan.groups}
 
-    def _provide(
-        self, rewriter: Rewriter, group: PatternGroup, feature: fx.Node
-    ) -> PatternNodes:
+    def _provide(self, rewriter: Rewriter, group: PatternGroup, feature: fx.Node) -> PatternNodes:
         setting = group.setting
         grid, tile = setting.grid, setting.tile
         count, tokens = setting.windows, tile[0] * tile[1]

@@ -89,8 +89,16 @@ class Rewriter:
         like = tuple((tuple(f.shape), f.stride(), f.dtype, f.device) for f in fakes)
         traced = self._templates.get((key, like))
         if traced is None:
-            with torch.no_grad(), self.mode:
-                traced = make_fx(function, pre_dispatch=True)(*fakes)
+            try:
+                with torch.no_grad(), self.mode:
+                    traced = make_fx(function, pre_dispatch=True)(*fakes)
+            except Exception as error:
+                raise RewriteError(
+                    "tokens can't be merged here",
+                    where=f"{self._pass}: {', '.join(n.name for n in inputs)}",
+                    got=f"{type(error).__name__}: {error}",
+                    hint="exclude= the module, and please report this model",
+                ) from error
             self._templates[(key, like)] = traced
         self.spliced = []
         mapping: dict[fx.Node, Any] = dict(
@@ -106,7 +114,9 @@ class Rewriter:
                 break
             if node.op != "call_function":
                 raise RewriteError(
-                    "a method may only call functions", where=self._pass, got=node.format_node() or ""
+                    "a method may only call functions",
+                    where=self._pass,
+                    got=node.format_node() or "",
                 )
             args, kwargs = fx.map_arg((node.args, node.kwargs), mapping.__getitem__)
             mapping[node] = self._insert(node.target, args, kwargs, node.meta.get("val"))
@@ -152,7 +162,9 @@ class Rewriter:
             current, inner[path[1]] = inner[path[1]], value
             args[path[0]] = inner
         if not isinstance(current, int):
-            raise RewriteError("not a literal", where=node.format_node() or node.name, got=str(current))
+            raise RewriteError(
+                "not a literal", where=node.format_node() or node.name, got=str(current)
+            )
         node.args = tuple(args)
         self._record("set literal", node)
 

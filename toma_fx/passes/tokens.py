@@ -45,18 +45,25 @@ def span_of(tokens: Tokens, image: Segment) -> Span:
 
 def image_part(rewriter: Rewriter, node: fx.Node, span: Span) -> fx.Node:
     """The image tokens of a sequence, at the cursor."""
-    return node if span == Span(0, 0) else rewriter.splice(("image", span), span.image, [node])[0]
+    if span == Span(0, 0):
+        return node
+    return rewriter.splice(("image", span), lambda x: span.image(x), [node])[0]
 
 
 def merged(
-    rewriter: Rewriter, node: fx.Node, span: Span, setting: Setting, merge: fx.Node
+    rewriter: Rewriter, node: fx.Node, span: Span, setting: Setting, merge: fx.Node, lead: int = 0
 ) -> fx.Node:
-    """A sequence with its image tokens merged: [B, a + N + b, C] -> [B, a + M + b, C]."""
+    """A sequence with its image tokens merged: [B, a + N + b, C] -> [B, a + M + b, C].
+
+    `lead` is 1 for a sequence [N, C] that all batch elements share.
+    """
 
     def run(x: Tensor, matrix: Tensor) -> Tensor:
+        if lead:
+            x = x.expand(matrix.shape[0], *x.shape)
         return span.replaced(x, apply_merge(span.image(x), matrix, setting))
 
-    return rewriter.splice(("merge", span, setting), run, [node, merge])[0]
+    return rewriter.splice(("merge", span, setting, lead), run, [node, merge])[0]
 
 
 def unmerged(
