@@ -2,10 +2,10 @@
 
     python benchmarks/quality.py --out benchmarks/results/quality-cpu.json
 
-Every configuration draws the same pictures (all twelve prompts, `--seeds` noise seeds) as the original
-model, eagerly, with the same steps. Reported per configuration: squared error of the final picture in
-[-1, 1] (mean, median over pictures, spread over seeds) and the FLOPs of a reuse step against the
-original's. Speed is measured elsewhere (benchmarks/stage.py, `make demo`).
+Every configuration draws the same pictures (all twelve prompts, `--seeds` noise seeds) as the
+original model, eagerly, with the same steps. Reported per configuration: squared error of the final
+picture in [-1, 1] (mean, median over pictures, spread over seeds) and the FLOPs of a reuse step
+against the original's. Speed is measured elsewhere (benchmarks/stage.py, `make demo`).
 """
 
 from __future__ import annotations
@@ -48,6 +48,24 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "stack, ratio 0.75": {"scope": "stack", "ratio": 0.75},
     "stack, scale 100": {"scope": "stack", "scale": 100.0},
     "stack, tile 4": {"scope": "stack", "tile": 4},
+    "stack, tile 2": {"scope": "stack", "tile": 2},
+    "stack, tile 4, refresh every 5": {
+        "scope": "stack",
+        "tile": 4,
+        "destinations_every": 5,
+        "weights_every": 5,
+    },
+    "sublayer, tile 4, refresh every 5": {
+        "tile": 4,
+        "destinations_every": 5,
+        "weights_every": 5,
+    },
+    "stack, tile 2, refresh every 5": {
+        "scope": "stack",
+        "tile": 2,
+        "destinations_every": 5,
+        "weights_every": 5,
+    },
 }
 
 
@@ -79,6 +97,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--only", default="", help="configurations whose name holds this")
     parser.add_argument("--models", nargs="+", default=list(tiny.NAMES))
     args = parser.parse_args()
     results: dict[str, Any] = {
@@ -95,6 +114,8 @@ def main() -> None:
         plain = [model.generate(labels, seed=s, steps=args.steps) for s in range(args.seeds)]
         rows = results["models"].setdefault(name, {})
         for title, options in CONFIGS.items():
+            if args.only not in title:
+                continue
             try:
                 rows[title] = measure(model, options, plain, args.steps)
             except toma_fx.NoMergeSites as error:

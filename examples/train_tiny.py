@@ -4,9 +4,10 @@
     python examples/train_tiny.py tiny-sdxl --minutes 90
     python examples/train_tiny.py tiny-flux --minutes 90
 
-Rectified flow: x_t = (1 - t) * picture + t * noise, target velocity noise - picture. Training starts
-at 32 pixels, where a step is about six times cheaper, and ends at 64. The exponential moving average
-of the weights is written in float16. Licences of the photographs: toma_fx/weights/LICENSES.md.
+Rectified flow: x_t = (1 - t) * picture + t * noise, target velocity noise - picture. Training
+starts at 32 pixels, where a step is about six times cheaper, and ends at 64. The exponential moving
+average of the weights is written in float16. Licences of the photographs:
+toma_fx/weights/LICENSES.md.
 """
 
 from __future__ import annotations
@@ -111,10 +112,8 @@ def train(name: str, minutes: float, batch: int, rate: float, coarse: float, out
         losses.append(loss.item())
         if step % 50 == 0:
             size = 32 if low else 64
-            print(
-                f"{progress:6.1%} step {step} {size} px lr {lr:.1e} loss {np.mean(losses[-50:]):.4f}",
-                flush=True,
-            )
+            mean = np.mean(losses[-50:])
+            print(f"{progress:6.1%} step {step} {size} px lr {lr:.1e} loss {mean:.4f}", flush=True)
         if time.monotonic() - last_save > 300:
             save(out, average["denoiser"], average["conditioning"])
             last_save = time.monotonic()

@@ -93,11 +93,14 @@ def test_tile_larger_than_the_grid_names_site_and_size() -> None:
 
 
 def test_path_pattern_that_matches_nothing() -> None:
-    inputs = models.sdxl_inputs()
-    for options in ({"include": "mid_blok.*"}, {"overrides": {"midblock.*": {"ratio": 0.1}}}):
+    inputs = models.flux_inputs()
+    for options in (
+        {"include": "transformer_blks.*"},
+        {"overrides": {"transformer_block.*": {"ratio": 0.1}}},
+    ):
         with pytest.raises(UnknownNameError) as caught:
-            toma_fx.optimize(models.sdxl(), example_inputs=inputs, **options)
-        assert "mid_block" in caught.value.hint
+            toma_fx.optimize(models.flux(), example_inputs=inputs, **options)
+        assert "transformer_blocks" in caught.value.hint
 
 
 @pytest.mark.parametrize("thing", [object(), "unet", lambda x: x])

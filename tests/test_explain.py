@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from functools import cache
+from typing import Any
 
 import pytest
 
@@ -10,10 +12,12 @@ import toma_fx
 from tests import models
 from toma_fx.analysis import analyse
 from toma_fx.capture import capture
+from toma_fx.config import ToMAConfig
+from toma_fx.plan import MergePlan, make_plan
 
 
 def test_sdxl_sites_streams_and_kinds() -> None:
-    analysis, _ = analyse(capture(models.sdxl(), (), models.sdxl_inputs()))
+    analysis, _ = analysed_sdxl()
     kinds = [s.kind for s in analysis.sites]
     # one layer at the first resolution (1 down, 2 up), two at the second (1 down, mid, 2 up)
     assert (kinds.count("self"), kinds.count("cross")) == (3 + 8, 3 + 8)
@@ -44,7 +48,7 @@ def test_every_attention_is_merged_or_rejected_with_a_reason(scope: str) -> None
         min_tokens=200,
         exclude="up_blocks.1.*.attn2",
     )
-    analysis, _ = analyse(capture(models.sdxl(), (), models.sdxl_inputs()))
+    analysis, _ = analysed_sdxl()
     merged = {row.site for row in report.rows}
     rejected = {r.node: r.reason for r in report.rejections}
     assert merged.isdisjoint(rejected)
@@ -63,36 +67,40 @@ def test_table_and_json() -> None:
     data = json.loads(report.to_json())
     assert len(data["rows"]) == 6
     row = data["rows"][0]
-    assert (row["tokens"], row["merged"], row["grid"], row["tile"]) == (256, 64, [16, 16], [8, 8])
+    assert (row["tokens"], row["merged"], row["grid"], row["tile"]) == (256, 64, [16, 16], [4, 4])
     assert data["ideal_speedup"] == pytest.approx(data["flops_before"] / data["flops_after"])
     assert report.flops_before > report.flops_refresh > report.flops_after
 
 
 def test_larger_scopes_need_fewer_flops() -> None:
+    inputs = models.flux_inputs()
     flops = [
-        toma_fx.explain(models.sdxl(), models.sdxl_inputs(), scope=s, min_tokens=60).flops_after
+        toma_fx.explain(models.flux(), inputs, scope=s).flops_after
         for s in ("sublayer", "block", "stack")
     ]
     assert flops == sorted(flops, reverse=True)
     assert len(set(flops)) == 3
 
 
+@cache
+def analysed_sdxl() -> Any:
+    return analyse(capture(models.sdxl(), (), models.sdxl_inputs()))
+
+
+def plan_of(**options: Any) -> MergePlan:
+    return make_plan(*analysed_sdxl(), ToMAConfig(**{"min_tokens": 60, **options}))
+
+
 def test_options_select_what_merges() -> None:
-    model, inputs = models.sdxl(), models.sdxl_inputs()
-    base = {"min_tokens": 60}
-    kinds = {r.kind for r in toma_fx.explain(model, inputs, branches="attention", **base).rows}
-    assert kinds == {"attention"}
-    paths = [r.module for r in toma_fx.explain(model, inputs, include="mid_block.*", **base).rows]
+    assert {s.kinds for s in plan_of(branches="attention").segments} == {("attention",)}
+    paths = [m for s in plan_of(include="mid_block.*").segments for m in s.modules]
     assert paths
     assert all(p.startswith("mid_block.") for p in paths)
-    rows = toma_fx.explain(model, inputs, overrides={"mid_block.*": {"ratio": 0.25}}, **base).rows
-    merged = {r.module.split(".")[0]: r.merged for r in rows if r.tokens == 64}
-    assert (merged["mid_block"], merged["down_blocks"]) == (48, 32)
-    groups = {
-        s: len({r.group for r in toma_fx.explain(model, inputs, share=s, **base).rows})
-        for s in ("stream", "block", "branch")
-    }
-    assert groups == {"stream": 7, "block": 11, "branch": 33}
+    plan = plan_of(overrides={"mid_block.*": {"ratio": 0.25}})
+    merged = {s.modules[0].split(".")[0]: s.setting.merged for s in plan.segments[1:4]}
+    assert merged == {"down_blocks": 32, "mid_block": 48, "up_blocks": 32}
+    for share, groups in (("stream", 7), ("block", 11), ("branch", 33)):
+        assert len(plan_of(scope="sublayer", share=share).groups) == groups
 
 
 def test_presets_follow_the_publication() -> None:
@@ -101,8 +109,8 @@ def test_presets_follow_the_publication() -> None:
     for preset in (sdxl, flux):
         assert preset.scope == "sublayer"
         assert (preset.destinations_every, preset.weights_every) == (10, 5)
-    report = toma_fx.explain(models.sdxl(), models.sdxl_inputs(), "paper-sdxl")
-    assert {(r.grid, r.tile) for r in report.rows} == {((16, 16), (2, 2))}, "64 tiles"
+    plan = make_plan(*analysed_sdxl(), sdxl)
+    assert {s.setting.tile for s in plan.segments} == {(2, 2)}, "64 tiles of a 16x16 grid"
 
 
 def test_a_mean_tile_of_a_bucket_is_shown() -> None:

@@ -72,7 +72,9 @@ def test_flux_with_a_pattern_per_block(scope: str) -> None:
 @torch.no_grad()
 def test_sd15_with_convolutional_projections() -> None:
     model, inputs = models.sd15(), models.sd15_inputs()
-    optimized = toma_fx.optimize(model, tile=4, min_tokens=200, example_inputs=inputs)
+    optimized = toma_fx.optimize(
+        model, scope="sublayer", tile=4, min_tokens=200, example_inputs=inputs
+    )
     reference = reference_unet(model, {256: Settings((4, 4), 8)})
     assert models.relative(optimized(**inputs)[0], reference(**inputs)[0]) < TOLERANCE
     assert models.relative(optimized(**inputs)[0], model(**inputs)[0]) > 100 * TOLERANCE

@@ -53,7 +53,7 @@ def captured_block(leak: str = "") -> tuple[Captured, Any, Any]:
     return captured, *analyse(captured, grid=(4, 4))
 
 
-CONFIG = ToMAConfig(min_tokens=4, tile=2)
+CONFIG = ToMAConfig(min_tokens=4, tile=2, scope="sublayer")
 
 
 def ops(graph: Any) -> str:
@@ -82,7 +82,7 @@ scaled_dot_product_attention = aten.scaled_dot_product_attention(transpose, tran
 transpose_3 = aten.transpose(scaled_dot_product_attention)
 reshape = aten.reshape(transpose_3)
 linear_1 = aten.linear(reshape, out_weight, out_bias)
-add = aten.add(x, linear_1)"""
+add = aten.add(x, linear_1)"""  # noqa: E501
 
 ADDED_FRONT = """\
 layer_norm = aten.layer_norm(x, norm_weight, norm_bias)

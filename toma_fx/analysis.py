@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from os.path import commonprefix
+from itertools import takewhile
+from typing import Any
 
 import torch
 from torch import fx
@@ -30,10 +31,12 @@ from toma_fx.axis import (
     Stream,
     Tokens,
     Transfer,
+    layout_of,
+    layouts_of,
     tokens_of,
 )
 from toma_fx.capture import Captured
-from toma_fx.rules import _is_tuple_fact, apply_rule, op_name
+from toma_fx.rules import apply_rule, op_name
 
 PROLOGUE = {
     "aten.layer_norm", "aten.rms_norm", "aten.slice", "aten.cat", "aten.concat", "aten.contiguous",
@@ -80,8 +83,7 @@ class Flow:
 
     def layout(self, name: str) -> Layout | None:
         """Layout of a tensor-valued node."""
-        fact = self.facts.get(name)
-        return None if fact is None or _is_tuple_fact(fact) else fact  # type: ignore[return-value]
+        return layout_of(self.facts.get(name))
 
     def carries(self, name: str, segment: str) -> bool:
         """Whether the node's value (or one of its values) holds the tokens of `segment`."""
@@ -89,12 +91,7 @@ class Flow:
 
     def segments(self, name: str) -> tuple[Segment, ...]:
         """Token segments of the node's value or values."""
-        fact = self.facts.get(name)
-        layouts: Iterable[Layout | None]
-        if fact is None:
-            return ()
-        layouts = fact if _is_tuple_fact(fact) else (fact,)  # type: ignore[assignment]
-        found = (tokens_of(layout) for layout in layouts)
+        found = (tokens_of(layout) for layout in layouts_of(self.facts.get(name)))
         return tuple(s for tokens in found if tokens is not None for s in tokens.segments)
 
     def is_embedding(self, name: str) -> bool:
@@ -228,8 +225,8 @@ def _grids(
     grids: dict[str, tuple[int, int]] = {}
     for transfer in transfers.values():
         for positional in transfer.positionals:
-            fact = facts.get(positional.operand)
-            label = None if fact is None or _is_tuple_fact(fact) else fact[positional.dim]
+            layout = layout_of(facts.get(positional.operand))
+            label = None if layout is None else layout[positional.dim]
             if not isinstance(label, Tokens):
                 continue
             for ids, content in zip(label.segments, positional.tokens.segments, strict=False):
@@ -317,7 +314,8 @@ def _only_clips_infinities(node: fx.Node) -> bool:
 
 def _site(node: fx.Node, flow: Flow) -> Site:
     """Classify one attention by the tokens of its queries and keys."""
-    query, key = (a.name for a in node.args[:2])  # type: ignore[union-attr]
+    operands: Any = node.args[:2]
+    query, key = (a.name for a in operands)
     q, k = tokens_of(flow.layout(query)), tokens_of(flow.layout(key))
     layout = flow.layout(query)
     images = [s for s in q.segments if s.grid] if q else []
@@ -383,7 +381,7 @@ def _residual(
     above: Mapping[str, int],
     chains: list[tuple[list[str], list[tuple[str, str, str]]]],
 ) -> tuple[tuple[list[str], list[tuple[str, str, str]]], str, str] | None:
-    """(chain, stream value that the branch starts from, branch output) if `name` is a residual add."""
+    """(chain, stream value the branch starts from, branch output) if `name` is a residual add."""
     operands = flow.operands[name]
     if flow.ops[name] != "aten.add" or len(operands) != 2 or not flow.is_embedding(name):
         return None
@@ -419,19 +417,10 @@ def _branches(
         if "attention" in kinds and any("attention" in b.kinds for b in branches):
             block += 1
         entries = flow.entries(segment.name, inner)
+        module = _branch_module(flow, inner, inside)
+        problem = _branch_problem(segment, flow, inner, entries, out, kinds)
         branches.append(
-            Branch(
-                base,
-                out,
-                add,
-                kinds,
-                _branch_module(flow, inner, inside),
-                inside,
-                block,
-                entries,
-                inner,
-                _branch_problem(segment, flow, inner, entries, out, kinds),
-            )  # fmt: skip
+            Branch(base, out, add, kinds, module, inside, block, entries, inner, problem)
         )
     return tuple(branches)
 
@@ -472,8 +461,8 @@ def _branch_module(flow: Flow, inner: tuple[str, ...], inside: tuple[str, ...]) 
         paths = [flow.modules[inside[0]], *(flow.modules[n] for n in linears)]
     else:
         paths = [flow.modules[n] for n in inner if flow.ops[n] == "aten.linear"]
-    parts = [path.split(".") for path in paths] or [[""]]
-    return ".".join(commonprefix(parts))
+    levels = zip(*(path.split(".") for path in paths), strict=False)
+    return ".".join(level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels))
 
 
 def _branch_problem(

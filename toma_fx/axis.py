@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeGuard, cast
 
 BATCH, HEIGHT, WIDTH = "batch", "height", "width"
 
@@ -54,6 +54,21 @@ Label = str | Tokens | None
 Layout = tuple[Label, ...]
 Fact = Layout | tuple[Layout | None, ...] | None
 """Layout of a tensor, layouts of a tuple of tensors, or nothing known."""
+
+
+def is_tuple_fact(fact: Fact) -> TypeGuard[tuple[Layout | None, ...]]:
+    """Whether a fact describes a tuple of tensors and at least one of their layouts is known."""
+    return bool(fact) and any(isinstance(f, tuple) for f in fact or ())
+
+
+def layout_of(fact: Fact) -> Layout | None:
+    """The layout of a tensor; None for a tuple of tensors."""
+    return None if is_tuple_fact(fact) else cast("Layout | None", fact)
+
+
+def layouts_of(fact: Fact) -> tuple[Layout | None, ...]:
+    """The layouts of a tuple of tensors, or of one tensor."""
+    return fact if is_tuple_fact(fact) else (layout_of(fact),)
 
 
 def token_dim(layout: Layout | None) -> int | None:

@@ -1,9 +1,9 @@
 """Capture: a denoiser and example inputs become one flat FX graph of pre-dispatch ATen ops.
 
 The graph takes the flattened inputs and returns the flattened outputs; parameters and buffers are
-attributes shared with the original model, never copied. In-place writes are made functional. Three bit-exact clean-ups make it canonical:
-metadata assertions (which would pin token counts) are dropped, equal shape and cast ops become one,
-and `cat` of all slices of a value becomes the value.
+attributes shared with the original model, never copied. In-place writes are made functional. Three
+bit-exact clean-ups make it canonical: metadata assertions (which would pin token counts) are
+dropped, equal shape and cast ops become one, and `cat` of all slices of a value becomes the value.
 """
 
 from __future__ import annotations

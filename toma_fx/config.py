@@ -33,7 +33,7 @@ class ToMAConfig:
         ratio: share of the tokens that is merged away, in [0, 1); 0 turns merging off.
         window: where similarity is searched: square "tile", "stripe" of whole rows, or "global".
         tile: window size in tokens: side or (height, width) of a tile, rows of a stripe. None
-            chooses about 64 tokens a window. A size that does not divide the grid is replaced by
+            chooses about 16 tokens a window. A size that does not divide the grid is replaced by
             the nearest that does; the report shows which.
         tiles: number of windows instead of their size.
         scale: sharpness of the merge weights (softmax of scale * cosine similarity).
@@ -63,11 +63,11 @@ class ToMAConfig:
     tiles: int | None = None
     scale: float = 1000.0
     unmerge: Literal["transpose", "pinv"] = "transpose"
-    destinations_every: int = 10
-    weights_every: int = 10
+    destinations_every: int = 5
+    weights_every: int = 5
     first_step: int = 0
     last_step: int | None = None
-    scope: Scope = "sublayer"
+    scope: Scope = "stack"
     share: Share = "stream"
     branches: tuple[str, ...] = BRANCHES
     min_tokens: int = 256
@@ -123,7 +123,8 @@ class ToMAConfig:
     def at(self, path: str) -> ToMAConfig:
         """The configuration that holds for the module `path`, overrides applied."""
         fields: dict[str, Any] = {}
-        for pattern, values in self.overrides:
+        overrides: Any = self.overrides
+        for pattern, values in overrides:
             if fnmatchcase(path, pattern):
                 fields.update(values)
         return dataclasses.replace(self, overrides=(), **fields) if fields else self
@@ -135,12 +136,14 @@ class ToMAConfig:
 
     def path_patterns(self) -> tuple[str, ...]:
         """Every module path pattern that the configuration mentions."""
-        return (*self.include, *self.exclude, *(pattern for pattern, _ in self.overrides))
+        overrides: Any = self.overrides
+        return (*self.include, *self.exclude, *(pattern for pattern, _ in overrides))
 
     def to_json(self) -> dict[str, Any]:
         """Fields as JSON-able values."""
         out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        out["overrides"] = {pattern: dict(values) for pattern, values in self.overrides}
+        overrides: Any = self.overrides
+        out["overrides"] = {pattern: dict(values) for pattern, values in overrides}
         return out
 
 
@@ -220,8 +223,10 @@ def _frozen_overrides(config: ToMAConfig) -> tuple[tuple[str, tuple[tuple[str, A
 PRESETS: dict[str, ToMAConfig] = {
     "default": ToMAConfig(),
     # arXiv 2509.10918; the published code's merge_helper defaults to 64 tiles
-    "paper-sdxl": ToMAConfig(tiles=64, weights_every=5, share="block"),
+    "paper-sdxl": ToMAConfig(
+        scope="sublayer", share="block", tiles=64, destinations_every=10, weights_every=5
+    ),
     # the published code's config.yaml: 256 tiles; one pattern for all blocks
-    "paper-flux": ToMAConfig(tiles=256, weights_every=5),
+    "paper-flux": ToMAConfig(scope="sublayer", tiles=256, destinations_every=10, weights_every=5),
 }
 """Named configurations. `default` is chosen by measurement: see docs/default.md."""

@@ -12,8 +12,8 @@ from toma_fx.methods.facility import facility_location
 def facility_location_op(similarity: Tensor, keep: int) -> Tensor:
     """`facility_location` as one opaque node: [B, T, n, n] -> [B, T, keep] int64.
 
-    Compilers see a call instead of `keep` unrolled steps: with 32 steps Inductor took 21 s to compile
-    a selection that runs once in ten steps.
+    Compilers see a call instead of `keep` unrolled steps: with 32 steps Inductor took 21 s to
+    compile a selection that runs once in ten steps.
     """
     return facility_location(similarity, keep)
 

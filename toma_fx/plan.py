@@ -19,7 +19,7 @@ from toma_fx.config import ToMAConfig
 from toma_fx.errors import NoMergeSites, TileError, UnknownNameError, nearest
 from toma_fx.methods.windows import Size, dividing_tile, window_count
 
-WINDOW_TOKENS = 64
+WINDOW_TOKENS = 16
 """Tokens a window when the configuration does not say."""
 _SMALLER = {"stack": "block", "block": "sublayer"}
 
@@ -165,7 +165,8 @@ def _too_large(tile: Size, grid: Size, where: str) -> TileError:
         where=where,
         expected=f"at most {grid[0]}x{grid[1]} tokens",
         got=f"{tile[0]}x{tile[1]}",
-        hint="lower tile=, override it for this path, or raise min_tokens= to leave this level alone",
+        hint="lower tile=, override it for this path, "
+        "or raise min_tokens= to leave this level alone",
     )
 
 
@@ -189,7 +190,8 @@ def make_plan(analysis: Analysis, flow: Flow, config: ToMAConfig) -> MergePlan:
     merged_sites = {site for s in segments for site in s.sites}
     rejections.extend(_left_alone(analysis, flow, merged_sites, rejections))
     plan = MergePlan(tuple(segments), groups, tuple(rejections), config)
-    off = config.ratio == 0 and not any(dict(v).get("ratio") for _, v in config.overrides)
+    overrides: Any = config.overrides
+    off = config.ratio == 0 and not any(dict(v).get("ratio") for _, v in overrides)
     if not segments and not off:
         raise NoMergeSites(
             "no attention or MLP of this model can be merged with this configuration",
@@ -369,7 +371,7 @@ def _sink(flow: Flow, segment: str, exit_: str) -> str:
 def _groups(
     segments: list[MergeSegment], analysis: Analysis, flow: Flow
 ) -> tuple[PatternGroup, ...]:
-    """Pattern groups; segments whose settings differ never share one. Renames them to p0, p1, ..."""
+    """Pattern groups; segments whose settings differ never share one. Names them p0, p1, ..."""
     members: dict[tuple[str, Setting], list[int]] = {}
     for i, segment in enumerate(segments):
         members.setdefault((segment.group, segment.setting), []).append(i)

@@ -88,8 +88,8 @@ class Report:
                 f"{row.flops_before / 1e6:.1f} -> {row.flops_after / 1e6:.1f}",
             )
         total = (
-            f"whole model {self.flops_before / 1e9:.3f} -> {self.flops_after / 1e9:.3f} GFLOP a step, "
-            f"ideal speed-up {self.ideal_speedup:.2f}x"
+            f"whole model {self.flops_before / 1e9:.3f} -> {self.flops_after / 1e9:.3f} GFLOP "
+            f"a step, ideal speed-up {self.ideal_speedup:.2f}x"
         )
         parts: list[Any] = [table, Text(total)]
         if self.rejections:

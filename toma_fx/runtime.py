@@ -2,8 +2,9 @@
 
     step 0 refresh | 1..m-1 reuse | m reweigh | ... | n refresh ...      (n, m from the schedule)
 
-The choice is made on the host; nothing in a graph depends on the step. Patterns live in buffers with
-fixed addresses that refresh and reweigh programs are copied into. Inference only: no gradients.
+The choice is made on the host; nothing in a graph depends on the step. Patterns live in buffers
+with fixed addresses that refresh and reweigh programs are copied into. Inference only: no
+gradients.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from toma_fx.errors import SignatureError
 from toma_fx.passes.pipeline import Program, rewrite
 from toma_fx.passes.rewriter import Templates
 from toma_fx.plan import MergePlan, make_plan
-from toma_fx.verify import verify
+from toma_fx.verify import output_values, verify
 
 Call = Literal["plain", "refresh", "reweigh", "reuse"]
 Signature = tuple[Any, ...]
@@ -60,8 +61,7 @@ class Specialization:
     ) -> Specialization:
         """Capture, analyse and plan one call."""
         captured = capture(model, args, kwargs)
-        results: Any = captured.graph_module.graph.output_node().args[0]
-        outputs = [r.meta["val"] if isinstance(r, fx.Node) else r for r in results]
+        outputs = output_values(captured.graph_module.graph)
         verify(captured.graph_module, [i.name for i in captured.inputs], outputs, "capture")
         analysis, flow = analyse(captured, config.grid)
         return cls(captured, analysis, flow, make_plan(analysis, flow, config))
@@ -301,7 +301,8 @@ class OptimizedDenoiser(nn.Module):
         return SignatureError(
             "the call does not fit the captured signature",
             where=type(self.denoiser).__name__,
-            expected="the captured structure, with the model on the same device and in the same dtype",
+            expected="the captured structure, "
+            "with the model on the same device and in the same dtype",
             got="another",
             hint=hint,
         )

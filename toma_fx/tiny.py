@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -157,8 +157,8 @@ def build(name: str) -> nn.Module:
     from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 
     if name == "tiny-sdxl":
-        return UNet2DConditionModel(**SDXL_CONFIG)
-    return FluxTransformer2DModel(**FLUX_CONFIG)
+        return cast(nn.Module, UNet2DConditionModel(**SDXL_CONFIG))
+    return cast(nn.Module, FluxTransformer2DModel(**FLUX_CONFIG))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Verification of a rewritten graph: lint, signature, and fake-tensor re-execution of every node."""
+"""Verification of a rewritten graph: lint, signature, fake-tensor re-execution of every node."""
 
 from __future__ import annotations
 
@@ -14,11 +14,16 @@ from toma_fx.errors import VerifyError
 
 def fake_result(node: fx.Node) -> Any:
     """Run one node on the fake values of its inputs."""
-    args, kwargs = fx.map_arg(
-        (node.args, node.kwargs), lambda n: n.meta["val"] if "val" in n.meta else n
-    )
+    target: Any = node.target
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val", n))
     with torch.no_grad():
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return target(*args, **kwargs)
+
+
+def output_values(graph: fx.Graph) -> list[Any]:
+    """Fake tensors (or constants) that a flat graph returns, in order."""
+    results: Any = graph.output_node().args[0]
+    return [r.meta["val"] if isinstance(r, fx.Node) else r for r in results]
 
 
 def _describe(value: Any) -> str:
@@ -63,8 +68,7 @@ def verify(
             got=str(found),
         )
     _reexecute(graph, stage, changed)
-    results: Any = graph.output_node().args[0]
-    given = [r.meta["val"] if isinstance(r, fx.Node) else r for r in results]
+    given = output_values(graph)
     if _describe(given) != _describe(list(outputs)):
         raise VerifyError(
             "the outputs of the graph changed",

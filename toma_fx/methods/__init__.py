@@ -1,0 +1,1 @@
+"""Merging methods as pure functions on tensors."""

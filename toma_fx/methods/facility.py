@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 TIE = 2.0**-14
-"""Gains are compared in steps of this size. Mutual nearest neighbours have mathematically equal gains
-whose rounding differs between back ends; on this grid they tie, and ties go to the lowest index, so
-that eager, compiled and exported programs choose the same tokens."""
+"""Gains are compared in steps of this size. Mutual nearest neighbours have mathematically equal
+gains whose rounding differs between back ends; on this grid they tie, and ties go to the lowest
+index, so that eager, compiled and exported programs choose the same tokens."""
 
 
 def facility_location(similarity: Tensor, keep: int) -> Tensor:

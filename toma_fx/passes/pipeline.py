@@ -21,7 +21,7 @@ from toma_fx.passes.provide_patterns import (
 from toma_fx.passes.rewriter import Rewriter, Templates
 from toma_fx.passes.tokens import Span, span_of
 from toma_fx.plan import MergePlan, PatternGroup
-from toma_fx.verify import verify
+from toma_fx.verify import output_values, verify
 
 
 @dataclass(frozen=True)
@@ -79,14 +79,10 @@ def rewrite(
     graph_module = copy_graph(captured.graph_module)
     rewriter = Rewriter(graph_module, templates)
     inputs = [i.name for i in captured.inputs]
-    outputs = [
-        n.meta["val"] if isinstance(n, fx.Node) else n
-        for n in captured.graph_module.graph.output_node().args[0]  # type: ignore[union-attr]
-    ]
+    outputs = output_values(captured.graph_module.graph)
 
     def check(stage: str) -> None:
-        added = graph_module.graph.output_node().args[0][len(outputs) :]  # type: ignore[index]
-        expected = [*outputs, *(n.meta["val"] for n in added)]
+        expected = [*outputs, *output_values(graph_module.graph)[len(outputs) :]]
         verify(graph_module, inputs, expected, stage, rewriter.settle())
 
     spans = {g.name: _feature_span(flow, g) for g in plan.groups}

@@ -19,7 +19,7 @@ from toma_fx.passes.rewriter import Rewriter
 from toma_fx.passes.tokens import Span, image_part
 from toma_fx.plan import MergePlan, PatternGroup
 
-UNROLL = 8
+UNROLL = 4
 """Destinations a window up to which the greedy loop is unrolled into the graph."""
 Use = Literal["refresh", "reweigh", "reuse"]
 PARTS = ("idx", "merge", "unmerge")

@@ -1,7 +1,7 @@
 """The one door for graph mutation: only `Rewriter` creates, changes or erases nodes.
 
-It gives new nodes their fake value, keeps the module stack of the node they belong to, records which
-pass did what, and refuses name collisions.
+It gives new nodes their fake value, keeps the module stack of the node they belong to, records
+which pass did what, and refuses name collisions.
 """
 
 from __future__ import annotations
@@ -184,7 +184,8 @@ class Rewriter:
     def add_outputs(self, nodes: Sequence[fx.Node]) -> None:
         """Append outputs."""
         output = self.graph.output_node()
-        output.args = ((*output.args[0], *nodes),)  # type: ignore[misc]
+        results: Any = output.args[0]
+        output.args = ((*results, *nodes),)
         self._record("add outputs", output)
 
     def erase_dead(self) -> None:

@@ -1,0 +1,106 @@
+"""What a transfer rule sees and says: `Call`, `Outcome`, the register of rules, op names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from toma_fx.axis import (
+    BATCH,
+    Fact,
+    Layout,
+    Rejected,
+    Tokens,
+    Transfer,
+    layout_of,
+    layouts_of,
+    tokens_of,
+)
+
+Outcome = Transfer | Rejected
+NOTHING = Transfer(None)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One node as a rule sees it."""
+
+    node: fx.Node
+    facts: dict[str, Fact]
+
+    @property
+    def name(self) -> str:
+        """Node name."""
+        return self.node.name
+
+    @property
+    def op(self) -> str:
+        """Op name without overload, e.g. "aten.view"."""
+        return op_name(self.node.target)
+
+    def arg(self, index: int, name: str, default: Any = None) -> Any:
+        """Positional or keyword argument."""
+        if len(self.node.args) > index:
+            return self.node.args[index]
+        return self.node.kwargs.get(name, default)
+
+    def fact(self, operand: Any) -> Fact:
+        """Fact of an operand (None for literals)."""
+        return self.facts.get(operand.name) if isinstance(operand, fx.Node) else None
+
+    def layout(self, operand: Any) -> Layout | None:
+        """Layout of a tensor operand."""
+        return layout_of(self.fact(operand))
+
+    def mixes(self, what: str, layout: Layout, dims: Iterable[int]) -> Rejected | None:
+        """Refusal if `what`, which mixes or cuts along `dims`, would touch tokens, or their batch.
+
+        Each batch element merges by its own pattern, so token i of one no longer matches token i of
+        another.
+        """
+        shape = shape_of(self.node.args[0])
+        for dim in dims:
+            if isinstance(layout[dim], Tokens):
+                return self.no(f"{what} the token axis")
+            if layout[dim] == BATCH and shape[dim] != 1 and tokens_of(layout) is not None:
+                return self.no(f"{what} the batch of tokens")
+        return None
+
+    def no(self, reason: str) -> Rejected:
+        """Refusal that blames this node."""
+        return Rejected(self.name, f"{reason} ({self.node.target})")
+
+
+def op_name(target: Any) -> str:
+    """ "aten.view" for `torch.ops.aten.view.default`; the name of a plain function otherwise."""
+    if isinstance(target, torch._ops.OpOverload):
+        return f"{target.namespace}.{target._schema.name.split('::')[1]}"
+    return getattr(target, "__name__", str(target))
+
+
+def shape_of(value: Any) -> tuple[int, ...]:
+    """Static shape of a node's value."""
+    return tuple(int(s) for s in value.meta["val"].shape)
+
+
+Rule = Callable[[Call], Outcome]
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a transfer rule for aten ops."""
+
+    def add(function: Rule) -> Rule:
+        RULES.update({f"aten.{name}": function for name in names})
+        return function
+
+    return add
+
+
+def carries_tokens(fact: Fact) -> bool:
+    """Whether a value, or one of a tuple of values, has a token axis."""
+    return any(tokens_of(layout) is not None for layout in layouts_of(fact))

@@ -1,0 +1,293 @@
+"""Rules of ops that compute: element-wise, attention, linear maps, norms, reductions, copies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from toma_fx.axis import (
+    BATCH,
+    HEIGHT,
+    WIDTH,
+    Label,
+    Layout,
+    Positional,
+    Tokens,
+    Transfer,
+    token_dim,
+    tokens_of,
+)
+from toma_fx.rules.base import NOTHING, Call, Outcome, carries_tokens, rule, shape_of
+
+# -- element-wise ---------------------------------------------------------------------------------
+
+
+@rule("clip", "expand_as", "full_like", "zeros_like", "ones_like")
+def pointwise(call: Call) -> Outcome:
+    """Element-wise ops keep every axis; operands broadcast from the right."""
+    operands = [n for n in call.node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+    return broadcast(call, operands, additive=call.op in ("aten.add", "aten.sub"))
+
+
+def broadcast(call: Call, operands: Sequence[fx.Node], *, additive: bool = False) -> Outcome:
+    """Labels of a broadcast result, with the operands that are positional to its token axis."""
+    out_shape = shape_of(call.node)
+    rank = len(out_shape)
+    labels: list[Label] = [None] * rank
+    for operand in operands:
+        layout, shape = call.layout(operand), shape_of(operand)
+        if layout is None:
+            continue
+        shift = rank - len(shape)
+        for d, label in enumerate(layout):
+            if label is None or (shape[d] == 1 and out_shape[d + shift] != 1):
+                continue
+            current = labels[d + shift]
+            if current is None or _outranks(label, current):
+                labels[d + shift] = label
+            elif isinstance(label, Tokens) != isinstance(current, Tokens) and BATCH in (
+                label,
+                current,
+            ):
+                return call.no("a token axis meets a batch axis")
+            elif isinstance(label, Tokens) and current in (HEIGHT, WIDTH):
+                labels[d + shift] = label
+    if sum(isinstance(label, Tokens) for label in labels) > 1:
+        return call.no("two token axes in one value")
+    if _batch_lost(call, operands, labels):
+        return call.no("tokens whose batch elements may have been mixed")
+    positionals = []
+    for operand in operands:
+        found = _positional(call, operand, tuple(labels), additive)
+        if found is not None and BATCH not in labels and _is_content(found.tokens):
+            return call.no("a table over tokens whose batch is folded into another axis")
+        if found is not None:
+            positionals.append(found)
+    return Transfer(tuple(labels), positionals=tuple(positionals))
+
+
+def _is_content(tokens: Tokens) -> bool:
+    return any(s.role in ("image", "sequence") for s in tokens.segments)
+
+
+def _batch_lost(call: Call, operands: Sequence[fx.Node], labels: Sequence[Label]) -> bool:
+    """Whether an operand carries the result's tokens but no longer its batch."""
+    at = next((d for d, label in enumerate(labels) if label == BATCH), None)
+    dim = token_dim(tuple(labels))
+    if at is None or dim is None or shape_of(call.node)[at] == 1:
+        return False
+    for operand in operands:
+        layout, shift = call.layout(operand), len(labels) - len(shape_of(operand))
+        if layout is None or dim < shift or layout[dim - shift] != labels[dim]:
+            continue
+        content = isinstance(label := labels[dim], Tokens) and _is_content(label)
+        own = layout[at - shift] if at >= shift else None
+        if content and own != BATCH:
+            return True
+    return False
+
+
+def _outranks(label: Label, other: Label) -> bool:
+    """Token content outranks position ids: the result of q * cos(ids) is about q's tokens."""
+
+    def rank(value: Label) -> int:
+        if not isinstance(value, Tokens):
+            return 0
+        return 1 + max(s.role in ("image", "sequence") for s in value.segments)
+
+    return rank(label) > rank(other) > 0
+
+
+def _positional(call: Call, operand: fx.Node, labels: Layout, additive: bool) -> Positional | None:
+    """How `operand` lines up with the token axis of `labels` without carrying it itself."""
+    dim = token_dim(labels)
+    if dim is None:
+        return None
+    tokens, shape = labels[dim], shape_of(operand)
+    assert isinstance(tokens, Tokens)
+    shift = len(labels) - len(shape)
+    own = dim - shift
+    if own < 0 or shape[own] == 1:
+        return None
+    layout = call.layout(operand)
+    if layout is not None and layout[own] == tokens:
+        return None
+    at = next((d for d, label in enumerate(labels) if label == BATCH), None)
+    batch = at - shift if at is not None and at >= shift else None
+    lead = 0 if at is None else max(0, shift - at)
+    return Positional(operand.name, own, tokens, batch, lead, additive)
+
+
+# -- attention and linear maps --------------------------------------------------------------------
+
+
+@rule("scaled_dot_product_attention")
+def attention(call: Call) -> Outcome:
+    """Attention mixes tokens but returns the query's axis. [..., heads, tokens, width]."""
+    query, key, value = call.node.args[:3]
+    q, k, v = call.layout(query), call.layout(key), call.layout(value)
+    mask, causal = call.arg(3, "attn_mask"), call.arg(5, "is_causal", False)
+    for name, layout in (("query", q), ("key", k), ("value", v)):
+        if layout is not None and isinstance(layout[-1], Tokens):
+            return call.no(f"tokens lie along the width of the {name}")
+    if k is not None and v is not None and k[-2] != v[-2]:
+        return call.no("keys and values come from different tokens")
+    for layout in (k, v):
+        if q is not None and layout is not None and q[0] != layout[0] and tokens_of(layout):
+            return call.no("queries and keys are batched differently")
+    outer = token_dim(q)
+    if q is not None and outer is not None and outer < len(shape_of(query)) - 2:
+        if k is None or k[outer] != q[outer]:
+            return call.no("queries are batched over tokens, keys are not")
+        return Transfer((*q[:-1], None)) if mask is None else call.no("mask on batched tokens")
+    involved = [x[-2] for x in (q, k) if x is not None and isinstance(x[-2], Tokens)]
+    if causal and involved:
+        return call.no("causal attention depends on the order of the tokens")
+    positionals: list[Positional] = []
+    if mask is not None:
+        for own, layout in ((-2, q), (-1, k)):
+            label = layout[-2] if layout is not None else None
+            shape = shape_of(mask)
+            if isinstance(label, Tokens) and len(shape) >= -own and shape[own] != 1:
+                batch = 0 if len(shape) == 4 else None
+                lead = 4 - len(shape)
+                positionals.append(Positional(mask.name, len(shape) + own, label, batch, lead))
+    return Transfer((*q[:-1], None) if q is not None else None, positionals=tuple(positionals))
+
+
+@rule("linear")
+def linear(call: Call) -> Outcome:
+    """A linear map over the last dimension treats every token alike."""
+    layout = call.layout(call.node.args[0])
+    if layout is None:
+        return NOTHING
+    if isinstance(layout[-1], Tokens):
+        return call.no("a linear map over the token axis")
+    return Transfer((*layout[:-1], None))
+
+
+@rule("matmul", "mm", "bmm")
+def matmul(call: Call) -> Outcome:
+    """x @ weight treats every token alike; any other product of token axes has no rule."""
+    a, b = call.node.args[:2]
+    left, right = call.layout(a), call.layout(b)
+    if left is None and right is None:
+        return NOTHING
+    if tokens_of(right) is not None or left is None or isinstance(left[-1], Tokens):
+        return call.no("a matrix product over token axes")
+    if len(shape_of(b)) == 1:
+        return Transfer(left[:-1])
+    if len(shape_of(b)) > 2:
+        return call.no("a batched matrix product across tokens")
+    return Transfer((*left[:-1], None))
+
+
+@rule("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose2d")
+def convolution(call: Call) -> Outcome:
+    """Convolutions work on a spatial grid; their output is where image grids come from."""
+    if tokens_of(call.layout(call.node.args[0])) is not None:
+        return call.no("a convolution over the token axis")
+    return _spatial(call)
+
+
+@rule(
+    "upsample_nearest2d",
+    "upsample_bilinear2d",
+    "_upsample_nearest_exact2d",
+    "max_pool2d",
+    "avg_pool2d",
+    "adaptive_avg_pool2d",
+    "pixel_shuffle",
+    "pixel_unshuffle",
+)
+def spatial(call: Call) -> Outcome:
+    """Resampling of a spatial grid yields a spatial grid."""
+    if tokens_of(call.layout(call.node.args[0])) is not None:
+        return call.no("spatial resampling of a token axis")
+    return _spatial(call)
+
+
+def _spatial(call: Call) -> Transfer:
+    rank = len(shape_of(call.node))
+    return Transfer((BATCH, None, HEIGHT, WIDTH)) if rank == 4 else NOTHING
+
+
+# -- norms and reductions -------------------------------------------------------------------------
+
+
+@rule("layer_norm", "rms_norm")
+def norm(call: Call) -> Outcome:
+    """Normalisation over the last dimensions keeps the token axis."""
+    layout = call.layout(call.node.args[0])
+    if layout is None:
+        return NOTHING
+    sizes: Any = call.node.args[1]
+    count = len(sizes)
+    if any(isinstance(label, Tokens) for label in layout[len(layout) - count :]):
+        return call.no("normalisation over the token axis")
+    return Transfer(layout)
+
+
+@rule("group_norm", "batch_norm", "instance_norm")
+def spatial_norm(call: Call) -> Outcome:
+    """Statistics over positions: fine on a spatial grid, mixing on tokens."""
+    layout = call.layout(call.node.args[0])
+    if tokens_of(layout) is not None:
+        return call.no("normalisation statistics over the token axis")
+    return Transfer(layout)
+
+
+@rule("softmax", "_softmax", "log_softmax", "cumsum", "flip")
+def along(call: Call) -> Outcome:
+    """Ops along some dimensions that keep the shape."""
+    layout = call.layout(call.node.args[0])
+    if layout is None:
+        return NOTHING
+    dims = call.arg(1, "dim")
+    if not isinstance(dims, (list, tuple)):
+        dims = [dims]
+    return call.mixes("a reduction over", layout, dims) or Transfer(layout)
+
+
+@rule("mean", "sum", "amax", "amin", "var", "std", "linalg_vector_norm")
+def reduction(call: Call) -> Outcome:
+    """Reductions over other dimensions keep the token axis."""
+    layout = call.layout(call.node.args[0])
+    if layout is None:
+        return NOTHING
+    at = 2 if call.op == "aten.linalg_vector_norm" else 1
+    dims = call.arg(at, "dim")
+    whole = range(len(layout))
+    if isinstance(dims, int):
+        dims = [dims]
+    reduced = (
+        set(whole)
+        if not isinstance(dims, (list, tuple)) or not dims
+        else {d % len(layout) for d in dims}
+    )
+    refused = call.mixes("a reduction over", layout, reduced)
+    if refused:
+        return refused
+    if len(shape_of(call.node)) == len(layout):
+        return Transfer(tuple(None if d in reduced else layout[d] for d in whole))
+    return Transfer(tuple(layout[d] for d in whole if d not in reduced))
+
+
+# -- ops that keep the shape ----------------------------------------------------------------------
+
+
+@rule("contiguous", "clone", "detach", "alias", "to", "_to_copy", "type_as", "lift_fresh_copy")
+def same(call: Call) -> Outcome:
+    """Copies and casts."""
+    return Transfer(call.fact(call.node.args[0]))
+
+
+@rule("dropout", "feature_dropout", "native_dropout")
+def dropout(call: Call) -> Outcome:
+    """Dropout is the identity in evaluation mode."""
+    if call.arg(2, "train") and carries_tokens(call.fact(call.node.args[0])):
+        return call.no("active dropout")
+    return Transfer(call.fact(call.node.args[0]))

@@ -1,0 +1,410 @@
+"""Rules of ops that move dimensions around: reshapes, cuts, joins, padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from toma_fx.axis import (
+    BATCH,
+    HEIGHT,
+    WIDTH,
+    Label,
+    Layout,
+    Patch,
+    Segment,
+    Tokens,
+    Transfer,
+    tokens_of,
+)
+from toma_fx.rules.base import NOTHING, Call, Outcome, rule, shape_of
+from toma_fx.rules.compute import broadcast
+
+
+def regroup(
+    source: Sequence[int], target: Sequence[int]
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Finest independent groups of dimensions of a row-major reshape, as (in dims, out dims).
+
+    [2, 256, 64] -> [2, 256, 4, 16] gives ((0,),(0,)), ((1,),(1,)), ((2,),(2,3)). Sizes of 1 pair up
+    where both sides have one and stand alone otherwise.
+    """
+    groups: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    i = j = 0
+    while i < len(source) or j < len(target):
+        if i == len(source) or (j < len(target) and target[j] == 1 != source[i]):
+            groups.append(((), (j,)))
+            j += 1
+            continue
+        if j == len(target) or (source[i] == 1 != target[j]):
+            groups.append(((i,), ()))
+            i += 1
+            continue
+        a, b, left, right = i + 1, j + 1, source[i], target[j]
+        while left != right:
+            if left < right:
+                left *= source[a]
+                a += 1
+            else:
+                right *= target[b]
+                b += 1
+        groups.append((tuple(range(i, a)), tuple(range(j, b))))
+        i, j = a, b
+    return groups
+
+
+def _reshaped(call: Call, layout: Layout, sizes_at: int | None) -> Outcome:
+    """Layout after a row-major reshape; `sizes_at`: argument that holds the literal sizes."""
+    source, target = shape_of(call.node.args[0]), shape_of(call.node)
+    labels: list[Label] = [None] * len(target)
+    patches = []
+    sizes = call.node.args[sizes_at] if sizes_at is not None else None
+    for ins, outs in regroup(source, target):
+        inside = [layout[d] for d in ins]
+        if len(outs) == 1 and len(inside) == 1:
+            labels[outs[0]] = label = inside[0]
+            literal = sizes[outs[0]] if isinstance(sizes, (list, tuple)) else -1
+            if isinstance(label, Tokens) and literal != -1:
+                assert sizes_at is not None
+                patches.append(Patch((sizes_at, outs[0]), label.segments))
+        elif inside == [HEIGHT, WIDTH] and len(outs) == 1:
+            grid = (source[ins[0]], source[ins[1]])
+            image = Segment(call.name, grid[0] * grid[1], grid, "image")
+            labels[outs[0]] = Tokens((image,))
+        elif any(isinstance(label, Tokens) for label in inside):
+            if _is_grid_of(inside, [target[d] for d in outs]):
+                return call.no("tokens are laid out as a spatial grid")
+            return call.no("a reshape that folds the token axis with others")
+    return Transfer(tuple(labels), tuple(patches))
+
+
+def _is_grid_of(inside: list[Label], sizes: list[int]) -> bool:
+    label = inside[0]
+    if len(inside) != 1 or not isinstance(label, Tokens) or len(label.segments) != 1:
+        return False
+    return label.segments[0].grid == tuple(sizes)
+
+
+@rule("view", "reshape", "_unsafe_view", "view_copy")
+def view(call: Call) -> Outcome:
+    """Reshapes: labels follow the groups of dimensions that stay together."""
+    layout = call.layout(call.node.args[0])
+    if layout is None:
+        return NOTHING
+    return _reshaped(call, layout, 1)
+
+
+@rule("flatten", "unflatten")
+def flatten(call: Call) -> Outcome:
+    """Reshapes that name dimensions, not all sizes; their literals never hold a token axis."""
+    layout = call.layout(call.node.args[0])
+    return NOTHING if layout is None else _reshaped(call, layout, None)
+
+
+@rule("expand")
+def expand(call: Call) -> Outcome:
+    """Broadcast to literal sizes."""
+    layout = call.layout(call.node.args[0])
+    if layout is None:
+        return NOTHING
+    sizes: Any = call.node.args[1]
+    source, shift = shape_of(call.node.args[0]), len(sizes) - len(layout)
+    labels: list[Label] = [None] * shift + list(layout)
+    patches = []
+    for d, label in enumerate(layout):
+        if isinstance(label, Tokens) and source[d] != 1 and sizes[d + shift] != -1:
+            patches.append(Patch((1, d + shift), label.segments))
+    return Transfer(tuple(labels), tuple(patches))
+
+
+@rule("repeat")
+def repeat(call: Call) -> Outcome:
+    """Tiling of other dimensions."""
+    layout = call.layout(call.node.args[0])
+    if layout is None:
+        return NOTHING
+    times: Any = call.node.args[1]
+    labels: list[Label] = [None] * (len(times) - len(layout)) + list(layout)
+    for d, label in enumerate(labels):
+        if times[d] != 1 and (isinstance(label, Tokens) or label == BATCH):
+            return call.no("repetition of the token axis or its batch")
+    return Transfer(tuple(labels))
+
+
+@rule("repeat_interleave")
+def repeat_interleave(call: Call) -> Outcome:
+    """Repetition of elements along another dimension."""
+    layout, dim = call.layout(call.node.args[0]), call.arg(2, "dim")
+    if layout is None:
+        return NOTHING
+    if dim is None:
+        return call.no("repetition of the token axis")
+    return call.mixes("repetition of", layout, [dim]) or Transfer(layout)
+
+
+@rule("permute")
+def permute(call: Call) -> Outcome:
+    """Reordering of dimensions."""
+    layout = call.layout(call.node.args[0])
+    dims: Any = call.node.args[1]
+    return NOTHING if layout is None else Transfer(tuple(layout[d] for d in dims))
+
+
+@rule("transpose", "swapaxes", "t")
+def transpose(call: Call) -> Outcome:
+    """Swap of two dimensions."""
+    layout = call.layout(call.node.args[0])
+    if layout is None:
+        return NOTHING
+    args: Any = call.node.args
+    a, b = (0, 1) if call.op == "aten.t" else (args[1], args[2])
+    labels = list(layout)
+    if len(labels) > 1:
+        labels[a], labels[b] = labels[b], labels[a]
+    return Transfer(tuple(labels))
+
+
+@rule("unsqueeze")
+def unsqueeze(call: Call) -> Outcome:
+    """A new dimension of size 1."""
+    layout = call.layout(call.node.args[0])
+    if layout is None:
+        return NOTHING
+    dim: Any = call.node.args[1]
+    labels = list(layout)
+    labels.insert(dim % (len(layout) + 1), None)
+    return Transfer(tuple(labels))
+
+
+@rule("squeeze")
+def squeeze(call: Call) -> Outcome:
+    """Removal of dimensions of size 1."""
+    layout = call.layout(call.node.args[0])
+    if layout is None:
+        return NOTHING
+    shape = shape_of(call.node.args[0])
+    dims = call.arg(1, "dim", list(range(len(shape))))
+    dims = [dims] if isinstance(dims, int) else dims
+    gone = {d % len(shape) for d in dims if shape[d] == 1}
+    if any(isinstance(layout[d], Tokens) for d in gone):
+        return call.no("a token axis of one token is dropped")
+    return Transfer(tuple(label for d, label in enumerate(layout) if d not in gone))
+
+
+@rule("select")
+def select(call: Call) -> Outcome:
+    """One index of another dimension."""
+    layout = call.layout(call.node.args[0])
+    if layout is None:
+        return NOTHING
+    dim = call.arg(1, "dim", 0) % len(layout)
+    return call.mixes("selection of one index of", layout, [dim]) or Transfer(
+        layout[:dim] + layout[dim + 1 :]
+    )
+
+
+@rule("unbind")
+def unbind(call: Call) -> Outcome:
+    """All indices of another dimension."""
+    layout = call.layout(call.node.args[0])
+    if layout is None:
+        return NOTHING
+    dim = call.arg(1, "dim", 0) % len(layout)
+    refused = call.mixes("unbinding of", layout, [dim])
+    if refused:
+        return refused
+    return Transfer((layout[:dim] + layout[dim + 1 :],) * shape_of(call.node.args[0])[dim])
+
+
+@rule("chunk", "split")
+def chunk(call: Call) -> Outcome:
+    """Equal pieces along another dimension."""
+    layout = call.layout(call.node.args[0])
+    if layout is None:
+        return NOTHING
+    dim = call.arg(2, "dim", 0) % len(layout)
+    refused = call.mixes("equal pieces of", layout, [dim])
+    if refused:
+        return refused
+    pieces = len(call.node.meta["val"])
+    return Transfer((_without_batch(layout, dim),) * pieces)
+
+
+def _without_batch(layout: Layout, dim: int) -> Layout:
+    """The layout after cutting `dim`, whose label no longer describes it whole."""
+    return tuple(None if d == dim else label for d, label in enumerate(layout))
+
+
+def _cut(tokens: Tokens, start: int, end: int) -> tuple[Segment, ...] | None:
+    """Segments of [start, end), cutting through text but never through an image."""
+    kept, at = [], 0
+    for segment in tokens.segments:
+        low, high = max(start, at), min(end, at + segment.length)
+        if low < high:
+            if high - low == segment.length:
+                kept.append(segment)
+            elif segment.grid is not None or segment.role == "image":
+                return None
+            else:
+                name = f"{segment.name}[{low - at}:{high - at}]"
+                kept.append(Segment(name, high - low, None, segment.role))
+        at += segment.length
+    return tuple(kept)
+
+
+def _before(tokens: Tokens, position: int) -> tuple[Segment, ...]:
+    """Segments left of `position`, the last one shortened to end there."""
+    return _cut(tokens, 0, position) or ()
+
+
+@rule("split_with_sizes")
+def split_with_sizes(call: Call) -> Outcome:
+    """Pieces of literal sizes: along the token axis this separates text from image."""
+    layout = call.layout(call.node.args[0])
+    if layout is None:
+        return NOTHING
+    sizes: Any = call.node.args[1]
+    dim = call.arg(2, "dim", 0) % len(layout)
+    tokens = layout[dim]
+    if not isinstance(tokens, Tokens):
+        refused = call.mixes("pieces of", layout, [dim])
+        return refused or Transfer((_without_batch(layout, dim),) * len(sizes))
+    facts: list[Layout] = []
+    patches, at = [], 0
+    for i, size in enumerate(sizes):
+        piece = _cut(tokens, at, at + size)
+        if piece is None:
+            return call.no("an image is cut in two")
+        facts.append((*layout[:dim], Tokens(piece), *layout[dim + 1 :]))
+        patches.append(Patch((1, i), piece))
+        at += size
+    return Transfer(tuple(facts), tuple(patches))
+
+
+@rule("slice", "narrow")
+def slice_(call: Call) -> Outcome:
+    """A range of one dimension."""
+    layout = call.layout(call.node.args[0])
+    if layout is None:
+        return NOTHING
+    dim = call.arg(1, "dim", 0) % len(layout)
+    tokens = layout[dim]
+    size = shape_of(call.node.args[0])[dim]
+    start, end = call.arg(2, "start") or 0, call.arg(3, "end")
+    if call.op == "aten.narrow":
+        end = start + call.arg(3, "length")
+    start = start + size if start < 0 else min(start, size)
+    end = size if end is None else (end + size if end < 0 else min(end, size))
+    if not isinstance(tokens, Tokens):
+        if end - start == size and call.arg(4, "step", 1) == 1:
+            return Transfer(layout)
+        return call.mixes("a range of", layout, [dim]) or Transfer(_without_batch(layout, dim))
+    if call.arg(4, "step", 1) != 1 or call.op == "aten.narrow":
+        return call.no("a strided or narrowed token axis")
+    piece = _cut(tokens, start, end)
+    if piece is None:
+        return call.no("an image is cut in two")
+    patches = [Patch((2,), _before(tokens, start))] if start else []
+    if end < size:
+        patches.append(Patch((3,), _before(tokens, end)))
+    return Transfer((*layout[:dim], Tokens(piece), *layout[dim + 1 :]), tuple(patches))
+
+
+@rule("cat", "concat", "concatenate")
+def cat(call: Call) -> Outcome:
+    """Concatenation joins segments along the token axis, and features along another."""
+    operands: Any = call.node.args[0]
+    layouts = [call.layout(x) for x in operands]
+    rank = len(shape_of(call.node))
+    dim = call.arg(1, "dim", 0) % rank
+    if all(layout is None for layout in layouts):
+        return NOTHING
+    known = [x for x in layouts if x is not None]
+    if any(isinstance(x[dim], Tokens) for x in known):
+        return _join(call, operands, layouts, dim)
+    if any(x[dim] == BATCH and tokens_of(x) is not None for x in known):
+        return call.no("batches of tokens are joined")
+    return broadcast(call, operands) if not _spatial_only(layouts) else _cat_features(layouts, dim)
+
+
+def _spatial_only(layouts: list[Layout | None]) -> bool:
+    return not any(tokens_of(x) is not None for x in layouts)
+
+
+def _cat_features(layouts: list[Layout | None], dim: int) -> Outcome:
+    known = next(x for x in layouts if x is not None)
+    return Transfer(_without_batch(known, dim))
+
+
+def _join(call: Call, operands: Any, layouts: list[Layout | None], dim: int) -> Outcome:
+    segments: list[Segment] = []
+    labels: list[Label] = [None] * len(shape_of(call.node))
+    for operand, layout in zip(operands, layouts, strict=True):
+        label = layout[dim] if layout is not None else None
+        if isinstance(label, Tokens):
+            segments.extend(label.segments)
+        else:
+            segments.append(Segment(operand.name, shape_of(operand)[dim]))
+        for d, other in enumerate(layout or ()):
+            labels[d] = other if labels[d] is None else labels[d]
+    if len({s.name for s in segments}) < len(segments):
+        return call.no("the same tokens occur twice in one sequence")
+    labels[dim] = Tokens(tuple(segments))
+    for operand, layout in zip(operands, layouts, strict=True):
+        if layout is None or not isinstance(layout[dim], Tokens) or BATCH not in labels:
+            continue
+        if layout[labels.index(BATCH)] != BATCH:
+            return call.no(f"the batch elements of {operand.name} may have been mixed")
+    return Transfer(tuple(labels))
+
+
+@rule("stack")
+def stack(call: Call) -> Outcome:
+    """Stacking along a new dimension."""
+    operands: Any = call.node.args[0]
+    layouts = [call.layout(x) for x in operands]
+    known = next((x for x in layouts if x is not None), None)
+    if known is None:
+        return NOTHING
+    if any(x != known for x in layouts):
+        return call.no("values with different axes are stacked")
+    labels = list(known)
+    labels.insert(call.arg(1, "dim", 0) % (len(known) + 1), None)
+    return Transfer(tuple(labels))
+
+
+@rule("constant_pad_nd", "pad")
+def pad(call: Call) -> Outcome:
+    """Padding of other dimensions (pairs count from the last)."""
+    layout = call.layout(call.node.args[0])
+    if layout is None:
+        return NOTHING
+    widths: Any = call.node.args[1]
+    for i in range(len(widths) // 2):
+        label = layout[-1 - i]
+        if (widths[2 * i] or widths[2 * i + 1]) and (isinstance(label, Tokens) or label == BATCH):
+            return call.no("padding of the token axis or its batch")
+    return Transfer(layout)
+
+
+@rule("outer")
+def outer(call: Call) -> Outcome:
+    """Outer product of two vectors."""
+    a, b = (call.layout(x) for x in call.node.args[:2])
+    if a is None and b is None:
+        return NOTHING
+    return Transfer(((a or (None,))[0], (b or (None,))[0]))
+
+
+@rule("view_as_complex")
+def view_as_complex(call: Call) -> Outcome:
+    """Pairs along the last dimension become one complex number."""
+    layout = call.layout(call.node.args[0])
+    return NOTHING if layout is None else Transfer(layout[:-1])
+
+
+@rule("view_as_real")
+def view_as_real(call: Call) -> Outcome:
+    """One complex number becomes a pair along a new last dimension."""
+    layout = call.layout(call.node.args[0])
+    return NOTHING if layout is None else Transfer((*layout, None))
