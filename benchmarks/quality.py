@@ -24,8 +24,15 @@ import toma_fx
 import toma_fx.report
 from toma_fx import tiny
 
+BASE: dict[str, Any] = {
+    "scope": "sublayer",
+    "tile": 8,
+    "destinations_every": 10,
+    "weights_every": 10,
+}
+"""What a configuration does not say."""
 CONFIGS: dict[str, dict[str, Any]] = {
-    "sublayer": {"scope": "sublayer"},
+    "sublayer": {},
     "block": {"scope": "block"},
     "stack": {"scope": "stack"},
     "sublayer, pattern per block": {"scope": "sublayer", "share": "block"},
@@ -117,7 +124,7 @@ def main() -> None:
             if args.only not in title:
                 continue
             try:
-                rows[title] = measure(model, options, plain, args.steps)
+                rows[title] = measure(model, {**BASE, **options}, plain, args.steps)
             except toma_fx.NoMergeSites as error:
                 rows[title] = {"refused": error.what}
             print(name, title, json.dumps(rows[title]), flush=True)
