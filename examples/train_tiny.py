@@ -6,7 +6,8 @@
 
 Rectified flow: x_t = (1 - t) * picture + t * noise, target velocity noise - picture. Training
 starts at 32 pixels, where a step is about six times cheaper, and ends at 64. The exponential moving
-average of the weights is written in float16. Licences of the photographs:
+average of the weights is written in float16. The shipped weights had 85 minutes on one core each:
+3,408 steps (tiny-sdxl, final loss 0.055) and 3,052 (tiny-flux, 0.066). Licences of the photographs:
 toma_fx/weights/LICENSES.md.
 """
 

@@ -212,6 +212,18 @@ def test_return_dict_and_number_timesteps() -> None:
     assert len(optimized.specializations) == 1, "a number as timestep is not baked in"
 
 
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_no_gradients_are_kept_whatever_the_mode(mode: Any) -> None:
+    model = models.flux().requires_grad_(True)
+    optimized = toma_fx.optimize(model, **SMALL, destinations_every=2, weights_every=1)
+    with mode():
+        for i in range(4):
+            out = optimized(**models.flux_inputs(8, 8, seed=i, timestep=0.9 - i / 10))[0]
+            assert not out.requires_grad
+    assert not any(p.requires_grad for p in optimized.states[0].patterns.values())
+    assert optimized.states[0].step == 4
+
+
 @torch.no_grad()
 def test_parameters_are_shared_and_the_model_is_untouched() -> None:
     model = models.sdxl()

@@ -106,7 +106,7 @@ class GenerationState:
 
     def store(self, names: Sequence[str], values: Sequence[Tensor]) -> None:
         """Copy pattern outputs into the buffers."""
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), torch.no_grad():
             for name, value in zip(names, values, strict=True):
                 if name not in self.patterns:
                     shape = tuple(value.shape)
@@ -164,7 +164,8 @@ class OptimizedDenoiser(nn.Module):
             CaptureError, NoMergeSites, TileError: at the first call of a signature.
         """
         state, call, inputs = self._prepare(args, kwargs)
-        results = self._runner(state.specialization, call)(*inputs)
+        with torch.no_grad():
+            results = self._runner(state.specialization, call)(*inputs)
         return self._finish(state, call, results)
 
     @torch._dynamo.disable
@@ -207,7 +208,7 @@ class OptimizedDenoiser(nn.Module):
             run: Callable[..., Any] = graph_module.forward
             if self._compile is not None:
                 run = torch.compile(graph_module, **self._compile)
-            specialization.runners[call] = torch.no_grad()(run) if self._compile else run
+            specialization.runners[call] = run
         return specialization.runners[call]
 
     def _normalised(
