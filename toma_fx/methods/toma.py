@@ -21,7 +21,13 @@ from torch.nn import functional as F
 import toma_fx.ops  # noqa: F401 - registers the operator
 from toma_fx.errors import TileError
 from toma_fx.methods.facility import facility_location
-from toma_fx.methods.windows import Size, from_windows, to_windows, window_count
+from toma_fx.methods.windows import (
+    Size,
+    merge_windows,
+    to_windows,
+    unmerge_windows,
+    window_count,
+)
 
 
 @dataclass(frozen=True)
@@ -142,10 +148,9 @@ def weights(
 
 def merge(x: Tensor, pattern: Pattern) -> Tensor:
     """Tokens [B, N, C] -> merged tokens [B, T*k, C], window by window: y = A_norm x."""
-    return (pattern.merge @ to_windows(x, pattern.grid, pattern.tile)).flatten(1, 2)
+    return merge_windows(x, pattern.merge, pattern.grid, pattern.tile)
 
 
 def unmerge(y: Tensor, pattern: Pattern) -> Tensor:
     """Merged tokens [B, T*k, C] -> tokens [B, N, C]: x' = A^T y, or pinv(A_norm) y."""
-    windows = y.unflatten(1, (pattern.unmerge.shape[1], pattern.unmerge.shape[3]))
-    return from_windows(pattern.unmerge @ windows, pattern.grid, pattern.tile)
+    return unmerge_windows(y, pattern.unmerge, pattern.grid, pattern.tile)

@@ -33,6 +33,17 @@ def from_windows(x: Tensor, grid: Size, tile: Size) -> Tensor:
     return x.reshape(batch, height * width, channels)
 
 
+def merge_windows(x: Tensor, matrix: Tensor, grid: Size, tile: Size) -> Tensor:
+    """Apply merge matrices [B, T, k, n] to tokens: [B, H*W, C] -> [B, T*k, C]."""
+    return (matrix @ to_windows(x, grid, tile)).flatten(1, 2)
+
+
+def unmerge_windows(y: Tensor, matrix: Tensor, grid: Size, tile: Size) -> Tensor:
+    """Apply unmerge matrices [B, T, n, k] to merged tokens: [B, T*k, C] -> [B, H*W, C]."""
+    windows = y.unflatten(1, (matrix.shape[1], matrix.shape[3]))
+    return from_windows(matrix @ windows, grid, tile)
+
+
 def token_index(idx: Tensor, grid: Size, tile: Size) -> Tensor:
     """Window-local indices [B, T, k] -> indices into the raster of all tokens, [B, T*k]."""
     import torch

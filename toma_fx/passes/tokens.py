@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from toma_fx.axis import Positional, Segment, Tokens
-from toma_fx.methods.windows import from_windows, to_windows, token_index
+from toma_fx.methods.windows import merge_windows, token_index, unmerge_windows
 from toma_fx.passes.rewriter import Rewriter
 from toma_fx.plan import Setting
 
@@ -61,7 +61,7 @@ def merged(
     def run(x: Tensor, matrix: Tensor) -> Tensor:
         if lead:
             x = x.expand(matrix.shape[0], *x.shape)
-        return span.replaced(x, apply_merge(span.image(x), matrix, setting))
+        return span.replaced(x, merge_windows(span.image(x), matrix, setting.grid, setting.tile))
 
     return rewriter.splice(("merge", span, setting, lead), run, [node, merge])[0]
 
@@ -72,7 +72,7 @@ def unmerged(
     """Inverse of `merged`: every image token receives its share of the merged update."""
 
     def run(y: Tensor, matrix: Tensor) -> Tensor:
-        return span.replaced(y, apply_unmerge(span.image(y), matrix, setting))
+        return span.replaced(y, unmerge_windows(span.image(y), matrix, setting.grid, setting.tile))
 
     return rewriter.splice(("unmerge", span, setting), run, [node, unmerge])[0]
 
@@ -94,22 +94,11 @@ def updated(
 
     def run(x: Tensor, small: Tensor, y: Tensor, matrix: Tensor) -> Tensor:
         update = end_span.image(y) - base_span.image(small)
-        image = base_span.image(x) + apply_unmerge(update, matrix, setting)
+        image = base_span.image(x) + unmerge_windows(update, matrix, setting.grid, setting.tile)
         return end_span.replaced(y, image)
 
     key = ("update", base_span, end_span, setting)
     return rewriter.splice(key, run, [base, entered, end, unmerge])[0]
-
-
-def apply_merge(x: Tensor, matrix: Tensor, setting: Setting) -> Tensor:
-    """`toma.merge` with a bare matrix [B, T, k, n]."""
-    return (matrix @ to_windows(x, setting.grid, setting.tile)).flatten(1, 2)
-
-
-def apply_unmerge(y: Tensor, matrix: Tensor, setting: Setting) -> Tensor:
-    """`toma.unmerge` with a bare matrix [B, T, n, k]."""
-    windows = y.unflatten(1, (matrix.shape[1], matrix.shape[3]))
-    return from_windows(matrix @ windows, setting.grid, setting.tile)
 
 
 def gathered(
