@@ -252,3 +252,23 @@ def test_stands_in_for_the_model() -> None:
     assert toma_fx.optimize(optimized).denoiser is model, "optimize twice wraps once"
     with pytest.raises(AttributeError):
         optimized.no_such_attribute  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"unmerge": "pinv", "scale": 20.0},
+        {"window": "stripe", "tile": 2},
+        {"window": "global"},
+        {"toma": "paper-flux", "tiles": 16},
+    ],
+)
+@torch.no_grad()
+def test_methods_variants_run_refresh_and_reuse(options: dict[str, Any]) -> None:
+    model = models.flux()
+    optimized = toma_fx.optimize(model, **{"min_tokens": 60, **options})
+    outs = [optimized(**models.flux_inputs(8, 8, timestep=t))[0] for t in (0.9, 0.8)]
+    assert all(torch.isfinite(out).all() for out in outs)
+    assert optimized.states[0].counts == {"refresh": 1, "reuse": 1}
+    plain = model(**models.flux_inputs(8, 8, timestep=0.9))[0]
+    assert 1e-3 < models.relative(outs[0], plain) < 2
