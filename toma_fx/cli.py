@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -95,14 +96,18 @@ def _demo(args: argparse.Namespace, options: dict[str, Any], console: Console) -
     from toma_fx.demo import run_demo
 
     outcomes = run_demo(args.out, console, options)
-    table = Table(title="time a step, median (quartiles) of alternating runs", title_justify="left")
-    for name in ("model", "original", "merged", "refresh step", "speed-up", "ideal", "mse", "PSNR"):
-        table.add_column(name)
+    table = Table(
+        title="time a step, median (quartiles) of alternating runs",
+        title_justify="left",
+        box=SIMPLE,
+    )
+    for name in ("model", "original", "merged", "refresh", "gain", "ideal", "mse", "PSNR"):
+        table.add_column(name, no_wrap=name in ("model", "mse", "PSNR"))
     for o in outcomes:
 
         def spread(key: str, median: float, quartiles: Any = o.quartiles) -> str:
             low, high = quartiles[key]
-            return f"{median:.0f} ms ({low:.0f} to {high:.0f})"
+            return f"{median:.0f} ms\n({low:.0f} to {high:.0f})"
 
         table.add_row(
             o.model,

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from io import StringIO
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Table
 from rich.text import Text
@@ -73,14 +74,13 @@ class Report:
         return out.getvalue()
 
     def _parts(self) -> list[Any]:
-        table = Table(title="merged", title_justify="left")
-        for name in ("module", "kind", "scope", "tokens", "grid", "tile", "pattern", "MFLOP"):
-            table.add_column(name, overflow="fold")
+        table = Table(title="merged", title_justify="left", box=SIMPLE)
+        table.add_column("module, kind, scope", overflow="fold")
+        for name in ("tokens", "grid", "tile", "pattern", "MFLOP"):
+            table.add_column(name, no_wrap=True)
         for row in self.rows:
             table.add_row(
-                row.module,
-                row.kind,
-                row.scope,
+                f"{row.module}\n  {row.kind}, {row.scope}",
                 f"{row.tokens} -> {row.merged}",
                 f"{row.grid[0]}x{row.grid[1]}",
                 f"{row.tile[0]}x{row.tile[1]}",
@@ -93,7 +93,7 @@ class Report:
         )
         parts: list[Any] = [table, Text(total)]
         if self.rejections:
-            left = Table(title="left alone", title_justify="left")
+            left = Table(title="left alone", title_justify="left", box=SIMPLE)
             for name in ("module", "kind", "reason"):
                 left.add_column(name, overflow="fold")
             for rejection in self.rejections:
