@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from toma_fx.errors import CaptureError, ModelTypeError, TrainingModeError
+from toma_fx.rules import op_name
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     for node, value, (path, _) in zip(placeholders, flat, leaves, strict=True):
         fake = node.meta["val"] if isinstance(value, Tensor) else None
         constant = None if isinstance(value, Tensor) else value
-        specs.append(InputSpec(node.name, _key(path), fake, constant, ids_grid(value)))
+        specs.append(InputSpec(node.name, key_path(path), fake, constant, ids_grid(value)))
     graph_module = fx.GraphModule(exported, graph, type(model).__name__)
     _canonicalise(graph_module)
     out_spec = program.call_spec.out_spec
@@ -140,8 +141,8 @@ def _mutates(graph: fx.Graph) -> bool:
     )
 
 
-def _key(path: Sequence[Any]) -> str:
-    """`kwargs['a']['b']` style key path as "a.b"."""
+def key_path(path: Sequence[Any]) -> str:
+    """Where a leaf of a call sits, without the argument or keyword level: "a.b"."""
     keys = [str(getattr(k, "key", getattr(k, "idx", k))) for k in path]
     return ".".join(keys[1:])
 
@@ -184,8 +185,6 @@ _SHARED = {
 
 def _canonicalise(graph_module: fx.GraphModule) -> None:
     """Drop assertions and dead code, share equal shape ops, fold cat-of-slices. Bit-exact."""
-    from toma_fx.rules import op_name
-
     graph = graph_module.graph
     for node in list(graph.nodes):
         if node.op == "call_function" and op_name(node.target) == "aten._assert_tensor_metadata":
@@ -199,8 +198,6 @@ def _canonicalise(graph_module: fx.GraphModule) -> None:
 
 def _share_shape_ops(graph: fx.Graph) -> None:
     """Equal shape and cast ops on one value become one node (40 rotary casts in Flux, say)."""
-    from toma_fx.rules import op_name
-
     seen: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
         if node.op != "call_function" or op_name(node.target) not in _SHARED:
@@ -214,8 +211,6 @@ def _share_shape_ops(graph: fx.Graph) -> None:
 
 def _fold_slices(graph: fx.Graph) -> None:
     """cat([x[:a], x[a:]]) along the same dimension is x."""
-    from toma_fx.rules import op_name
-
     for node in list(graph.nodes):
         if node.op != "call_function" or op_name(node.target) not in ("aten.cat", "aten.concat"):
             continue

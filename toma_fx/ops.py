@@ -20,4 +20,4 @@ def facility_location_op(similarity: Tensor, keep: int) -> Tensor:
 
 @facility_location_op.register_fake
 def _(similarity: Tensor, keep: int) -> Tensor:
-    return similarity.new_empty((*similarity.shape[:-1][:-1], keep), dtype=torch.int64)
+    return similarity.new_empty((*similarity.shape[:-2], keep), dtype=torch.int64)

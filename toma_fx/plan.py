@@ -186,7 +186,7 @@ def make_plan(analysis: Analysis, flow: Flow, config: ToMAConfig) -> MergePlan:
     for stream in analysis.streams:
         for run, setting in _runs(stream, config, flow, rejections):
             segments.extend(_segments(stream, run, setting, config.scope, config, flow, rejections))
-    groups = _groups(segments, analysis, flow)
+    groups = _groups(segments, flow)
     merged_sites = {site for s in segments for site in s.sites}
     rejections.extend(_left_alone(analysis, flow, merged_sites, rejections))
     plan = MergePlan(tuple(segments), groups, tuple(rejections), config)
@@ -224,6 +224,10 @@ def _check_patterns(analysis: Analysis, config: ToMAConfig) -> None:
             )
 
 
+def _rejection(branch: Branch, reason: str) -> Rejection:
+    return Rejection((*branch.sites, branch.out)[0], branch.module, "+".join(branch.kinds), reason)
+
+
 def _runs(
     stream: Stream, config: ToMAConfig, flow: Flow, rejections: list[Rejection]
 ) -> Iterator[tuple[list[int], Setting]]:
@@ -233,8 +237,7 @@ def _runs(
     for i, branch in enumerate(stream.branches):
         found = _setting(stream, branch, config, flow)
         if isinstance(found, str):
-            kind = "+".join(branch.kinds)
-            rejections.append(Rejection((*branch.sites, branch.out)[0], branch.module, kind, found))
+            rejections.append(_rejection(branch, found))
         setting = None if isinstance(found, str) else found
         if setting != current and run and current:
             yield run, current
@@ -290,12 +293,8 @@ def _segments(
             smaller = _SMALLER[scope]
             out += _segments(stream, part, setting, smaller, config, flow, rejections)
         else:
-            branch = stream.branches[part[0]]
             reason = f"{built.node}: {built.reason}"
-            kind = "+".join(branch.kinds)
-            rejections.append(
-                Rejection((*branch.sites, branch.out)[0], branch.module, kind, reason)
-            )
+            rejections.append(_rejection(stream.branches[part[0]], reason))
     return out
 
 
@@ -368,9 +367,7 @@ def _sink(flow: Flow, segment: str, exit_: str) -> str:
     return exit_
 
 
-def _groups(
-    segments: list[MergeSegment], analysis: Analysis, flow: Flow
-) -> tuple[PatternGroup, ...]:
+def _groups(segments: list[MergeSegment], flow: Flow) -> tuple[PatternGroup, ...]:
     """Pattern groups; segments whose settings differ never share one. Names them p0, p1, ..."""
     members: dict[tuple[str, Setting], list[int]] = {}
     for i, segment in enumerate(segments):

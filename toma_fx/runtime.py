@@ -21,7 +21,14 @@ from torch.utils import _pytree as pytree
 
 from toma_fx.analysis import Flow, analyse
 from toma_fx.axis import Analysis
-from toma_fx.capture import Captured, capture, check_model, flatten_call, ids_grid
+from toma_fx.capture import (
+    Captured,
+    capture,
+    check_model,
+    flatten_call,
+    ids_grid,
+    key_path,
+)
 from toma_fx.config import ToMAConfig
 from toma_fx.errors import SignatureError
 from toma_fx.passes.pipeline import Program, rewrite
@@ -369,7 +376,7 @@ def _named_leaves(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[
     leaves = pytree.tree_flatten_with_path((tuple(args), dict(sorted(kwargs.items()))))[0]
     out = []
     for path, leaf in leaves:
-        name = ".".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path[1:])
+        name = key_path(path)
         shown = f"{tuple(leaf.shape)} {leaf.dtype}" if isinstance(leaf, Tensor) else repr(leaf)
         out.append((name, shown))
     return out

@@ -315,25 +315,17 @@ def cat(call: Call) -> Outcome:
     """Concatenation joins segments along the token axis, and features along another."""
     operands: Any = call.node.args[0]
     layouts = [call.layout(x) for x in operands]
-    rank = len(shape_of(call.node))
-    dim = call.arg(1, "dim", 0) % rank
-    if all(layout is None for layout in layouts):
-        return NOTHING
     known = [x for x in layouts if x is not None]
+    if not known:
+        return NOTHING
+    dim = call.arg(1, "dim", 0) % len(shape_of(call.node))
     if any(isinstance(x[dim], Tokens) for x in known):
         return _join(call, operands, layouts, dim)
+    if all(tokens_of(x) is None for x in known):
+        return Transfer(_without_batch(known[0], dim))
     if any(x[dim] == BATCH and tokens_of(x) is not None for x in known):
         return call.no("batches of tokens are joined")
-    return broadcast(call, operands) if not _spatial_only(layouts) else _cat_features(layouts, dim)
-
-
-def _spatial_only(layouts: list[Layout | None]) -> bool:
-    return not any(tokens_of(x) is not None for x in layouts)
-
-
-def _cat_features(layouts: list[Layout | None], dim: int) -> Outcome:
-    known = next(x for x in layouts if x is not None)
-    return Transfer(_without_batch(known, dim))
+    return broadcast(call, operands)
 
 
 def _join(call: Call, operands: Any, layouts: list[Layout | None], dim: int) -> Outcome:
