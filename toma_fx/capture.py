@@ -27,15 +27,13 @@ class InputSpec:
     """One flattened input of a captured graph.
 
     Attributes:
-        name: placeholder name. keypath: where it sits in the call, for messages.
+        name: placeholder name.
         tensor: fake tensor with its shape, dtype, device; None for constants.
-        constant: the value of a non-tensor input. ids_grid: (H, W) if the values enumerate a grid.
+        ids_grid: (H, W) if the values enumerate a grid.
     """
 
     name: str
-    keypath: str
     tensor: Tensor | None
-    constant: Any = None
     ids_grid: tuple[int, int] | None = None
 
 
@@ -118,15 +116,13 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     exported = program.module(check_guards=False)
     graph = exported.graph
     flat = flatten_call(args, kwargs)[0]
-    leaves = pytree.tree_flatten_with_path((tuple(args), kwargs))[0]
     graph.set_codegen(fx.graph.CodeGen())
     _flatten_output(graph)
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     specs = []
-    for node, value, (path, _) in zip(placeholders, flat, leaves, strict=True):
+    for node, value in zip(placeholders, flat, strict=True):
         fake = node.meta["val"] if isinstance(value, Tensor) else None
-        constant = None if isinstance(value, Tensor) else value
-        specs.append(InputSpec(node.name, key_path(path), fake, constant, ids_grid(value)))
+        specs.append(InputSpec(node.name, fake, ids_grid(value)))
     graph_module = fx.GraphModule(exported, graph, type(model).__name__)
     _canonicalise(graph_module)
     out_spec = program.call_spec.out_spec
@@ -139,12 +135,6 @@ def _mutates(graph: fx.Graph) -> bool:
         isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable
         for n in graph.nodes
     )
-
-
-def key_path(path: Sequence[Any]) -> str:
-    """Where a leaf of a call sits, without the argument or keyword level: "a.b"."""
-    keys = [str(getattr(k, "key", getattr(k, "idx", k))) for k in path]
-    return ".".join(keys[1:])
 
 
 def _flatten_output(graph: fx.Graph) -> None:

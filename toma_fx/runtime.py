@@ -27,7 +27,6 @@ from toma_fx.capture import (
     check_model,
     flatten_call,
     ids_grid,
-    key_path,
 )
 from toma_fx.config import ToMAConfig
 from toma_fx.errors import SignatureError
@@ -376,7 +375,7 @@ def _named_leaves(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[
     leaves = pytree.tree_flatten_with_path((tuple(args), dict(sorted(kwargs.items()))))[0]
     out = []
     for path, leaf in leaves:
-        name = key_path(path)
+        name = ".".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path[1:])
         shown = f"{tuple(leaf.shape)} {leaf.dtype}" if isinstance(leaf, Tensor) else repr(leaf)
         out.append((name, shown))
     return out
