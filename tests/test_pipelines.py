@@ -143,7 +143,7 @@ def test_flux_true_guidance_keeps_the_two_passes_apart() -> None:
         "negative_pooled_prompt_embeds": torch.randn(1, 16, generator=g),
     }
     flux_call(pipe, true_cfg_scale=2.0, **negative)
-    assert {context for context, _ in pipe.transformer._states} == {"cond", "uncond"}
+    assert {context for context, _ in pipe.transformer._implicit.generations} == {"cond", "uncond"}
 
 
 def test_sd15_pipeline() -> None:

@@ -12,7 +12,7 @@ import toma_fx
 from tests import models
 from toma_fx.config import ToMAConfig
 from toma_fx.errors import SignatureError
-from toma_fx.runtime import call_at
+from toma_fx.state import call_at
 
 SMALL: dict[str, Any] = {"min_tokens": 60, "tile": 4}
 

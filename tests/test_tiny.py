@@ -12,6 +12,7 @@ import torch
 import toma_fx
 import toma_fx.capture
 from toma_fx import tiny
+from toma_fx.axis import Raster
 from toma_fx.cli import main
 
 
@@ -43,7 +44,7 @@ def test_merging_stays_close_to_the_original_picture(name: str) -> None:
 def test_packing_round_trip_and_ids() -> None:
     images = torch.randn(2, 3, 64, 48)
     assert torch.equal(tiny.unpack(tiny.pack(images), 64, 48), images)
-    assert toma_fx.capture.ids_grid(tiny.image_ids(64, 64)) == (32, 32)
+    assert toma_fx.capture.raster(tiny.image_ids(64, 64)) == Raster((32,), 32)
 
 
 def test_command_line_explain(capsys: Any) -> None:

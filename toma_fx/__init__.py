@@ -4,33 +4,44 @@ pipe.unet = toma_fx.optimize(pipe.unet, toma=True)
 pipe.unet = torch.compile(pipe.unet)
 """
 
-from toma_fx.api import explain, optimize
+from toma_fx.api import explain, optimize, restore, summary
 from toma_fx.config import PRESETS, ToMAConfig
 from toma_fx.errors import (
+    AdapterError,
     CaptureError,
     ConfigError,
     ModelTypeError,
     NoMergeSites,
+    OffloadError,
     RewriteError,
+    SharedStateError,
     SignatureError,
+    StateError,
     TileError,
     TomaError,
     TrainingModeError,
     UnknownNameError,
     VerifyError,
 )
-from toma_fx.report import Report
+from toma_fx.report import Report, Summary
+from toma_fx.state import State
 
 __version__ = "0.1.0"
 __all__ = [
     "PRESETS",
+    "AdapterError",
     "CaptureError",
     "ConfigError",
     "ModelTypeError",
     "NoMergeSites",
+    "OffloadError",
     "Report",
     "RewriteError",
+    "SharedStateError",
     "SignatureError",
+    "State",
+    "StateError",
+    "Summary",
     "TileError",
     "ToMAConfig",
     "TomaError",
@@ -39,4 +50,6 @@ __all__ = [
     "VerifyError",
     "explain",
     "optimize",
+    "restore",
+    "summary",
 ]

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import takewhile
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -25,6 +25,7 @@ from toma_fx.axis import (
     Branch,
     Fact,
     Layout,
+    Raster,
     Rejected,
     Segment,
     Site,
@@ -165,34 +166,43 @@ def analyse(captured: Captured, grid: tuple[int, int] | None = None) -> tuple[An
     nodes = list(captured.graph_module.graph.nodes)
     seeds = _seeds(captured, {})
     facts, transfers, refusals = _propagate(nodes, seeds)
-    grids = _grids(captured, facts, transfers, grid)
-    if grids:
-        facts, transfers, refusals = _propagate(nodes, _seeds(captured, grids))
+    rasters = _rasters(captured, facts, transfers, grid)
+    if rasters:
+        facts, transfers, refusals = _propagate(nodes, _seeds(captured, rasters))
     flow = _flow(nodes, facts, refusals)
     sites = tuple(_site(n, flow) for n in nodes if op_name(n.target) == ATTENTION)
     streams = _streams(flow, sites)
-    return Analysis(facts, transfers, refusals, sites, streams, grids), flow
+    return Analysis(facts, transfers, refusals, sites, streams, rasters), flow
 
 
 ATTENTION = "aten.scaled_dot_product_attention"
 
 
-def _seeds(captured: Captured, grids: Mapping[str, tuple[int, int]]) -> dict[str, Layout]:
+def _seeds(captured: Captured, rasters: Mapping[str, Raster]) -> dict[str, Layout]:
     """Layouts of the model inputs: packed or text sequences, and position ids."""
     seeds: dict[str, Layout] = {}
     for spec in captured.inputs:
         value = spec.tensor
         if value is None:
             continue
-        if spec.ids_grid is not None:
-            ids = Tokens((Segment(spec.name, value.shape[-2], spec.ids_grid, "ids"),))
+        if spec.raster is not None:
+            ids = _cut(spec.name, value.shape[-2], spec.raster if rasters else None, "ids")
             seeds[spec.name] = (ids, None) if value.dim() == 2 else (BATCH, ids, None)
         elif value.dim() == 3 and value.is_floating_point():
-            packed = Segment(spec.name, value.shape[1], grids.get(spec.name), "sequence")
-            seeds[spec.name] = (BATCH, Tokens((packed,)), None)
+            packed = _cut(spec.name, value.shape[1], rasters.get(spec.name), "sequence")
+            seeds[spec.name] = (BATCH, packed, None)
         elif value.dim() == 4 and value.is_floating_point():
             seeds[spec.name] = (BATCH, None, "height", "width")
     return seeds
+
+
+def _cut(name: str, length: int, raster: Raster | None, role: Literal["ids", "sequence"]) -> Tokens:
+    """The tokens of an input: the images of its raster, then the rest."""
+    if raster is None:
+        return Tokens((Segment(name, length, None, role),))
+    image = Segment(name, length - raster.rest, raster.grid, role, raster.heights)
+    rest = Segment(f"{name}/rest", raster.rest, None, role)
+    return Tokens((image, rest) if raster.rest else (image,))
 
 
 def _propagate(
@@ -215,14 +225,15 @@ def _propagate(
     return facts, transfers, refusals
 
 
-def _grids(
+def _rasters(
     captured: Captured,
     facts: Mapping[str, Fact],
     transfers: Mapping[str, Transfer],
     given: tuple[int, int] | None,
-) -> dict[str, tuple[int, int]]:
-    """Grids of packed inputs: from ids that line up with them, from their length, from the user."""
-    grids: dict[str, tuple[int, int]] = {}
+) -> dict[str, Raster]:
+    """What packed inputs enumerate: from ids that line up with them, from their length, or given"""
+    rasters: dict[str, Raster] = {}
+    ids_of = {i.name: i.raster for i in captured.inputs if i.raster is not None}
     for transfer in transfers.values():
         for positional in transfer.positionals:
             layout = layout_of(facts.get(positional.operand))
@@ -230,19 +241,20 @@ def _grids(
             if not isinstance(label, Tokens):
                 continue
             for ids, content in zip(label.segments, positional.tokens.segments, strict=False):
-                if ids.grid and ids.role == "ids" and ids.length == content.length:
-                    grids[content.name] = ids.grid
+                found = ids_of.get(ids.name)
+                if found and ids.length == content.length:
+                    rasters[content.name] = found
     packed = [
         (i.name, i.tensor.shape[1])
         for i in captured.inputs
-        if i.tensor is not None and i.tensor.dim() == 3 and i.ids_grid is None
+        if i.tensor is not None and i.tensor.dim() == 3 and i.raster is None
     ]
-    known = [i.ids_grid for i in captured.inputs if i.ids_grid is not None]
-    for size in [given] if given else known if not grids else []:
-        fitting = [name for name, length in packed if size and length == size[0] * size[1]]
-        if size and len(fitting) == 1:
-            grids[fitting[0]] = size
-    return grids
+    known = [Raster((given[0],), given[1])] if given else list(ids_of.values())
+    for one in known if given or not rasters else []:
+        fitting = [name for name, length in packed if length == one.length]
+        if len(fitting) == 1:
+            rasters[fitting[0]] = one
+    return rasters
 
 
 def module_path(node: fx.Node) -> str:

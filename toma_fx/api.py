@@ -1,4 +1,4 @@
-"""Public entry points: `optimize` and `explain`."""
+"""Public entry points: `optimize`, `explain`, `summary` and `restore`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
 
 from toma_fx.capture import check_model
 from toma_fx.config import ToMAConfig
 from toma_fx.errors import ConfigError, ModelTypeError
-from toma_fx.report import Report, make_report
-from toma_fx.runtime import OptimizedDenoiser, Specialization
+from toma_fx.report import Report, Summary, make_report, make_summary
+from toma_fx.runtime import OptimizedDenoiser
+from toma_fx.specialize import Specialization
 
 T = TypeVar("T")
 COMPONENTS = ("unet", "transformer")
@@ -23,6 +25,7 @@ def optimize(
     toma: bool | str | ToMAConfig | Mapping[str, Any] = True,
     *,
     example_inputs: Any = None,
+    max_signatures: int = 8,
     **options: Any,
 ) -> T:
     """Token merging for a denoiser, or for the denoiser of a diffusers pipeline.
@@ -34,24 +37,78 @@ def optimize(
         example_inputs: keyword arguments of a call (a dict), positional ones (a tuple), or a pair
             (args, kwargs). Given, the model is captured now and for this signature alone; else at
             the first call of each signature.
+        max_signatures: graphs that are kept; one is made for every combination of input shapes,
+            adapters and position grids, and the one unused longest makes room for a new one.
         options: fields of `ToMAConfig`, replacing those of `toma`.
 
     Returns:
         The optimized denoiser (a stand-in for the original, which is not modified); or the same
-        pipeline, holding the optimized denoiser.
+        pipeline, holding the optimized denoiser. What is optimized already is optimized anew from
+        the original, with these settings alone.
 
     Raises:
         ConfigError: a field out of its domain (`UnknownNameError`, `TileError` are kinds of it).
-        ModelTypeError: no denoiser found. TrainingModeError: the model is in training mode.
+        ModelTypeError: no denoiser found, or it is compiled already.
+        TrainingModeError: the model is in training mode.
         CaptureError, NoMergeSites: with example inputs; otherwise they come at the first call.
     """
     config = _config(toma, options)
+    if type(max_signatures) is not int or max_signatures < 1:
+        raise ConfigError(
+            "max_signatures is out of range",
+            where="max_signatures",
+            expected="a whole number of at least 1",
+            got=repr(max_signatures),
+        )
+
+    def optimized(inner: nn.Module) -> OptimizedDenoiser:
+        made = OptimizedDenoiser(_plain(inner), config, max_signatures)
+        if example_inputs is not None:
+            made.fix(*call_of(example_inputs))
+        return made
+
+    if isinstance(model, nn.Module):
+        return cast(T, optimized(model))
+    name, inner = _component(model)
+    setattr(model, name, optimized(restore(inner)))
+    return model
+
+
+def restore(model: T) -> T:
+    """The original denoiser of an optimized one, or a pipeline with its original denoiser.
+
+    What is not optimized is returned as it is. Hooks of model CPU offload move to the original.
+
+    Raises:
+        ModelTypeError: neither a module nor a pipeline with a denoiser.
+    """
     if not isinstance(model, nn.Module):
         name, inner = _component(model)
-        replacement = _optimized(inner, config, example_inputs)
-        setattr(model, name, replacement)
+        if _stand_in(inner) is not None:
+            setattr(model, name, restore(inner))
         return model
-    return cast(T, _optimized(model, config, example_inputs))
+    found = _stand_in(model)
+    if found is None:
+        return model
+    hook = vars(found).get("_hf_hook")
+    if hook is not None:
+        from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
+        remove_hook_from_module(found)
+        add_hook_to_module(found.denoiser, hook)
+    return cast(T, found.denoiser)
+
+
+def summary(model: Any) -> Summary:
+    """What is active in an optimized denoiser or pipeline, and how many steps of each kind ran.
+
+    The result prints as a table and converts with `to_json()`.
+
+    Raises:
+        ModelTypeError: neither a module nor a pipeline with a denoiser.
+    """
+    inner = model if isinstance(model, nn.Module) else _component(model)[1]
+    return make_summary(inner, _stand_in(inner))
 
 
 def explain(
@@ -68,9 +125,7 @@ def explain(
         NoMergeSites: nothing can be merged; its message lists every reason.
     """
     config = _config(toma, options)
-    denoiser = model if isinstance(model, nn.Module) else _component(model)[1]
-    denoiser = _original(denoiser)
-    check_model(denoiser)
+    denoiser = _plain(model if isinstance(model, nn.Module) else _component(model)[1])
     args, kwargs = call_of(example_inputs)
     return make_report(Specialization.make(denoiser, args, kwargs, config))
 
@@ -104,21 +159,26 @@ def _component(pipeline: Any) -> tuple[str, nn.Module]:
     )
 
 
-def _original(model: nn.Module) -> nn.Module:
-    """The model itself if it was optimized already (optimizing twice replaces the first)."""
-    if type(model) is OptimizedDenoiser:
-        return model.denoiser
-    return model
+def _stand_in(model: nn.Module) -> OptimizedDenoiser | None:
+    """The optimized denoiser that a module is, compiled or not."""
+    inner = getattr(model, "_orig_mod", model) if type(model) is OptimizedModule else model
+    return inner if type(inner) is OptimizedDenoiser else None
 
 
-def _optimized(model: nn.Module, config: ToMAConfig, example_inputs: Any) -> OptimizedDenoiser:
-    model = _original(model)
+def _plain(model: nn.Module) -> nn.Module:
+    """The original of `model`, which must be in evaluation mode and not compiled."""
+    model = restore(model)
     check_model(model)
-    optimized = OptimizedDenoiser(model, config)
-    if example_inputs is not None:
-        args, kwargs = call_of(example_inputs)
-        optimized.fix(args, kwargs)
-    return optimized
+    if type(model) is OptimizedModule or model._compiled_call_impl is not None:
+        raise ModelTypeError(
+            "the model is compiled already",
+            where="model",
+            expected="the model itself",
+            got="the result of torch.compile",
+            hint="optimize first: toma_fx.optimize(model).compile(), "
+            "or torch.compile(model, backend='toma_fx')",
+        )
+    return model
 
 
 def call_of(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -14,13 +14,37 @@ BATCH, HEIGHT, WIDTH = "batch", "height", "width"
 
 
 @dataclass(frozen=True)
+class Raster:
+    """What position ids enumerate: images of equal width one below the other, then other tokens.
+
+    Attributes:
+        heights: rows of each image. width: columns. rest: tokens after the images.
+    """
+
+    heights: tuple[int, ...]
+    width: int
+    rest: int = 0
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(H, W) of the images together."""
+        return sum(self.heights), self.width
+
+    @property
+    def length(self) -> int:
+        """Number of tokens."""
+        return sum(self.heights) * self.width + self.rest
+
+
+@dataclass(frozen=True)
 class Segment:
     """A run of tokens of one origin inside a token axis.
 
     Attributes:
         name: node that created it (a spatial fold, or an input).
         length: number of tokens.
-        grid: (H, W) if the tokens are a raster of an image.
+        grid: (H, W) if the tokens are a raster of an image, or of several of one width.
+        heights: rows of each of several images; windows never reach from one into the next.
         role: "image" (folded from a spatial grid), "sequence" (a packed or text input), "ids"
             (position ids), "other".
     """
@@ -29,6 +53,7 @@ class Segment:
     length: int
     grid: tuple[int, int] | None = None
     role: Literal["image", "sequence", "ids", "other"] = "other"
+    heights: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         shape = f" ({self.grid[0]}x{self.grid[1]})" if self.grid else ""
@@ -195,6 +220,7 @@ class Analysis:
         facts: layout of every labelled node. transfers: the rule results that rewriting needs.
         refusals: nodes where token flow ended, with the reason.
         sites: every attention. streams: every residual stream of an image segment.
+        rasters: what packed inputs enumerate.
     """
 
     facts: Mapping[str, Fact]
@@ -202,4 +228,4 @@ class Analysis:
     refusals: Mapping[str, Rejected]
     sites: tuple[Site, ...]
     streams: tuple[Stream, ...]
-    grids: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    rasters: Mapping[str, Raster] = field(default_factory=dict)

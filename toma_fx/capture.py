@@ -8,17 +8,21 @@ dropped, equal shape and cast ops become one, and `cat` of all slices of a value
 
 from __future__ import annotations
 
+import copy
 import linecache
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from toma_fx.axis import Raster
 from toma_fx.errors import CaptureError, ModelTypeError, TrainingModeError
+from toma_fx.guard import STAND_IN
 from toma_fx.rules import op_name
 
 
@@ -29,12 +33,12 @@ class InputSpec:
     Attributes:
         name: placeholder name.
         tensor: fake tensor with its shape, dtype, device; None for constants.
-        ids_grid: (H, W) if the values enumerate a grid.
+        raster: what the values enumerate, if they are position ids.
     """
 
     name: str
     tensor: Tensor | None
-    ids_grid: tuple[int, int] | None = None
+    raster: Raster | None = None
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,12 @@ def flatten_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[A
     return pytree.tree_flatten((tuple(args), dict(sorted(kwargs.items()))))
 
 
-def ids_grid(value: Any) -> tuple[int, int] | None:
-    """(H, W) if the rows of `value` [N, d] or [1, N, d] enumerate a raster in two columns."""
+def raster(value: Any) -> Raster | None:
+    """What the rows of position ids [N, d] or [1, N, d] enumerate in their last two columns.
+
+    The columns before those tell images (or frames) apart. Images that differ in width from the
+    first count as other tokens.
+    """
     if not isinstance(value, Tensor) or value.dim() not in (2, 3) or not 2 <= value.shape[-1] <= 4:
         return None
     if value.dim() == 3:
@@ -65,16 +73,26 @@ def ids_grid(value: Any) -> tuple[int, int] | None:
     if isinstance(value, torch._subclasses.FakeTensor) or value.shape[0] < 4:
         return None
     ids = value.detach().double().cpu()
-    y, x = ids[:, -2], ids[:, -1]
-    if not bool((ids[:, :-2] == ids[0, :-2]).all()):
+    border = (ids[1:, :-2] != ids[:-1, :-2]).any(1).nonzero().flatten() + 1
+    images = torch.tensor_split(ids, border.tolist())
+    sizes = [_image_size(image[:, -2], image[:, -1]) for image in images]
+    first = sizes[0]
+    if first is None:
         return None
+    same = list(takewhile(lambda size: size is not None and size[1] == first[1], sizes))
+    heights = tuple(size[0] for size in same if size is not None)
+    return Raster(heights, first[1], len(ids) - sum(heights) * first[1])
+
+
+def _image_size(y: Tensor, x: Tensor) -> tuple[int, int] | None:
+    """(H, W) if (y, x) run through a picture row by row."""
     width = int((y == y[0]).sum())
-    if width < 2 or len(ids) % width or len(ids) == width:
+    if width < 2 or len(y) % width or len(y) == width:
         return None
     rows, columns = y.view(-1, width), x.view(-1, width)
-    raster = (rows == rows[:, :1]).all() and (columns == columns[:1]).all()
+    steady = (rows == rows[:, :1]).all() and (columns == columns[:1]).all()
     rising = (rows[1:, 0] > rows[:-1, 0]).all() and (columns[0, 1:] > columns[0, :-1]).all()
-    return (len(ids) // width, width) if bool(raster) and bool(rising) else None
+    return (len(y) // width, width) if bool(steady) and bool(rising) else None
 
 
 def check_model(model: Any) -> None:
@@ -107,7 +125,7 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     kwargs = dict(sorted(kwargs.items()))
     try:
         with torch.no_grad():
-            program = torch.export.export(model, tuple(args), kwargs, strict=False)
+            program = torch.export.export(_bare(model), tuple(args), kwargs, strict=False)
             if _mutates(program.graph):
                 # writes through views would pass unseen by data flow: make them functional
                 program = program.run_decompositions({})
@@ -122,12 +140,20 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     specs = []
     for node, value in zip(placeholders, flat, strict=True):
         fake = node.meta["val"] if isinstance(value, Tensor) else None
-        specs.append(InputSpec(node.name, fake, ids_grid(value)))
+        specs.append(InputSpec(node.name, fake, raster(value)))
     graph_module = fx.GraphModule(exported, graph, type(model).__name__)
     _canonicalise(graph_module)
     out_spec = program.call_spec.out_spec
     assert out_spec is not None
     return Captured(graph_module, tuple(specs), out_spec)
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The model without what others wrapped around its call (offload hooks); shares everything."""
+    bare = copy.copy(model)
+    for name in STAND_IN:
+        vars(bare).pop(name, None)
+    return bare
 
 
 def _mutates(graph: fx.Graph) -> bool:

@@ -190,7 +190,7 @@ def _picture(image: Tensor) -> Image.Image:
 def _token_map(image: Tensor, merged: OptimizedDenoiser, index: int) -> Image.Image:
     """The picture with a line from every token to the destination it merged into most."""
     state = merged.states[0]
-    group = state.specialization.plan.groups[0]
+    group = merged.specializations[-1].plan.groups[0]
     (height, width), (h, w) = group.setting.grid, group.setting.tile
     idx = state.patterns[f"pattern_{group.name}_idx"][index]
     share = state.patterns[f"pattern_{group.name}_unmerge"][index]

@@ -53,6 +53,22 @@ class SignatureError(TomaError, ValueError):
     """A call does not fit the signature that was captured."""
 
 
+class AdapterError(CaptureError):
+    """The model no longer accepts a call that it accepted before it changed."""
+
+
+class OffloadError(TomaError, RuntimeError):
+    """Weights are moved or changed inside the forward pass, where a captured graph can't follow."""
+
+
+class StateError(TomaError, ValueError):
+    """A merging state does not fit the call it is given with."""
+
+
+class SharedStateError(TomaError, RuntimeError):
+    """Two threads use the implicit state of one optimized denoiser at the same time."""
+
+
 class RewriteError(TomaError, RuntimeError):
     """A pass asked for a change that would leave the graph invalid."""
 

@@ -8,6 +8,7 @@ destinations are selected on. Everything left alone appears among the rejections
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -266,12 +267,18 @@ def _setting(stream: Stream, branch: Branch, config: ToMAConfig, flow: Flow) -> 
     if any(len([s for s in flow.segments(e) if s.grid]) > 1 for e in branch.entries):
         return "two images in one sequence"
     assert image.grid is not None
-    tile = resolve_tile(own, image.grid, branch.module)
+    tile = resolve_tile(own, _unit(image), branch.module)
     tokens = tile[0] * tile[1]
     keep = tokens - int(tokens * own.ratio + 1e-9)
     if keep == tokens:
         return f"ratio {own.ratio} merges no token of a {tile[0]}x{tile[1]} window"
     return Setting(image.grid, tile, keep, float(own.scale), own.unmerge)
+
+
+def _unit(image: Segment) -> Size:
+    """The grid that windows must divide: of several images below each other, a common part."""
+    assert image.grid is not None
+    return math.gcd(image.grid[0], *image.heights), image.grid[1]
 
 
 def _segments(

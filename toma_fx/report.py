@@ -1,4 +1,4 @@
-"""`explain`: what will merge where, as a value that prints as a table and as JSON."""
+"""`explain` and `summary`: what will merge where, and what ran; values that print as tables."""
 
 from __future__ import annotations
 
@@ -11,10 +11,28 @@ from rich.box import SIMPLE
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 
 from toma_fx.flops import graph_flops
 from toma_fx.plan import Rejection
-from toma_fx.runtime import Specialization
+from toma_fx.runtime import OptimizedDenoiser
+from toma_fx.specialize import Specialization
+from toma_fx.state import Call
+
+
+class _Printed:
+    """Prints what `_parts` gives."""
+
+    def _parts(self) -> list[Any]:
+        raise NotImplementedError
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Group(*self._parts())
+
+    def __str__(self) -> str:
+        out = StringIO()
+        Console(file=out, width=140, color_system=None).print(self)
+        return out.getvalue()
 
 
 @dataclass(frozen=True)
@@ -41,7 +59,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(_Printed):
     """What `explain` returns; prints as a table, converts to JSON.
 
     Attributes:
@@ -64,14 +82,6 @@ class Report:
     def to_json(self) -> str:
         """The report as JSON text."""
         return json.dumps({**asdict(self), "ideal_speedup": self.ideal_speedup}, indent=2)
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield Group(*self._parts())
-
-    def __str__(self) -> str:
-        out = StringIO()
-        Console(file=out, width=140, color_system=None).print(self)
-        return out.getvalue()
 
     def _parts(self) -> list[Any]:
         table = Table(title="merged", title_justify="left", box=SIMPLE)
@@ -134,4 +144,95 @@ def make_report(specialization: Specialization) -> Report:
     refresh = specialization.graph_module("refresh").graph
     return Report(
         tuple(rows), plan.rejections, graph_flops(before), graph_flops(after), graph_flops(refresh)
+    )
+
+
+@dataclass(frozen=True)
+class Live:
+    """One graph that is kept.
+
+    Attributes:
+        inputs: input names with their shapes. segments: merged stretches.
+        tokens: (before, after) of each grid that merges. steps: run, by kind of program.
+    """
+
+    inputs: dict[str, tuple[int, ...]]
+    segments: int
+    tokens: tuple[tuple[int, int], ...]
+    steps: dict[Call, int]
+
+
+@dataclass(frozen=True)
+class Summary(_Printed):
+    """What `summary` returns; prints as a table, converts to JSON.
+
+    Attributes:
+        denoiser: class of the model. active: whether it is optimized. compiled: whether its
+            programs are compiled by `.compile()`. config: its configuration.
+        captures: graphs made so far. live: those kept.
+        steps: run since `optimize`, by kind: "refresh", "reweigh", "reuse", "mixed" (several
+            requests in one batch), "plain" (unmerged).
+    """
+
+    denoiser: str
+    active: bool
+    compiled: bool
+    config: dict[str, Any]
+    captures: int
+    live: tuple[Live, ...]
+    steps: dict[Call, int]
+
+    def to_json(self) -> str:
+        """The summary as JSON text."""
+        return json.dumps(asdict(self), indent=2)
+
+    def _parts(self) -> list[Any]:
+        if not self.active:
+            return [Text(f"{self.denoiser}: not optimized, no token merging")]
+        ran = ", ".join(f"{n} {call}" for call, n in self.steps.items()) or "none yet"
+        brief = ", ".join(f"{k}={self.config[k]}" for k in ("ratio", "scope", "window"))
+        how = "compiled" if self.compiled else "eager"
+        table = Table(box=SIMPLE)
+        for name in ("inputs", "merged segments", "tokens", "steps"):
+            table.add_column(name, overflow="fold")
+        for live in self.live:
+            table.add_row(
+                "\n".join(f"{k} {'x'.join(map(str, v))}" for k, v in live.inputs.items()),
+                str(live.segments),
+                "\n".join(f"{n} -> {m}" for n, m in live.tokens),
+                "\n".join(f"{n} {call}" for call, n in live.steps.items()),
+            )
+        return [
+            Text(f"{self.denoiser}: token merging, {brief}, {how}"),
+            Text(f"steps: {ran}; graphs captured: {self.captures}, kept: {len(self.live)}"),
+            *([table] if self.live else []),
+        ]
+
+
+def make_summary(model: nn.Module, optimized: OptimizedDenoiser | None) -> Summary:
+    """Summary of an optimized denoiser, or of a model that is not optimized."""
+    name = model.__class__.__name__
+    if optimized is None:
+        return Summary(name, False, False, {}, 0, (), {})
+    return Summary(
+        type(optimized.denoiser).__name__,
+        True,
+        optimized.compiled,
+        optimized.config_toma.to_json(),
+        optimized.cache.made,
+        tuple(_live(s) for s in optimized.specializations),
+        optimized.totals,
+    )
+
+
+def _live(specialization: Specialization) -> Live:
+    inputs = {
+        i.name: tuple(i.tensor.shape)
+        for i in specialization.captured.inputs
+        if i.tensor is not None and i.tensor.dim() > 1
+    }
+    segments = specialization.plan.segments
+    tokens = {(s.image.length, s.setting.merged) for s in segments}
+    return Live(
+        inputs, len(segments), tuple(sorted(tokens, reverse=True)), dict(specialization.counts)
     )

@@ -2,162 +2,175 @@
 
     step 0 refresh | 1..m-1 reuse | m reweigh | ... | n refresh ...      (n, m from the schedule)
 
-The choice is made on the host; nothing in a graph depends on the step. Patterns live in buffers
-with fixed addresses that refresh and reweigh programs are copied into. Inference only: no
-gradients.
+The choice is made on the host; nothing in a graph depends on the step. Called like the original, it
+keeps the state itself: patterns live in buffers with fixed addresses that refresh and reweigh
+programs are copied into (`state.Generation`). Called through `step`, the caller holds the state.
+Inference only: no gradients.
 """
 
 from __future__ import annotations
 
 import inspect
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from toma_fx.analysis import Flow, analyse
-from toma_fx.axis import Analysis
-from toma_fx.capture import (
-    Captured,
-    capture,
-    check_model,
-    flatten_call,
-    ids_grid,
-)
+from toma_fx.axis import Raster
+from toma_fx.capture import check_model, flatten_call, raster
 from toma_fx.config import ToMAConfig
-from toma_fx.errors import SignatureError
-from toma_fx.passes.pipeline import Program, rewrite
-from toma_fx.passes.rewriter import Templates
-from toma_fx.plan import MergePlan, make_plan
-from toma_fx.verify import output_values, verify
+from toma_fx.errors import AdapterError, CaptureError, SignatureError
+from toma_fx.guard import STAND_IN, ModelGuard
+from toma_fx.requests import batched, fitting, following
+from toma_fx.specialize import TRACING, Specialization, SpecializationCache
+from toma_fx.state import Call, Generation, PassState, State, call_at, shared_state
 
-Call = Literal["plain", "refresh", "reweigh", "reuse"]
 Signature = tuple[Any, ...]
+GENERATIONS = 4
+"""Implicit states that are kept for each specialization that may live."""
 
 
-def call_at(config: ToMAConfig, step: int, has_pattern: bool) -> Call:
-    """Which program runs at `step` (from 0) of a generation."""
-    if step < config.first_step or (config.last_step is not None and step > config.last_step):
-        return "plain"
-    since = step - config.first_step
-    if not has_pattern or since % config.destinations_every == 0:
-        return "refresh"
-    return "reweigh" if since % config.weights_every == 0 else "reuse"
-
-
-@dataclass
-class Specialization:
-    """Everything made for one call signature; programs are rewritten when first used."""
-
-    captured: Captured
-    analysis: Analysis
-    flow: Flow
-    plan: MergePlan
-    templates: Templates = field(default_factory=dict)
-    programs: dict[Call, Program] = field(default_factory=dict)
-    runners: dict[Call, Callable[..., Any]] = field(default_factory=dict)
-
-    @classmethod
-    def make(
-        cls, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], config: ToMAConfig
-    ) -> Specialization:
-        """Capture, analyse and plan one call."""
-        captured = capture(model, args, kwargs)
-        outputs = output_values(captured.graph_module.graph)
-        verify(captured.graph_module, [i.name for i in captured.inputs], outputs, "capture")
-        analysis, flow = analyse(captured, config.grid)
-        return cls(captured, analysis, flow, make_plan(analysis, flow, config))
-
-    def program(self, call: Call) -> Program | None:
-        """The rewritten program of a call; None for the unmerged one."""
-        if call == "plain":
-            return None
-        if call not in self.programs:
-            self.programs[call] = rewrite(
-                self.captured, self.analysis, self.flow, self.plan, call, self.templates
-            )
-        return self.programs[call]
-
-    def graph_module(self, call: Call) -> fx.GraphModule:
-        """The graph that runs for a call."""
-        program = self.program(call)
-        return self.captured.graph_module if program is None else program.graph_module
-
-
-@dataclass
-class GenerationState:
-    """State of one generation under one signature.
+@dataclass(frozen=True)
+class Arguments:
+    """One call in canonical form.
 
     Attributes:
-        specialization: what runs. step: steps done. timestep: of the last step.
-        patterns: fixed-address buffers by name. has_pattern: whether they are filled.
-        counts: steps done per kind of program.
+        args, kwargs: keywords where the forward signature names them. leaves: flattened.
+        signature: what the graph is specialized to, but for the values of position ids.
+        timestep: as a number. conditioning: the text tokens, if the model has them.
     """
 
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    leaves: list[Any]
+    signature: Signature
+    timestep: float | None
+    conditioning: Tensor | None
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a call runs: a program of a specialization on inputs, for a pass of a generation."""
+
     specialization: Specialization
-    step: int = 0
-    timestep: float | None = None
-    patterns: dict[str, Tensor] = field(default_factory=dict)
-    has_pattern: bool = False
-    counts: dict[Call, int] = field(default_factory=dict)
+    call: Call
+    run: Callable[..., Any]
+    inputs: list[Any]
+    generation: Generation
+    state: PassState
+    implicit: Implicit
 
-    def restart(self) -> None:
-        """Back to before the first step; buffers keep their addresses."""
-        self.step, self.timestep, self.has_pattern = 0, None, False
-        self.counts.clear()
 
-    def store(self, names: Sequence[str], values: Sequence[Tensor]) -> None:
-        """Copy pattern outputs into the buffers."""
-        with torch.inference_mode(False), torch.no_grad():
-            for name, value in zip(names, values, strict=True):
-                if name not in self.patterns:
-                    shape = tuple(value.shape)
-                    buffer = torch.empty(shape, dtype=value.dtype, device=value.device)
-                    torch._dynamo.mark_static_address(buffer, guard=False)
-                    self.patterns[name] = buffer
-                self.patterns[name].copy_(value)
-        self.has_pattern = True
+@dataclass
+class Implicit:
+    """The state that a denoiser keeps for whoever calls it: generations, used last at the end."""
+
+    generations: OrderedDict[tuple[str, Signature], Generation] = field(default_factory=OrderedDict)
+    rasters: dict[tuple[str, Signature], tuple[Raster | None, ...]] = field(default_factory=dict)
+    busy: threading.Lock = field(default_factory=threading.Lock)
+
+    def generation(self, key: tuple[str, Signature], capacity: int) -> Generation:
+        """The generation of a context and signature; the one unused longest is dropped."""
+        found = self.generations.setdefault(key, Generation())
+        self.generations.move_to_end(key)
+        while len(self.generations) > capacity:
+            self.rasters.pop(self.generations.popitem(last=False)[0], None)
+        return found
 
 
 class OptimizedDenoiser(nn.Module):
     """A denoiser that runs with token merging. Made by `toma_fx.optimize`.
 
-    Called exactly as the original. Attributes and methods it does not define are the original's;
+    Called exactly as the original. It is a view of the original: modules, parameters and buffers
+    are the same dictionaries, attributes and methods it does not define are the original's, and
     `isinstance` and `__class__` say the original's class, as diffusers' loaders expect.
 
     Attributes:
         denoiser: the original model, never modified.
         config_toma: the configuration.
+        cache: the specializations that live.
     """
 
     denoiser: nn.Module
+    config_toma: ToMAConfig
+    cache: SpecializationCache
 
-    def __init__(self, model: nn.Module, config: ToMAConfig) -> None:
+    def __init__(self, model: nn.Module, config: ToMAConfig, max_signatures: int = 8) -> None:
         super(OptimizedDenoiser, self).__init__()  # noqa: UP008 - __class__ is a property here
-        self.denoiser = model
-        self.config_toma = config
-        self.training = False
-        self._specializations: dict[tuple[Signature, tuple[Any, ...]], Specialization] = {}
-        self._states: dict[tuple[str, Signature], GenerationState] = {}
-        self._fixed: Signature | None = None
-        self._fixed_leaves: list[tuple[str, Any]] = []
-        self._context = ""
-        self._compile: dict[str, Any] | None = None
-        self._forward_signature = inspect.signature(model.forward)
+        own = self.__dict__
+        for shared in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+            own[shared] = model.__dict__[shared]
+        own["denoiser"] = model
+        own["__module__"] = type(model).__module__
+        own["training"] = False
+        own["config_toma"] = config
+        own["cache"] = SpecializationCache(max_signatures)
+        own["_guard"] = None
+        own["_implicit"] = Implicit()
+        own["_local"] = threading.local()
+        own["_fixed"] = None
+        own["_compile"] = None
+        own["_totals"] = {}
+        own["_forward_signature"] = inspect.signature(model.forward)
+
+    # -- standing in ----------------------------------------------------------------------------
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        return type(self.__dict__["_modules"]["denoiser"])
+        return type(self.__dict__["denoiser"])
 
     def __getattr__(self, name: str) -> Any:
-        modules = self.__dict__.get("_modules", {})
-        if name in modules:
-            return modules[name]
-        return getattr(modules["denoiser"], name)
+        if name in STAND_IN:  # hooks on the original are not hooks on this
+            raise AttributeError(name)
+        return getattr(self.__dict__["denoiser"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        model = self.__dict__.get("denoiser")
+        inner = model is not None and name not in self.__dict__ and name not in STAND_IN
+        if inner and (hasattr(model, name) or isinstance(value, (nn.Module, nn.Parameter))):
+            setattr(model, name, value)
+        else:
+            object.__setattr__(self, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.__dict__:
+            object.__delattr__(self, name)
+        else:
+            delattr(self.denoiser, name)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        options = self.__dict__
+        arguments = (self.denoiser, self.config_toma, self.cache.capacity)
+        return _rebuilt, (*arguments, options["_compile"], options["_fixed"])
+
+    def to(self, *args: Any, **kwargs: Any) -> OptimizedDenoiser:
+        """Move or cast the original, in place; graphs follow."""
+        self.denoiser.to(*args, **kwargs)
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> OptimizedDenoiser:
+        self.denoiser._apply(fn, recurse)
+        return self
+
+    def train(self, mode: bool = True) -> OptimizedDenoiser:
+        """Set the original's mode; calls in training mode are refused."""
+        self.denoiser.train(mode)
+        object.__setattr__(self, "training", mode)
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The original's."""
+        return self.denoiser.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Into the original; graphs share its parameters."""
+        return self.denoiser.load_state_dict(*args, **kwargs)
 
     # -- calling --------------------------------------------------------------------------------
 
@@ -168,54 +181,117 @@ class OptimizedDenoiser(nn.Module):
         Raises:
             SignatureError: the call does not fit a fixed capture.
             CaptureError, NoMergeSites, TileError: at the first call of a signature.
+            AdapterError: the model no longer accepts the call. OffloadError: its weights are away.
+            SharedStateError: another thread is in the middle of a generation.
         """
-        state, call, inputs = self._prepare(args, kwargs)
-        with torch.no_grad():
-            results = self._runner(state.specialization, call)(*inputs)
-        return self._finish(state, call, results)
+        turn = self._prepare(args, kwargs)
+        try:
+            with torch.no_grad():
+                results = turn.run(*turn.inputs)
+        except BaseException:
+            self._abandon(turn)
+            raise
+        return self._finish(turn, results)
 
     @torch._dynamo.disable
-    def _prepare(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[GenerationState, Call, list[Any]]:
-        check_model(self.denoiser)
-        args, kwargs, timestep = self._normalised(args, kwargs)
-        leaves, tree = flatten_call(args, kwargs)
-        signature = self._signature(leaves, tree)
-        if self._fixed is not None and signature != self._fixed:
-            raise self._mismatch(args, kwargs)
-        state = self._state(signature, args, kwargs, leaves)
-        if timestep is not None and state.timestep is not None and timestep > state.timestep:
-            state.restart()
-        state.timestep = timestep
-        plan = state.specialization.plan
+    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Turn:
+        implicit: Implicit = getattr(self._local, "implicit", None) or self._implicit
+        if not implicit.busy.acquire(blocking=False):
+            raise shared_state("another thread is in a step with it")
+        try:
+            return self._turn(implicit, *self._placed(args, kwargs))
+        except BaseException:
+            implicit.busy.release()
+            raise
+
+    def _turn(self, implicit: Implicit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Turn:
+        given = self._arguments(args, kwargs)
+        key = (self._context, given.signature)
+        generation = implicit.generation(key, GENERATIONS * self.cache.capacity)
+        if generation.starts(given.timestep, given.conditioning):
+            # position ids are read once a generation: on a GPU reading waits for it
+            implicit.rasters[key] = tuple(raster(leaf) for leaf in given.leaves)
+        owner, specialization = self._specialization(given, implicit.rasters[key])
+        state = generation.turn(given.timestep, given.conditioning)
+        state.bind(owner)
+        plan = specialization.plan
         call: Call = "plain"
         if plan.segments:
             call = call_at(plan.config, state.step, state.has_pattern)
-        program = state.specialization.program(call)
+        try:
+            run = specialization.runner(call, self._compile)
+        except BaseException:
+            generation.restart()
+            raise
+        program = specialization.program(call)
+        inputs = given.leaves
         if program is not None:
-            leaves = [*leaves, *(state.patterns[name] for name in program.pattern_inputs)]
-        return state, call, leaves
+            inputs = [*inputs, *(state.patterns[name] for name in program.pattern_inputs)]
+        return Turn(specialization, call, run, inputs, generation, state, implicit)
 
     @torch._dynamo.disable
-    def _finish(self, state: GenerationState, call: Call, results: Sequence[Any]) -> Any:
-        program = state.specialization.program(call)
+    def _abandon(self, turn: Turn) -> None:
+        """After an exception: the next call starts a generation."""
+        turn.generation.restart()
+        turn.implicit.busy.release()
+
+    @torch._dynamo.disable
+    def _finish(self, turn: Turn, results: Sequence[Any]) -> Any:
+        program = turn.specialization.program(turn.call)
         names = program.pattern_outputs if program is not None else ()
         own = len(results) - len(names)
         if names:
-            state.store(names, results[own:])
-        state.step += 1
-        state.counts[call] = state.counts.get(call, 0) + 1
-        return pytree.tree_unflatten(list(results[:own]), state.specialization.captured.out_spec)
+            turn.state.store(names, results[own:])
+        turn.state.done(turn.call)
+        self._count(turn.specialization, turn.call)
+        turn.implicit.busy.release()
+        return self._outputs(turn.specialization, results[:own])
 
-    def _runner(self, specialization: Specialization, call: Call) -> Callable[..., Any]:
-        if call not in specialization.runners:
-            graph_module = specialization.graph_module(call)
-            run: Callable[..., Any] = graph_module.forward
-            if self._compile is not None:
-                run = torch.compile(graph_module, **self._compile)
-            specialization.runners[call] = run
-        return specialization.runners[call]
+    def _outputs(self, specialization: Specialization, results: Sequence[Any]) -> Any:
+        if self._replays():
+            # a CUDA graph writes its outputs to the same place again
+            results = [r.clone() if isinstance(r, Tensor) else r for r in results]
+        return pytree.tree_unflatten(list(results), specialization.captured.out_spec)
+
+    def _replays(self) -> bool:
+        """Whether compiled programs may be CUDA graphs."""
+        mode = (self._compile or {}).get("mode") or ""
+        options = (self._compile or {}).get("options") or {}
+        graphs = mode in ("reduce-overhead", "max-autotune") or options.get("triton.cudagraphs")
+        return bool(graphs) and torch.cuda.is_available()
+
+    def _count(self, specialization: Specialization, call: Call) -> None:
+        specialization.count(call)
+        self._totals[call] = self._totals.get(call, 0) + 1
+
+    def _placed(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Honour an offload hook that sits on the original: weights and inputs on its device."""
+        hook = vars(self.denoiser).get("_hf_hook")
+        if hook is None or "_hf_hook" in self.__dict__:
+            return args, kwargs
+        if getattr(hook, "offload", False):
+            ModelGuard(self.denoiser)  # says what can't work
+        placed: tuple[tuple[Any, ...], dict[str, Any]] = hook.pre_forward(
+            self.denoiser, *args, **kwargs
+        )
+        return placed
+
+    # -- what a call is -------------------------------------------------------------------------
+
+    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        check_model(self.denoiser)
+        args, kwargs, timestep = self._normalised(args, kwargs)
+        leaves, tree = flatten_call(args, kwargs)
+        own = next(self.denoiser.parameters(), None)
+        home = (own.dtype, own.device) if own is not None else ()
+        signature = (tree, home, *(_leaf_key(leaf) for leaf in leaves))
+        if self._fixed is not None and signature != self._fixed[0]:
+            raise self._mismatch(args, kwargs)
+        text = kwargs.get("encoder_hidden_states")
+        conditioning = text if isinstance(text, Tensor) else None
+        return Arguments(args, kwargs, leaves, signature, timestep, conditioning)
 
     def _normalised(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -254,44 +330,50 @@ class OptimizedDenoiser(nn.Module):
             return (), named, float(timestep.reshape(-1)[0])
         return (), named, None
 
-    def _signature(self, leaves: Sequence[Any], tree: Any) -> Signature:
-        own = next(iter(self.denoiser.parameters()), None)
-        home = (own.dtype, own.device) if own is not None else ()
-        return (tree, home, *(_leaf_key(leaf) for leaf in leaves))
+    def _model_key(self) -> str:
+        """Digest of the model's state; follows a change of modules, adapters or buffers."""
+        guard: ModelGuard | None = self._guard
+        if guard is None or not guard.holds():
+            with TRACING:
+                guard = ModelGuard(self.denoiser)
+                self.__dict__["_guard"] = guard
+                self.cache.refresh(self.denoiser)
+        return guard.key
 
-    def _state(
-        self,
-        signature: Signature,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        leaves: Sequence[Any],
-    ) -> GenerationState:
-        """State for this context and signature. Grids of position ids are read at step 0 only."""
-        key = (self._context, signature)
-        state = self._states.get(key)
-        if state is not None and state.step:
-            return state
-        found = (signature, tuple(ids_grid(leaf) for leaf in leaves))
-        if found not in self._specializations:
-            self._specializations[found] = Specialization.make(
-                self.denoiser, args, kwargs, self.config_toma
-            )
-        specialization = self._specializations[found]
-        if state is None or state.specialization is not specialization:
-            state = self._states[key] = GenerationState(specialization)
-        return state
+    def _specialization(
+        self, given: Arguments, rasters: tuple[Raster | None, ...]
+    ) -> tuple[tuple[Any, ...], Specialization]:
+        key = (self._model_key(), given.signature, rasters)
+
+        def make() -> Specialization:
+            try:
+                return Specialization.make(
+                    self.denoiser, given.args, given.kwargs, self.config_toma
+                )
+            except CaptureError as error:
+                if all(known[1] != given.signature for known in self.cache.keys_made()):
+                    raise
+                raise AdapterError(
+                    "the model no longer accepts a call that it accepted before",
+                    where=error.where,
+                    expected="adapters that leave the shapes of inputs and layers as they are",
+                    got=error.got,
+                    hint="unload the adapter that changes shapes, or call the model "
+                    "with the inputs it needs now",
+                ) from error
+
+        return key, self.cache.get(key, make)
 
     def fix(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Capture for these inputs now and refuse every other signature from here on."""
-        call_args, call_kwargs, _ = self._normalised(tuple(args), dict(kwargs))
-        leaves, tree = flatten_call(call_args, call_kwargs)
-        signature = self._signature(leaves, tree)
-        self._state(signature, call_args, call_kwargs, leaves)
-        self._fixed, self._fixed_leaves = signature, _named_leaves(call_args, call_kwargs)
+        given = self._arguments(tuple(args), dict(kwargs))
+        self._specialization(given, tuple(raster(leaf) for leaf in given.leaves))
+        leaves = _named_leaves(given.args, given.kwargs)
+        self.__dict__["_fixed"] = (given.signature, leaves)
 
     def _mismatch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SignatureError:
         """The first difference between a call and the fixed capture."""
-        fixed, given = dict(self._fixed_leaves), dict(_named_leaves(args, kwargs))
+        fixed, given = dict(self._fixed[1]), dict(_named_leaves(args, kwargs))
         hint = (
             "call optimize() without example_inputs to capture each signature when it first occurs"
         )
@@ -314,6 +396,48 @@ class OptimizedDenoiser(nn.Module):
             hint=hint,
         )
 
+    # -- state held by the caller ---------------------------------------------------------------
+
+    def step(self, inputs: Any, state: State | Sequence[State]) -> tuple[Any, Any]:
+        """One denoising step with the state in the caller's hands; changes nothing else.
+
+        Args:
+            inputs: keyword arguments of the call (a dict), or a pair (args, kwargs).
+            state: `State()` before a request's first step, then what the last step returned. Or a
+                list of them, one per request, when the batch holds several: request i has the rows
+                of the batch after those of request i - 1. Requests may be at different steps.
+
+        Returns:
+            (outputs as the denoiser returns them, next state or list of next states).
+
+        Raises:
+            StateError: states that do not fill the batch, that belong to another size, or whose
+                steps merge in one and not in another.
+        """
+        single = isinstance(state, State)
+        states = [state] if isinstance(state, State) else list(state)
+        args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else inputs
+        given = self._arguments(*self._placed(tuple(args), dict(kwargs)))
+        key, specialization = self._specialization(
+            given, tuple(raster(leaf) for leaf in given.leaves)
+        )
+        states = [fitting(s, specialization, key[0]) for s in states]
+        call, patterns = batched(states, specialization)
+        run = specialization.runner(call, self._compile)
+        program = specialization.program(call)
+        names = program.pattern_inputs if program is not None else ()
+        with torch.no_grad():
+            results = run(*given.leaves, *(patterns[name] for name in names))
+        made_names = program.pattern_outputs if program is not None else ()
+        own = len(results) - len(made_names)
+        made = dict(zip(made_names, results[own:], strict=True))
+        if self._replays():
+            made = {name: value.clone() for name, value in made.items()}
+        self._count(specialization, call)
+        states = following(states, {**patterns, **made}, call, specialization, key[0])
+        outputs = self._outputs(specialization, results[:own])
+        return outputs, states[0] if single else states
+
     # -- compiling ------------------------------------------------------------------------------
 
     def compile(self, *args: Any, **kwargs: Any) -> OptimizedDenoiser:  # type: ignore[override]
@@ -323,17 +447,32 @@ class OptimizedDenoiser(nn.Module):
         and the unmerged one if the schedule has unmerged steps. Returns self.
         """
         names = list(inspect.signature(torch.compile).parameters)[1:]
-        self._compile = {"dynamic": False, **dict(zip(names, args, strict=False)), **kwargs}
-        for specialization in self._specializations.values():
+        options = {"dynamic": False, **dict(zip(names, args, strict=False)), **kwargs}
+        self.__dict__["_compile"] = options
+        for specialization in self.cache.values():
             specialization.runners.clear()
         return self
 
-    # -- state ----------------------------------------------------------------------------------
+    # -- implicit state -------------------------------------------------------------------------
+
+    @contextmanager
+    def own_state(self) -> Iterator[None]:
+        """Calls of this thread inside keep their patterns apart from everybody else's."""
+        previous = getattr(self._local, "implicit", None)
+        self._local.implicit = Implicit()
+        try:
+            yield
+        finally:
+            self._local.implicit = previous
 
     def reset(self) -> None:
         """Forget every pattern; the next call is step 0 of a new generation."""
-        for state in self._states.values():
-            state.restart()
+        for generation in self._generations():
+            generation.restart()
+
+    def _generations(self) -> tuple[Generation, ...]:
+        implicit: Implicit = getattr(self._local, "implicit", None) or self._implicit
+        return tuple(implicit.generations.values())
 
     def _reset_stateful_cache(self, *args: Any, **kwargs: Any) -> None:
         """Called by diffusers pipelines at the end of a generation."""
@@ -342,26 +481,49 @@ class OptimizedDenoiser(nn.Module):
         if inner is not None:
             inner(*args, **kwargs)
 
+    @property
+    def _context(self) -> str:
+        return getattr(self._local, "context", "")
+
     @contextmanager
     def cache_context(self, name: str) -> Iterator[None]:
         """Keep separate patterns for the calls inside ("cond", "uncond" of true CFG)."""
-        previous, self._context = self._context, name
+        previous, self._local.context = self._context, name
         inner = getattr(self.denoiser, "cache_context", None)
         try:
             with inner(name) if inner is not None else nullcontext():
                 yield
         finally:
-            self._context = previous
+            self._local.context = previous
 
     @property
-    def states(self) -> tuple[GenerationState, ...]:
-        """Live states, one per context and signature."""
-        return tuple(self._states.values())
+    def states(self) -> tuple[PassState, ...]:
+        """Implicit states that live: one per context, signature and pass."""
+        return tuple(s for g in self._generations() for s in g.passes)
 
     @property
     def specializations(self) -> tuple[Specialization, ...]:
-        """What was captured so far, one per signature."""
-        return tuple(self._specializations.values())
+        """What was captured and lives, the one used last at the end."""
+        return self.cache.values()
+
+    @property
+    def compiled(self) -> bool:
+        """Whether `compile` was called."""
+        return self._compile is not None
+
+    @property
+    def totals(self) -> dict[Call, int]:
+        """Steps run since `optimize`, by kind of program."""
+        return dict(self._totals)
+
+
+def _rebuilt(
+    model: nn.Module, config: ToMAConfig, capacity: int, compile_: Any, fixed: Any
+) -> OptimizedDenoiser:
+    """A copy: the same settings, no graphs and no state yet."""
+    copied = OptimizedDenoiser(model, config, capacity)
+    copied.__dict__["_compile"], copied.__dict__["_fixed"] = compile_, fixed
+    return copied
 
 
 def _leaf_key(leaf: Any) -> Any:

@@ -3,6 +3,8 @@
 refresh:  feature -> select -> weights -> (idx, merge, unmerge), all three also outputs
 reweigh:  idx input;  feature -> weights -> (merge, unmerge), both also outputs
 reuse:    idx, merge, unmerge are inputs
+mixed:    all three are inputs, and two masks [B]; rows to select anew take
+          idx = where(select, fresh, given), rows to weigh anew likewise; all three also outputs
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ from toma_fx.plan import MergePlan, PatternGroup
 
 UNROLL = 4
 """Destinations a window up to which the greedy loop is unrolled into the graph."""
-Use = Literal["refresh", "reweigh", "reuse"]
+Use = Literal["refresh", "reweigh", "reuse", "mixed"]
 PARTS = ("idx", "merge", "unmerge")
+MASKS = ("pattern_select", "pattern_weigh")
 
 
 @dataclass(frozen=True)
@@ -48,57 +51,98 @@ class ProvidePatterns:
     def apply(self, rewriter: Rewriter) -> dict[str, PatternNodes]:
         """Returns the pattern nodes of each group."""
         nodes = rewriter.index()
-        return {g.name: self._provide(rewriter, g, nodes[g.feature]) for g in self.plan.groups}
+        masks = self._masks(rewriter, nodes) if self.use == "mixed" else ()
+        return {
+            g.name: self._provide(rewriter, g, nodes[g.feature], masks) for g in self.plan.groups
+        }
 
-    def _provide(self, rewriter: Rewriter, group: PatternGroup, feature: fx.Node) -> PatternNodes:
+    def _masks(self, rewriter: Rewriter, nodes: Mapping[str, fx.Node]) -> tuple[fx.Node, ...]:
+        first = self.plan.groups[0]
+        device = nodes[first.feature].meta["val"].device
+
+        def mask() -> Tensor:
+            return torch.empty(first.batch, dtype=torch.bool, device=device)
+
+        return tuple(rewriter.placeholder(name, mask) for name in MASKS)
+
+    def _given(self, rewriter: Rewriter, group: PatternGroup, value: Tensor) -> list[fx.Node]:
+        """Inputs of a group's parts, those that the program takes."""
         setting = group.setting
-        grid, tile = setting.grid, setting.tile
-        count, tokens = setting.windows, tile[0] * tile[1]
-        opaque = setting.keep > UNROLL
-        value: Tensor = feature.meta["val"]
-        dtype, device = value.dtype, value.device
+        count, tokens = setting.windows, setting.tile[0] * setting.tile[1]
         shapes = {
             "idx": (group.batch, count, setting.keep),
             "merge": (group.batch, count, setting.keep, tokens),
             "unmerge": (group.batch, count, tokens, setting.keep),
         }
 
-        def given(part: str) -> fx.Node:
-            kind = torch.int64 if part == "idx" else dtype
-            name = f"pattern_{group.name}_{part}"
-            return rewriter.placeholder(
-                name, lambda: torch.empty(shapes[part], dtype=kind, device=device)
-            )
+        def like(part: str) -> Tensor:
+            dtype = torch.int64 if part == "idx" else value.dtype
+            return torch.empty(shapes[part], dtype=dtype, device=value.device)
 
+        return [
+            rewriter.placeholder(f"pattern_{group.name}_{part}", lambda part=part: like(part))  # type: ignore[misc]
+            for part in INPUTS[self.use]
+        ]
+
+    def _provide(
+        self,
+        rewriter: Rewriter,
+        group: PatternGroup,
+        feature: fx.Node,
+        masks: tuple[fx.Node, ...],
+    ) -> PatternNodes:
+        setting = group.setting
+        grid, tile = setting.grid, setting.tile
+        opaque = setting.keep > UNROLL
+        given = self._given(rewriter, group, feature.meta["val"])
         if self.use == "reuse":
-            return PatternNodes(given("idx"), given("merge"), given("unmerge"))
+            return PatternNodes(*given)
 
         def weigh(x: Tensor, idx: Tensor) -> tuple[Tensor, Tensor]:
             pattern = toma.weights(x, idx, grid, tile, setting.scale, unmerge=setting.unmerge)
             return pattern.merge, pattern.unmerge
 
-        idx = given("idx") if self.use == "reweigh" else None
+        def chosen(mask: Tensor, fresh: Tensor, kept: Tensor) -> Tensor:
+            return torch.where(mask.view(-1, *[1] * (fresh.dim() - 1)), fresh, kept)
+
         with rewriter.after(feature):
-            tokens_node = image_part(rewriter, feature, self.spans[group.name])
-            if idx is None:
+            image = image_part(rewriter, feature, self.spans[group.name])
+            if self.use == "reweigh":
+                (idx,) = given
+            else:
                 (idx,) = rewriter.splice(
                     ("select", setting),
                     lambda x: toma.select(x, grid, tile, setting.keep, opaque=opaque),
-                    [tokens_node],
+                    [image],
                 )
-                rewriter.add_outputs([idx])
-            merge, unmerge = rewriter.splice(("weigh", setting), weigh, [tokens_node, idx])
-        rewriter.add_outputs([merge, unmerge])
-        return PatternNodes(idx, merge, unmerge)
+            if self.use == "mixed":
+                (idx,) = rewriter.splice("chosen", chosen, [masks[0], idx, given[0]])
+            weights = rewriter.splice(("weigh", setting), weigh, [image, idx])
+            if self.use == "mixed":
+                weights = [
+                    rewriter.splice("chosen", chosen, [masks[1], fresh, kept])[0]
+                    for fresh, kept in zip(weights, given[1:], strict=True)
+                ]
+        rewriter.add_outputs([*weights] if self.use == "reweigh" else [idx, *weights])
+        return PatternNodes(idx, *weights)
+
+
+INPUTS: Mapping[Use, tuple[str, ...]] = {
+    "refresh": (), "reweigh": ("idx",), "reuse": PARTS, "mixed": PARTS
+}  # fmt: skip
+"""Parts of a pattern that a program takes."""
+OUTPUTS: Mapping[Use, tuple[str, ...]] = {
+    "refresh": PARTS, "reweigh": ("merge", "unmerge"), "reuse": (), "mixed": PARTS
+}  # fmt: skip
+"""Parts of a pattern that a program gives."""
 
 
 def pattern_inputs(plan: MergePlan, use: Use) -> tuple[str, ...]:
     """Names of the pattern inputs of a program, in order."""
-    parts = {"refresh": (), "reweigh": ("idx",), "reuse": PARTS}[use]
-    return tuple(f"pattern_{g.name}_{part}" for g in plan.groups for part in parts)
+    parts = tuple(f"pattern_{g.name}_{part}" for g in plan.groups for part in INPUTS[use])
+    return (*MASKS, *parts) if use == "mixed" else parts
 
 
 def pattern_outputs(plan: MergePlan, use: Use) -> tuple[str, ...]:
     """Names of the pattern outputs of a program, after the model's own, in order."""
-    parts = {"refresh": PARTS, "reweigh": ("merge", "unmerge"), "reuse": ()}[use]
-    return tuple(f"pattern_{g.name}_{part}" for g in plan.groups for part in parts)
+    return tuple(f"pattern_{g.name}_{part}" for g in plan.groups for part in OUTPUTS[use])

@@ -1,0 +1,191 @@
+"""Whether a model is still the one that was captured.
+
+A graph is baked from a model's modules, its parameters and its plain Python attributes (adapter
+scales, processors, flags). `ModelGuard` remembers them by identity and by value: `holds` compares
+in about a millisecond and is asked at every step; `key` names the state by value, so that a model
+that returns to an earlier state (an adapter switched back) finds its earlier graphs.
+
+Outside the guard: values inside tensors (shared with the graph, a change shows at once) and what a
+model's Python code reads from anywhere but the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import marshal
+from collections.abc import Callable, Iterator, Mapping
+from operator import itemgetter
+from typing import Any
+
+from torch import Tensor, nn
+
+from toma_fx.errors import OffloadError
+
+_INTERNAL = frozenset(nn.Module().__dict__) | {"_is_full_backward_hook"}
+STAND_IN = frozenset({"_hf_hook", "_old_forward", "forward", "_diffusers_hook"})
+"""Attributes by which other libraries wrap the call of a module; at the root they are not part of
+the graph."""
+_SHALLOW = ("torch.nn.", "builtins")
+
+
+class ModelGuard:
+    """What the graph of `model` depends on, remembered.
+
+    Attributes:
+        key: digest of the state by value; parameters count by identity.
+
+    Raises:
+        OffloadError: weights are moved or changed inside the forward pass.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = dict(model.named_modules(remove_duplicate=True))
+        _check_hooks(modules)
+        objects = [*modules.values(), *_helpers(modules.values())]
+        self._named = [d for m in modules.values() for d in _named(m)]
+        self._sized = [vars(o) for o in objects if o is not model]
+        self._sized += [d for m in modules.values() for d in (*_named(m), *_hook_tables(m))]
+        self._plain: list[tuple[Callable[[Any], Any], dict[str, Any]]] = []
+        self._opaque: list[tuple[Callable[[Any], Any], dict[str, Any]]] = []
+        for each in objects:
+            plain, opaque = _attributes(each, root=each is model)
+            if plain:
+                self._plain.append((itemgetter(*plain), vars(each)))
+            if opaque:
+                self._opaque.append((itemgetter(*opaque), vars(each)))
+        self._seen = self._look()
+        self.key = _digest(modules)
+
+    def holds(self) -> bool:
+        """Whether nothing has changed since this guard was made."""
+        try:
+            return self._look() == self._seen
+        except (KeyError, ValueError):  # an attribute is gone, or no longer a plain value
+            return False
+
+    def _look(self) -> tuple[Any, ...]:
+        return (
+            [id(v) for d in self._named for v in d.values()],
+            sum(map(len, self._sized)),
+            [id(v) for get, d in self._opaque for v in _tuple(get(d))],
+            marshal.dumps([get(d) for get, d in self._plain], 2),
+        )
+
+
+def _tuple(value: Any) -> tuple[Any, ...]:
+    return value if type(value) is tuple else (value,)
+
+
+def _named(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    return module._modules, module._parameters, module._buffers
+
+
+def _hook_tables(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
+    return module._forward_hooks, module._forward_pre_hooks
+
+
+def _is_plain(value: Any) -> bool:
+    try:
+        marshal.dumps(value, 2)
+    except ValueError:
+        return False
+    return True
+
+
+def _attributes(owner: Any, *, root: bool) -> tuple[list[str], list[str]]:
+    """Names of the attributes of a module or helper: plain values, and all others."""
+    plain: list[str] = []
+    opaque: list[str] = []
+    if type(owner).__module__.startswith(_SHALLOW):
+        return plain, opaque
+    for name, value in vars(owner).items():
+        if name in _INTERNAL or (root and name in STAND_IN):
+            continue
+        (plain if _is_plain(value) else opaque).append(name)
+    return plain, opaque
+
+
+def _helpers(modules: Any) -> Iterator[Any]:
+    """Objects that modules hold and that act in the forward pass (attention processors)."""
+    seen: set[int] = set()
+    for module in modules:
+        for name in _attributes(module, root=False)[1]:
+            value = vars(module)[name]
+            known = isinstance(value, (nn.Module, Tensor, Mapping)) or not hasattr(
+                value, "__dict__"
+            )
+            if known or id(value) in seen or callable(getattr(value, "__get__", None)):
+                continue
+            seen.add(id(value))
+            yield value
+
+
+def _digest(modules: Mapping[str, nn.Module]) -> str:
+    """The state by value: types, plain attributes, parameters by identity, buffers by shape."""
+    digest = hashlib.sha256()
+    for path, module in modules.items():
+        parameters = [(name, id(p)) for name, p in module._parameters.items()]
+        buffers = [(name, str(_shape(b))) for name, b in module._buffers.items()]
+        hooks = [id(h) for table in _hook_tables(module) for h in table.values()]
+        state = (path, _described(module, root=not path), parameters, buffers, hooks)
+        digest.update(repr(state).encode())
+    return digest.hexdigest()
+
+
+def _shape(tensor: Tensor | None) -> tuple[Any, ...] | None:
+    return None if tensor is None else (tuple(tensor.shape), tensor.dtype, tensor.device)
+
+
+def _described(owner: Any, *, root: bool = False, depth: int = 2) -> Any:
+    """A value, type or structure by which two equal states agree."""
+    if _is_plain(owner) or isinstance(owner, (Mapping, frozenset)):
+        return repr(owner)
+    if isinstance(owner, Tensor):
+        return id(owner)
+    kind = f"{type(owner).__module__}.{type(owner).__qualname__}"
+    if isinstance(owner, (list, tuple)):
+        return kind, [_described(v, depth=depth - 1) for v in owner]
+    if not hasattr(owner, "__dict__") or callable(getattr(owner, "__get__", None)):
+        return repr(owner) if type(owner).__module__ == "torch" else f"{kind} {id(owner)}"
+    if depth == 0:
+        return kind
+    plain, opaque = _attributes(owner, root=root)
+    values = vars(owner)
+    return kind, [(n, _described(values[n], depth=depth - 1)) for n in (*plain, *opaque)]
+
+
+# -- who else moves the weights -------------------------------------------------------------------
+
+
+def _check_hooks(modules: Mapping[str, nn.Module]) -> None:
+    """Refuse weights that are elsewhere until a submodule runs."""
+    for path, module in modules.items():
+        hook = vars(module).get("_hf_hook")
+        if hook is not None and (path or getattr(hook, "offload", False)):
+            raise OffloadError(
+                "the weights are moved while the model runs",
+                where=path or "the denoiser",
+                expected="weights that stay on one device during a call",
+                got=f"accelerate's {type(hook).__name__} (sequential CPU offload or a device map)",
+                hint="pipe.remove_all_hooks(), then pipe.enable_model_cpu_offload(), "
+                "or pipe.to(device)",
+            )
+        hooks = getattr(vars(module).get("_diffusers_hook"), "hooks", None)
+        if hooks:
+            raise OffloadError(
+                "diffusers hooks change what the model does while it runs",
+                where=path or "the denoiser",
+                expected="a plain forward pass",
+                got=", ".join(sorted(hooks)),
+                hint="group offload: pipe.enable_model_cpu_offload() instead; caches: "
+                "denoiser.disable_cache(); layerwise casting: load the model in the compute dtype",
+            )
+    meta = [n for n, p in modules[""].named_parameters() if p.is_meta] if "" in modules else []
+    if meta:
+        raise OffloadError(
+            "the weights are not loaded",
+            where=meta[0],
+            expected="parameters on a device",
+            got="parameters on the meta device",
+            hint="load the weights first, and move the model to its device",
+        )

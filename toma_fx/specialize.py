@@ -1,0 +1,166 @@
+"""Specializations: everything made for one call signature of one state of the model, and their
+bounded cache."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from toma_fx.analysis import Flow, analyse
+from toma_fx.axis import Analysis
+from toma_fx.capture import Captured, capture
+from toma_fx.config import ToMAConfig
+from toma_fx.passes.pipeline import Program, rewrite
+from toma_fx.passes.rewriter import Templates
+from toma_fx.plan import MergePlan, make_plan
+from toma_fx.state import Call
+from toma_fx.verify import output_values, verify
+
+TRACING = threading.RLock()
+"""Held while a graph is made: tracing swaps the parameters of the model that is traced."""
+
+
+@dataclass
+class Specialization:
+    """Everything made for one call signature; programs are rewritten when first used.
+
+    Attributes:
+        captured, analysis, flow, plan: from the stages of that name.
+        programs: rewritten so far. runners: what is called for each, compiled or not.
+        counts: steps run per kind.
+    """
+
+    captured: Captured
+    analysis: Analysis
+    flow: Flow
+    plan: MergePlan
+    templates: Templates = field(default_factory=dict)
+    programs: dict[Call, Program] = field(default_factory=dict)
+    runners: dict[Call, Callable[..., Any]] = field(default_factory=dict)
+    counts: dict[Call, int] = field(default_factory=dict)
+
+    @classmethod
+    def make(
+        cls, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], config: ToMAConfig
+    ) -> Specialization:
+        """Capture, analyse and plan one call."""
+        return cls.of(capture(model, args, kwargs), config)
+
+    @classmethod
+    def of(cls, captured: Captured, config: ToMAConfig) -> Specialization:
+        """Analyse and plan a captured graph."""
+        outputs = output_values(captured.graph_module.graph)
+        verify(captured.graph_module, [i.name for i in captured.inputs], outputs, "capture")
+        analysis, flow = analyse(captured, config.grid)
+        return cls(captured, analysis, flow, make_plan(analysis, flow, config))
+
+    @property
+    def settings(self) -> Hashable:
+        """What a pattern must agree on to fit: groups and their settings."""
+        return tuple((g.name, g.setting) for g in self.plan.groups)
+
+    def program(self, call: Call) -> Program | None:
+        """The rewritten program of a call; None for the unmerged one."""
+        if call == "plain":
+            return None
+        if call not in self.programs:
+            with TRACING:
+                self.programs[call] = rewrite(
+                    self.captured, self.analysis, self.flow, self.plan, call, self.templates
+                )
+        return self.programs[call]
+
+    def graph_module(self, call: Call) -> fx.GraphModule:
+        """The graph that runs for a call."""
+        program = self.program(call)
+        return self.captured.graph_module if program is None else program.graph_module
+
+    def runner(self, call: Call, options: Mapping[str, Any] | None) -> Callable[..., Any]:
+        """The callable for a call, compiled with `options` unless they are None."""
+        if call not in self.runners:
+            graph_module = self.graph_module(call)
+            run: Callable[..., Any] = graph_module.forward
+            if options is not None:
+                run = torch.compile(graph_module, **options)
+            self.runners[call] = run
+        return self.runners[call]
+
+    def count(self, call: Call) -> None:
+        """Count a step."""
+        self.counts[call] = self.counts.get(call, 0) + 1
+
+    def _graph_modules(self) -> Iterator[fx.GraphModule]:
+        yield self.captured.graph_module
+        for program in self.programs.values():
+            yield program.graph_module
+
+    def fits(self, parameters: set[int]) -> bool:
+        """Whether every parameter of the graph is among these ids."""
+        return all(id(p) in parameters for p in self.captured.graph_module.parameters())
+
+    def rebind(self, buffers: Mapping[str, Tensor]) -> None:
+        """Take over the model's buffers, which a move between devices makes anew."""
+        for graph_module in self._graph_modules():
+            for name, old in list(graph_module.named_buffers()):
+                new = buffers.get(name)
+                if new is None or new is old:
+                    continue
+                if (new.shape, new.dtype, new.device) == (old.shape, old.dtype, old.device):
+                    path, _, leaf = name.rpartition(".")
+                    graph_module.get_submodule(path)._buffers[leaf] = new
+
+
+class SpecializationCache:
+    """The specializations used last, at most `capacity`; safe to share between threads."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.made = 0
+        self._entries: OrderedDict[Hashable, Specialization] = OrderedDict()
+        self._lock = threading.RLock()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def values(self) -> tuple[Specialization, ...]:
+        """Those alive, the one used last at the end."""
+        with self._lock:
+            return tuple(self._entries.values())
+
+    def keys_made(self) -> tuple[Any, ...]:
+        """Keys of those alive, in the same order."""
+        with self._lock:
+            return tuple(self._entries)
+
+    def get(self, key: Hashable, make: Callable[[], Specialization]) -> Specialization:
+        """The specialization of a key, made if need be; drops the one unused longest."""
+        with self._lock:
+            if key in self._entries:
+                self._entries.move_to_end(key)
+                return self._entries[key]
+        with TRACING:
+            if key not in self._entries:
+                found = make()
+                with self._lock:
+                    self._entries[key] = found
+                    self.made += 1
+                    while len(self._entries) > self.capacity:
+                        self._entries.popitem(last=False)
+            return self._entries[key]
+
+    def refresh(self, model: nn.Module) -> None:
+        """Follow a changed model: drop graphs over parameters that are gone, rebind buffers."""
+        parameters = {id(p) for p in model.parameters()}
+        buffers = dict(model.named_buffers())
+        with self._lock:
+            for key, found in list(self._entries.items()):
+                if found.fits(parameters):
+                    found.rebind(buffers)
+                else:
+                    del self._entries[key]
