@@ -19,13 +19,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from toma_fx.errors import OffloadError
+from toma_fx.errors import AdapterError, OffloadError
 
 _INTERNAL = frozenset(nn.Module().__dict__) | {"_is_full_backward_hook"}
 STAND_IN = frozenset({"_hf_hook", "_old_forward", "forward", "_diffusers_hook"})
 """Attributes by which other libraries wrap the call of a module; at the root they are not part of
 the graph."""
 _SHALLOW = ("torch.nn.", "builtins")
+_NOTES = frozenset({"peft_config", "_hf_peft_config_loaded", "lora_scale", "_safe_fusing"})
+"""Attributes that record how a model came about and that its forward pass does not read."""
+_SWITCHES = frozenset({"_active_adapter", "_disable_adapters", "merged_adapters"})
 
 
 class ModelGuard:
@@ -99,7 +102,7 @@ def _attributes(owner: Any, *, root: bool) -> tuple[list[str], list[str]]:
     if type(owner).__module__.startswith(_SHALLOW):
         return plain, opaque
     for name, value in vars(owner).items():
-        if name in _INTERNAL or (root and name in STAND_IN):
+        if name in _INTERNAL or name in _NOTES or (root and name in STAND_IN):
             continue
         (plain if _is_plain(value) else opaque).append(name)
     return plain, opaque
@@ -121,22 +124,59 @@ def _helpers(modules: Any) -> Iterator[Any]:
 
 
 def _digest(modules: Mapping[str, nn.Module]) -> str:
-    """The state by value: types, plain attributes, parameters by identity, buffers by shape."""
+    """The state by value: types, plain attributes, parameters by identity, buffers by shape.
+
+    Of adapters (peft's tuner layers) only those that act count.
+    """
     digest = hashlib.sha256()
+    idle: set[str] = set()
     for path, module in modules.items():
+        parent = path.rpartition(".")[0]
+        if path in idle or parent in idle:
+            idle.add(path)
+            continue
+        adapters = _adapters(module, path)
+        if adapters is not None:
+            names, acting = adapters
+            idle.update(f"{path}.{k}.{n}" for k in module._modules for n in names - set(acting))
         parameters = [(name, id(p)) for name, p in module._parameters.items()]
         buffers = [(name, str(_shape(b))) for name, b in module._buffers.items()]
         hooks = [id(h) for table in _hook_tables(module) for h in table.values()]
-        state = (path, _described(module, root=not path), parameters, buffers, hooks)
-        digest.update(repr(state).encode())
+        described = _described(module, root=not path, adapters=adapters)
+        digest.update(repr((path, described, parameters, buffers, hooks)).encode())
     return digest.hexdigest()
+
+
+Adapters = tuple[set[str], tuple[str, ...]]
+
+
+def _adapters(module: nn.Module, path: str) -> Adapters | None:
+    """(names of the adapters of a tuner layer, those that act now in order), None for others."""
+    scaling = vars(module).get("scaling")
+    if not isinstance(scaling, dict) or not _SWITCHES <= vars(module).keys():
+        return None
+    if module._disable_adapters and module.merged_adapters:
+        raise AdapterError(
+            "fused adapters are switched off",
+            where=path,
+            expected="adapters that are fused, or switched off",
+            got="both; the model itself would unfuse them in its next forward pass",
+            hint="unfuse_lora() first",
+        )
+    active: Any = module._active_adapter
+    acting = (active,) if isinstance(active, str) else tuple(active)
+    if module._disable_adapters or module.merged_adapters:
+        acting = ()
+    return set(scaling), tuple(name for name in acting if name in scaling)
 
 
 def _shape(tensor: Tensor | None) -> tuple[Any, ...] | None:
     return None if tensor is None else (tuple(tensor.shape), tensor.dtype, tensor.device)
 
 
-def _described(owner: Any, *, root: bool = False, depth: int = 2) -> Any:
+def _described(
+    owner: Any, *, root: bool = False, depth: int = 2, adapters: Adapters | None = None
+) -> Any:
     """A value, type or structure by which two equal states agree."""
     if _is_plain(owner) or isinstance(owner, (Mapping, frozenset)):
         return repr(owner)
@@ -151,7 +191,19 @@ def _described(owner: Any, *, root: bool = False, depth: int = 2) -> Any:
         return kind
     plain, opaque = _attributes(owner, root=root)
     values = vars(owner)
+    if adapters is not None:
+        names, acting = adapters
+        values = {k: _only(v, names, acting) for k, v in values.items()}
+        plain = [n for n in plain if n not in _SWITCHES]
+        return kind, acting, [(n, _described(values[n], depth=1)) for n in (*plain, *opaque)]
     return kind, [(n, _described(values[n], depth=depth - 1)) for n in (*plain, *opaque)]
+
+
+def _only(value: Any, names: set[str], acting: tuple[str, ...]) -> Any:
+    """A table by adapter name, without the adapters that don't act."""
+    if isinstance(value, dict) and value.keys() <= names:
+        return {name: value[name] for name in acting if name in value}
+    return value
 
 
 # -- who else moves the weights -------------------------------------------------------------------

@@ -117,6 +117,7 @@ class OptimizedDenoiser(nn.Module):
         own["_fixed"] = None
         own["_compile"] = None
         own["_totals"] = {}
+        own["_accepted"] = OrderedDict()
         own["_forward_signature"] = inspect.signature(model.forward)
 
     # -- standing in ----------------------------------------------------------------------------
@@ -347,11 +348,15 @@ class OptimizedDenoiser(nn.Module):
 
         def make() -> Specialization:
             try:
-                return Specialization.make(
+                made = Specialization.make(
                     self.denoiser, given.args, given.kwargs, self.config_toma
                 )
+                self._accepted[given.signature] = None
+                if len(self._accepted) > GENERATIONS * self.cache.capacity:
+                    self._accepted.popitem(last=False)
+                return made
             except CaptureError as error:
-                if all(known[1] != given.signature for known in self.cache.keys_made()):
+                if given.signature not in self._accepted:
                     raise
                 raise AdapterError(
                     "the model no longer accepts a call that it accepted before",

@@ -133,11 +133,6 @@ class SpecializationCache:
         with self._lock:
             return tuple(self._entries.values())
 
-    def keys_made(self) -> tuple[Any, ...]:
-        """Keys of those alive, in the same order."""
-        with self._lock:
-            return tuple(self._entries)
-
     def get(self, key: Hashable, make: Callable[[], Specialization]) -> Specialization:
         """The specialization of a key, made if need be; drops the one unused longest."""
         with self._lock:
