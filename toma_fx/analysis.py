@@ -11,7 +11,7 @@ comes from position ids that line up with it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import takewhile
 from typing import Any, Literal
@@ -367,23 +367,45 @@ def _streams_of(segment: Segment, flow: Flow, sites: Mapping[str, Site]) -> list
             if operand in bit:
                 mask |= above[operand] | bit[operand]
         above[name] = mask
-    chains: list[tuple[list[str], list[tuple[str, str, str]]]] = []
+    chains: list[_Chain] = []
     for name in carriers:
         found = _residual(name, flow, bit, above, chains)
         if found is None:
+            _pass_addition(name, flow, bit, chains)
             continue
         chain, base, out = found
-        chain[0].append(name)
-        chain[1].append((base, out, name))
+        chain.values.append(name)
+        chain.parts.append((base, out, name))
     return [
         Stream(
-            f"{segment.name}/{values[0]}",
+            f"{segment.name}/{chain.values[0]}",
             segment,
-            tuple(values),
-            _branches(segment, flow, sites, parts),
+            tuple(chain.values),
+            _branches(segment, flow, sites, chain.parts),
+            tuple(chain.additions),
         )
-        for values, parts in chains
+        for chain in chains
     ]
+
+
+@dataclass
+class _Chain:
+    """A stream while it is found: values, (base, out, add) of each branch, additions."""
+
+    values: list[str]
+    parts: list[tuple[str, str, str]] = field(default_factory=list)
+    additions: list[tuple[int, str]] = field(default_factory=list)
+
+
+def _pass_addition(name: str, flow: Flow, bit: Mapping[str, int], chains: list[_Chain]) -> None:
+    """A stream goes on behind an addition from outside (a ControlNet's residual)."""
+    inside = [o for o in flow.operands[name] if o in bit]
+    if flow.ops[name] != "aten.add" or len(inside) != 1 or not flow.is_embedding(name):
+        return
+    for chain in chains:
+        if chain.values[-1] == flow.root(inside[0]):
+            chain.values[-1] = name
+            chain.additions.append((len(chain.parts), name))
 
 
 def _residual(
@@ -391,8 +413,8 @@ def _residual(
     flow: Flow,
     bit: Mapping[str, int],
     above: Mapping[str, int],
-    chains: list[tuple[list[str], list[tuple[str, str, str]]]],
-) -> tuple[tuple[list[str], list[tuple[str, str, str]]], str, str] | None:
+    chains: list[_Chain],
+) -> tuple[_Chain, str, str] | None:
     """(chain, stream value the branch starts from, branch output) if `name` is a residual add."""
     operands = flow.operands[name]
     if flow.ops[name] != "aten.add" or len(operands) != 2 or not flow.is_embedding(name):
@@ -401,13 +423,13 @@ def _residual(
         return None
     for main, out in (operands, operands[::-1]):
         root = flow.root(main)
-        chain = next((c for c in chains if c[0][-1] == root), None)
-        known = chain[0] if chain else [root]
+        chain = next((c for c in chains if c.values[-1] == root), None)
+        known = chain.values if chain else [root]
         base = next((v for v in reversed(known) if above[out] & bit[v]), None)
         if base is None:
             continue
         if chain is None:
-            chain = ([root], [])
+            chain = _Chain([root])
             chains.append(chain)
         return chain, base, out
     return None
@@ -425,14 +447,17 @@ def _branches(
         region = flow.region(segment.name, base, out)
         inner = _inner(segment.name, flow, base, region)
         inside = tuple(n for n in inner if flow.ops[n] == ATTENTION)
+        # a branch may reuse what an earlier attention computed (an IP-Adapter its queries)
+        inside = tuple(n for n in inside if all(n not in b.sites for b in branches)) or inside
         kinds = _kinds(flow, inner, inside, sites)
         if "attention" in kinds and any("attention" in b.kinds for b in branches):
             block += 1
         entries = flow.entries(segment.name, inner)
         module = _branch_module(flow, inner, inside)
-        problem = _branch_problem(segment, flow, inner, entries, out, kinds)
+        problem = _branch_problem(flow, inner, entries, out, kinds)
+        leak = flow.leak(segment.name, inner, out)
         branches.append(
-            Branch(base, out, add, kinds, module, inside, block, entries, inner, problem)
+            Branch(base, out, add, kinds, module, inside, block, entries, inner, problem, leak)
         )
     return tuple(branches)
 
@@ -478,7 +503,6 @@ def _branch_module(flow: Flow, inner: tuple[str, ...], inside: tuple[str, ...]) 
 
 
 def _branch_problem(
-    segment: Segment,
     flow: Flow,
     inner: tuple[str, ...],
     entries: tuple[str, ...],
@@ -491,4 +515,4 @@ def _branch_problem(
     for name in (*entries, out):
         if not flow.is_embedding(name):
             return Rejected(name, "is not laid out [batch, tokens, channels]")
-    return flow.leak(segment.name, inner, out)
+    return None

@@ -1,6 +1,7 @@
 """Facts of the token-axis analysis: what each dimension of a value enumerates.
 
-A fact is a `Layout`, one label per dimension: `BATCH`, `HEIGHT`, `WIDTH`, `Tokens`, or None. Facts
+A fact is a `Layout`, one label per dimension: `BATCH` (or `rows` of it), `HEIGHT`, `WIDTH`,
+`Tokens`, or None. Facts
 name graph nodes by string and hold no graph objects, so they can be printed, compared and saved.
 """
 
@@ -76,6 +77,31 @@ class Tokens:
 
 
 Label = str | Tokens | None
+
+
+def rows(start: int, stop: int, total: int) -> str:
+    """Label of a batch dimension that holds the elements [start, stop) of the whole batch.
+
+    Perturbed-attention guidance cuts the batch and joins it again. Each element merges by its own
+    pattern, so only pieces of the same rows may meet.
+    """
+    return BATCH if (start, stop) == (0, total) else f"{BATCH} {start}:{stop} of {total}"
+
+
+def is_batch(label: Label) -> bool:
+    """Whether a dimension enumerates the batch, or rows of it."""
+    return isinstance(label, str) and label.startswith(BATCH)
+
+
+def row_range(label: str, size: int) -> tuple[int, int, int]:
+    """(start, stop, total) of a batch label on a dimension of `size`."""
+    if label == BATCH:
+        return 0, size, size
+    span, _, total = label.removeprefix(f"{BATCH} ").partition(" of ")
+    start, _, stop = span.partition(":")
+    return int(start), int(stop), int(total)
+
+
 Layout = tuple[Label, ...]
 Fact = Layout | tuple[Layout | None, ...] | None
 """Layout of a tensor, layouts of a tuple of tensors, or nothing known."""
@@ -187,7 +213,8 @@ class Branch:
         module: module path. sites: attention nodes inside. block: index of its block.
         entries: normalised values that enter the branch (where a sublayer merges).
         nodes: nodes between entries and `out`, in graph order.
-        rejected: why the branch can't be merged, if it can't.
+        rejected: why the branch can't be merged, if it can't. leak: a use of its inner values by
+            others, for which it can't be merged by itself.
     """
 
     x: str
@@ -200,16 +227,22 @@ class Branch:
     entries: tuple[str, ...]
     nodes: tuple[str, ...]
     rejected: Rejected | None = None
+    leak: Rejected | None = None
 
 
 @dataclass(frozen=True)
 class Stream:
-    """A residual stream x0..xL of one image segment, with its branches in order."""
+    """A residual stream x0..xL of one image segment, with its branches in order.
+
+    Branch i starts from values[i]; what is added from outside before it (`additions`: index of the
+    branch, node of the add) counts to that value.
+    """
 
     name: str
     segment: Segment
     values: tuple[str, ...]
     branches: tuple[Branch, ...]
+    additions: tuple[tuple[int, str], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     try:
         with torch.no_grad():
             program = torch.export.export(_bare(model), tuple(args), kwargs, strict=False)
-            if _mutates(program.graph):
+            if mutates(program.graph):
                 # writes through views would pass unseen by data flow: make them functional
                 program = program.run_decompositions({})
     except Exception as error:
@@ -135,14 +135,14 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     graph = exported.graph
     flat = flatten_call(args, kwargs)[0]
     graph.set_codegen(fx.graph.CodeGen())
-    _flatten_output(graph)
+    flatten_output(graph)
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     specs = []
     for node, value in zip(placeholders, flat, strict=True):
         fake = node.meta["val"] if isinstance(value, Tensor) else None
         specs.append(InputSpec(node.name, fake, raster(value)))
     graph_module = fx.GraphModule(exported, graph, type(model).__name__)
-    _canonicalise(graph_module)
+    canonicalise(graph_module)
     out_spec = program.call_spec.out_spec
     assert out_spec is not None
     return Captured(graph_module, tuple(specs), out_spec)
@@ -156,14 +156,15 @@ def _bare(model: nn.Module) -> nn.Module:
     return bare
 
 
-def _mutates(graph: fx.Graph) -> bool:
+def mutates(graph: fx.Graph) -> bool:
+    """Whether an op of the graph writes in place."""
     return any(
         isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable
         for n in graph.nodes
     )
 
 
-def _flatten_output(graph: fx.Graph) -> None:
+def flatten_output(graph: fx.Graph) -> None:
     """Make the output node return a flat tuple of nodes and constants."""
     output = graph.output_node()
     output.args = (tuple(pytree.tree_leaves(output.args[0])),)
@@ -199,7 +200,7 @@ _SHARED = {
 }  # fmt: skip
 
 
-def _canonicalise(graph_module: fx.GraphModule) -> None:
+def canonicalise(graph_module: fx.GraphModule) -> None:
     """Drop assertions and dead code, share equal shape ops, fold cat-of-slices. Bit-exact."""
     graph = graph_module.graph
     for node in list(graph.nodes):

@@ -153,7 +153,7 @@ Adapters = tuple[set[str], tuple[str, ...]]
 def _adapters(module: nn.Module, path: str) -> Adapters | None:
     """(names of the adapters of a tuner layer, those that act now in order), None for others."""
     scaling = vars(module).get("scaling")
-    if not isinstance(scaling, dict) or not _SWITCHES <= vars(module).keys():
+    if not isinstance(scaling, dict) or not vars(module).keys() >= _SWITCHES:
         return None
     if module._disable_adapters and module.merged_adapters:
         raise AdapterError(

@@ -58,6 +58,7 @@ class MergeSegment:
         exit: value unmerged on the way out.
         base: stream value x_a of `x_b = x_a + unmerge(x_b' - merge(x_a))`; "" unmerges the update
             of one branch itself.
+        additions: adds inside of what comes from outside; it leaves the segment whole.
         group: pattern group.
     """
 
@@ -73,6 +74,7 @@ class MergeSegment:
     inner: tuple[str, ...]
     exit: str
     base: str
+    additions: tuple[str, ...]
     setting: Setting
     group: str
 
@@ -327,12 +329,14 @@ def _segment(
     branches = [stream.branches[i] for i in part]
     image = stream.segment
     if scope == "sublayer":
+        if branches[0].leak is not None:
+            return branches[0].leak
         base, exit_, inner = "", branches[0].out, branches[0].nodes
         entries = branches[0].entries
     else:
         # the base is where the segment before it would end, so that neighbours meet in one node
         base = _sink(flow, image.name, stream.values[part[0]])
-        exit_ = _sink(flow, image.name, stream.values[part[-1] + 1])
+        exit_ = _sink(flow, image.name, branches[-1].add)
         inner = flow.region(image.name, base, exit_)
         entries = flow.entries(image.name, inner)
         leak = flow.leak(image.name, inner, exit_)
@@ -357,6 +361,7 @@ def _segment(
         inner=inner,
         exit=exit_,
         base=base,
+        additions=tuple(n for i, n in stream.additions if part[0] < i <= part[-1]),
         setting=setting,
         group=group,
     )

@@ -3,9 +3,11 @@ bounded cache."""
 
 from __future__ import annotations
 
+import linecache
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +26,24 @@ from toma_fx.verify import output_values, verify
 
 TRACING = threading.RLock()
 """Held while a graph is made: tracing swaps the parameters of the model that is traced."""
+
+
+@contextmanager
+def tracing() -> Iterator[None]:
+    """Make graphs, one thread at a time, and leave no source text behind.
+
+    torch.fx keeps the Python source of every graph module for good, for tracebacks; a capture makes
+    some twenty of them, so that switching adapters a thousand times would fill the memory.
+    """
+    with TRACING:
+        sources = getattr(getattr(fx.graph_module, "_loader", None), "eval_cache", {})
+        before = set(sources)
+        try:
+            yield
+        finally:
+            for key in [k for k in list(sources) if k not in before]:
+                del sources[key]
+                linecache.cache.pop(key, None)
 
 
 @dataclass
@@ -70,7 +90,7 @@ class Specialization:
         if call == "plain":
             return None
         if call not in self.programs:
-            with TRACING:
+            with tracing():
                 self.programs[call] = rewrite(
                     self.captured, self.analysis, self.flow, self.plan, call, self.templates
                 )
@@ -139,7 +159,7 @@ class SpecializationCache:
             if key in self._entries:
                 self._entries.move_to_end(key)
                 return self._entries[key]
-        with TRACING:
+        with tracing():
             if key not in self._entries:
                 found = make()
                 with self._lock:

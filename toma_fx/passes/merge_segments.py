@@ -63,10 +63,17 @@ class _Work:
             for node in inner:
                 if self.nodes[name] in node.all_input_nodes:
                     self.rewriter.replace_input(node, self.nodes[name], entered)
+        whole = {name: self.added(name, segment) for name in segment.additions}
         for node in self.touched(segment):
             self.patch(node, segment)
             self.rewriter.retype(node)
-        self.leave(segment, inner)
+        additions = [(old, self.added(name, segment)) for name, old in whole.items()]
+        self.leave(segment, inner, additions)
+
+    def added(self, name: str, segment: MergeSegment) -> fx.Node:
+        """What an addition adds: its operand that is not of the segment."""
+        inputs = self.nodes[name].all_input_nodes
+        return next(n for n in inputs if n.name not in segment.inner)
 
     def span(self, name: str, segment: MergeSegment) -> Span:
         """Where the segment's image lies in the sequence of a node."""
@@ -139,7 +146,12 @@ class _Work:
             self.made[key] = made
         return self.made[key]
 
-    def leave(self, segment: MergeSegment, inner: list[fx.Node]) -> None:
+    def leave(
+        self,
+        segment: MergeSegment,
+        inner: list[fx.Node],
+        additions: list[tuple[fx.Node, fx.Node]],
+    ) -> None:
         """Unmerge at the exit and hand the result to everyone outside."""
         end, span = self.nodes[segment.exit], self.span(segment.exit, segment)
         unmerge, setting = self.task.patterns[segment.group].unmerge, segment.setting
@@ -148,7 +160,7 @@ class _Work:
                 whole = (self.nodes[segment.base], self.span(segment.base, segment))
                 entered = self.entered(segment.base, segment)
                 result = tokens.updated(
-                    self.rewriter, whole, entered, (end, span), setting, unmerge
+                    self.rewriter, whole, entered, (end, span), setting, unmerge, additions
                 )
             else:
                 result = tokens.unmerged(self.rewriter, end, span, setting, unmerge)

@@ -91,7 +91,9 @@ class Rewriter:
         if traced is None:
             try:
                 with torch.no_grad(), self.mode:
-                    traced = make_fx(function, pre_dispatch=True)(*fakes)
+                    # spliced nodes share fake values, and tracing takes one value for one input
+                    own = [torch.empty_strided(*shape, dtype=d, device=v) for *shape, d, v in like]
+                    traced = make_fx(function, pre_dispatch=True)(*own)
             except Exception as error:
                 raise RewriteError(
                     "tokens can't be merged here",

@@ -10,12 +10,12 @@ import torch
 from torch import fx
 
 from toma_fx.axis import (
-    BATCH,
     Fact,
     Layout,
     Rejected,
     Tokens,
     Transfer,
+    is_batch,
     layout_of,
     layouts_of,
     tokens_of,
@@ -66,7 +66,7 @@ class Call:
         for dim in dims:
             if isinstance(layout[dim], Tokens):
                 return self.no(f"{what} the token axis")
-            if layout[dim] == BATCH and shape[dim] != 1 and tokens_of(layout) is not None:
+            if is_batch(layout[dim]) and shape[dim] != 1 and tokens_of(layout) is not None:
                 return self.no(f"{what} the batch of tokens")
         return None
 

@@ -17,6 +17,7 @@ from toma_fx.axis import (
     Positional,
     Tokens,
     Transfer,
+    is_batch,
     token_dim,
     tokens_of,
 )
@@ -37,6 +38,7 @@ def broadcast(call: Call, operands: Sequence[fx.Node], *, additive: bool = False
     out_shape = shape_of(call.node)
     rank = len(out_shape)
     labels: list[Label] = [None] * rank
+    rows_differ = False
     for operand in operands:
         layout, shape = call.layout(operand), shape_of(operand)
         if layout is None:
@@ -53,10 +55,14 @@ def broadcast(call: Call, operands: Sequence[fx.Node], *, additive: bool = False
                 current,
             ):
                 return call.no("a token axis meets a batch axis")
+            elif is_batch(label) and is_batch(current) and label != current:
+                rows_differ = True
             elif isinstance(label, Tokens) and current in (HEIGHT, WIDTH):
                 labels[d + shift] = label
     if sum(isinstance(label, Tokens) for label in labels) > 1:
         return call.no("two token axes in one value")
+    if rows_differ and token_dim(tuple(labels)) is not None:
+        return call.no("different rows of the batch meet")
     if _batch_lost(call, operands, labels):
         return call.no("tokens whose batch elements may have been mixed")
     positionals = []
@@ -148,6 +154,8 @@ def attention(call: Call) -> Outcome:
         return call.no("causal attention depends on the order of the tokens")
     positionals: list[Positional] = []
     if mask is not None:
+        if q is not None and is_batch(q[0]) and q[0] != BATCH:
+            return call.no("a mask on rows of the batch")
         for own, layout in ((-2, q), (-1, k)):
             label = layout[-2] if layout is not None else None
             shape = shape_of(mask)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from toma_fx.axis import (
@@ -15,6 +16,9 @@ from toma_fx.axis import (
     Segment,
     Tokens,
     Transfer,
+    is_batch,
+    row_range,
+    rows,
     tokens_of,
 )
 from toma_fx.rules.base import NOTHING, Call, Outcome, rule, shape_of
@@ -126,7 +130,7 @@ def repeat(call: Call) -> Outcome:
     times: Any = call.node.args[1]
     labels: list[Label] = [None] * (len(times) - len(layout)) + list(layout)
     for d, label in enumerate(labels):
-        if times[d] != 1 and (isinstance(label, Tokens) or label == BATCH):
+        if times[d] != 1 and (isinstance(label, Tokens) or is_batch(label)):
             return call.no("repetition of the token axis or its batch")
     return Transfer(tuple(labels))
 
@@ -223,11 +227,23 @@ def chunk(call: Call) -> Outcome:
     if layout is None:
         return NOTHING
     dim = call.arg(2, "dim", 0) % len(layout)
+    pieces = [int(v.shape[dim]) for v in call.node.meta["val"]]
+    if is_batch(layout[dim]):
+        return Transfer(_row_pieces(layout, dim, shape_of(call.node.args[0])[dim], pieces))
     refused = call.mixes("equal pieces of", layout, [dim])
-    if refused:
-        return refused
-    pieces = len(call.node.meta["val"])
-    return Transfer((_without_batch(layout, dim),) * pieces)
+    return refused or Transfer((_without_batch(layout, dim),) * len(pieces))
+
+
+def _row_pieces(layout: Layout, dim: int, size: int, pieces: Sequence[int]) -> tuple[Layout, ...]:
+    """Layouts of pieces of a batch, end to end from its first row."""
+    label = layout[dim]
+    assert isinstance(label, str)
+    start, _, total = row_range(label, size)
+    out = []
+    for piece in pieces:
+        out.append((*layout[:dim], rows(start, start + piece, total), *layout[dim + 1 :]))
+        start += piece
+    return tuple(out)
 
 
 def _without_batch(layout: Layout, dim: int) -> Layout:
@@ -266,6 +282,8 @@ def split_with_sizes(call: Call) -> Outcome:
     sizes: Any = call.node.args[1]
     dim = call.arg(2, "dim", 0) % len(layout)
     tokens = layout[dim]
+    if is_batch(tokens):
+        return Transfer(_row_pieces(layout, dim, shape_of(call.node.args[0])[dim], sizes))
     if not isinstance(tokens, Tokens):
         refused = call.mixes("pieces of", layout, [dim])
         return refused or Transfer((_without_batch(layout, dim),) * len(sizes))
@@ -298,6 +316,8 @@ def slice_(call: Call) -> Outcome:
     if not isinstance(tokens, Tokens):
         if end - start == size and call.arg(4, "step", 1) == 1:
             return Transfer(layout)
+        if is_batch(tokens) and call.arg(4, "step", 1) == 1:
+            return Transfer(_row_pieces(layout, dim, size, (start, end - start))[1])
         return call.mixes("a range of", layout, [dim]) or Transfer(_without_batch(layout, dim))
     if call.arg(4, "step", 1) != 1 or call.op == "aten.narrow":
         return call.no("a strided or narrowed token axis")
@@ -323,9 +343,29 @@ def cat(call: Call) -> Outcome:
         return _join(call, operands, layouts, dim)
     if all(tokens_of(x) is None for x in known):
         return Transfer(_without_batch(known[0], dim))
-    if any(x[dim] == BATCH and tokens_of(x) is not None for x in known):
-        return call.no("batches of tokens are joined")
+    if any(is_batch(x[dim]) and tokens_of(x) is not None for x in known):
+        return _join_rows(call, operands, layouts, dim)
     return broadcast(call, operands)
+
+
+def _join_rows(call: Call, operands: Any, layouts: list[Layout | None], dim: int) -> Outcome:
+    """Pieces of one batch, in order, are rows of that batch again."""
+    spans = []
+    for operand, layout in zip(operands, layouts, strict=True):
+        label = layout[dim] if layout is not None else None
+        if not is_batch(label) or label == BATCH:
+            return call.no("batches of tokens are joined")
+        assert layout is not None
+        assert layouts[0] is not None
+        if (*layout[:dim], *layout[dim + 1 :]) != (*layouts[0][:dim], *layouts[0][dim + 1 :]):
+            return call.no("rows with different axes are joined")
+        spans.append(row_range(str(label), shape_of(operand)[dim]))
+    first, last = spans[0], spans[-1]
+    if any(a[1] != b[0] or a[2] != b[2] for a, b in pairwise(spans)):
+        return call.no("rows of the batch are joined in another order")
+    assert layouts[0] is not None
+    joined = rows(first[0], last[1], first[2])
+    return Transfer((*layouts[0][:dim], joined, *layouts[0][dim + 1 :]))
 
 
 def _join(call: Call, operands: Any, layouts: list[Layout | None], dim: int) -> Outcome:
@@ -374,7 +414,7 @@ def pad(call: Call) -> Outcome:
     widths: Any = call.node.args[1]
     for i in range(len(widths) // 2):
         label = layout[-1 - i]
-        if (widths[2 * i] or widths[2 * i + 1]) and (isinstance(label, Tokens) or label == BATCH):
+        if (widths[2 * i] or widths[2 * i + 1]) and (isinstance(label, Tokens) or is_batch(label)):
             return call.no("padding of the token axis or its batch")
     return Transfer(layout)
 

@@ -1,0 +1,146 @@
+"""Pipeline x feature: each pipeline with the rewrite against the same pipeline with the independent
+eager reference in its place."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from accelerate.hooks import CpuOffload, add_hook_to_module
+from torch import Tensor
+
+import toma_fx
+from tests.models import relative
+from tests.pipelines import CASES, Case, lora_state
+from tests.reference import Settings, stand_in
+
+TOLERANCE = 1e-4
+SMALL: dict[str, Any] = {"min_tokens": 60, "tile": 4}
+
+
+def reference(case: Case, pipe: Any, scope: str = "stack", **settings: Any) -> Any:
+    """The pipeline with the reference in place of the denoiser."""
+    how = {"tile": (4, 4), "keep": 8, "scope": scope, "whole_controls": True, **settings}
+    setattr(pipe, case.component, stand_in(case.denoiser(pipe), Settings(**how)))
+    return pipe
+
+
+def optimized(case: Case, pipe: Any, **config: Any) -> Any:
+    return toma_fx.optimize(pipe, **{**SMALL, **config})
+
+
+def check(case: Case, got: Tensor, want: Tensor, plain: Tensor | None = None) -> None:
+    assert relative(got, want) < TOLERANCE
+    if plain is not None:
+        assert relative(got, plain) > 50 * TOLERANCE, "merging acts"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_stack(name: str) -> None:
+    """The default scope, twice in a row, and off."""
+    case = CASES[name]
+    pipe = case.make()
+    plain = case.call(pipe)
+    original = case.denoiser(pipe)
+    optimized(case, pipe)
+    got = case.call(pipe)
+    check(case, got, case.call(reference(case, case.make())), plain)
+    assert torch.equal(case.call(pipe), got), "the second generation starts anew"
+    steps = toma_fx.summary(pipe).steps
+    assert steps["refresh"] < steps["reuse"]
+    assert toma_fx.restore(pipe) is pipe
+    assert case.denoiser(pipe) is original
+    assert torch.equal(case.call(pipe), plain)
+    toma_fx.optimize(pipe, ratio=0)
+    assert torch.equal(case.call(pipe), plain)
+
+
+SOME = ["sdxl_pag", "sdxl_ip_adapter", "flux_img2img", "flux_controlnet", "flux_kontext"]
+
+
+@pytest.mark.parametrize("scope", ["sublayer", "block"])
+@pytest.mark.parametrize("name", [*SOME, *(pytest.param(n, marks=pytest.mark.slow) for n in CASES
+                                           if n not in SOME)])  # fmt: skip
+def test_other_scopes(name: str, scope: str) -> None:
+    case = CASES[name]
+    got = case.call(optimized(case, case.make(), scope=scope))
+    check(case, got, case.call(reference(case, case.make(), scope)))
+
+
+FEW = [
+    "sdxl",
+    "flux_true_cfg",
+    *(pytest.param(n, marks=pytest.mark.slow) for n in CASES if n not in ("sdxl", "flux_true_cfg")),
+]
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_lora_of_the_pipeline(name: str) -> None:
+    """Load before and after, scale, switch off, fuse, unload; each against the reference."""
+    case = CASES[name]
+    pipe = optimized(case, case.make())
+    bare = case.call(pipe)
+    state = lora_state(case)
+    pipe.load_lora_weights(dict(state), adapter_name="saved")
+    eager = case.make()
+    eager.load_lora_weights(dict(state), adapter_name="saved")
+
+    def want() -> Tensor:
+        return case.call(reference(case, copy.copy(eager)))
+
+    loaded = case.call(pipe)
+    check(case, loaded, want(), bare)
+    before = case.make()
+    before.load_lora_weights(dict(state), adapter_name="saved")
+    assert torch.equal(case.call(optimized(case, before)), loaded), "loaded before optimizing"
+    for each in (pipe, eager):
+        each.set_adapters("saved", 0.5)
+    check(case, case.call(pipe), want(), loaded)
+    for each in (pipe, eager):
+        each.disable_lora()
+    check(case, case.call(pipe), bare)
+    for each in (pipe, eager):
+        each.enable_lora()
+        each.fuse_lora()
+    check(case, case.call(pipe), want(), bare)
+    pipe.unfuse_lora()
+    pipe.unload_lora_weights()
+    check(case, case.call(pipe), bare)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_saved_and_loaded(name: str, tmp_path: Any) -> None:
+    case = CASES[name]
+    pipe = optimized(case, case.make())
+    want = case.call(pipe)
+    pipe.save_pretrained(tmp_path)
+    absent = {name: None for name, part in pipe.components.items() if part is None}
+    loaded = type(pipe).from_pretrained(tmp_path, **absent)
+    loaded.set_progress_bar_config(disable=True)
+    assert type(case.denoiser(loaded)) is type(case.denoiser(toma_fx.restore(pipe)))
+    got = case.call(loaded)
+    assert relative(got, want) > TOLERANCE, "the saved denoiser is the original"
+    if not name.endswith("ip_adapter"):  # the adapter is not part of a saved pipeline
+        check(case, case.call(optimized(case, loaded)), want)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_offload_copies_inference_mode_and_components(name: str) -> None:
+    case = CASES[name]
+    pipe = optimized(case, case.make())
+    want = case.call(pipe)
+    with torch.inference_mode():
+        assert torch.equal(case.call(pipe), want)
+    setattr(pipe, case.component, copy.deepcopy(case.denoiser(pipe)))
+    assert torch.equal(case.call(pipe), want)
+    add_hook_to_module(case.denoiser(pipe), CpuOffload(execution_device=torch.device("cpu")))
+    assert torch.equal(case.call(pipe), want)
+    again = type(pipe)(**pipe.components)
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(case.call(again), want)
+    pipe.to(torch.float64)
+    assert case.denoiser(pipe).dtype == torch.float64
+    pipe.to(torch.float32)
+    assert torch.equal(case.call(pipe), want)
