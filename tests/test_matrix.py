@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.hooks import CpuOffload, add_hook_to_module
 from torch import Tensor
 
 import toma_fx
 from tests.models import relative
 from tests.pipelines import CASES, Case, lora_state
 from tests.reference import Settings, stand_in
+from toma_fx.errors import OffloadError
 
 TOLERANCE = 1e-4
 SMALL: dict[str, Any] = {"min_tokens": 60, "tile": 4}
@@ -135,8 +135,11 @@ def test_offload_copies_inference_mode_and_components(name: str) -> None:
         assert torch.equal(case.call(pipe), want)
     setattr(pipe, case.component, copy.deepcopy(case.denoiser(pipe)))
     assert torch.equal(case.call(pipe), want)
-    add_hook_to_module(case.denoiser(pipe), CpuOffload(execution_device=torch.device("cpu")))
-    assert torch.equal(case.call(pipe), want)
+    pipe.enable_model_cpu_offload(device="cpu")
+    for _ in range(2):
+        assert torch.equal(case.call(pipe), want)
+    pipe.remove_all_hooks()
+    assert toma_fx.summary(pipe).steps["reuse"] > 0
     again = type(pipe)(**pipe.components)
     again.set_progress_bar_config(disable=True)
     assert torch.equal(case.call(again), want)
@@ -144,3 +147,48 @@ def test_offload_copies_inference_mode_and_components(name: str) -> None:
     assert case.denoiser(pipe).dtype == torch.float64
     pipe.to(torch.float32)
     assert torch.equal(case.call(pipe), want)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_sequential_offload_says_what_to_do_instead(name: str) -> None:
+    case = CASES[name]
+    pipe = optimized(case, case.make())
+    want = case.call(pipe)
+    pipe.enable_sequential_cpu_offload(device="cpu")
+    with pytest.raises(OffloadError, match="enable_model_cpu_offload"):
+        case.call(pipe)
+    pipe.remove_all_hooks()
+    pipe.to("cpu")
+    assert torch.equal(case.call(pipe), want)
+
+
+def test_ip_adapter_scale_and_unloading() -> None:
+    case = CASES["sdxl_ip_adapter"]
+    pipe, eager = optimized(case, case.make()), case.make()
+    whole = case.call(pipe)
+    for each in (pipe, eager):
+        each.set_ip_adapter_scale(0.3)
+    check(case, case.call(pipe), case.call(reference(case, copy.copy(eager))), whole)
+    pipe.set_ip_adapter_scale(0.8)
+    assert torch.equal(case.call(pipe), whole)
+    assert toma_fx.summary(pipe).captures == 2
+    pipe.unload_ip_adapter()
+    plain = CASES["sdxl"]
+    check(plain, plain.call(pipe), plain.call(optimized(plain, eager_without(eager))))
+
+
+def eager_without(pipe: Any) -> Any:
+    """The pipeline without its IP-Adapter."""
+    pipe.unload_ip_adapter()
+    return pipe
+
+
+def test_perturbed_attention_comes_and_goes() -> None:
+    """PAG swaps attention processors during a call and puts them back."""
+    case, plain = CASES["sdxl_pag"], CASES["sdxl"]
+    pipe = optimized(case, case.make())
+    with_guidance = case.call(pipe)
+    without = plain.call(pipe, pag_scale=0.0)
+    check(case, without, plain.call(reference(case, case.make()), pag_scale=0.0), with_guidance)
+    assert torch.equal(case.call(pipe), with_guidance)
+    assert toma_fx.summary(pipe).captures == 2

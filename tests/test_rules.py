@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from tests import models
 from toma_fx.analysis import Flow, analyse
-from toma_fx.axis import BATCH, Analysis, Branch, Segment, Tokens, tokens_of
-from toma_fx.capture import Captured, capture
+from toma_fx.axis import BATCH, Analysis, Branch, Raster, Segment, Tokens, tokens_of
+from toma_fx.capture import Captured, capture, raster
 from toma_fx.rules import regroup
 
 GRID = (4, 6)
@@ -183,7 +183,7 @@ def residual(inner: Callable[[Tiny, Tensor], Tensor]) -> Callable[[Tiny, Tensor]
 
 def test_packed_input_with_a_given_grid() -> None:
     found = find(lambda m, x: m.a(x))
-    segment = Segment("x", N, GRID, "sequence")
+    segment = Segment("x", N, GRID, "sequence", (GRID[0],))
     assert found.analysis.facts["x"] == (BATCH, Tokens((segment,)), None)
     assert found.analysis.facts[found.only("linear")] == (BATCH, Tokens((segment,)), None)
 
@@ -198,24 +198,94 @@ def test_packed_input_without_a_grid_has_no_image() -> None:
 def test_grid_from_position_ids(rows: int) -> None:
     ids = models.ids(*GRID) if rows == 1 else models.ids(*GRID)[None]
     found = find(lambda m, x, ids: m.attention(x, x), grid=None, x=image(), ids=ids)
-    assert found.analysis.grids == {"x": GRID}
+    assert found.analysis.rasters == {"x": Raster((GRID[0],), GRID[1])}
     assert found.kinds() == ["self"]
 
 
 def test_ids_that_line_up_tell_which_of_two_equal_inputs_is_the_image() -> None:
     inputs = {"x": image(), "y": image(), "ids": models.ids(*GRID)}
     unused = find(lambda m, ids, x, y: m.attention(x, y), grid=None, **inputs)
-    assert unused.analysis.grids == {}
+    assert unused.analysis.rasters == {}
     lined_up = find(lambda m, ids, x, y: m.attention(x * ids[:, :1], y), grid=None, **inputs)
-    assert lined_up.analysis.grids == {"x": GRID}
+    assert lined_up.analysis.rasters == {"x": Raster((GRID[0],), GRID[1])}
     assert lined_up.kinds() == ["cross"]
 
 
 def test_shuffled_ids_are_no_grid() -> None:
     ids = models.ids(*GRID)[torch.randperm(N, generator=torch.Generator().manual_seed(0))]
     found = find(lambda m, x, ids: m.attention(x, x), grid=None, x=image(), ids=ids)
-    assert found.analysis.grids == {}
+    assert found.analysis.rasters == {}
     assert found.kinds() == ["text"]
+
+
+def two_images(width: int) -> Tensor:
+    """Ids of a 4x6 picture and of one of 2 rows, told apart by the first column."""
+    second = models.ids(2, width)
+    second[:, 0] = 1
+    return torch.cat([models.ids(*GRID), second])
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        (models.ids(*GRID), Raster((4,), 6)),
+        (models.ids(*GRID)[None], Raster((4,), 6)),
+        (two_images(6), Raster((4, 2), 6)),
+        (two_images(5), Raster((4,), 6, rest=10)),
+        (torch.cat([models.ids(*GRID), torch.zeros(5, 3)]), None),
+        (models.ids(1, 6), None),
+        (torch.zeros(7, 3), None),
+    ],
+)
+def test_rasters(ids: Tensor, expected: Raster | None) -> None:
+    assert raster(ids) == expected
+
+
+@pytest.mark.parametrize(("width", "names"), [(6, ["x"]), (5, ["x", "x/rest"])])
+def test_two_images_in_one_sequence(width: int, names: list[str]) -> None:
+    """Images of one width merge together; one of another width counts as other tokens."""
+    ids = two_images(width)
+    x = torch.randn(2, len(ids), C, generator=torch.Generator().manual_seed(0))
+    found = find(lambda m, x, ids: x + m.attention(x, x), grid=None, x=x, ids=ids)
+    label = found.analysis.facts["x"][1]
+    assert isinstance(label, Tokens)
+    assert [s.name for s in label.segments] == names
+    assert found.kinds() == ["self" if width == 6 else "joint"]
+    assert found.analysis.streams[0].segment.heights == ((4, 2) if width == 6 else (4,))
+
+
+# -- rows of the batch ----------------------------------------------------------------------------
+
+
+def test_rows_of_the_batch_are_cut_and_joined() -> None:
+    def run(m: Tiny, x: Tensor) -> Tensor:
+        first, second = x.chunk(2)
+        first = m.attention(first, first)
+        return x + torch.cat([first, m.a(second)])
+
+    found = find(run)
+    label = found.analysis.facts["x"]
+    assert label is not None
+    assert found.analysis.facts[found.only("cat")] == label
+    assert [b.rejected for b in found.branches()] == [None]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda m, x: torch.cat(x.chunk(2)[::-1]), "joined in another order"),
+        (lambda m, x: torch.cat([x.chunk(2)[0], x.chunk(2)[0]]), "joined in another order"),
+        (lambda m, x: torch.cat([x, x]).chunk(2)[0], "batches of tokens are joined"),
+        (lambda m, x: torch.cat([x[:2] * x[2:], x[2:]]), "different rows of the batch meet"),
+    ],
+)
+def test_rows_that_meet_otherwise_are_refused(change: Any, reason: str) -> None:
+    x = torch.randn(4, N, C, generator=torch.Generator().manual_seed(0))
+    found = find(through(change), x=x)
+    assert any(reason in text for text in found.reasons()), found.reasons()
+
+
+# -- where tokens come from: pictures -------------------------------------------------------------
 
 
 def test_spatial_fold_seeds_a_segment() -> None:
@@ -400,7 +470,7 @@ def test_refusal_and_rejected_branch(name: str) -> None:
     branches = found.branches()
     assert branches[-1].kinds == ("mlp",)
     assert branches[-1].rejected is None
-    assert all(b.rejected is not None for b in branches[:-1])
+    assert all(b.rejected is not None or b.leak is not None for b in branches[:-1])
 
 
 def test_the_rejection_of_a_leak_names_the_refused_op() -> None:

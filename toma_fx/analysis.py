@@ -456,6 +456,8 @@ def _branches(
         module = _branch_module(flow, inner, inside)
         problem = _branch_problem(flow, inner, entries, out, kinds)
         leak = flow.leak(segment.name, inner, out)
+        if leak is not None and leak.node in flow.refusals:
+            problem, leak = problem or leak, None
         branches.append(
             Branch(base, out, add, kinds, module, inside, block, entries, inner, problem, leak)
         )

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import groupby
 from typing import Any
 
 from toma_fx.analysis import Flow
@@ -292,12 +293,16 @@ def _segments(
     flow: Flow,
     rejections: list[Rejection],
 ) -> list[MergeSegment]:
-    """Cut a run into segments of the scope; one that leaks falls back to the next smaller scope."""
+    """Cut a run into segments of the scope; one that leaks falls apart, or to a smaller scope."""
     out = []
     for part in _parts(stream, run, scope):
         built = _segment(stream, part, setting, scope, config, flow)
+        around = [list(g) for _, g in groupby(part, lambda i: stream.branches[i].leak is None)]
         if isinstance(built, MergeSegment):
             out.append(built)
+        elif scope == "stack" and len(around) > 1:
+            for piece in around:
+                out += _segments(stream, piece, setting, scope, config, flow, rejections)
         elif scope in _SMALLER:
             smaller = _SMALLER[scope]
             out += _segments(stream, part, setting, smaller, config, flow, rejections)
