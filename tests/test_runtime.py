@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._inductor.compile_fx import compile_fx
 
 import toma_fx
 from tests import models
@@ -272,3 +273,52 @@ def test_methods_variants_run_refresh_and_reuse(options: dict[str, Any]) -> None
     assert optimized.states[0].counts == {"refresh": 1, "reuse": 1}
     plain = model(**models.flux_inputs(8, 8, timestep=0.9))[0]
     assert 1e-3 < models.relative(outs[0], plain) < 2
+
+
+@pytest.mark.parametrize("how", ["torch.compile", "method"])
+@torch.no_grad()
+def test_weights_and_patterns_are_static_inputs_of_compiled_programs(how: str) -> None:
+    """CUDA graphs copy every input that is not static at each call."""
+    fresh: list[int] = []
+
+    def inner(gm: Any, inputs: Any, static_input_idxs: Any = (), **kwargs: Any) -> Any:
+        fresh.append(len(inputs) - len(set(static_input_idxs)))
+
+        def run(args: list[Any]) -> Any:
+            return gm.forward(*args)
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        return compile_fx(gm, inputs, inner_compile=inner)
+
+    torch._dynamo.reset()
+    optimized = toma_fx.optimize(models.flux(num_layers=1, num_single_layers=1), **SMALL)
+    compiled: Any = (
+        torch.compile(optimized, backend=backend)
+        if how == "torch.compile"
+        else optimized.compile(backend=backend)
+    )
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        for i in range(2):
+            compiled(**models.flux_inputs(8, 8, batch=1, timestep=0.9 - i / 10))
+    # latents, timestep, pooled text, text, two kinds of position ids
+    assert fresh == [6, 6]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+@pytest.mark.parametrize("how", ["torch.compile", "method"])
+@torch.no_grad()
+def test_modes_of_torch_compile(how: str, mode: str) -> None:
+    model = models.flux(num_layers=1, num_single_layers=1)
+    optimized, eager = (toma_fx.optimize(model, **SMALL) for _ in range(2))
+    compiled = (
+        torch.compile(optimized, mode=mode)
+        if how == "torch.compile"
+        else optimized.compile(mode=mode)
+    )
+    for i in range(3):
+        inputs = models.flux_inputs(8, 8, batch=1, seed=i, timestep=0.9 - i / 10)
+        assert models.relative(compiled(**inputs)[0], eager(**inputs)[0]) < 1e-4
