@@ -266,6 +266,8 @@ def merged_variant(
     except NoMergeSites as error:
         row["error"] = str(error).splitlines()[0]
         return Variant(row, {})
+    if optimized.totals != {"refresh": 1, "reuse": 1}:
+        raise RuntimeError(f"a refresh and a reuse step expected, {optimized.totals} ran")
     report = make_report(optimized.specializations[0])
     row["compile_s"] = {**seconds, "total": sum(seconds.values())}
     row["reuse_steps"] = optimized.config_toma.destinations_every - 1

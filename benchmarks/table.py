@@ -165,7 +165,13 @@ def block(runs: Runs) -> str:
     )
     if any(by_processor(run) for _, run in runs):
         notes += " With one thread the times are of the processor, on a machine that others used."
-    text = [BEGIN, *wrap(notes, 100), "", *table(head, summary_rows(runs)), END]
+    text = [
+        BEGIN,
+        *wrap(notes, 100, break_on_hyphens=False),
+        "",
+        *table(head, summary_rows(runs)),
+        END,
+    ]
     return "\n".join(text)
 
 
@@ -233,7 +239,7 @@ def section(name: str, run: dict[str, Any], size: str) -> list[str]:
     lines = [
         f"## {title(run, size)}, {DTYPES[run['dtype']]}, {device(run)}",
         "",
-        *wrap(" ".join(facts), 100),
+        *wrap(" ".join(facts), 100, break_on_hyphens=False),
         "",
         "```",
         run["command"],
@@ -262,11 +268,13 @@ def merged_table(run: dict[str, Any], size: str) -> list[str]:
     busy, cold = by_processor(run), run["compile_caches"] == "empty"
     prefix = "processor_" if busy else ""
     head = ["scope", "ratio", "original", "refresh", "reuse", "merged", "speed-up", "ideal"]
-    head += ["quotient", *["by the clock"] * busy, *["compile"] * cold, "peak MiB"]
+    found = measured(run, size, "toma_fx")
+    peaks = [row.get("peak_mib") or row.get("peak_mib_eager") or 0.0 for row in found]
+    head += ["quotient", *["by the clock"] * busy, *["compile"] * cold]
+    head += ["peak MiB"] * any(peaks)
     rows = []
-    for row in measured(run, size, "toma_fx"):
+    for row, peak in zip(found, peaks, strict=True):
         values = shown(run, row)
-        peak = row.get("peak_mib") or row.get("peak_mib_eager")
         rows.append(
             [
                 f"`{row['scope']}`",
@@ -278,7 +286,7 @@ def merged_table(run: dict[str, Any], size: str) -> list[str]:
                 f"{values['quotient']:.2f}",
                 *[times(row["speedup"])] * busy,
                 *[f"{row['compile_s']['total']:.0f} s"] * cold,
-                f"{peak:,.0f}" if peak else "",
+                *[f"{peak:,.0f}"] * any(peaks),
             ]
         )
     return table(head, rows)

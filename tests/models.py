@@ -132,3 +132,18 @@ def flux_inputs(
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     """Largest difference relative to the largest value of `b`."""
     return float((a - b).abs().max() / b.abs().max())
+
+
+def counting_inner_compile(fresh: list[int]) -> Any:
+    """For `compile_fx(inner_compile=)`: runs graphs as they are, notes their non-static inputs."""
+
+    def inner(gm: Any, inputs: Any, static_input_idxs: Any = (), **kwargs: Any) -> Any:
+        fresh.append(len(inputs) - len(set(static_input_idxs)))
+
+        def run(args: list[Any]) -> Any:
+            return gm.forward(*args)
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+
+    return inner

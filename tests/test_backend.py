@@ -273,17 +273,8 @@ def test_parameters_and_patterns_are_static_inputs(monkeypatch: pytest.MonkeyPat
     fresh: list[int] = []
     compile_fx = inductor.compile_fx
 
-    def inner(gm: Any, inputs: Any, static_input_idxs: Any = (), **kwargs: Any) -> Any:
-        fresh.append(len(inputs) - len(set(static_input_idxs)))
-
-        def run(args: list[Any]) -> Any:
-            return gm.forward(*args)
-
-        run._boxed_call = True  # type: ignore[attr-defined]
-        return run
-
     def spied(*args: Any, **kwargs: Any) -> Any:
-        return compile_fx(*args, **kwargs, inner_compile=inner)
+        return compile_fx(*args, **kwargs, inner_compile=models.counting_inner_compile(fresh))
 
     monkeypatch.setattr(inductor, "compile_fx", spied)
     compiled = Compiled(small_flux())

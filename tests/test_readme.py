@@ -29,11 +29,10 @@ from transformers import (
 )
 
 import toma_fx
-from tests import models as denoisers
-from tests.test_pipelines import vae
+from tests import models
+from tests.pipelines import vae
 
 README = Path(__file__).parent.parent / "README.md"
-WIDTH = 12
 
 
 def snippets() -> dict[str, str]:
@@ -54,11 +53,12 @@ def clip_tokenizer(folder: Path) -> CLIPTokenizer:
     )
 
 
-def clip(kind: type, vocabulary: int) -> Any:
+def clip(kind: type, vocabulary: int, width: int) -> Any:
+    """A text encoder of two layers."""
     torch.manual_seed(0)
     config = CLIPTextConfig(
         vocab_size=vocabulary,
-        hidden_size=WIDTH,
+        hidden_size=width,
         intermediate_size=16,
         num_hidden_layers=2,
         num_attention_heads=2,
@@ -74,11 +74,11 @@ def save_sdxl(folder: Path, work: Path) -> None:
     tokenizer = clip_tokenizer(work / "clip")
     StableDiffusionXLPipeline(
         vae=vae(4),
-        text_encoder=clip(CLIPTextModel, len(tokenizer)),
-        text_encoder_2=clip(CLIPTextModelWithProjection, len(tokenizer)),
+        text_encoder=clip(CLIPTextModel, len(tokenizer), 12),
+        text_encoder_2=clip(CLIPTextModelWithProjection, len(tokenizer), 12),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
-        unet=denoisers.sdxl(),
+        unet=models.sdxl(),
         scheduler=DDIMScheduler(),
         add_watermarker=False,
     ).save_pretrained(folder)
@@ -88,23 +88,13 @@ def save_flux(folder: Path, work: Path) -> None:
     tokenizer = clip_tokenizer(work / "clip")
     torch.manual_seed(0)
     t5 = T5Config(vocab_size=110, d_model=24, d_ff=16, d_kv=8, num_layers=1, num_heads=2)
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
     FluxPipeline(
         vae=vae(4),
-        text_encoder=CLIPTextModel(config).eval(),
+        text_encoder=clip(CLIPTextModel, len(tokenizer), 16),
         tokenizer=tokenizer,
         text_encoder_2=T5EncoderModel(t5).eval(),
         tokenizer_2=T5TokenizerFast(),
-        transformer=denoisers.flux(in_channels=16, num_layers=1, num_single_layers=1),
+        transformer=models.flux(in_channels=16, num_layers=1, num_single_layers=1),
         scheduler=FlowMatchEulerDiscreteScheduler(),
     ).save_pretrained(folder)
 

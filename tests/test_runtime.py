@@ -281,17 +281,8 @@ def test_weights_and_patterns_are_static_inputs_of_compiled_programs(how: str) -
     """CUDA graphs copy every input that is not static at each call."""
     fresh: list[int] = []
 
-    def inner(gm: Any, inputs: Any, static_input_idxs: Any = (), **kwargs: Any) -> Any:
-        fresh.append(len(inputs) - len(set(static_input_idxs)))
-
-        def run(args: list[Any]) -> Any:
-            return gm.forward(*args)
-
-        run._boxed_call = True  # type: ignore[attr-defined]
-        return run
-
     def backend(gm: Any, inputs: Any) -> Any:
-        return compile_fx(gm, inputs, inner_compile=inner)
+        return compile_fx(gm, inputs, inner_compile=models.counting_inner_compile(fresh))
 
     torch._dynamo.reset()
     optimized = toma_fx.optimize(models.flux(num_layers=1, num_single_layers=1), **SMALL)
