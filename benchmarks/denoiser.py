@@ -419,7 +419,7 @@ def profile(run: Callable[[], Any], device: str, batch: int, top: int = 25) -> d
     for event in recorded.key_averages(group_by_input_shape=True):
         milliseconds = (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e3
         if cuda and event.device_type == torch.autograd.DeviceType.CUDA:
-            kernels += milliseconds
+            kernels += 0.0 if event.is_user_annotation else milliseconds
             continue
         group = group_of(event.key, event.input_shapes, batch)
         groups[group] = groups.get(group, 0.0) + milliseconds

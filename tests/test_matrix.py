@@ -57,26 +57,26 @@ def test_stack(name: str) -> None:
     assert torch.equal(case.call(pipe), plain)
 
 
-SOME = ["sdxl_pag", "sdxl_ip_adapter", "flux_img2img", "flux_controlnet", "flux_kontext"]
+def slow_but(*names: str) -> list[Any]:
+    """All cases, those not named marked slow."""
+    return [pytest.param(n, marks=[] if n in names else [pytest.mark.slow]) for n in CASES]
+
+
+SOME = slow_but("sdxl_pag", "flux_ip_adapter", "flux_img2img", "flux_controlnet", "flux_kontext")
 
 
 @pytest.mark.parametrize("scope", ["sublayer", "block"])
-@pytest.mark.parametrize("name", [*SOME, *(pytest.param(n, marks=pytest.mark.slow) for n in CASES
-                                           if n not in SOME)])  # fmt: skip
+@pytest.mark.parametrize("name", SOME)
 def test_other_scopes(name: str, scope: str) -> None:
     case = CASES[name]
     got = case.call(optimized(case, case.make(), scope=scope))
     check(case, got, case.call(reference(case, case.make(), scope)))
 
 
-FEW = [
-    "sdxl",
-    "flux_true_cfg",
-    *(pytest.param(n, marks=pytest.mark.slow) for n in CASES if n not in ("sdxl", "flux_true_cfg")),
-]
+FEW = slow_but("sdxl", "flux_true_cfg")
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", slow_but("flux_true_cfg"))
 def test_lora_of_the_pipeline(name: str) -> None:
     """Load before and after, scale, switch off, fuse, unload; each against the reference."""
     case = CASES[name]
@@ -149,7 +149,7 @@ def test_offload_copies_inference_mode_and_components(name: str) -> None:
     assert torch.equal(case.call(pipe), want)
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", slow_but("flux_true_cfg"))
 def test_sequential_offload_says_what_to_do_instead(name: str) -> None:
     case = CASES[name]
     pipe = optimized(case, case.make())
@@ -162,6 +162,7 @@ def test_sequential_offload_says_what_to_do_instead(name: str) -> None:
     assert torch.equal(case.call(pipe), want)
 
 
+@pytest.mark.slow
 def test_ip_adapter_scale_and_unloading() -> None:
     case = CASES["sdxl_ip_adapter"]
     pipe, eager = optimized(case, case.make()), case.make()
