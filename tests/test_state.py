@@ -50,7 +50,14 @@ A, B, C = (torch.zeros(1) for _ in range(3))
         ([(9, A), (8, A), (7, B), (6, B)], [(0, 0), (0, 1), (0, 0), (0, 1)]),
         # but not where every step brings a new tensor
         ([(9, A), (8, B), (7, C)], [(0, 0), (0, 1), (0, 2)]),
-        ([(None, A), (None, A), (None, B)], [(0, 0), (0, 1), (0, 2)]),
+        # without timesteps the conditioning tells
+        ([(None, A), (None, A), (None, B)], [(0, 0), (0, 1), (0, 0)]),
+        ([(None, None), (None, None)], [(0, 0), (0, 0)]),
+        # models whose timesteps rise: known by the second rise
+        ([(1, A), (2, A), (3, A), (4, A), (1, A)], [(0, 0), (0, 0), (0, 1), (0, 2), (0, 0)]),
+        ([(1, A), (2, B), (3, C)], [(0, 0), (0, 0), (0, 0)]),
+        # with true CFG, too
+        ([(9, A), (8, A), (9, A), (8, A)], [(0, 0), (0, 1), (0, 0), (0, 1)]),
     ],
 )
 def test_passes_and_steps(calls: Any, expected: Any) -> None:

@@ -55,7 +55,7 @@ class Flow:
         order: node names in graph order. operands: inputs of each. ops: op name of each.
         shapes: static shape of each tensor. modules: module path of each.
         facts, refusals: from the analysis. passes: {node: source} for nodes that hand on the image
-            tokens of their source unchanged.
+            tokens of their source unchanged. pointwise: element-wise ops. sums: plain a + b.
     """
 
     order: tuple[str, ...]
@@ -67,6 +67,7 @@ class Flow:
     refusals: Mapping[str, Rejected]
     passes: Mapping[str, str]
     pointwise: frozenset[str]
+    sums: frozenset[str]
 
     @cached_property
     def users(self) -> Mapping[str, tuple[str, ...]]:
@@ -141,7 +142,7 @@ class Flow:
 
     def leak(self, segment: str, inner: Iterable[str], end: str) -> Rejected | None:
         """A use of the region's values that merging would break, if there is one."""
-        inside = set(inner)
+        inside = dict.fromkeys(inner)
         for name in inside:
             for user in self.users[name] if name != end else ():
                 if user in self.refusals:
@@ -280,9 +281,17 @@ def _flow(
         pointwise=frozenset(
             n.name for n in nodes if torch.Tag.pointwise in getattr(n.target, "tags", ())
         ),
+        sums=frozenset(n.name for n in nodes if _is_sum(n)),
     )
     passes = {n.name: source for n in nodes if (source := _passed(n, flow)) is not None}
     return replace(flow, passes=passes)
+
+
+def _is_sum(node: fx.Node) -> bool:
+    """Whether a node is a + b of two tensors, neither scaled."""
+    if node.op != "call_function" or op_name(node.target) != "aten.add":
+        return False
+    return len(node.all_input_nodes) == 2 and node.kwargs.get("alpha") in (None, 1)
 
 
 def _passed(node: fx.Node, flow: Flow) -> str | None:
@@ -400,7 +409,7 @@ class _Chain:
 def _pass_addition(name: str, flow: Flow, bit: Mapping[str, int], chains: list[_Chain]) -> None:
     """A stream goes on behind an addition from outside (a ControlNet's residual)."""
     inside = [o for o in flow.operands[name] if o in bit]
-    if flow.ops[name] != "aten.add" or len(inside) != 1 or not flow.is_embedding(name):
+    if name not in flow.sums or len(inside) != 1 or not flow.is_embedding(name):
         return
     for chain in chains:
         if chain.values[-1] == flow.root(inside[0]):
@@ -417,7 +426,7 @@ def _residual(
 ) -> tuple[_Chain, str, str] | None:
     """(chain, stream value the branch starts from, branch output) if `name` is a residual add."""
     operands = flow.operands[name]
-    if flow.ops[name] != "aten.add" or len(operands) != 2 or not flow.is_embedding(name):
+    if name not in flow.sums or not flow.is_embedding(name):
         return None
     if any(o not in bit or flow.shapes[o] != flow.shapes[name] for o in operands):
         return None

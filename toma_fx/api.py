@@ -13,7 +13,7 @@ from toma_fx.config import ToMAConfig
 from toma_fx.errors import ConfigError, ModelTypeError
 from toma_fx.report import Report, Summary, make_report, make_summary
 from toma_fx.runtime import OptimizedDenoiser
-from toma_fx.specialize import Specialization
+from toma_fx.specialize import Specialization, tracing
 
 T = TypeVar("T")
 COMPONENTS = ("unet", "transformer")
@@ -127,7 +127,8 @@ def explain(
     config = _config(toma, options)
     denoiser = _plain(model if isinstance(model, nn.Module) else _component(model)[1])
     args, kwargs = call_of(example_inputs)
-    return make_report(Specialization.make(denoiser, args, kwargs, config))
+    with tracing():
+        return make_report(Specialization.make(denoiser, args, kwargs, config))
 
 
 def _config(toma: Any, options: Mapping[str, Any]) -> ToMAConfig:

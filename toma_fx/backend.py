@@ -24,10 +24,10 @@ from torch._inductor import list_mode_options
 
 from toma_fx.axis import Raster
 from toma_fx.config import ToMAConfig
-from toma_fx.dynamo import Argument, arguments_of, capture_dynamo, example_values, rasters_of
+from toma_fx.dynamo import Argument, arguments_of, capture_dynamo, example_values
 from toma_fx.errors import ConfigError, NoMergeSites, UnknownNameError, nearest
 from toma_fx.passes.pipeline import copy_graph
-from toma_fx.runtime import GENERATIONS, Implicit
+from toma_fx.runtime import GENERATIONS, Implicit, Rasters
 from toma_fx.specialize import TRACING, Specialization, SpecializationCache
 from toma_fx.state import Call, Generation, PassState, call_at
 
@@ -49,12 +49,6 @@ class Options:
     config: ToMAConfig
     patches: Mapping[str, Any]
     allow_unmerged: bool
-
-    @property
-    def replays(self) -> bool:
-        """Whether compiled programs may be CUDA graphs."""
-        default = inductor_config.triton.cudagraphs
-        return bool(self.patches.get("triton.cudagraphs", default)) and torch.cuda.is_available()
 
     @classmethod
     def make(cls, mode: str | None, options: Mapping[str, Any] | None) -> Options:
@@ -173,7 +167,7 @@ class MergedGraph:
         Raises:
             CaptureError, NoMergeSites, TileError, UnknownNameError: see `toma_backend`.
         """
-        rasters = rasters_of(self.arguments, values)
+        rasters = self._rasters(values).values
         return self._specialization(self._signature(values), rasters, values)
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
@@ -203,13 +197,14 @@ class MergedGraph:
         conditioning = None if self._conditioning is None else args[self._conditioning]
         if timestep is None:
             generation.restart()  # nothing would tell that a generation starts: always refresh
-        if generation.starts(timestep, conditioning):
+        known = self._implicit.rasters.get(key)
+        fresh = generation.starts(timestep, conditioning)
+        if known is None or fresh or not known.of(args):
             # position ids are read once a generation: on a GPU reading waits for it
-            self._implicit.rasters[key] = rasters_of(self.arguments, args)
-        rasters = self._implicit.rasters[key]
-        specialization = self._specialization(signature, rasters, args)
+            known = self._implicit.rasters[key] = self._rasters(args)
+        specialization = self._specialization(signature, known.values, args)
         state = generation.turn(timestep, conditioning)
-        state.bind((signature, rasters))
+        state.bind((signature, known.values))
         plan = specialization.plan
         call: Call = "plain"
         if plan.segments:
@@ -229,16 +224,18 @@ class MergedGraph:
             turn.state.store(names, results[own:])
         turn.state.done(turn.call)
         turn.specialization.count(turn.call)
-        outputs = results[:own]
-        if self.options.replays:
-            # a CUDA graph writes its outputs to the same place again
-            outputs = [r.clone() if isinstance(r, Tensor) else r for r in outputs]
-        return tuple(outputs)
+        # a CUDA graph writes its outputs to the same place again
+        return tuple(r.clone() if isinstance(r, Tensor) and r.is_cuda else r for r in results[:own])
 
     def _model(self, values: Sequence[Any]) -> tuple[int, ...]:
         """Tells models apart: the identities of what they own."""
         pairs = zip(self.arguments, values, strict=True)
         return tuple(id(v) for a, v in pairs if a.kind == "owned")
+
+    def _rasters(self, values: Sequence[Any]) -> Rasters:
+        """What the graph's own inputs enumerate, if they are position ids."""
+        pairs = zip(self.arguments, values, strict=True)
+        return Rasters.read([v if a.kind == "tensor" else None for a, v in pairs])
 
     def _signature(self, values: Sequence[Any]) -> tuple[Any, ...]:
         return tuple(a.key(v) for a, v in zip(self.arguments, values, strict=True))

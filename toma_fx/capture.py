@@ -151,8 +151,12 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
 def _bare(model: nn.Module) -> nn.Module:
     """The model without what others wrapped around its call (offload hooks); shares everything."""
     bare = copy.copy(model)
+    own = vars(bare)
+    forward = own.get("_old_forward", own.get("forward"))
     for name in STAND_IN:
-        vars(bare).pop(name, None)
+        own.pop(name, None)
+    if forward is not None and getattr(forward, "__func__", None) is not type(model).forward:
+        own["forward"] = forward  # the user's own
     return bare
 
 

@@ -19,7 +19,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from toma_fx.axis import Raster
 from toma_fx.capture import Captured, InputSpec, canonicalise, flatten_output, mutates, raster
 from toma_fx.errors import CaptureError
 
@@ -82,12 +81,6 @@ def example_values(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[An
         value = fake if known is None else known.example
         values.append(value.node.hint if isinstance(value, torch.SymInt) else value)
     return values
-
-
-def rasters_of(arguments: Sequence[Argument], values: Sequence[Any]) -> tuple[Raster | None, ...]:
-    """What each input enumerates, if it holds position ids."""
-    pairs = zip(arguments, values, strict=True)
-    return tuple(raster(value) if a.kind == "tensor" else None for a, value in pairs)
 
 
 def capture_dynamo(

@@ -13,19 +13,20 @@ from __future__ import annotations
 
 import hashlib
 import marshal
-from collections.abc import Callable, Iterator, Mapping
-from operator import itemgetter
+from collections.abc import Callable, Iterable, Mapping
+from operator import is_, itemgetter
 from typing import Any
 
 from torch import Tensor, nn
 
 from toma_fx.errors import AdapterError, OffloadError
 
-_INTERNAL = frozenset(nn.Module().__dict__) | {"_is_full_backward_hook"}
+_INTERNAL = (frozenset(nn.Module().__dict__) | {"_is_full_backward_hook"}) - {"training"}
 STAND_IN = frozenset({"_hf_hook", "_old_forward", "forward", "_diffusers_hook"})
 """Attributes by which other libraries wrap the call of a module; at the root they are not part of
 the graph."""
-_SHALLOW = ("torch.nn.", "builtins")
+_CONTAINERS = (nn.ModuleDict, nn.ParameterDict, nn.ModuleList, nn.Sequential, nn.Identity)
+"""Modules without behaviour of their own: only what they hold counts."""
 _NOTES = frozenset({"peft_config", "_hf_peft_config_loaded", "lora_scale", "_safe_fusing"})
 """Attributes that record how a model came about and that its forward pass does not read."""
 _SWITCHES = frozenset({"_active_adapter", "_disable_adapters", "merged_adapters"})
@@ -45,38 +46,47 @@ class ModelGuard:
         modules = dict(model.named_modules(remove_duplicate=True))
         _check_hooks(modules)
         objects = [*modules.values(), *_helpers(modules.values())]
-        self._named = [d for m in modules.values() for d in _named(m)]
-        self._sized = [vars(o) for o in objects if o is not model]
-        self._sized += [d for m in modules.values() for d in (*_named(m), *_hook_tables(m))]
+        hooks = [table for m in modules.values() for table in _hook_tables(m)]
+        self._root = vars(model)
+        self._tables: list[Mapping[Any, Any]] = [d for m in modules.values() for d in _named(m)]
+        self._tables += [table for table in hooks if table]
+        self._sized = [*(vars(o) for o in objects if o is not model), *self._tables, *hooks]
         self._plain: list[tuple[Callable[[Any], Any], dict[str, Any]]] = []
         self._opaque: list[tuple[Callable[[Any], Any], dict[str, Any]]] = []
+        self._lists: list[Any] = []
         for each in objects:
             plain, opaque = _attributes(each, root=each is model)
             if plain:
                 self._plain.append((itemgetter(*plain), vars(each)))
-            if opaque:
-                self._opaque.append((itemgetter(*opaque), vars(each)))
-        self._seen = self._look()
+            self._opaque += [(itemgetter(name), vars(each)) for name in opaque]
+        values = [get(d) for get, d in self._opaque]
+        self._tables += [v for v in values if type(v) is dict]
+        self._lists = [v for v in values if type(v) in (list, tuple)]
+        # the objects themselves are kept: the address of a freed one may be used again
+        self._objects = self._look()
+        self._values = self._read()
         self.key = _digest(modules)
 
     def holds(self) -> bool:
         """Whether nothing has changed since this guard was made."""
         try:
-            return self._look() == self._seen
+            now = self._look()
+            same = len(now) == len(self._objects) and all(map(is_, now, self._objects))
+            return same and self._read() == self._values
         except (KeyError, ValueError):  # an attribute is gone, or no longer a plain value
             return False
 
-    def _look(self) -> tuple[Any, ...]:
-        return (
-            [id(v) for d in self._named for v in d.values()],
-            sum(map(len, self._sized)),
-            [id(v) for get, d in self._opaque for v in _tuple(get(d))],
-            marshal.dumps([get(d) for get, d in self._plain], 2),
-        )
+    def _look(self) -> list[Any]:
+        """Modules, parameters, buffers, hooks and other objects, to be compared by identity."""
+        found = [v for d in self._tables for v in d.values()]
+        found += [get(d) for get, d in self._opaque]
+        found += [v for values in self._lists for v in values]
+        return found
 
-
-def _tuple(value: Any) -> tuple[Any, ...]:
-    return value if type(value) is tuple else (value,)
+    def _read(self) -> tuple[Any, ...]:
+        """How many attributes, children and hooks there are, and plain values."""
+        own = sum(name not in STAND_IN for name in self._root)
+        return own, sum(map(len, self._sized)), marshal.dumps([g(d) for g, d in self._plain], 2)
 
 
 def _named(module: nn.Module) -> tuple[dict[str, Any], ...]:
@@ -99,28 +109,32 @@ def _attributes(owner: Any, *, root: bool) -> tuple[list[str], list[str]]:
     """Names of the attributes of a module or helper: plain values, and all others."""
     plain: list[str] = []
     opaque: list[str] = []
-    if type(owner).__module__.startswith(_SHALLOW):
+    if type(owner) in _CONTAINERS:
         return plain, opaque
+    wrapped = STAND_IN if "_old_forward" in vars(owner) else STAND_IN - {"forward"}
     for name, value in vars(owner).items():
-        if name in _INTERNAL or name in _NOTES or (root and name in STAND_IN):
+        if name in _INTERNAL or name in _NOTES or (root and name in wrapped):
             continue
         (plain if _is_plain(value) else opaque).append(name)
     return plain, opaque
 
 
-def _helpers(modules: Any) -> Iterator[Any]:
+def _helpers(owners: Iterable[Any], depth: int = 2) -> list[Any]:
     """Objects that modules hold and that act in the forward pass (attention processors)."""
-    seen: set[int] = set()
-    for module in modules:
-        for name in _attributes(module, root=False)[1]:
-            value = vars(module)[name]
-            known = isinstance(value, (nn.Module, Tensor, Mapping)) or not hasattr(
-                value, "__dict__"
-            )
-            if known or id(value) in seen or callable(getattr(value, "__get__", None)):
-                continue
-            seen.add(id(value))
-            yield value
+    found: dict[int, Any] = {}
+    for owner in owners:
+        for name in _attributes(owner, root=False)[1]:
+            value = vars(owner)[name]
+            if _is_helper(value):
+                found[id(value)] = value
+    if depth > 1 and found:
+        found.update({id(v): v for v in _helpers(found.values(), depth - 1)})
+    return list(found.values())
+
+
+def _is_helper(value: Any) -> bool:
+    known = isinstance(value, (nn.Module, Tensor, Mapping, type))
+    return not known and hasattr(value, "__dict__") and not hasattr(value, "__get__")
 
 
 def _digest(modules: Mapping[str, nn.Module]) -> str:
@@ -141,7 +155,7 @@ def _digest(modules: Mapping[str, nn.Module]) -> str:
             idle.update(f"{path}.{k}.{n}" for k in module._modules for n in names - set(acting))
         parameters = [(name, id(p)) for name, p in module._parameters.items()]
         buffers = [(name, str(_shape(b))) for name, b in module._buffers.items()]
-        hooks = [id(h) for table in _hook_tables(module) for h in table.values()]
+        hooks = [n for table in _hook_tables(module) for n in table]  # numbers never come again
         described = _described(module, root=not path, adapters=adapters)
         digest.update(repr((path, described, parameters, buffers, hooks)).encode())
     return digest.hexdigest()
@@ -175,19 +189,21 @@ def _shape(tensor: Tensor | None) -> tuple[Any, ...] | None:
 
 
 def _described(
-    owner: Any, *, root: bool = False, depth: int = 2, adapters: Adapters | None = None
+    owner: Any, *, root: bool = False, depth: int = 3, adapters: Adapters | None = None
 ) -> Any:
     """A value, type or structure by which two equal states agree."""
-    if _is_plain(owner) or isinstance(owner, (Mapping, frozenset)):
+    if _is_plain(owner) or isinstance(owner, frozenset):
         return repr(owner)
+    if isinstance(owner, Mapping):
+        return [(repr(k), _described(v, depth=depth - 1)) for k, v in owner.items()]
     if isinstance(owner, Tensor):
         return id(owner)
     kind = f"{type(owner).__module__}.{type(owner).__qualname__}"
     if isinstance(owner, (list, tuple)):
         return kind, [_described(v, depth=depth - 1) for v in owner]
-    if not hasattr(owner, "__dict__") or callable(getattr(owner, "__get__", None)):
+    if not hasattr(owner, "__dict__") or hasattr(owner, "__get__"):
         return repr(owner) if type(owner).__module__ == "torch" else f"{kind} {id(owner)}"
-    if depth == 0:
+    if depth <= 0:
         return kind
     plain, opaque = _attributes(owner, root=root)
     values = vars(owner)
@@ -195,7 +211,7 @@ def _described(
         names, acting = adapters
         values = {k: _only(v, names, acting) for k, v in values.items()}
         plain = [n for n in plain if n not in _SWITCHES]
-        return kind, acting, [(n, _described(values[n], depth=1)) for n in (*plain, *opaque)]
+        return kind, acting, [(n, _described(values[n], depth=2)) for n in (*plain, *opaque)]
     return kind, [(n, _described(values[n], depth=depth - 1)) for n in (*plain, *opaque)]
 
 

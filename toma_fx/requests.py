@@ -3,7 +3,8 @@ patterns it takes and gives."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,25 @@ from toma_fx.specialize import Specialization
 from toma_fx.state import Call, State, call_at, rows_of
 
 
-def fitting(state: State, specialization: Specialization, model: str) -> State:
+def checked_states(state: Any) -> list[State]:
+    """The state or states given to `step`, as a list.
+
+    Raises:
+        StateError: something else.
+    """
+    states = [state] if isinstance(state, State) else state
+    if isinstance(states, (list, tuple)) and states and all(isinstance(s, State) for s in states):
+        return list(states)
+    raise StateError(
+        "not a state",
+        where="step(inputs, state)",
+        expected="a toma_fx.State, or a list of them in batch order",
+        got=repr(state) if not isinstance(state, (list, tuple)) else f"{[type(s) for s in state]}",
+        hint="begin a request with toma_fx.State()",
+    )
+
+
+def fitting(state: State, specialization: Specialization, model: Hashable) -> State:
     """The state, without its patterns if the model has changed since.
 
     Raises:
@@ -79,7 +98,7 @@ def following(
     patterns: Mapping[str, Tensor],
     call: Call,
     specialization: Specialization,
-    model: str,
+    model: Hashable,
 ) -> list[State]:
     """The next state of each request: its rows of the patterns that the step used."""
     if call == "plain":
@@ -87,6 +106,8 @@ def following(
     kept = {name: value for name, value in patterns.items() if name not in MASKS}
     rows = rows_of(states, _batch(specialization, len(states)))
     cut = {name: torch.split(value, rows) for name, value in kept.items()}
+    if len(states) > 1:  # a piece must not keep the whole batch alive
+        cut = {name: tuple(p.clone() for p in pieces) for name, pieces in cut.items()}
     settings = specialization.settings
     return [
         State(s.step + 1, {name: parts[i] for name, parts in cut.items()}, settings, model)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import decorators as dynamo_decorators
 from torch.utils import _pytree as pytree
 
 from toma_fx.axis import Raster
@@ -27,8 +29,8 @@ from toma_fx.capture import check_model, flatten_call, raster
 from toma_fx.config import ToMAConfig
 from toma_fx.errors import AdapterError, CaptureError, SignatureError
 from toma_fx.guard import STAND_IN, ModelGuard
-from toma_fx.requests import batched, fitting, following
-from toma_fx.specialize import TRACING, Specialization, SpecializationCache
+from toma_fx.requests import batched, checked_states, fitting, following
+from toma_fx.specialize import TRACING, Specialization, SpecializationCache, beside_tracing
 from toma_fx.state import Call, Generation, PassState, State, call_at, shared_state
 
 Signature = tuple[Any, ...]
@@ -67,13 +69,47 @@ class Turn:
     implicit: Implicit
 
 
+@dataclass(frozen=True)
+class Rasters:
+    """What the inputs of a call enumerate, and the tensors that told it."""
+
+    values: tuple[Raster | None, ...]
+    ids: tuple[tuple[int, weakref.ref[Tensor]], ...]
+
+    @classmethod
+    def read(cls, leaves: Sequence[Any]) -> Rasters:
+        """Read the position ids among the leaves of a call."""
+        values = tuple(raster(leaf) for leaf in leaves)
+        ids = [(i, weakref.ref(leaves[i])) for i, found in enumerate(values) if found is not None]
+        return cls(values, tuple(ids))
+
+    def of(self, leaves: Sequence[Any]) -> bool:
+        """Whether these leaves hold the very tensors that were read."""
+        return all(ref() is leaves[i] for i, ref in self.ids)
+
+
 @dataclass
 class Implicit:
-    """The state that a denoiser keeps for whoever calls it: generations, used last at the end."""
+    """The state that a denoiser keeps for whoever calls it.
+
+    Attributes:
+        generations: by context and signature, used last at the end. rasters: what their inputs
+            enumerate. busy: held during a call.
+    """
 
     generations: OrderedDict[tuple[str, Signature], Generation] = field(default_factory=OrderedDict)
-    rasters: dict[tuple[str, Signature], tuple[Raster | None, ...]] = field(default_factory=dict)
+    rasters: dict[tuple[str, Signature], Rasters] = field(default_factory=dict)
     busy: threading.Lock = field(default_factory=threading.Lock)
+
+    def running(self, context: str, timestep: float | None) -> Generation | None:
+        """The generation of a context that a call at `timestep` goes on with.
+
+        Its inputs may have changed shape: guidance that ends in mid-run halves the batch.
+        """
+        for (name, _), generation in reversed(self.generations.items()):
+            if name == context and generation.behind(timestep):
+                return generation
+        return None
 
     def generation(self, key: tuple[str, Signature], capacity: int) -> Generation:
         """The generation of a context and signature; the one unused longest is dropped."""
@@ -132,6 +168,8 @@ class OptimizedDenoiser(nn.Module):
         return getattr(self.__dict__["denoiser"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "training":
+            self.denoiser.training = value
         model = self.__dict__.get("denoiser")
         inner = model is not None and name not in self.__dict__ and name not in STAND_IN
         if inner and (hasattr(model, name) or isinstance(value, (nn.Module, nn.Parameter))):
@@ -175,7 +213,7 @@ class OptimizedDenoiser(nn.Module):
 
     # -- calling --------------------------------------------------------------------------------
 
-    @torch._dynamo.disable(recursive=False)
+    @dynamo_decorators.skip  # disable() would refuse to run while another thread captures
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """One denoising step, called as the original is.
 
@@ -186,13 +224,15 @@ class OptimizedDenoiser(nn.Module):
             SharedStateError: another thread is in the middle of a generation.
         """
         turn = self._prepare(args, kwargs)
+        done = False
         try:
-            with torch.no_grad():
+            with torch.no_grad(), beside_tracing():
                 results = turn.run(*turn.inputs)
-        except BaseException:
-            self._abandon(turn)
-            raise
-        return self._finish(turn, results)
+            outputs = self._finish(turn, results)
+            done = True
+        finally:
+            self._leave(turn, done)
+        return outputs
 
     @torch._dynamo.disable
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Turn:
@@ -209,11 +249,16 @@ class OptimizedDenoiser(nn.Module):
         given = self._arguments(args, kwargs)
         key = (self._context, given.signature)
         generation = implicit.generation(key, GENERATIONS * self.cache.capacity)
-        if generation.starts(given.timestep, given.conditioning):
+        known = implicit.rasters.get(key)
+        fresh = generation.starts(given.timestep, given.conditioning)
+        if known is None or fresh or not known.of(given.leaves):
             # position ids are read once a generation: on a GPU reading waits for it
-            implicit.rasters[key] = tuple(raster(leaf) for leaf in given.leaves)
-        owner, specialization = self._specialization(given, implicit.rasters[key])
+            known = implicit.rasters[key] = Rasters.read(given.leaves)
+        before = implicit.running(self._context, given.timestep) if fresh else None
+        owner, specialization = self._specialization(given, known.values)
         state = generation.turn(given.timestep, given.conditioning)
+        if before is not None and before is not generation:
+            generation.follow(before)
         state.bind(owner)
         plan = specialization.plan
         call: Call = "plain"
@@ -231,9 +276,10 @@ class OptimizedDenoiser(nn.Module):
         return Turn(specialization, call, run, inputs, generation, state, implicit)
 
     @torch._dynamo.disable
-    def _abandon(self, turn: Turn) -> None:
-        """After an exception: the next call starts a generation."""
-        turn.generation.restart()
+    def _leave(self, turn: Turn, done: bool) -> None:
+        """Let others in; after an exception the next call starts a generation."""
+        if not done:
+            turn.generation.restart()
         turn.implicit.busy.release()
 
     @torch._dynamo.disable
@@ -245,21 +291,10 @@ class OptimizedDenoiser(nn.Module):
             turn.state.store(names, results[own:])
         turn.state.done(turn.call)
         self._count(turn.specialization, turn.call)
-        turn.implicit.busy.release()
         return self._outputs(turn.specialization, results[:own])
 
     def _outputs(self, specialization: Specialization, results: Sequence[Any]) -> Any:
-        if self._replays():
-            # a CUDA graph writes its outputs to the same place again
-            results = [r.clone() if isinstance(r, Tensor) else r for r in results]
-        return pytree.tree_unflatten(list(results), specialization.captured.out_spec)
-
-    def _replays(self) -> bool:
-        """Whether compiled programs may be CUDA graphs."""
-        mode = (self._compile or {}).get("mode") or ""
-        options = (self._compile or {}).get("options") or {}
-        graphs = mode in ("reduce-overhead", "max-autotune") or options.get("triton.cudagraphs")
-        return bool(graphs) and torch.cuda.is_available()
+        return pytree.tree_unflatten(_kept(results), specialization.captured.out_spec)
 
     def _count(self, specialization: Specialization, call: Call) -> None:
         specialization.count(call)
@@ -416,30 +451,30 @@ class OptimizedDenoiser(nn.Module):
             (outputs as the denoiser returns them, next state or list of next states).
 
         Raises:
-            StateError: states that do not fill the batch, that belong to another size, or whose
-                steps merge in one and not in another.
+            StateError: no states, states that do not fill the batch, that belong to another size,
+                or whose steps merge in one and not in another.
+            SignatureError: inputs that are no call of the denoiser.
         """
         single = isinstance(state, State)
-        states = [state] if isinstance(state, State) else list(state)
-        args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else inputs
-        given = self._arguments(*self._placed(tuple(args), dict(kwargs)))
+        states = checked_states(state)
+        args, kwargs = _call_of(inputs)
+        given = self._arguments(*self._placed(args, kwargs))
         key, specialization = self._specialization(
             given, tuple(raster(leaf) for leaf in given.leaves)
         )
-        states = [fitting(s, specialization, key[0]) for s in states]
+        model = (key[0], given.signature[1])  # with its dtype and device
+        states = [fitting(s, specialization, model) for s in states]
         call, patterns = batched(states, specialization)
         run = specialization.runner(call, self._compile)
         program = specialization.program(call)
         names = program.pattern_inputs if program is not None else ()
-        with torch.no_grad():
+        with torch.no_grad(), beside_tracing():
             results = run(*given.leaves, *(patterns[name] for name in names))
         made_names = program.pattern_outputs if program is not None else ()
         own = len(results) - len(made_names)
-        made = dict(zip(made_names, results[own:], strict=True))
-        if self._replays():
-            made = {name: value.clone() for name, value in made.items()}
+        made = dict(zip(made_names, _kept(results[own:]), strict=True))
         self._count(specialization, call)
-        states = following(states, {**patterns, **made}, call, specialization, key[0])
+        states = following(states, {**patterns, **made}, call, specialization, model)
         outputs = self._outputs(specialization, results[:own])
         return outputs, states[0] if single else states
 
@@ -529,6 +564,26 @@ def _rebuilt(
     copied = OptimizedDenoiser(model, config, capacity)
     copied.__dict__["_compile"], copied.__dict__["_fixed"] = compile_, fixed
     return copied
+
+
+def _kept(results: Sequence[Any]) -> list[Any]:
+    """Results that stay as they are: a CUDA graph writes its outputs to the same place again."""
+    return [r.clone() if isinstance(r, Tensor) and r.is_cuda else r for r in results]
+
+
+def _call_of(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(args, kwargs) of the inputs of `step`."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    pair = isinstance(inputs, (tuple, list)) and len(inputs) == 2
+    if pair and isinstance(inputs[0], (tuple, list)) and isinstance(inputs[1], Mapping):
+        return tuple(inputs[0]), dict(inputs[1])
+    raise SignatureError(
+        "the inputs are not a call",
+        where="step(inputs, state)",
+        expected="a dict of keyword arguments, or a pair (args, kwargs)",
+        got=type(inputs).__name__,
+    )
 
 
 def _leaf_key(leaf: Any) -> Any:

@@ -7,12 +7,13 @@ import linecache
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo import convert_frame
 
 from toma_fx.analysis import Flow, analyse
 from toma_fx.axis import Analysis
@@ -24,8 +25,26 @@ from toma_fx.plan import MergePlan, make_plan
 from toma_fx.state import Call
 from toma_fx.verify import output_values, verify
 
-TRACING = threading.RLock()
-"""Held while a graph is made: tracing swaps the parameters of the model that is traced."""
+TRACING: threading.RLock = convert_frame.compile_lock
+"""Held while a graph is made: tracing swaps the parameters of the model that is traced. It is
+Dynamo's own lock, for Dynamo's compilations fail beside a trace."""
+
+_ACTIVE: list[int] = []
+"""Threads that are tracing; torch's own flags for it hold for the whole process."""
+
+
+@torch._dynamo.disable
+def beside_tracing() -> AbstractContextManager[Any]:
+    """For running a program while another thread may be tracing.
+
+    torch refuses to enter a compiled function then; inside, it runs uncompiled for that once.
+    """
+    if not _ACTIVE:
+        return nullcontext()
+    changed: AbstractContextManager[Any] = torch._dynamo.config.patch(
+        error_on_nested_fx_trace=False
+    )
+    return changed
 
 
 @contextmanager
@@ -36,11 +55,13 @@ def tracing() -> Iterator[None]:
     some twenty of them, so that switching adapters a thousand times would fill the memory.
     """
     with TRACING:
+        _ACTIVE.append(threading.get_ident())
         sources = getattr(getattr(fx.graph_module, "_loader", None), "eval_cache", {})
         before = set(sources)
         try:
             yield
         finally:
+            _ACTIVE.pop()
             for key in [k for k in list(sources) if k not in before]:
                 del sources[key]
                 linecache.cache.pop(key, None)
@@ -91,9 +112,10 @@ class Specialization:
             return None
         if call not in self.programs:
             with tracing():
-                self.programs[call] = rewrite(
-                    self.captured, self.analysis, self.flow, self.plan, call, self.templates
-                )
+                if call not in self.programs:
+                    self.programs[call] = rewrite(
+                        self.captured, self.analysis, self.flow, self.plan, call, self.templates
+                    )
         return self.programs[call]
 
     def graph_module(self, call: Call) -> fx.GraphModule:

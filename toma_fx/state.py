@@ -4,9 +4,9 @@
                                           \--- pass 1: PassState (true CFG without labels)
 
 Nobody tells a denoiser that a generation starts, or that guidance calls it twice a step. Both are
-read off the calls: a rising timestep starts a generation; so does a new conditioning tensor after
-steps that shared one (a generation that was broken off); calls at one timestep are the passes of
-one step, as many as the first step had.
+read off the calls: a timestep that turns back starts a generation; so does a new conditioning
+tensor after steps that shared one (a generation that was broken off); calls at one timestep are the
+passes of one step, as many as the first step had.
 """
 
 from __future__ import annotations
@@ -111,6 +111,8 @@ class Generation:
         self.passes: list[PassState] = [PassState()]
         self.thread: int | None = None
         self._timestep: float | None = None
+        self._direction = 0
+        self._risen = False
         self._at = -1
         self._opened = 0
         self._count: int | None = None
@@ -125,15 +127,37 @@ class Generation:
         for state in self.passes:
             state.restart()
         self._timestep, self._at, self._opened, self._count = None, -1, 0, None
+        self._direction, self._risen = 0, False
         self.thread = None
 
     def starts(self, timestep: float | None, conditioning: Tensor | None) -> bool:
-        """Whether a call with these begins a new generation."""
+        """Whether a call with these begins a new generation.
+
+        Timesteps fall. Models that count the other way are known by their second rise in a row with
+        one conditioning tensor; their first two steps both are the first of a generation.
+        """
         if not self.running:
             return True
-        rises = None not in (timestep, self._timestep) and timestep > self._timestep  # type: ignore[operator]
-        falls = not rises and timestep != self._timestep
-        return rises or (falls and self.passes[0].breaks_off(conditioning))
+        first = self.passes[0]
+        if timestep is None or self._timestep is None:
+            return not first.follows(conditioning)
+        if timestep == self._timestep:
+            return False
+        direction = 1 if timestep > self._timestep else -1
+        if self._direction == 0:
+            return direction > 0 and not (self._risen and first.follows(conditioning))
+        return direction != self._direction or first.breaks_off(conditioning)
+
+    def follow(self, other: Generation) -> None:
+        """Go on from the step of a generation that this one takes over from, with no pattern."""
+        self.passes[0].step = other.passes[0].step
+        other.restart()
+
+    def behind(self, timestep: float | None) -> bool:
+        """Whether this generation runs and a call at `timestep` would be a later step of it."""
+        if not self.running or timestep is None or self._timestep is None:
+            return False
+        return (timestep - self._timestep) * (self._direction or -1) > 0
 
     def turn(self, timestep: float | None, conditioning: Tensor | None) -> PassState:
         """The state of this call; restarts when a new generation begins.
@@ -143,7 +167,10 @@ class Generation:
         """
         me = threading.get_ident()
         if self.starts(timestep, conditioning):
+            again = self.running and self.passes[0].follows(conditioning)
+            risen = again and None not in (timestep, self._timestep)
             self.restart()
+            self._risen = risen
         elif self.thread != me:
             raise shared_state("another thread is in the middle of a generation with it")
         self.thread = me
@@ -152,6 +179,8 @@ class Generation:
         else:
             if self.running and self._count is None:
                 self._count = self._opened
+            if None not in (timestep, self._timestep):
+                self._direction = 1 if timestep > self._timestep else -1  # type: ignore[operator]
             self._at = 0
         self._opened = max(self._opened, self._at + 1)
         self._timestep = timestep
@@ -181,13 +210,14 @@ class State:
         step: steps done.
         patterns: tensors by name, first dimension the request's rows of the batch; empty before the
             first merged step.
-        settings: groups and settings that the patterns fit. model: digest of the graph's model.
+        settings: groups and settings that the patterns fit. model: identifies the model's state,
+            dtype and device.
     """
 
     step: int = 0
     patterns: Mapping[str, Tensor] = field(default_factory=dict)
     settings: Hashable = None
-    model: str = ""
+    model: Hashable = None
 
     @property
     def rows(self) -> int | None:

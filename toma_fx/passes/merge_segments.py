@@ -67,7 +67,10 @@ class _Work:
         for node in self.touched(segment):
             self.patch(node, segment)
             self.rewriter.retype(node)
-        additions = [(old, self.added(name, segment)) for name, old in whole.items()]
+        additions = [
+            (old, self.added(name, segment), self.span(name, segment))
+            for name, old in whole.items()
+        ]
         self.leave(segment, inner, additions)
 
     def added(self, name: str, segment: MergeSegment) -> fx.Node:
@@ -150,7 +153,7 @@ class _Work:
         self,
         segment: MergeSegment,
         inner: list[fx.Node],
-        additions: list[tuple[fx.Node, fx.Node]],
+        additions: list[tuple[fx.Node, fx.Node, Span]],
     ) -> None:
         """Unmerge at the exit and hand the result to everyone outside."""
         end, span = self.nodes[segment.exit], self.span(segment.exit, segment)

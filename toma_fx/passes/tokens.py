@@ -85,30 +85,31 @@ def updated(
     left: tuple[fx.Node, Span],
     setting: Setting,
     unmerge: fx.Node,
-    additions: Sequence[tuple[fx.Node, fx.Node]] = (),
+    additions: Sequence[tuple[fx.Node, fx.Node, Span]] = (),
 ) -> fx.Node:
     """x_b = x_a + unmerge(x_b' - merge(x_a)): every token keeps its own detail.
 
     `whole` is x_a, `entered` is x_a with its image merged, `left` is x_b'; spans tell where the
-    image lies in x_a and x_b'. Text tokens of x_b' pass unchanged. `additions` are pairs (whole,
-    merged) of what was added to the stream from outside; it counts to x_a.
+    image lies in x_a and x_b'. Text tokens of x_b' pass unchanged. `additions` are (whole, merged,
+    span) of what was added to the stream from outside; it counts to x_a.
     """
     (base, base_span), (end, end_span) = whole, left
+    spans = [span for _, _, span in additions]
 
-    def image_of(x: Tensor, like: Tensor) -> Tensor:
-        # an addition has the length of the sequence it is added to, or is of the image alone
-        return base_span.image(x) if x.dim() == 3 and x.shape[1] == like.shape[1] else x
+    def image_of(x: Tensor, span: Span) -> Tensor:
+        # what has no token axis is added to every token alike
+        return span.image(x) if x.dim() == 3 and x.shape[1] > 1 else x
 
     def run(x: Tensor, small: Tensor, y: Tensor, matrix: Tensor, *added: Tensor) -> Tensor:
         start, entry = base_span.image(x), base_span.image(small)
-        for full, merged_ in zip(added[::2], added[1::2], strict=True):
-            start, entry = start + image_of(full, x), entry + image_of(merged_, small)
+        for full, merged_, span in zip(added[::2], added[1::2], spans, strict=True):
+            start, entry = start + image_of(full, span), entry + image_of(merged_, span)
         update = end_span.image(y) - entry
         image = start + unmerge_windows(update, matrix, setting.grid, setting.tile)
         return end_span.replaced(y, image)
 
-    key = ("update", base_span, end_span, setting, len(additions))
-    pairs = [node for pair in additions for node in pair]
+    key = ("update", base_span, end_span, setting, tuple(spans))
+    pairs = [node for full, merged_, _ in additions for node in (full, merged_)]
     return rewriter.splice(key, run, [base, entered, end, unmerge, *pairs])[0]
 
 

@@ -50,9 +50,8 @@ def broadcast(call: Call, operands: Sequence[fx.Node], *, additive: bool = False
             current = labels[d + shift]
             if current is None or _outranks(label, current):
                 labels[d + shift] = label
-            elif isinstance(label, Tokens) != isinstance(current, Tokens) and BATCH in (
-                label,
-                current,
+            elif isinstance(label, Tokens) != isinstance(current, Tokens) and (
+                is_batch(label) or is_batch(current)
             ):
                 return call.no("a token axis meets a batch axis")
             elif is_batch(label) and is_batch(current) and label != current:
