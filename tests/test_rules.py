@@ -285,6 +285,40 @@ def test_rows_that_meet_otherwise_are_refused(change: Any, reason: str) -> None:
     assert any(reason in text for text in found.reasons()), found.reasons()
 
 
+# -- what counts as a residual add ----------------------------------------------------------------
+
+
+def block(m: Tiny, x: Tensor) -> Tensor:
+    return x + m.attention(m.a(x), m.a(x))
+
+
+@pytest.mark.parametrize(
+    ("join", "streams", "additions"),
+    [
+        (lambda x, c: x + c, [2], 1),
+        (lambda x, c: c + x, [2], 1),
+        (lambda x, c: torch.add(x, c, alpha=0.5), [1, 1], 0),
+        (lambda x, c: x + 1.0, [1, 1], 0),
+        (lambda x, c: x + x, [1, 1], 0),
+        (lambda x, c: x * c, [1, 1], 0),
+    ],
+)
+def test_a_stream_goes_on_behind_a_plain_addition(join: Any, streams: Any, additions: int) -> None:
+    def run(m: Tiny, x: Tensor, c: Tensor) -> Tensor:
+        return block(m, join(block(m, x), c))
+
+    c = torch.randn(N, C, generator=torch.Generator().manual_seed(1))
+    found = find(run, x=image(), c=c)
+    mine = [s for s in found.analysis.streams if s.segment.name == "x"]
+    assert [len(s.branches) for s in mine] == streams
+    assert sum(len(s.additions) for s in mine) == additions
+
+
+def test_a_scaled_sum_is_no_residual_add() -> None:
+    found = find(lambda m, x: torch.add(m.attention(x, x), x, alpha=0.5))
+    assert found.analysis.streams == ()
+
+
 # -- where tokens come from: pictures -------------------------------------------------------------
 
 

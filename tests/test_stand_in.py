@@ -300,6 +300,82 @@ def test_guard_sees_what_a_graph_depends_on() -> None:
     assert ModelGuard(model).key == same.key, "values in tensors are shared with the graph"
 
 
+class Doubling:
+    """A helper object with settings of its own, as processors have."""
+
+    def __init__(self) -> None:
+        self.settings = Doubling.Settings()
+
+    class Settings:
+        factor = 1.0
+
+        def __init__(self) -> None:
+            self.factor = 2.0
+
+
+class Custom(nn.Module):
+    """A model that reads all sorts of attributes in its forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = small_flux()
+        self.conv = nn.Conv1d(64, 64, 3, padding=1)
+        self.norm = nn.LayerNorm(4)
+        self.helper = Doubling()
+        self.table = {"bias": torch.zeros(1)}
+
+    def forward(self, **inputs: Any) -> Any:
+        out = self.inner(**inputs)[0]
+        out = self.norm(self.conv(out)) * self.helper.settings.factor + self.table["bias"]
+        return out * getattr(self, "late", 1.0)
+
+
+def padded(model: Any) -> None:
+    model.conv.padding_mode = "circular"
+    model.conv._reversed_padding_repeated_twice = [1, 1]
+
+
+CHANGES: dict[str, Any] = {
+    "attribute of a library module": lambda m: setattr(m.norm, "eps", 10.0),
+    "padding mode": padded,
+    "helper of a helper": lambda m: setattr(m.helper.settings, "factor", 3.0),
+    "tensor in a table": lambda m: m.table.update(bias=torch.ones(1)),
+    "attribute that comes late": lambda m: setattr(m, "late", 2.0),
+    "forward of a layer": lambda m: setattr(m.norm, "forward", lambda x: x),
+    "hook": lambda m: m.norm.register_forward_hook(lambda module, args, out: out + 1),
+    "forward of the model": lambda m: setattr(m, "forward", lambda **i: m.inner(**i)[0] * 5),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("when", ["before", "after"])
+@torch.no_grad()
+def test_whatever_changes_in_the_model_shows(name: str, when: str) -> None:
+    model = Custom().eval()
+    plain = model(**flux_call())
+    if when == "before":
+        CHANGES[name](model)
+    optimized = toma_fx.optimize(model, ratio=0)
+    optimized(**flux_call())
+    if when == "after":
+        CHANGES[name](model)
+    optimized.reset()
+    got = optimized(**flux_call())
+    assert torch.equal(got, model(**flux_call()))
+    assert not torch.equal(got, plain)
+
+
+@torch.no_grad()
+def test_a_hook_that_replaces_another() -> None:
+    model = Custom().eval()
+    optimized = toma_fx.optimize(model, ratio=0)
+    for value in (1.0, 2.0, 3.0):
+        handle = model.norm.register_forward_hook(lambda module, args, out, v=value: out + v)
+        optimized.reset()
+        assert torch.equal(optimized(**flux_call()), model(**flux_call()))
+        handle.remove()
+
+
 @torch.no_grad()
 def test_fused_projections_are_captured_anew() -> None:
     model = small_flux()

@@ -10,7 +10,7 @@ import torch
 
 import toma_fx
 from tests import models
-from toma_fx.errors import SharedStateError, StateError
+from toma_fx.errors import SharedStateError, SignatureError, StateError
 from toma_fx.state import MAX_PASSES, Generation, PassState, State, rows_of
 
 SMALL: dict[str, Any] = {"min_tokens": 60, "tile": 4}
@@ -270,6 +270,123 @@ def test_threads_with_their_own_state_do_not_mix() -> None:
         assert all(torch.equal(a, b) for a, b in zip(got[seed], steps, strict=True))
     assert not optimized.states, "the shared implicit state was not used"
     assert optimized.cache.made == 1
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_threads_step_while_another_captures(compiled: bool) -> None:
+    """torch's flags for tracing hold for the whole process; programs that run must not see them."""
+    optimized = toma_fx.optimize(small_flux(), **SMALL)
+    if compiled:
+        optimized.compile(backend="eager")
+    errors: list[BaseException] = []
+    captured = threading.Event()
+    done = []
+
+    def stepping() -> None:
+        try:
+            state, step = State(), 0
+            while not captured.is_set() or step < 4:
+                out, state = optimized.step(call(1, step), state)
+                assert type(out[0]) is torch.Tensor
+                step += 1
+                with optimized.own_state():
+                    optimized(**call(1, 0))
+            done.append(step)
+        except BaseException as error:
+            errors.append(error)
+
+    with torch.no_grad():
+        _, state = optimized.step(call(1, 0), State())
+        optimized.step(call(1, 1), state)
+        thread = threading.Thread(target=stepping)
+        thread.start()
+        try:
+            for width in (12, 16):
+                optimized.step(models.flux_inputs(8, width, batch=1), State())
+        finally:
+            captured.set()
+            thread.join()
+    assert not errors
+    assert done
+    assert optimized.cache.made == 3
+
+
+@torch.no_grad()
+def test_an_exception_after_a_step_leaves_the_state_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimized = toma_fx.optimize(small_flux(), **SMALL)
+
+    def fails(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PassState, "store", fails)
+        with pytest.raises(KeyboardInterrupt):
+            optimized(**call(1, 0))
+    optimized(**call(1, 0))
+    optimized(**call(1, 1))
+    assert optimized.totals == {"refresh": 1, "reuse": 1}
+
+
+@torch.no_grad()
+def test_guidance_that_ends_in_mid_run_keeps_the_step() -> None:
+    """The batch halves: another signature, the same generation."""
+    optimized = toma_fx.optimize(small_flux(), **SMALL, destinations_every=9, last_step=4)
+    for i in range(8):
+        optimized(**call(1, i, batch=2 if i < 3 else 1))
+    assert optimized.totals == {"refresh": 2, "reuse": 3, "plain": 3}
+    optimized(**call(1, 0, batch=2))
+    assert optimized.totals["refresh"] == 3
+
+
+@torch.no_grad()
+def test_without_a_timestep_every_picture_is_its_own() -> None:
+    class Picture(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = small_flux()
+
+        def forward(self, **inputs: Any) -> Any:
+            return self.inner(timestep=torch.full((1,), 0.5), **inputs)[0]
+
+    model = Picture().eval()
+    optimized = toma_fx.optimize(model, **SMALL)
+    for seed in (1, 2):
+        inputs = {k: v for k, v in call(seed, 0).items() if k != "timestep"}
+        want = toma_fx.optimize(model, **SMALL)(**inputs)
+        assert torch.equal(optimized(**inputs), want)
+    assert optimized.totals == {"refresh": 2}
+
+
+@torch.no_grad()
+def test_position_ids_of_another_grid_at_the_same_timestep() -> None:
+    optimized = toma_fx.optimize(small_flux(), **SMALL)
+    wide, square = models.flux_inputs(4, 16, batch=1), models.flux_inputs(8, 8, batch=1)
+    optimized(**wide)
+    assert torch.equal(optimized(**square)[0], toma_fx.optimize(
+        optimized.denoiser, **SMALL)(**square)[0])  # fmt: skip
+    assert optimized.cache.made == 2
+
+
+@torch.no_grad()
+def test_states_do_not_survive_a_cast() -> None:
+    optimized = toma_fx.optimize(small_flux(), **SMALL)
+    _, state = optimized.step(call(1, 0), State())
+    optimized.to(torch.float64)
+    double = {k: v.double() if torch.is_tensor(v) else v for k, v in call(1, 1).items()}
+    optimized.step(double, state)
+    assert optimized.totals == {"refresh": 2}
+
+
+@pytest.mark.parametrize("state", [None, [], [None], "state"])
+def test_what_is_not_a_state(state: Any) -> None:
+    with pytest.raises(StateError, match="not a state"):
+        toma_fx.optimize(small_flux(), **SMALL).step(call(1, 0), state)
+
+
+@pytest.mark.parametrize("inputs", [None, torch.zeros(1), ((), {}, ())])
+def test_what_is_not_a_call(inputs: Any) -> None:
+    with pytest.raises(SignatureError, match="not a call"):
+        toma_fx.optimize(small_flux(), **SMALL).step(inputs, State())
 
 
 @torch.no_grad()

@@ -85,7 +85,7 @@ class ModelGuard:
 
     def _read(self) -> tuple[Any, ...]:
         """How many attributes, children and hooks there are, and plain values."""
-        own = sum(name not in STAND_IN for name in self._root)
+        own = sum(name not in _wrapped(self._root) for name in self._root)
         return own, sum(map(len, self._sized)), marshal.dumps([g(d) for g, d in self._plain], 2)
 
 
@@ -105,13 +105,18 @@ def _is_plain(value: Any) -> bool:
     return True
 
 
+def _wrapped(own: Mapping[str, Any]) -> frozenset[str]:
+    """Which attributes of the root are others' wrapping; a `forward` of its own is not."""
+    return STAND_IN if "_old_forward" in own else STAND_IN - {"forward"}
+
+
 def _attributes(owner: Any, *, root: bool) -> tuple[list[str], list[str]]:
     """Names of the attributes of a module or helper: plain values, and all others."""
     plain: list[str] = []
     opaque: list[str] = []
     if type(owner) in _CONTAINERS:
         return plain, opaque
-    wrapped = STAND_IN if "_old_forward" in vars(owner) else STAND_IN - {"forward"}
+    wrapped = _wrapped(vars(owner))
     for name, value in vars(owner).items():
         if name in _INTERNAL or name in _NOTES or (root and name in wrapped):
             continue
