@@ -106,8 +106,9 @@ class Implicit:
 
         Its inputs may have changed shape: guidance that ends in mid-run halves the batch.
         """
+        me = threading.get_ident()
         for (name, _), generation in reversed(self.generations.items()):
-            if name == context and generation.behind(timestep):
+            if name == context and generation.thread == me and generation.behind(timestep):
                 return generation
         return None
 

@@ -30,7 +30,7 @@ class Program:
 
     Attributes:
         use: "refresh" (selects and weighs), "reweigh" (weighs for given destinations), "reuse"
-            (patterns are inputs).
+            (patterns are inputs), "mixed" (each row of the batch does one of these).
         graph_module: (model inputs, pattern inputs) -> (model outputs, pattern outputs), flat.
         pattern_inputs, pattern_outputs: their names, in order.
         log: (pass, action, node) of every change.
