@@ -117,12 +117,10 @@ def measured(run: dict[str, Any], size: str, method: str) -> list[dict[str, Any]
 
 def summary_rows(runs: Runs) -> list[list[str]]:
     """Scope `stack`, then what has not been measured."""
-    rows = []
-    for _, run in runs:
-        for size in run["sizes"]:
-            for row in measured(run, size, "toma_fx"):
-                if row["scope"] != "stack":
-                    continue
+    rows: list[list[str]] = []
+    for (_, run), size in by_size(runs):
+        for row in measured(run, size, "toma_fx"):
+            if row["scope"] == "stack":
                 values = shown(run, row)
                 rows.append(
                     [
@@ -137,9 +135,24 @@ def summary_rows(runs: Runs) -> list[list[str]]:
                         f"{values['quotient']:.2f}",
                     ]
                 )
+    # rows of one title stand together: their ratios may come from several files
+    titles = list(dict.fromkeys((row[0], row[1]) for row in rows))
+    rows.sort(key=lambda row: (titles.index((row[0], row[1])), float(row[3])))
     for model, size in missing(runs):
         rows.append([f"{NAMES[model]} {size}", "GPU", "bf16", "", "not measured", "", "", "", ""])
     return rows
+
+
+def by_size(runs: Runs) -> list[tuple[tuple[str, dict[str, Any]], str]]:
+    """Every run with each of its sizes, small ones first where model and device agree."""
+    pairs = [(run, size) for run in runs for size in run[1]["sizes"]]
+    groups = [(r["device_kind"], r["model"], r["full_depth"]) for _, r in runs]
+
+    def order(pair: tuple[tuple[str, dict[str, Any]], str]) -> tuple[int, int]:
+        (_, run), size = pair
+        return groups.index((run["device_kind"], run["model"], run["full_depth"])), int(size)
+
+    return sorted(pairs, key=order)
 
 
 def missing(runs: Runs) -> list[tuple[str, int]]:
