@@ -128,9 +128,9 @@ def test_saved_and_loaded(name: str, tmp_path: Any) -> None:
     loaded = type(pipe).from_pretrained(tmp_path, **absent)
     loaded.set_progress_bar_config(disable=True)
     assert type(case.denoiser(loaded)) is type(case.denoiser(toma_fx.restore(pipe)))
-    got = case.call(loaded)
-    assert relative(got, want) > TOLERANCE, "the saved denoiser is the original"
     if not name.endswith("ip_adapter"):  # the adapter is not part of a saved pipeline
+        got = case.call(loaded)
+        assert relative(got, want) > TOLERANCE, "the saved denoiser is the original"
         check(case, case.call(optimized(case, loaded)), want)
 
 
@@ -157,7 +157,8 @@ def test_offload_copies_inference_mode_and_components(name: str) -> None:
     assert torch.equal(case.call(pipe), want)
 
 
-@pytest.mark.parametrize("name", slow_but("flux_true_cfg"))
+# the other pipelines' encoders fail under sequential offload to a CPU, optimized or not
+@pytest.mark.parametrize("name", [pytest.param("sdxl", marks=pytest.mark.slow), "flux_true_cfg"])
 def test_sequential_offload_says_what_to_do_instead(name: str) -> None:
     case = CASES[name]
     pipe = optimized(case, case.make())
