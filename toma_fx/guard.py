@@ -48,6 +48,7 @@ class ModelGuard:
         objects = [*modules.values(), *_helpers(modules.values())]
         hooks = [table for m in modules.values() for table in _hook_tables(m)]
         self._root = vars(model)
+        self._first = next(model.parameters(), None)
         self._tables: list[Mapping[Any, Any]] = [d for m in modules.values() for d in _named(m)]
         self._tables += [table for table in hooks if table]
         self._sized = [*(vars(o) for o in objects if o is not model), *self._tables, *hooks]
@@ -75,6 +76,14 @@ class ModelGuard:
             return same and self._read() == self._values
         except (KeyError, ValueError):  # an attribute is gone, or no longer a plain value
             return False
+
+    @property
+    def home(self) -> tuple[Any, ...]:
+        """(dtype, device) of the model's first parameter; () if it has none.
+
+        Of the parameter itself: while another thread traces, the model holds a stand-in for it.
+        """
+        return () if self._first is None else (self._first.dtype, self._first.device)
 
     def _look(self) -> list[Any]:
         """Modules, parameters, buffers, hooks and other objects, to be compared by identity."""

@@ -44,6 +44,7 @@ class Arguments:
 
     Attributes:
         args, kwargs: keywords where the forward signature names them. leaves: flattened.
+        model: digest of the model's state.
         signature: what the graph is specialized to, but for the values of position ids.
         timestep: as a number. conditioning: the text tokens, if the model has them.
     """
@@ -51,6 +52,7 @@ class Arguments:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     leaves: list[Any]
+    model: str
     signature: Signature
     timestep: float | None
     conditioning: Tensor | None
@@ -321,14 +323,13 @@ class OptimizedDenoiser(nn.Module):
         check_model(self.denoiser)
         args, kwargs, timestep = self._normalised(args, kwargs)
         leaves, tree = flatten_call(args, kwargs)
-        own = next(self.denoiser.parameters(), None)
-        home = (own.dtype, own.device) if own is not None else ()
-        signature = (tree, home, *(_leaf_key(leaf) for leaf in leaves))
+        guard = self._current_guard()
+        signature = (tree, guard.home, *(_leaf_key(leaf) for leaf in leaves))
         if self._fixed is not None and signature != self._fixed[0]:
             raise self._mismatch(args, kwargs)
         text = kwargs.get("encoder_hidden_states")
         conditioning = text if isinstance(text, Tensor) else None
-        return Arguments(args, kwargs, leaves, signature, timestep, conditioning)
+        return Arguments(args, kwargs, leaves, guard.key, signature, timestep, conditioning)
 
     def _normalised(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -367,20 +368,20 @@ class OptimizedDenoiser(nn.Module):
             return (), named, float(timestep.reshape(-1)[0])
         return (), named, None
 
-    def _model_key(self) -> str:
-        """Digest of the model's state; follows a change of modules, adapters or buffers."""
+    def _current_guard(self) -> ModelGuard:
+        """What the model is now; the cache follows a change of modules, adapters or buffers."""
         guard: ModelGuard | None = self._guard
         if guard is None or not guard.holds():
             with TRACING:
                 guard = ModelGuard(self.denoiser)
                 self.__dict__["_guard"] = guard
                 self.cache.refresh(self.denoiser)
-        return guard.key
+        return guard
 
     def _specialization(
         self, given: Arguments, rasters: tuple[Raster | None, ...]
     ) -> tuple[tuple[Any, ...], Specialization]:
-        key = (self._model_key(), given.signature, rasters)
+        key = (given.model, given.signature, rasters)
 
         def make() -> Specialization:
             try:
@@ -460,10 +461,10 @@ class OptimizedDenoiser(nn.Module):
         states = checked_states(state)
         args, kwargs = _call_of(inputs)
         given = self._arguments(*self._placed(args, kwargs))
-        key, specialization = self._specialization(
+        _, specialization = self._specialization(
             given, tuple(raster(leaf) for leaf in given.leaves)
         )
-        model = (key[0], given.signature[1])  # with its dtype and device
+        model = (given.model, given.signature[1])  # with its dtype and device
         states = [fitting(s, specialization, model) for s in states]
         call, patterns = batched(states, specialization)
         run = specialization.runner(call, self._compile)
