@@ -19,11 +19,12 @@ from torch.nn.functional import gelu, one_hot, scaled_dot_product_attention
 
 from tests import models
 from tests.test_oracles import keep_all
-from toma_fx.analysis import Flow, analyse
+from toma_fx.analysis import analyse
 from toma_fx.axis import Analysis
 from toma_fx.capture import Captured, capture, flatten_call
 from toma_fx.config import ToMAConfig
 from toma_fx.errors import TomaError
+from toma_fx.flow import Flow
 from toma_fx.passes.pipeline import rewrite
 from toma_fx.plan import MergePlan, PatternGroup, make_plan
 

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests import models
-from toma_fx.analysis import Flow, analyse
+from toma_fx.analysis import analyse
 from toma_fx.axis import BATCH, Analysis, Branch, Raster, Segment, Tokens, tokens_of
 from toma_fx.capture import Captured, capture, raster
+from toma_fx.flow import Flow
 from toma_fx.rules import regroup
 
 GRID = (4, 6)
@@ -440,9 +441,9 @@ REFUSED = {
     "flip": (lambda m, x: x + x.flip(1), "reduction over the token axis"),
     "sort": (lambda m, x: x + x.sort(1)[0], "no transfer rule for aten.sort"),
     "index": (lambda m, x: x + x[:, torch.arange(N)], "no transfer rule for aten.index"),
-    "fold with the batch": (
-        lambda m, x: m.a(x.reshape(2 * N, C)).view(2, N, C),
-        "folds the token axis with others",
+    "fold with the batch, cut elsewhere": (
+        lambda m, x: m.a(x.reshape(2 * N, C)).view(4, N // 2, C).reshape(2, N, C),
+        "cuts the token axis",
     ),
     "fold with channels": (
         lambda m, x: x.reshape(2, N * C).view(2, N, C) * x,
@@ -450,7 +451,7 @@ REFUSED = {
     ),
     "windows": (
         lambda m, x: m.attention(*[x.view(2, 2, N // 2, C).flatten(0, 1)] * 2).view(2, N, C) * x,
-        "folds the token axis with others",
+        "cuts the token axis",
     ),
     "slice of the image": (
         lambda m, x: torch.cat([x[:, :5], m.a(x[:, 5:])], 1),
@@ -472,9 +473,17 @@ REFUSED = {
         lambda m, x: m.attention(x, torch.cat([x, x], 1)),
         "the same tokens occur twice",
     ),
-    "manual attention": (
-        lambda m, x: (x @ x.transpose(1, 2)).softmax(-1) @ x,
-        "matrix product over token axes",
+    "attention without softmax": (
+        lambda m, x: (x @ x.transpose(1, 2)) @ x,
+        "a sum over tokens without softmax",
+    ),
+    "softmax over the queries": (
+        lambda m, x: (x @ x.transpose(1, 2)).softmax(-2) @ x,
+        "a reduction over the token axis",
+    ),
+    "linear attention": (
+        lambda m, x: x @ (x.transpose(1, 2) @ x),
+        "a sum over tokens (linear attention)",
     ),
     "normalisation over tokens": (
         lambda m, x: F.layer_norm(x.transpose(1, 2), (N,)).transpose(1, 2) * x,

@@ -4,23 +4,25 @@
                                                     \-> residual streams x0..xL with branches
 
 Forward data flow over the graph, no matching on model classes or parameter names. Image segments
-are seeded where two spatial dimensions fold into one, and at packed inputs; a packed input's grid
-comes from position ids that line up with it.
+are seeded where spatial dimensions fold into one, and at packed inputs; a packed input's grid comes
+from position ids that line up with it, from sizes among the arguments, or from the user.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from torch import fx
 
 from toma_fx.axis import (
     BATCH,
+    FRAMES,
+    HEIGHT,
+    WIDTH,
     Analysis,
     Branch,
     Fact,
@@ -33,133 +35,26 @@ from toma_fx.axis import (
     Tokens,
     Transfer,
     layout_of,
-    layouts_of,
     tokens_of,
 )
 from toma_fx.capture import Captured
-from toma_fx.rules import apply_rule, op_name
+from toma_fx.flow import ATTENTION, Flow, flow_of, module_path
+from toma_fx.methods.windows import Size
+from toma_fx.rules import apply_rule
 
 PROLOGUE = {
     "aten.layer_norm", "aten.rms_norm", "aten.slice", "aten.cat", "aten.concat", "aten.contiguous",
     "aten.clone", "aten.to", "aten.dropout", "aten.split_with_sizes", "getitem",
 }  # fmt: skip
 """Ops besides element-wise ones that may stand between a stream and the point of merging."""
-COPIES = {"aten.contiguous", "aten.clone", "aten.alias", "aten.detach", "aten.dropout"}
 
 
-@dataclass(frozen=True)
-class Flow:
-    """The graph as plain data: names, edges, shapes, facts. Plans are made from this alone.
-
-    Attributes:
-        order: node names in graph order. operands: inputs of each. ops: op name of each.
-        shapes: static shape of each tensor. modules: module path of each.
-        facts, refusals: from the analysis. passes: {node: source} for nodes that hand on the image
-            tokens of their source unchanged. pointwise: element-wise ops. sums: plain a + b.
-    """
-
-    order: tuple[str, ...]
-    operands: Mapping[str, tuple[str, ...]]
-    ops: Mapping[str, str]
-    shapes: Mapping[str, tuple[int, ...]]
-    modules: Mapping[str, str]
-    facts: Mapping[str, Fact]
-    refusals: Mapping[str, Rejected]
-    passes: Mapping[str, str]
-    pointwise: frozenset[str]
-    sums: frozenset[str]
-
-    @cached_property
-    def users(self) -> Mapping[str, tuple[str, ...]]:
-        """Nodes that use each node, in graph order."""
-        out: dict[str, list[str]] = {name: [] for name in self.order}
-        for name in self.order:
-            for operand in dict.fromkeys(self.operands[name]):
-                out[operand].append(name)
-        return {name: tuple(found) for name, found in out.items()}
-
-    @cached_property
-    def position(self) -> Mapping[str, int]:
-        """Index of each node in graph order."""
-        return {name: i for i, name in enumerate(self.order)}
-
-    def layout(self, name: str) -> Layout | None:
-        """Layout of a tensor-valued node."""
-        return layout_of(self.facts.get(name))
-
-    def carries(self, name: str, segment: str) -> bool:
-        """Whether the node's value (or one of its values) holds the tokens of `segment`."""
-        return any(s.name == segment for s in self.segments(name))
-
-    def segments(self, name: str) -> tuple[Segment, ...]:
-        """Token segments of the node's value or values."""
-        found = (tokens_of(layout) for layout in layouts_of(self.facts.get(name)))
-        return tuple(s for tokens in found if tokens is not None for s in tokens.segments)
-
-    def is_embedding(self, name: str) -> bool:
-        """Whether the value is laid out [batch, tokens, channels]."""
-        layout = self.layout(name)
-        return (
-            layout is not None
-            and len(layout) == 3
-            and layout[0] == BATCH
-            and isinstance(layout[1], Tokens)
-        )
-
-    def carriers(self, segment: str) -> tuple[str, ...]:
-        """Nodes that hold the tokens of `segment`, in graph order."""
-        return tuple(n for n in self.order if self.carries(n, segment))
-
-    def root(self, name: str) -> str:
-        """The node whose image tokens `name` hands on unchanged."""
-        while name in self.passes:
-            name = self.passes[name]
-        return name
-
-    def region(self, segment: str, start: str, end: str) -> tuple[str, ...]:
-        """Carriers of `segment` after `start` and up to `end`: those on a path between the two."""
-        first, last = self.position[start], self.position[end]
-        after = {start}
-        for name in self.order[first + 1 : last + 1]:
-            if self.carries(name, segment) and not after.isdisjoint(self.operands[name]):
-                after.add(name)
-        before = {end}
-        for name in reversed(self.order[first + 1 : last + 1]):
-            if name in before:
-                before.update(o for o in self.operands[name] if o in after)
-        return tuple(n for n in self.order[first + 1 : last + 1] if n in after and n in before)
-
-    def entries(self, segment: str, inner: Iterable[str]) -> tuple[str, ...]:
-        """Values with the tokens of `segment` that flow into `inner` from outside, in order."""
-        inside = set(inner)
-        found = {
-            o
-            for n in inside
-            for o in self.operands[n]
-            if o not in inside and self.carries(o, segment)
-        }
-        return tuple(sorted(found, key=self.position.__getitem__))
-
-    def leak(self, segment: str, inner: Iterable[str], end: str) -> Rejected | None:
-        """A use of the region's values that merging would break, if there is one."""
-        inside = dict.fromkeys(inner)
-        for name in inside:
-            for user in self.users[name] if name != end else ():
-                if user in self.refusals:
-                    return self.refusals[user]
-                if user not in inside and self.carries(user, segment):
-                    return Rejected(user, f"uses {name} outside the branch")
-                if self.ops[user] == "output":
-                    return Rejected(name, "is an output of the model")
-        return None
-
-
-def analyse(captured: Captured, grid: tuple[int, int] | None = None) -> tuple[Analysis, Flow]:
+def analyse(captured: Captured, grid: Size | None = None) -> tuple[Analysis, Flow]:
     """Facts, attention sites and residual streams of a captured graph.
 
     Args:
         captured: the graph; it is not changed.
-        grid: token grid (H, W) of packed inputs whose ids do not tell it.
+        grid: token grid (H, W) or (T, H, W) of a packed input, if nothing else tells it.
 
     Returns:
         The analysis and the plain-data view of the graph that planning works on.
@@ -170,13 +65,10 @@ def analyse(captured: Captured, grid: tuple[int, int] | None = None) -> tuple[An
     rasters = _rasters(captured, facts, transfers, grid)
     if rasters:
         facts, transfers, refusals = _propagate(nodes, _seeds(captured, rasters))
-    flow = _flow(nodes, facts, refusals)
-    sites = tuple(_site(n, flow) for n in nodes if op_name(n.target) == ATTENTION)
+    flow = flow_of(nodes, facts, refusals)
+    sites = tuple(_site(n, flow) for n in nodes if n.name in flow.attention)
     streams = _streams(flow, sites)
     return Analysis(facts, transfers, refusals, sites, streams, rasters), flow
-
-
-ATTENTION = "aten.scaled_dot_product_attention"
 
 
 def _seeds(captured: Captured, rasters: Mapping[str, Raster]) -> dict[str, Layout]:
@@ -193,7 +85,10 @@ def _seeds(captured: Captured, rasters: Mapping[str, Raster]) -> dict[str, Layou
             packed = _cut(spec.name, value.shape[1], rasters.get(spec.name), "sequence")
             seeds[spec.name] = (BATCH, packed, None)
         elif value.dim() == 4 and value.is_floating_point():
-            seeds[spec.name] = (BATCH, None, "height", "width")
+            seeds[spec.name] = (BATCH, None, HEIGHT, WIDTH)
+        elif value.dim() == 5 and value.is_floating_point():
+            # frames may come before the channels or after; only frames fold with height and width
+            seeds[spec.name] = (BATCH, FRAMES, FRAMES, HEIGHT, WIDTH)
     return seeds
 
 
@@ -230,7 +125,7 @@ def _rasters(
     captured: Captured,
     facts: Mapping[str, Fact],
     transfers: Mapping[str, Transfer],
-    given: tuple[int, int] | None,
+    given: Size | None,
 ) -> dict[str, Raster]:
     """What packed inputs enumerate: from ids that line up with them, from their length, or given"""
     rasters: dict[str, Raster] = {}
@@ -250,100 +145,30 @@ def _rasters(
         for i in captured.inputs
         if i.tensor is not None and i.tensor.dim() == 3 and i.raster is None
     ]
-    known = [Raster((given[0],), given[1])] if given else list(ids_of.values())
+    if given:
+        *frames, height, width = given
+        known = [Raster((height,) * math.prod(frames), width)]
+    else:
+        known = list(ids_of.values()) or list(captured.hints)
     for one in known if given or not rasters else []:
         fitting = [name for name, length in packed if length == one.length]
+        if len(fitting) > 1:  # text of as many tokens
+            fitting = [name for name in fitting if name == "hidden_states"]
         if len(fitting) == 1:
             rasters[fitting[0]] = one
     return rasters
 
 
-def module_path(node: fx.Node) -> str:
-    """Path of the module that produced a node ("" for the root)."""
-    stack = node.meta.get("nn_module_stack") or {}
-    entries = list(stack.values())
-    return str(entries[-1][0]) if entries else ""
-
-
-def _flow(
-    nodes: list[fx.Node], facts: Mapping[str, Fact], refusals: Mapping[str, Rejected]
-) -> Flow:
-    tensors = [n for n in nodes if isinstance(n.meta.get("val"), torch.Tensor)]
-    flow = Flow(
-        order=tuple(n.name for n in nodes),
-        operands={n.name: tuple(i.name for i in n.all_input_nodes) for n in nodes},
-        ops={n.name: op_name(n.target) if n.op == "call_function" else n.op for n in nodes},
-        shapes={n.name: tuple(n.meta["val"].shape) for n in tensors},
-        modules={n.name: module_path(n) for n in nodes},
-        facts=facts,
-        refusals=refusals,
-        passes={},
-        pointwise=frozenset(
-            n.name for n in nodes if torch.Tag.pointwise in getattr(n.target, "tags", ())
-        ),
-        sums=frozenset(n.name for n in nodes if _is_sum(n)),
-    )
-    passes = {n.name: source for n in nodes if (source := _passed(n, flow)) is not None}
-    return replace(flow, passes=passes)
-
-
-def _is_sum(node: fx.Node) -> bool:
-    """Whether a node is a + b of two tensors, neither scaled."""
-    if node.op != "call_function" or op_name(node.target) != "aten.add":
-        return False
-    return len(node.all_input_nodes) == 2 and node.kwargs.get("alpha") in (None, 1)
-
-
-def _passed(node: fx.Node, flow: Flow) -> str | None:
-    """Source whose image tokens the node hands on verbatim, as [batch, tokens, channels]."""
-    op, name = flow.ops[node.name], node.name
-    images = {s.name for s in flow.segments(name) if s.grid}
-    if not images or not flow.is_embedding(name):
-        return None
-    if op == "getitem":
-        split = node.args[0]
-        assert isinstance(split, fx.Node)
-        source = str(split.args[0])
-        return source if flow.ops[split.name] == "aten.split_with_sizes" else None
-    carrying = [
-        o for o in flow.operands[name] if not images.isdisjoint(s.name for s in flow.segments(o))
-    ]
-    if len(carrying) != 1 or not flow.is_embedding(carrying[0]):
-        return None
-    same_channels = flow.shapes[name][2] == flow.shapes[carrying[0]][2]
-    if op in COPIES or (op in ("aten.slice", "aten.cat", "aten.concat") and same_channels):
-        return carrying[0]
-    if op in ("aten.clip", "aten.clamp"):
-        return carrying[0] if _only_clips_infinities(node) else None
-    if op == "aten.to":
-        source_node = node.args[0]
-        assert isinstance(source_node, fx.Node)
-        return carrying[0] if source_node.meta["val"].dtype == node.meta["val"].dtype else None
-    return None
-
-
-def _only_clips_infinities(node: fx.Node) -> bool:
-    """clip(x, -65504, 65504) in half precision (Flux): the identity on finite values."""
-    limit = torch.finfo(node.meta["val"].dtype).max
-    low, high = (*node.args[1:3], None, None)[:2]
-    return (
-        isinstance(low, (int, float))
-        and isinstance(high, (int, float))
-        and (low <= -limit and high >= limit)
-    )
-
-
 def _site(node: fx.Node, flow: Flow) -> Site:
     """Classify one attention by the tokens of its queries and keys."""
-    operands: Any = node.args[:2]
-    query, key = (a.name for a in operands)
-    q, k = tokens_of(flow.layout(query)), tokens_of(flow.layout(key))
-    layout = flow.layout(query)
+    layout, keys = _query_and_key(node, flow)
+    q = layout[-2] if layout is not None and isinstance(layout[-2], Tokens) else tokens_of(layout)
+    k = tokens_of(keys)
     images = [s for s in q.segments if s.grid] if q else []
-    if q is None:
-        kind = "unknown"
-    elif layout is not None and not isinstance(layout[-2], Tokens):
+    if layout is not None and (layout[-2] == FRAMES or (q and layout[-2] != q)):
         kind = "temporal"
+    elif q is None:
+        kind = "unknown"
     elif not images:
         kind = "text"
     elif k is None or not any(s in images for s in k.segments):
@@ -352,6 +177,15 @@ def _site(node: fx.Node, flow: Flow) -> Site:
         kind = "self" if set(q.segments) == set(k.segments) == set(images) else "joint"
     segment = images[0].name if images else ""
     return Site(node.name, module_path(node), kind, str(q or ""), str(k or ""), segment)
+
+
+def _query_and_key(node: fx.Node, flow: Flow) -> tuple[Layout | None, Layout | None]:
+    """Layouts of the queries and keys; scores carry both."""
+    if flow.ops[node.name] == ATTENTION:
+        query, key = (str(a) for a in node.args[:2])
+        return flow.layout(query), flow.layout(key)
+    scores = flow.layout(node.name)
+    return scores, None if scores is None else (scores[-1],)
 
 
 # -- residual streams -----------------------------------------------------------------------------
@@ -455,7 +289,7 @@ def _branches(
     for base, out, add in parts:
         region = flow.region(segment.name, base, out)
         inner = _inner(segment.name, flow, base, region)
-        inside = tuple(n for n in inner if flow.ops[n] == ATTENTION)
+        inside = tuple(n for n in inner if n in flow.attention)
         # a branch may reuse what an earlier attention computed (an IP-Adapter its queries)
         inside = tuple(n for n in inside if all(n not in b.sites for b in branches)) or inside
         kinds = _kinds(flow, inner, inside, sites)

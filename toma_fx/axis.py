@@ -1,8 +1,8 @@
 """Facts of the token-axis analysis: what each dimension of a value enumerates.
 
-A fact is a `Layout`, one label per dimension: `BATCH` (or `rows` of it), `HEIGHT`, `WIDTH`,
-`Tokens`, or None. Facts
-name graph nodes by string and hold no graph objects, so they can be printed, compared and saved.
+A fact is a `Layout`, one label per dimension: a `Batch`, `FRAMES`, `HEIGHT`, `WIDTH`, `Tokens` (of
+which `Keys` and `Flat` are kinds), or None. Facts name graph nodes by string and hold no graph
+objects, so they can be printed, compared and saved.
 """
 
 from __future__ import annotations
@@ -11,15 +11,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeGuard, cast
 
-BATCH, HEIGHT, WIDTH = "batch", "height", "width"
+from toma_fx.methods.windows import Size, size_text
+
+FRAMES, HEIGHT, WIDTH = "frames", "height", "width"
+SPATIAL = (FRAMES, HEIGHT, WIDTH)
 
 
 @dataclass(frozen=True)
 class Raster:
-    """What position ids enumerate: images of equal width one below the other, then other tokens.
+    """What a packed sequence holds: images of equal width one below the other, then other tokens.
 
     Attributes:
-        heights: rows of each image. width: columns. rest: tokens after the images.
+        heights: rows of each image, or frame of a video. width: columns. rest: tokens after them.
     """
 
     heights: tuple[int, ...]
@@ -27,8 +30,10 @@ class Raster:
     rest: int = 0
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """(H, W) of the images together."""
+    def grid(self) -> Size:
+        """(H, W) of the images together; (T, H, W) if there are several of one size."""
+        if len(set(self.heights)) == 1 < len(self.heights):
+            return len(self.heights), self.heights[0], self.width
         return sum(self.heights), self.width
 
     @property
@@ -44,7 +49,8 @@ class Segment:
     Attributes:
         name: node that created it (a spatial fold, or an input).
         length: number of tokens.
-        grid: (H, W) if the tokens are a raster of an image, or of several of one width.
+        grid: (H, W) if the tokens are a raster of an image, or of several of one width; (T, H, W)
+            if they are a video, or several images of one size.
         heights: rows of each of several images; windows never reach from one into the next.
         role: "image" (folded from a spatial grid), "sequence" (a packed or text input), "ids"
             (position ids), "other".
@@ -52,12 +58,12 @@ class Segment:
 
     name: str
     length: int
-    grid: tuple[int, int] | None = None
+    grid: Size | None = None
     role: Literal["image", "sequence", "ids", "other"] = "other"
     heights: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        shape = f" ({self.grid[0]}x{self.grid[1]})" if self.grid else ""
+        shape = f" ({size_text(self.grid)})" if self.grid else ""
         return f"{self.name} {self.length}{shape}"
 
 
@@ -76,30 +82,59 @@ class Tokens:
         return "[" + " | ".join(str(s) for s in self.segments) + "]"
 
 
-Label = str | Tokens | None
+@dataclass(frozen=True)
+class Keys(Tokens):
+    """Label of the last dimension of attention scores: the tokens that are attended to.
+
+    Attributes:
+        normal: whether softmax has made the scores add up to 1 over them.
+    """
+
+    normal: bool = False
 
 
-def rows(start: int, stop: int, total: int) -> str:
-    """Label of a batch dimension that holds the elements [start, stop) of the whole batch.
+@dataclass(frozen=True)
+class Flat(Tokens):
+    """Label of batch and tokens folded into one dimension, as quantised linear layers do.
+
+    Attributes:
+        rows: size of the batch.
+    """
+
+    rows: int = 1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Label of a dimension that enumerates the batch, or a stretch of its rows.
 
     Perturbed-attention guidance cuts the batch and joins it again. Each element merges by its own
     pattern, so only pieces of the same rows may meet.
+
+    Attributes:
+        span: (start, stop, total) of the rows if they are a part of the batch.
+        times: entries of each row (heads folded into the batch).
     """
-    return BATCH if (start, stop) == (0, total) else f"{BATCH} {start}:{stop} of {total}"
+
+    span: tuple[int, int, int] | None = None
+    times: int = 1
+
+    def rows(self, size: int) -> tuple[int, int, int]:
+        """(start, stop, total) on a dimension of `size`."""
+        return self.span or (0, size // self.times, size // self.times)
+
+    def part(self, start: int, stop: int, total: int) -> Batch:
+        """The label of some rows."""
+        return Batch(None if (start, stop) == (0, total) else (start, stop, total), self.times)
 
 
-def is_batch(label: Label) -> bool:
+BATCH = Batch()
+Label = str | Batch | Tokens | None
+
+
+def is_batch(label: Label) -> TypeGuard[Batch]:
     """Whether a dimension enumerates the batch, or rows of it."""
-    return isinstance(label, str) and label.startswith(BATCH)
-
-
-def row_range(label: str, size: int) -> tuple[int, int, int]:
-    """(start, stop, total) of a batch label on a dimension of `size`."""
-    if label == BATCH:
-        return 0, size, size
-    span, _, total = label.removeprefix(f"{BATCH} ").partition(" of ")
-    start, _, stop = span.partition(":")
-    return int(start), int(stop), int(total)
+    return isinstance(label, Batch)
 
 
 Layout = tuple[Label, ...]
@@ -140,14 +175,18 @@ def tokens_of(layout: Layout | None) -> Tokens | None:
 
 @dataclass(frozen=True)
 class Patch:
-    """A literal argument that carries a token count: `args[path]` is the length of `segments`."""
+    """A literal argument that carries a token count: `args[path]`.
+
+    It is the length of `segments`, `times` as much where the batch is folded in.
+    """
 
     path: tuple[int, ...]
     segments: tuple[Segment, ...]
+    times: int = 1
 
     def value(self, lengths: Mapping[str, int]) -> int:
         """The literal when the segments named in `lengths` have those lengths."""
-        return sum(lengths.get(s.name, s.length) for s in self.segments)
+        return self.times * sum(lengths.get(s.name, s.length) for s in self.segments)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import copy
 import linecache
+import math
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -23,6 +24,7 @@ from torch.utils import _pytree as pytree
 from toma_fx.axis import Raster
 from toma_fx.errors import CaptureError, ModelTypeError, TrainingModeError
 from toma_fx.guard import STAND_IN
+from toma_fx.methods.windows import Size
 from toma_fx.rules import op_name
 
 
@@ -48,11 +50,13 @@ class Captured:
     Attributes:
         graph_module: flat inputs -> flat outputs, parameters shared with the model.
         inputs: one spec per placeholder. out_spec: tree of the outputs.
+        hints: what a packed input may enumerate, by sizes among the arguments.
     """
 
     graph_module: fx.GraphModule
     inputs: tuple[InputSpec, ...]
     out_spec: pytree.TreeSpec
+    hints: tuple[Raster, ...] = ()
 
 
 def flatten_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], Any]:
@@ -76,12 +80,45 @@ def raster(value: Any) -> Raster | None:
     border = (ids[1:, :-2] != ids[:-1, :-2]).any(1).nonzero().flatten() + 1
     images = torch.tensor_split(ids, border.tolist())
     sizes = [_image_size(image[:, -2], image[:, -1]) for image in images]
-    first = sizes[0]
-    if first is None:
-        return None
-    same = list(takewhile(lambda size: size is not None and size[1] == first[1], sizes))
-    heights = tuple(size[0] for size in same if size is not None)
-    return Raster(heights, first[1], len(ids) - sum(heights) * first[1])
+    known = [size for size in takewhile(lambda size: size is not None, sizes) if size is not None]
+    return _stacked(known, len(ids)) if known else None
+
+
+def _stacked(sizes: Sequence[Size], length: int) -> Raster:
+    """Images (H, W) one after the other in `length` tokens; after the first other width, others."""
+    width = sizes[0][1]
+    heights = tuple(h for h, _ in takewhile(lambda size: size[1] == width, sizes))
+    return Raster(heights, width, length - sum(heights) * width)
+
+
+def size_hints(value: Any) -> Iterator[Raster]:
+    """What the sizes among the arguments of a call say that a packed input may hold.
+
+    Sizes are whole numbers named height and width, perhaps num_frames (LTX), or lists of (H, W) or
+    (T, H, W), one for each image of a sequence (QwenImage).
+    """
+    if isinstance(value, Mapping):
+        named = [value.get("num_frames", 1), value.get("height"), value.get("width")]
+        if _is_size(named):
+            yield from size_hints(named)
+        for inner in value.values():
+            yield from size_hints(inner)
+    elif isinstance(value, (list, tuple)):
+        sizes = [value] if _is_size(value) else value
+        if sizes and all(_is_size(size) for size in sizes):
+            images = [(s[-2], s[-1]) for s in sizes for _ in range(math.prod(s[:-2]))]
+            yield _stacked(images, sum(math.prod(size) for size in sizes))
+        else:
+            for inner in value:
+                yield from size_hints(inner)
+
+
+def _is_size(value: Any) -> bool:
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) in (2, 3)
+        and all(type(side) is int and side > 0 for side in value)
+    )
 
 
 def _image_size(y: Tensor, x: Tensor) -> tuple[int, int] | None:
@@ -145,7 +182,8 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     canonicalise(graph_module)
     out_spec = program.call_spec.out_spec
     assert out_spec is not None
-    return Captured(graph_module, tuple(specs), out_spec)
+    hints = dict.fromkeys((*size_hints(kwargs), *size_hints(args)))
+    return Captured(graph_module, tuple(specs), out_spec, tuple(hints))
 
 
 def _bare(model: nn.Module) -> nn.Module:

@@ -32,8 +32,9 @@ class ToMAConfig:
     Attributes:
         ratio: share of the tokens that is merged away, in [0, 1); 0 turns merging off.
         window: where similarity is searched: square "tile", "stripe" of whole rows, or "global".
-        tile: window size in tokens: side or (height, width) of a tile, rows of a stripe. None
-            chooses about 16 tokens a window. A size that does not divide the grid is replaced by
+        tile: window size in tokens: side, (height, width) or, in a video, (frames, height, width)
+            of a tile, rows of a stripe. None chooses about 16 tokens a window, and windows of a
+            video lie in one frame. A size that does not divide the grid is replaced by
             the nearest that does; the report shows which.
         tiles: number of windows instead of their size.
         scale: sharpness of the merge weights (softmax of scale * cosine similarity).
@@ -51,7 +52,8 @@ class ToMAConfig:
         exclude: module path patterns to leave alone.
         overrides: {module path pattern: {field: value}} for the fields in `OVERRIDABLE`; of several
             patterns that match, the later wins.
-        grid: token grid (H, W) of a packed input whose position ids do not tell it.
+        grid: token grid (H, W) or (T, H, W) of a packed input that nothing else tells: neither
+            position ids nor sizes among the arguments.
 
     Raises:
         ConfigError: a value outside its domain. UnknownNameError: an unknown choice or field.
@@ -59,7 +61,7 @@ class ToMAConfig:
 
     ratio: float = 0.5
     window: Window = "tile"
-    tile: int | tuple[int, int] | None = None
+    tile: int | tuple[int, ...] | None = None
     tiles: int | None = None
     scale: float = 1000.0
     unmerge: Literal["transpose", "pinv"] = "transpose"
@@ -76,7 +78,7 @@ class ToMAConfig:
     overrides: (
         Mapping[str, Mapping[str, Any]] | tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]
     ) = ()
-    grid: tuple[int, int] | None = None
+    grid: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("branches", "include", "exclude"):
@@ -192,13 +194,14 @@ def _check_numbers(config: ToMAConfig) -> None:
     for name in ("tile", "grid"):
         value = getattr(config, name)
         sides = (value,) if isinstance(value, int) else value
-        pair = "(height, width)" if name == "grid" else "a side or (height, width)"
+        sizes = "(height, width) or (frames, height, width)"
+        sizes = sizes if name == "grid" else f"a side, {sizes}"
         ok = value is None or (
             isinstance(sides, tuple)
             and all(type(side) is int and side >= 1 for side in sides)
-            and (len(sides) == 2 or (isinstance(value, int) and name == "tile"))
+            and (len(sides) in (2, 3) or (isinstance(value, int) and name == "tile"))
         )
-        require(ok, name, f"{pair}, whole numbers of at least 1", TileError)
+        require(ok, name, f"{sizes}, whole numbers of at least 1", TileError)
 
 
 def _frozen_overrides(config: ToMAConfig) -> tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]:

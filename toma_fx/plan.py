@@ -15,11 +15,11 @@ from fnmatch import fnmatchcase
 from itertools import groupby
 from typing import Any
 
-from toma_fx.analysis import Flow
 from toma_fx.axis import Analysis, Branch, Rejected, Segment, Stream
 from toma_fx.config import ToMAConfig
 from toma_fx.errors import NoMergeSites, TileError, UnknownNameError, nearest
-from toma_fx.methods.windows import Size, dividing_tile, window_count
+from toma_fx.flow import Flow
+from toma_fx.methods.windows import Size, dividing_tile, nearest_divisor, size_text, window_count
 
 WINDOW_TOKENS = 16
 """Tokens a window when the configuration does not say."""
@@ -125,50 +125,59 @@ class MergePlan:
 
 
 def resolve_tile(config: ToMAConfig, grid: Size, where: str) -> Size:
-    """The window (h, w) for a grid: as asked, or the nearest size that divides the grid.
+    """The window for a grid: as asked, or the nearest size that divides the grid.
+
+    A window of a video is (t, h, w); it lies in one frame unless the configuration says otherwise.
 
     Raises:
-        TileError: an explicit size larger than the grid.
+        TileError: an explicit size larger than the grid, or three sides for a picture.
     """
-    tokens = grid[0] * grid[1]
+    *frames, height, width = grid
     if config.window == "global":
         return grid
-    if config.tiles is not None:
-        if config.tiles > tokens:
-            raise TileError(
-                "more windows than tokens",
-                where=where,
-                expected=f"tiles of at most {tokens} for a {grid[0]}x{grid[1]} grid",
-                got=str(config.tiles),
-                hint="lower tiles=, or raise min_tokens=",
-            )
-        area = tokens / config.tiles
-    else:
-        area = WINDOW_TOKENS
+    area = _window_area(config, grid, where)
     asked = config.tile
     if config.window == "stripe":
-        rows = asked[0] if isinstance(asked, tuple) else asked
-        if rows is not None and rows > grid[0]:
-            raise _too_large((rows, grid[1]), grid, where)
-        wanted = rows if rows is not None else max(1, area / grid[1])
-        divisors = [d for d in range(1, grid[0] + 1) if grid[0] % d == 0]
-        return min(divisors, key=lambda d: (abs(d - wanted), d)), grid[1]
-    if asked is not None and config.tiles is None:
-        h, w = asked if isinstance(asked, tuple) else (asked, asked)
-        if h > grid[0] or w > grid[1]:
-            raise _too_large((h, w), grid, where)
-        if grid[0] % h == 0 and grid[1] % w == 0:
-            return h, w
-        area = h * w
-    return dividing_tile(grid, area)
+        rows = asked[-2] if isinstance(asked, tuple) else asked
+        if rows is not None and rows > height:
+            raise _too_large((rows, width), grid, where)
+        wanted = rows if rows is not None else max(1, area / width)
+        return (*(1 for _ in frames), nearest_divisor(height, wanted), width)
+    if asked is None or config.tiles is not None:
+        return dividing_tile(grid, area)
+    sides = asked if isinstance(asked, tuple) else (asked, asked)
+    sides = (*(1 for _ in range(len(grid) - len(sides))), *sides)
+    if len(sides) > len(grid) or any(t > g for t, g in zip(sides, grid, strict=True)):
+        raise _too_large(sides, grid, where)
+    if not any(g % t for t, g in zip(sides, grid, strict=True)):
+        return sides
+    *depth, h, w = sides
+    time = (nearest_divisor(g, t) for t, g in zip(depth, frames, strict=True))
+    return (*time, *dividing_tile((height, width), h * w))
+
+
+def _window_area(config: ToMAConfig, grid: Size, where: str) -> float:
+    """Tokens a window, if the sides are not given."""
+    tokens = math.prod(grid)
+    if config.tiles is None:
+        return WINDOW_TOKENS
+    if config.tiles > tokens:
+        raise TileError(
+            "more windows than tokens",
+            where=where,
+            expected=f"tiles of at most {tokens} for a {size_text(grid)} grid",
+            got=str(config.tiles),
+            hint="lower tiles=, or raise min_tokens=",
+        )
+    return tokens / config.tiles
 
 
 def _too_large(tile: Size, grid: Size, where: str) -> TileError:
     return TileError(
         "the tile is larger than the token grid",
         where=where,
-        expected=f"at most {grid[0]}x{grid[1]} tokens",
-        got=f"{tile[0]}x{tile[1]}",
+        expected=f"at most {size_text(grid)} tokens",
+        got=size_text(tile),
         hint="lower tile=, override it for this path, "
         "or raise min_tokens= to leave this level alone",
     )
@@ -271,17 +280,19 @@ def _setting(stream: Stream, branch: Branch, config: ToMAConfig, flow: Flow) -> 
         return "two images in one sequence"
     assert image.grid is not None
     tile = resolve_tile(own, _unit(image), branch.module)
-    tokens = tile[0] * tile[1]
+    tokens = math.prod(tile)
     keep = tokens - int(tokens * own.ratio + 1e-9)
     if keep == tokens:
-        return f"ratio {own.ratio} merges no token of a {tile[0]}x{tile[1]} window"
+        return f"ratio {own.ratio} merges no token of a {size_text(tile)} window"
     return Setting(image.grid, tile, keep, float(own.scale), own.unmerge)
 
 
 def _unit(image: Segment) -> Size:
     """The grid that windows must divide: of several images below each other, a common part."""
     assert image.grid is not None
-    return math.gcd(image.grid[0], *image.heights), image.grid[1]
+    if len(image.grid) > 2 or not image.heights:
+        return image.grid
+    return math.gcd(*image.heights), image.grid[1]
 
 
 def _segments(

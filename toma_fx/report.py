@@ -14,6 +14,7 @@ from rich.text import Text
 from torch import nn
 
 from toma_fx.flops import graph_flops
+from toma_fx.methods.windows import Size, size_text
 from toma_fx.plan import Rejection
 from toma_fx.runtime import OptimizedDenoiser
 from toma_fx.specialize import Specialization
@@ -51,8 +52,8 @@ class Row:
     scope: str
     tokens: int
     merged: int
-    grid: tuple[int, int]
-    tile: tuple[int, int]
+    grid: Size
+    tile: Size
     group: str
     flops_before: int
     flops_after: int
@@ -92,8 +93,8 @@ class Report(_Printed):
             table.add_row(
                 f"{row.module}\n  {row.kind}, {row.scope}",
                 f"{row.tokens} -> {row.merged}",
-                f"{row.grid[0]}x{row.grid[1]}",
-                f"{row.tile[0]}x{row.tile[1]}",
+                size_text(row.grid),
+                size_text(row.tile),
                 row.group,
                 f"{row.flops_before / 1e6:.1f} -> {row.flops_after / 1e6:.1f}",
             )

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch._dynamo import convert_frame
 
-from toma_fx.analysis import Flow, analyse
+from toma_fx.analysis import analyse
 from toma_fx.axis import Analysis
 from toma_fx.capture import Captured, capture
 from toma_fx.config import ToMAConfig
+from toma_fx.flow import Flow
 from toma_fx.passes.pipeline import Program, rewrite
 from toma_fx.passes.rewriter import Templates
 from toma_fx.plan import MergePlan, make_plan

@@ -5,7 +5,7 @@
     x           --merge--> y [B, T*k, C]       y = A_norm x
     y           --unmerge--> x' [B, N, C]      x' = A^T y, or the pseudo-inverse of A_norm
 
-T windows of n = h*w tokens tile the grid (H, W); k destinations are kept in each. All shapes are
+T windows of n tokens tile the grid, (H, W) or (frames, H, W); k are kept in each. All shapes are
 static, nothing depends on a global, and everything traces: the rewrite splices these functions
 into the denoiser's graph.
 """
@@ -24,6 +24,7 @@ from toma_fx.methods.facility import facility_location
 from toma_fx.methods.windows import (
     Size,
     merge_windows,
+    size_text,
     to_windows,
     unmerge_windows,
     window_count,
@@ -38,8 +39,8 @@ class Pattern:
         idx: destinations in greedy order, local to their window, [B, T, k] int64.
         merge: row-normalised merge matrices, [B, T, k, n], dtype of the tokens.
         unmerge: unmerge matrices, [B, T, n, k], dtype of the tokens.
-        grid: token grid (H, W) with H*W = N.
-        tile: window (h, w) with h*w = n.
+        grid: token grid (H, W), or (frames, H, W), of N tokens.
+        tile: window of as many sides, of n tokens.
     """
 
     idx: Tensor
@@ -51,20 +52,21 @@ class Pattern:
 
 def check_tile(grid: Size, tile: Size, *, where: str = "") -> None:
     """Raise `TileError` unless `tile` fits and divides `grid`."""
-    if tile[0] > grid[0] or tile[1] > grid[1] or min(tile) < 1:
+    sides = list(zip(tile, grid, strict=False))
+    if len(tile) != len(grid) or any(t > g or t < 1 for t, g in sides):
         raise TileError(
             "the tile is larger than the token grid",
             where=where,
-            expected=f"a tile of at most {grid[0]}x{grid[1]} tokens",
-            got=f"{tile[0]}x{tile[1]}",
+            expected=f"a tile of at most {size_text(grid)} tokens",
+            got=size_text(tile),
             hint="lower tile=, or raise min_tokens= so that this site is left alone",
         )
-    if grid[0] % tile[0] or grid[1] % tile[1]:
+    if any(g % t for t, g in sides):
         raise TileError(
             "the tile does not divide the token grid",
             where=where,
-            expected=f"a divisor of {grid[0]}x{grid[1]}",
-            got=f"{tile[0]}x{tile[1]}",
+            expected=f"a divisor of {size_text(grid)}",
+            got=size_text(tile),
         )
 
 
@@ -85,10 +87,10 @@ def select(x: Tensor, grid: Size, tile: Size, keep: int, *, opaque: bool = False
     comparisons a window.
 
     Args:
-        x: tokens [B, H*W, C], any float dtype.
-        grid: (H, W).
-        tile: window (h, w), dividing the grid.
-        keep: destinations a window, 1 <= keep <= h*w.
+        x: tokens [B, N, C], any float dtype.
+        grid: (H, W), or (frames, H, W).
+        tile: window of as many sides, dividing the grid.
+        keep: destinations a window, at least 1 and at most its tokens.
         opaque: for tracing: emit one `toma_fx::facility_location` node instead of `keep` unrolled
             steps. Same result.
 
@@ -125,7 +127,7 @@ def weights(
     the least-squares inverse that the transpose approximates.
 
     Args:
-        x: tokens [B, H*W, C]; idx: destinations [B, T, k] from `select`.
+        x: tokens [B, N, C]; idx: destinations [B, T, k] from `select`.
         grid, tile: as in `select`.
         scale: sharpness of the softmax; 1000 is the published code's, near one-hot.
         unmerge: "transpose" or "pinv".

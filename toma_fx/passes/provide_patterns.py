@@ -9,6 +9,7 @@ mixed:    all three are inputs, and two masks [B]; rows to select anew take
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -68,7 +69,7 @@ class ProvidePatterns:
     def _given(self, rewriter: Rewriter, group: PatternGroup, value: Tensor) -> list[fx.Node]:
         """Inputs of a group's parts, those that the program takes."""
         setting = group.setting
-        count, tokens = setting.windows, setting.tile[0] * setting.tile[1]
+        count, tokens = setting.windows, math.prod(setting.tile)
         shapes = {
             "idx": (group.batch, count, setting.keep),
             "merge": (group.batch, count, setting.keep, tokens),

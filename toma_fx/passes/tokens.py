@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from toma_fx.axis import Positional, Segment, Tokens
-from toma_fx.methods.windows import merge_windows, token_index, unmerge_windows
+from toma_fx.methods.windows import cast, merge_windows, token_index, unmerge_windows
 from toma_fx.passes.rewriter import Rewriter
 from toma_fx.plan import Setting
 
@@ -106,7 +106,8 @@ def updated(
             start, entry = start + image_of(full, span), entry + image_of(merged_, span)
         update = end_span.image(y) - entry
         image = start + unmerge_windows(update, matrix, setting.grid, setting.tile)
-        return end_span.replaced(y, image)
+        # a stream may be summed in a higher precision than it is handed on in
+        return end_span.replaced(y, cast(image, y))
 
     key = ("update", base_span, end_span, setting, tuple(spans))
     pairs = [node for full, merged_, _ in additions for node in (full, merged_)]

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from toma_fx.axis import (
+    FRAMES,
     Fact,
     Layout,
     Rejected,
@@ -66,7 +67,8 @@ class Call:
         for dim in dims:
             if isinstance(layout[dim], Tokens):
                 return self.no(f"{what} the token axis")
-            if is_batch(layout[dim]) and shape[dim] != 1 and tokens_of(layout) is not None:
+            batched = is_batch(layout[dim]) or layout[dim] == FRAMES
+            if batched and shape[dim] != 1 and tokens_of(layout) is not None:
                 return self.no(f"{what} the batch of tokens")
         return None
 

@@ -1,4 +1,4 @@
-"""Rules of ops that compute: element-wise, attention, linear maps, norms, reductions, copies."""
+"""Rules of ops that compute: element-wise, linear maps, norms, reductions, copies."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from torch import fx
 
 from toma_fx.axis import (
     BATCH,
+    FRAMES,
     HEIGHT,
+    SPATIAL,
     WIDTH,
+    Keys,
     Label,
     Layout,
     Positional,
@@ -56,9 +59,10 @@ def broadcast(call: Call, operands: Sequence[fx.Node], *, additive: bool = False
                 return call.no("a token axis meets a batch axis")
             elif is_batch(label) and is_batch(current) and label != current:
                 rows_differ = True
-            elif isinstance(label, Tokens) and current in (HEIGHT, WIDTH):
+            elif isinstance(label, Tokens) and current in SPATIAL:
                 labels[d + shift] = label
-    if sum(isinstance(label, Tokens) for label in labels) > 1:
+    scores = isinstance(labels[-1], Keys) if labels else False
+    if sum(isinstance(label, Tokens) for label in labels) > 1 + scores:
         return call.no("two token axes in one value")
     if rows_differ and token_dim(tuple(labels)) is not None:
         return call.no("different rows of the batch meet")
@@ -66,10 +70,14 @@ def broadcast(call: Call, operands: Sequence[fx.Node], *, additive: bool = False
         return call.no("tokens whose batch elements may have been mixed")
     positionals = []
     for operand in operands:
-        found = _positional(call, operand, tuple(labels), additive)
-        if found is not None and BATCH not in labels and _is_content(found.tokens):
-            return call.no("a table over tokens whose batch is folded into another axis")
-        if found is not None:
+        for dim, label in enumerate(labels):
+            if not isinstance(label, Tokens):
+                continue
+            found = _positional(call, operand, tuple(labels), dim, additive and not scores)
+            if found is None:
+                continue
+            if BATCH not in labels and _is_content(found.tokens):
+                return call.no("a table over tokens whose batch is folded into another axis")
             positionals.append(found)
     return Transfer(tuple(labels), positionals=tuple(positionals))
 
@@ -95,6 +103,11 @@ def _batch_lost(call: Call, operands: Sequence[fx.Node], labels: Sequence[Label]
     return False
 
 
+def _same(label: Label, tokens: Tokens) -> bool:
+    """Whether a label is about these tokens; scores before and after softmax are."""
+    return type(label) is type(tokens) and getattr(label, "segments", ()) == tokens.segments
+
+
 def _outranks(label: Label, other: Label) -> bool:
     """Token content outranks position ids: the result of q * cos(ids) is about q's tokens."""
 
@@ -106,11 +119,10 @@ def _outranks(label: Label, other: Label) -> bool:
     return rank(label) > rank(other) > 0
 
 
-def _positional(call: Call, operand: fx.Node, labels: Layout, additive: bool) -> Positional | None:
-    """How `operand` lines up with the token axis of `labels` without carrying it itself."""
-    dim = token_dim(labels)
-    if dim is None:
-        return None
+def _positional(
+    call: Call, operand: fx.Node, labels: Layout, dim: int, additive: bool
+) -> Positional | None:
+    """How `operand` lines up with the token axis `dim` of `labels` without carrying it itself."""
     tokens, shape = labels[dim], shape_of(operand)
     assert isinstance(tokens, Tokens)
     shift = len(labels) - len(shape)
@@ -118,7 +130,7 @@ def _positional(call: Call, operand: fx.Node, labels: Layout, additive: bool) ->
     if own < 0 or shape[own] == 1:
         return None
     layout = call.layout(operand)
-    if layout is not None and layout[own] == tokens:
+    if layout is not None and _same(layout[own], tokens):
         return None
     at = next((d for d, label in enumerate(labels) if label == BATCH), None)
     batch = at - shift if at is not None and at >= shift else None
@@ -126,43 +138,7 @@ def _positional(call: Call, operand: fx.Node, labels: Layout, additive: bool) ->
     return Positional(operand.name, own, tokens, batch, lead, additive)
 
 
-# -- attention and linear maps --------------------------------------------------------------------
-
-
-@rule("scaled_dot_product_attention")
-def attention(call: Call) -> Outcome:
-    """Attention mixes tokens but returns the query's axis. [..., heads, tokens, width]."""
-    query, key, value = call.node.args[:3]
-    q, k, v = call.layout(query), call.layout(key), call.layout(value)
-    mask, causal = call.arg(3, "attn_mask"), call.arg(5, "is_causal", False)
-    for name, layout in (("query", q), ("key", k), ("value", v)):
-        if layout is not None and isinstance(layout[-1], Tokens):
-            return call.no(f"tokens lie along the width of the {name}")
-    if k is not None and v is not None and k[-2] != v[-2]:
-        return call.no("keys and values come from different tokens")
-    for layout in (k, v):
-        if q is not None and layout is not None and q[0] != layout[0] and tokens_of(layout):
-            return call.no("queries and keys are batched differently")
-    outer = token_dim(q)
-    if q is not None and outer is not None and outer < len(shape_of(query)) - 2:
-        if k is None or k[outer] != q[outer]:
-            return call.no("queries are batched over tokens, keys are not")
-        return Transfer((*q[:-1], None)) if mask is None else call.no("mask on batched tokens")
-    involved = [x[-2] for x in (q, k) if x is not None and isinstance(x[-2], Tokens)]
-    if causal and involved:
-        return call.no("causal attention depends on the order of the tokens")
-    positionals: list[Positional] = []
-    if mask is not None:
-        if q is not None and is_batch(q[0]) and q[0] != BATCH:
-            return call.no("a mask on rows of the batch")
-        for own, layout in ((-2, q), (-1, k)):
-            label = layout[-2] if layout is not None else None
-            shape = shape_of(mask)
-            if isinstance(label, Tokens) and len(shape) >= -own and shape[own] != 1:
-                batch = 0 if len(shape) == 4 else None
-                lead = 4 - len(shape)
-                positionals.append(Positional(mask.name, len(shape) + own, label, batch, lead))
-    return Transfer((*q[:-1], None) if q is not None else None, positionals=tuple(positionals))
+# -- linear maps ----------------------------------------------------------------------------------
 
 
 @rule("linear")
@@ -176,31 +152,18 @@ def linear(call: Call) -> Outcome:
     return Transfer((*layout[:-1], None))
 
 
-@rule("matmul", "mm", "bmm")
-def matmul(call: Call) -> Outcome:
-    """x @ weight treats every token alike; any other product of token axes has no rule."""
-    a, b = call.node.args[:2]
-    left, right = call.layout(a), call.layout(b)
-    if left is None and right is None:
-        return NOTHING
-    if tokens_of(right) is not None or left is None or isinstance(left[-1], Tokens):
-        return call.no("a matrix product over token axes")
-    if len(shape_of(b)) == 1:
-        return Transfer(left[:-1])
-    if len(shape_of(b)) > 2:
-        return call.no("a batched matrix product across tokens")
-    return Transfer((*left[:-1], None))
-
-
 @rule("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose2d")
 def convolution(call: Call) -> Outcome:
-    """Convolutions work on a spatial grid; their output is where image grids come from."""
+    """Convolutions work on a spatial grid; their output is where token grids come from."""
     if tokens_of(call.layout(call.node.args[0])) is not None:
         return call.no("a convolution over the token axis")
     return _spatial(call)
 
 
 @rule(
+    "upsample_nearest3d",
+    "upsample_trilinear3d",
+    "avg_pool3d",
     "upsample_nearest2d",
     "upsample_bilinear2d",
     "_upsample_nearest_exact2d",
@@ -219,7 +182,8 @@ def spatial(call: Call) -> Outcome:
 
 def _spatial(call: Call) -> Transfer:
     rank = len(shape_of(call.node))
-    return Transfer((BATCH, None, HEIGHT, WIDTH)) if rank == 4 else NOTHING
+    spatial_dims = {4: (HEIGHT, WIDTH), 5: (FRAMES, HEIGHT, WIDTH)}.get(rank)
+    return Transfer((BATCH, None, *spatial_dims)) if spatial_dims else NOTHING
 
 
 # -- norms and reductions -------------------------------------------------------------------------
@@ -247,7 +211,7 @@ def spatial_norm(call: Call) -> Outcome:
     return Transfer(layout)
 
 
-@rule("softmax", "_softmax", "log_softmax", "cumsum", "flip")
+@rule("log_softmax", "cumsum", "flip")
 def along(call: Call) -> Outcome:
     """Ops along some dimensions that keep the shape."""
     layout = call.layout(call.node.args[0])

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 from toma_fx.axis import (
     BATCH,
+    FRAMES,
     HEIGHT,
+    SPATIAL,
     WIDTH,
+    Batch,
+    Flat,
+    Keys,
     Label,
     Layout,
     Patch,
+    Rejected,
     Segment,
     Tokens,
     Transfer,
     is_batch,
-    row_range,
-    rows,
     tokens_of,
 )
+from toma_fx.methods.windows import Size
 from toma_fx.rules.base import NOTHING, Call, Outcome, rule, shape_of
 from toma_fx.rules.compute import broadcast
 
@@ -61,32 +67,94 @@ def _reshaped(call: Call, layout: Layout, sizes_at: int | None) -> Outcome:
     """Layout after a row-major reshape; `sizes_at`: argument that holds the literal sizes."""
     source, target = shape_of(call.node.args[0]), shape_of(call.node)
     labels: list[Label] = [None] * len(target)
-    patches = []
     sizes = call.node.args[sizes_at] if sizes_at is not None else None
     for ins, outs in regroup(source, target):
-        inside = [layout[d] for d in ins]
-        if len(outs) == 1 and len(inside) == 1:
-            labels[outs[0]] = label = inside[0]
-            literal = sizes[outs[0]] if isinstance(sizes, (list, tuple)) else -1
-            if isinstance(label, Tokens) and literal != -1:
-                assert sizes_at is not None
-                patches.append(Patch((sizes_at, outs[0]), label.segments))
-        elif inside == [HEIGHT, WIDTH] and len(outs) == 1:
-            grid = (source[ins[0]], source[ins[1]])
-            image = Segment(call.name, grid[0] * grid[1], grid, "image")
-            labels[outs[0]] = Tokens((image,))
-        elif any(isinstance(label, Tokens) for label in inside):
-            if _is_grid_of(inside, [target[d] for d in outs]):
-                return call.no("tokens are laid out as a spatial grid")
-            return call.no("a reshape that folds the token axis with others")
+        made = _group(call, layout, ins, [target[d] for d in outs])
+        if isinstance(made, Rejected):
+            return made
+        for d, label in zip(outs, made, strict=True):
+            labels[d] = label
+    patches = []
+    for d, label in enumerate(labels):
+        literal = sizes[d] if isinstance(sizes, (list, tuple)) else -1
+        if isinstance(label, Tokens) and literal != -1:
+            assert sizes_at is not None
+            patches.append(_patch((sizes_at, d), label))
     return Transfer(tuple(labels), tuple(patches))
 
 
-def _is_grid_of(inside: list[Label], sizes: list[int]) -> bool:
-    label = inside[0]
-    if len(inside) != 1 or not isinstance(label, Tokens) or len(label.segments) != 1:
-        return False
-    return label.segments[0].grid == tuple(sizes)
+def _patch(path: tuple[int, ...], label: Tokens) -> Patch:
+    return Patch(path, label.segments, label.rows if isinstance(label, Flat) else 1)
+
+
+def _group(
+    call: Call, layout: Layout, ins: Sequence[int], target: Sequence[int]
+) -> Sequence[Label] | Rejected:
+    """The labels of the dimensions of sizes `target` that are made of the dimensions `ins`."""
+    inside, source = [layout[d] for d in ins], shape_of(call.node.args[0])
+    if not target:
+        return []
+    if len(target) == 1:
+        made = _folded(call, layout, ins)
+        return made if isinstance(made, Rejected) else [made]
+    if len(inside) == 1:
+        return _unfolded(call, inside[0], source[ins[0]], target)
+    if any(isinstance(label, Tokens) for label in inside):
+        return call.no("a reshape that folds the token axis with others")
+    return [None] * len(target)
+
+
+def _folded(call: Call, layout: Layout, ins: Sequence[int]) -> Label | Rejected:
+    """The label of one dimension made of several."""
+    inside, sizes = [layout[d] for d in ins], [shape_of(call.node.args[0])[d] for d in ins]
+    if len(inside) <= 1:
+        return inside[0] if inside else None
+    if inside in ([HEIGHT, WIDTH], [FRAMES, HEIGHT, WIDTH]):
+        return _image(call, sizes)
+    first, last, plain = inside[0], inside[-1], not any(inside[1:])
+    if len(inside) == 2 and type(last) is Tokens:
+        if first == FRAMES and (grid := _whole_grid(last)) is not None:
+            return _image(call, (sizes[0], *grid))
+        if first == BATCH:
+            return Flat(last.segments, sizes[0])
+    if any(isinstance(label, Tokens) for label in inside):
+        return call.no("a reshape that folds the token axis with others")
+    if inside == [BATCH, FRAMES]:
+        return BATCH
+    if is_batch(first) and first.times == 1 and plain:
+        return Batch(first.span, math.prod(sizes[1:]))
+    if is_batch(first) and tokens_of(layout) is not None:
+        return call.no("the batch of tokens is folded with another axis")
+    return first if first in SPATIAL and plain else None
+
+
+def _image(call: Call, grid: Sequence[int]) -> Tokens:
+    return Tokens((Segment(call.name, math.prod(grid), tuple(grid), "image"),))
+
+
+def _whole_grid(tokens: Tokens) -> Size | None:
+    """(H, W) if the tokens are one image folded from a spatial grid."""
+    (only, *others) = tokens.segments
+    whole = not others and only.role == "image" and only.grid is not None and len(only.grid) == 2
+    return only.grid if whole else None
+
+
+def _unfolded(
+    call: Call, label: Label, size: int, sizes: Sequence[int]
+) -> Sequence[Label] | Rejected:
+    """The labels of several dimensions made of one of `size`; the first is the outermost."""
+    rest = [None] * (len(sizes) - 1)
+    if isinstance(label, Flat) and list(sizes) == [label.rows, size // label.rows]:
+        return [BATCH, Tokens(label.segments)]
+    if isinstance(label, Tokens):
+        if len(label.segments) == 1 and label.segments[0].grid == tuple(sizes):
+            return call.no("tokens are laid out as a spatial grid")
+        return call.no("a reshape that cuts the token axis")
+    if is_batch(label) and sizes[0] * label.times == size:
+        return [Batch(label.span), *rest]
+    if label == BATCH:
+        return [BATCH, FRAMES, *rest[1:]]
+    return [label if label in SPATIAL else None, *rest]
 
 
 @rule("view", "reshape", "_unsafe_view", "view_copy")
@@ -117,7 +185,7 @@ def expand(call: Call) -> Outcome:
     patches = []
     for d, label in enumerate(layout):
         if isinstance(label, Tokens) and source[d] != 1 and sizes[d + shift] != -1:
-            patches.append(Patch((1, d + shift), label.segments))
+            patches.append(_patch((1, d + shift), label))
     return Transfer(tuple(labels), tuple(patches))
 
 
@@ -228,21 +296,27 @@ def chunk(call: Call) -> Outcome:
         return NOTHING
     dim = call.arg(2, "dim", 0) % len(layout)
     pieces = [int(v.shape[dim]) for v in call.node.meta["val"]]
-    if is_batch(layout[dim]):
+    if _cuts_rows(layout[dim], pieces):
         return Transfer(_row_pieces(layout, dim, shape_of(call.node.args[0])[dim], pieces))
     refused = call.mixes("equal pieces of", layout, [dim])
     return refused or Transfer((_without_batch(layout, dim),) * len(pieces))
 
 
+def _cuts_rows(label: Label, pieces: Sequence[int]) -> bool:
+    """Whether pieces of these sizes are whole rows of a batch."""
+    return is_batch(label) and all(piece % label.times == 0 for piece in pieces)
+
+
 def _row_pieces(layout: Layout, dim: int, size: int, pieces: Sequence[int]) -> tuple[Layout, ...]:
     """Layouts of pieces of a batch, end to end from its first row."""
     label = layout[dim]
-    assert isinstance(label, str)
-    start, _, total = row_range(label, size)
+    assert is_batch(label)
+    start, _, total = label.rows(size)
     out = []
     for piece in pieces:
-        out.append((*layout[:dim], rows(start, start + piece, total), *layout[dim + 1 :]))
-        start += piece
+        stop = start + piece // label.times
+        out.append((*layout[:dim], label.part(start, stop, total), *layout[dim + 1 :]))
+        start = stop
     return tuple(out)
 
 
@@ -282,8 +356,10 @@ def split_with_sizes(call: Call) -> Outcome:
     sizes: Any = call.node.args[1]
     dim = call.arg(2, "dim", 0) % len(layout)
     tokens = layout[dim]
-    if is_batch(tokens):
+    if _cuts_rows(tokens, sizes):
         return Transfer(_row_pieces(layout, dim, shape_of(call.node.args[0])[dim], sizes))
+    if isinstance(tokens, (Keys, Flat)):
+        return call.no("pieces of a token axis")
     if not isinstance(tokens, Tokens):
         refused = call.mixes("pieces of", layout, [dim])
         return refused or Transfer((_without_batch(layout, dim),) * len(sizes))
@@ -316,10 +392,11 @@ def slice_(call: Call) -> Outcome:
     if not isinstance(tokens, Tokens):
         if end - start == size and call.arg(4, "step", 1) == 1:
             return Transfer(layout)
-        if is_batch(tokens) and call.arg(4, "step", 1) == 1:
+        if _cuts_rows(tokens, (start, end - start)) and call.arg(4, "step", 1) == 1:
             return Transfer(_row_pieces(layout, dim, size, (start, end - start))[1])
         return call.mixes("a range of", layout, [dim]) or Transfer(_without_batch(layout, dim))
-    if call.arg(4, "step", 1) != 1 or call.op == "aten.narrow":
+    plain = type(tokens) is Tokens and call.op != "aten.narrow"
+    if call.arg(4, "step", 1) != 1 or not plain:
         return call.no("a strided or narrowed token axis")
     piece = _cut(tokens, start, end)
     if piece is None:
@@ -344,27 +421,29 @@ def cat(call: Call) -> Outcome:
     if all(tokens_of(x) is None for x in known):
         return Transfer(_without_batch(known[0], dim))
     if any(is_batch(x[dim]) and tokens_of(x) is not None for x in known):
-        return _join_rows(call, operands, layouts, dim)
+        return _join_rows(call, layouts, dim)
     return broadcast(call, operands)
 
 
-def _join_rows(call: Call, operands: Any, layouts: list[Layout | None], dim: int) -> Outcome:
+def _join_rows(call: Call, layouts: list[Layout | None], dim: int) -> Outcome:
     """Pieces of one batch, in order, are rows of that batch again."""
-    spans = []
-    for operand, layout in zip(operands, layouts, strict=True):
+    spans, labels = [], []
+    for layout in layouts:
         label = layout[dim] if layout is not None else None
-        if not is_batch(label) or label == BATCH:
+        if not is_batch(label) or label.span is None:
             return call.no("batches of tokens are joined")
         assert layout is not None
         assert layouts[0] is not None
         if (*layout[:dim], *layout[dim + 1 :]) != (*layouts[0][:dim], *layouts[0][dim + 1 :]):
             return call.no("rows with different axes are joined")
-        spans.append(row_range(str(label), shape_of(operand)[dim]))
-    first, last = spans[0], spans[-1]
+        labels.append(label)
+        spans.append(label.span)
     if any(a[1] != b[0] or a[2] != b[2] for a, b in pairwise(spans)):
         return call.no("rows of the batch are joined in another order")
+    if len({label.times for label in labels}) > 1:
+        return call.no("batches of tokens are joined")
     assert layouts[0] is not None
-    joined = rows(first[0], last[1], first[2])
+    joined = labels[0].part(spans[0][0], spans[-1][1], spans[0][2])
     return Transfer((*layouts[0][:dim], joined, *layouts[0][dim + 1 :]))
 
 
@@ -373,6 +452,8 @@ def _join(call: Call, operands: Any, layouts: list[Layout | None], dim: int) -> 
     labels: list[Label] = [None] * len(shape_of(call.node))
     for operand, layout in zip(operands, layouts, strict=True):
         label = layout[dim] if layout is not None else None
+        if isinstance(label, (Keys, Flat)):
+            return call.no("scores or flattened tokens are joined")
         if isinstance(label, Tokens):
             segments.extend(label.segments)
         else:

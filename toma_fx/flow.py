@@ -1,0 +1,221 @@
+"""The graph as plain data: names, edges, shapes, facts. Streams and plans are made from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import fx
+
+from toma_fx.axis import (
+    BATCH,
+    Fact,
+    Keys,
+    Layout,
+    Rejected,
+    Segment,
+    Tokens,
+    layout_of,
+    layouts_of,
+)
+from toma_fx.rules import op_name
+
+ATTENTION = "aten.scaled_dot_product_attention"
+SOFTMAX = ("aten.softmax", "aten._softmax")
+CASTS = {"aten.to", "aten._to_copy", "aten.type_as"}
+COPIES = {"aten.contiguous", "aten.clone", "aten.alias", "aten.detach", "aten.dropout"}
+
+
+@dataclass(frozen=True)
+class Flow:
+    """A captured graph and its facts, without graph objects.
+
+    Attributes:
+        order: node names in graph order. operands: inputs of each. ops: op name of each.
+        shapes: static shape of each tensor. modules: module path of each.
+        facts, refusals: from the analysis. passes: {node: source} for nodes that hand on the image
+            tokens of their source unchanged. pointwise: element-wise ops. sums: plain a + b.
+        attention: fused attention, and the softmax of one that is written out.
+    """
+
+    order: tuple[str, ...]
+    operands: Mapping[str, tuple[str, ...]]
+    ops: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+    modules: Mapping[str, str]
+    facts: Mapping[str, Fact]
+    refusals: Mapping[str, Rejected]
+    passes: Mapping[str, str]
+    pointwise: frozenset[str]
+    sums: frozenset[str]
+    attention: frozenset[str]
+
+    @cached_property
+    def users(self) -> Mapping[str, tuple[str, ...]]:
+        """Nodes that use each node, in graph order."""
+        out: dict[str, list[str]] = {name: [] for name in self.order}
+        for name in self.order:
+            for operand in dict.fromkeys(self.operands[name]):
+                out[operand].append(name)
+        return {name: tuple(found) for name, found in out.items()}
+
+    @cached_property
+    def position(self) -> Mapping[str, int]:
+        """Index of each node in graph order."""
+        return {name: i for i, name in enumerate(self.order)}
+
+    def layout(self, name: str) -> Layout | None:
+        """Layout of a tensor-valued node."""
+        return layout_of(self.facts.get(name))
+
+    def carries(self, name: str, segment: str) -> bool:
+        """Whether the node's value (or one of its values) holds the tokens of `segment`."""
+        return any(s.name == segment for s in self.segments(name))
+
+    def segments(self, name: str) -> tuple[Segment, ...]:
+        """Token segments of the node's value or values, on whatever dimension."""
+        labels = (x for layout in layouts_of(self.facts.get(name)) for x in layout or ())
+        found = (s for label in labels if isinstance(label, Tokens) for s in label.segments)
+        return tuple(dict.fromkeys(found))
+
+    def is_embedding(self, name: str) -> bool:
+        """Whether the value is laid out [batch, tokens, channels]."""
+        layout = self.layout(name)
+        return (
+            layout is not None
+            and len(layout) == 3
+            and layout[0] == BATCH
+            and isinstance(layout[1], Tokens)
+        )
+
+    def carriers(self, segment: str) -> tuple[str, ...]:
+        """Nodes that hold the tokens of `segment`, in graph order."""
+        return tuple(n for n in self.order if self.carries(n, segment))
+
+    def root(self, name: str) -> str:
+        """The node whose image tokens `name` hands on unchanged."""
+        while name in self.passes:
+            name = self.passes[name]
+        return name
+
+    def region(self, segment: str, start: str, end: str) -> tuple[str, ...]:
+        """Carriers of `segment` after `start` and up to `end`: those on a path between the two."""
+        first, last = self.position[start], self.position[end]
+        after = {start}
+        for name in self.order[first + 1 : last + 1]:
+            if self.carries(name, segment) and not after.isdisjoint(self.operands[name]):
+                after.add(name)
+        before = {end}
+        for name in reversed(self.order[first + 1 : last + 1]):
+            if name in before:
+                before.update(o for o in self.operands[name] if o in after)
+        return tuple(n for n in self.order[first + 1 : last + 1] if n in after and n in before)
+
+    def entries(self, segment: str, inner: Iterable[str]) -> tuple[str, ...]:
+        """Values with the tokens of `segment` that flow into `inner` from outside, in order."""
+        inside = set(inner)
+        found = {
+            o
+            for n in inside
+            for o in self.operands[n]
+            if o not in inside and self.carries(o, segment)
+        }
+        return tuple(sorted(found, key=self.position.__getitem__))
+
+    def leak(self, segment: str, inner: Iterable[str], end: str) -> Rejected | None:
+        """A use of the region's values that merging would break, if there is one."""
+        inside = dict.fromkeys(inner)
+        for name in inside:
+            for user in self.users[name] if name != end else ():
+                if user in self.refusals:
+                    return self.refusals[user]
+                if user not in inside and self.carries(user, segment):
+                    return Rejected(user, f"uses {name} outside the branch")
+                if any(s.name == user for s in self.segments(user)):
+                    return Rejected(user, "folds the tokens with another axis into new tokens")
+                if self.ops[user] == "output":
+                    return Rejected(name, "is an output of the model")
+        return None
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the module that produced a node ("" for the root)."""
+    stack = node.meta.get("nn_module_stack") or {}
+    entries = list(stack.values())
+    return str(entries[-1][0]) if entries else ""
+
+
+def flow_of(
+    nodes: list[fx.Node], facts: Mapping[str, Fact], refusals: Mapping[str, Rejected]
+) -> Flow:
+    """The plain-data view of analysed nodes."""
+    tensors = [n for n in nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+    flow = Flow(
+        order=tuple(n.name for n in nodes),
+        operands={n.name: tuple(i.name for i in n.all_input_nodes) for n in nodes},
+        ops={n.name: op_name(n.target) if n.op == "call_function" else n.op for n in nodes},
+        shapes={n.name: tuple(n.meta["val"].shape) for n in tensors},
+        modules={n.name: module_path(n) for n in nodes},
+        facts=facts,
+        refusals=refusals,
+        passes={},
+        pointwise=frozenset(
+            n.name for n in nodes if torch.Tag.pointwise in getattr(n.target, "tags", ())
+        ),
+        sums=frozenset(n.name for n in nodes if _is_sum(n)),
+        attention=frozenset(n.name for n in nodes if _is_attention(n, facts)),
+    )
+    passes = {n.name: source for n in nodes if (source := _passed(n, flow)) is not None}
+    return replace(flow, passes=passes)
+
+
+def _is_attention(node: fx.Node, facts: Mapping[str, Fact]) -> bool:
+    op = op_name(node.target) if node.op == "call_function" else ""
+    layout = layout_of(facts.get(node.name))
+    scores = layout is not None and isinstance(layout[-1], Keys)
+    return op == ATTENTION or (op in SOFTMAX and scores)
+
+
+def _is_sum(node: fx.Node) -> bool:
+    """Whether a node is a + b of two tensors, neither scaled."""
+    if node.op != "call_function" or op_name(node.target) != "aten.add":
+        return False
+    return len(node.all_input_nodes) == 2 and node.kwargs.get("alpha") in (None, 1)
+
+
+def _passed(node: fx.Node, flow: Flow) -> str | None:
+    """Source whose image tokens the node hands on verbatim, as [batch, tokens, channels]."""
+    op, name = flow.ops[node.name], node.name
+    images = {s.name for s in flow.segments(name) if s.grid}
+    if not images or not flow.is_embedding(name):
+        return None
+    if op == "getitem":
+        split = node.args[0]
+        assert isinstance(split, fx.Node)
+        source = str(split.args[0])
+        return source if flow.ops[split.name] == "aten.split_with_sizes" else None
+    carrying = [
+        o for o in flow.operands[name] if not images.isdisjoint(s.name for s in flow.segments(o))
+    ]
+    if len(carrying) != 1 or not flow.is_embedding(carrying[0]):
+        return None
+    same_channels = flow.shapes[name][2] == flow.shapes[carrying[0]][2]
+    if op in COPIES or (op in ("aten.slice", "aten.cat", "aten.concat") and same_channels):
+        return carrying[0]
+    if op in ("aten.clip", "aten.clamp"):
+        return carrying[0] if _only_clips_infinities(node) else None
+    # a stream may be added to in another precision than its branches compute in
+    return carrying[0] if op in CASTS and node.meta["val"].is_floating_point() else None
+
+
+def _only_clips_infinities(node: fx.Node) -> bool:
+    """clip(x, -65504, 65504) in half precision (Flux): the identity on finite values."""
+    limit = torch.finfo(node.meta["val"].dtype).max
+    low, high = (*node.args[1:3], None, None)[:2]
+    return (
+        isinstance(low, (int, float))
+        and isinstance(high, (int, float))
+        and (low <= -limit and high >= limit)
+    )
