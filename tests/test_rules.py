@@ -119,7 +119,8 @@ class Found:
         return name
 
     def reasons(self) -> list[str]:
-        return [r.reason for r in self.analysis.refusals.values()]
+        """Why token flow ended, or can't be merged across."""
+        return [*(r.reason for r in self.analysis.refusals.values()), *self.flow.whole.values()]
 
     def kinds(self) -> list[str]:
         return [site.kind for site in self.analysis.sites]

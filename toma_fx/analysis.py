@@ -37,16 +37,21 @@ from toma_fx.axis import (
     layout_of,
     tokens_of,
 )
-from toma_fx.capture import Captured
+from toma_fx.capture import Captured, ids_dim
 from toma_fx.flow import ATTENTION, Flow, flow_of, module_path
 from toma_fx.methods.windows import Size
 from toma_fx.rules import apply_rule
 
 PROLOGUE = {
     "aten.layer_norm", "aten.rms_norm", "aten.slice", "aten.cat", "aten.concat", "aten.contiguous",
-    "aten.clone", "aten.to", "aten.dropout", "aten.split_with_sizes", "getitem",
+    "aten.clone", "aten.to", "aten.dropout", "aten.split_with_sizes", "getitem", "aten.group_norm",
+    "aten.transpose", "aten.permute",
 }  # fmt: skip
 """Ops besides element-wise ones that may stand between a stream and the point of merging."""
+UNFOLD = {"aten.view", "aten.reshape", "aten.unflatten", "aten.unsqueeze", "aten.squeeze"}
+"""Ops that lay an update out as a picture."""
+BLOCK = 3
+"""Branches that one block has at most: self-attention, cross-attention, MLP."""
 
 
 def analyse(captured: Captured, grid: Size | None = None) -> tuple[Analysis, Flow]:
@@ -65,8 +70,10 @@ def analyse(captured: Captured, grid: Size | None = None) -> tuple[Analysis, Flo
     rasters = _rasters(captured, facts, transfers, grid)
     if rasters:
         facts, transfers, refusals = _propagate(nodes, _seeds(captured, rasters))
-    flow = flow_of(nodes, facts, refusals)
-    sites = tuple(_site(n, flow) for n in nodes if n.name in flow.attention)
+    whole = {name: t.whole for name, t in transfers.items() if t.whole}
+    flow = flow_of(nodes, facts, refusals, whole)
+    lost = _lost(flow)
+    sites = tuple(_site(n, flow, lost) for n in nodes if n.name in flow.attention)
     streams = _streams(flow, sites)
     return Analysis(facts, transfers, refusals, sites, streams, rasters), flow
 
@@ -79,8 +86,10 @@ def _seeds(captured: Captured, rasters: Mapping[str, Raster]) -> dict[str, Layou
         if value is None:
             continue
         if spec.raster is not None:
-            ids = _cut(spec.name, value.shape[-2], spec.raster if rasters else None, "ids")
-            seeds[spec.name] = (ids, None) if value.dim() == 2 else (BATCH, ids, None)
+            dim = ids_dim(value) or 0
+            ids = _cut(spec.name, value.shape[dim], spec.raster if rasters else None, "ids")
+            batch = (BATCH, None, None)[: value.dim() - 2]
+            seeds[spec.name] = (*batch, *((None, ids) if dim == 2 else (ids, None)))
         elif value.dim() == 3 and value.is_floating_point():
             packed = _cut(spec.name, value.shape[1], rasters.get(spec.name), "sequence")
             seeds[spec.name] = (BATCH, packed, None)
@@ -116,7 +125,7 @@ def _propagate(
             continue
         if outcome.fact is not None:
             facts[node.name] = outcome.fact
-        if outcome.patches or outcome.positionals:
+        if outcome.patches or outcome.positionals or outcome.whole:
             transfers[node.name] = outcome
     return facts, transfers, refusals
 
@@ -159,7 +168,21 @@ def _rasters(
     return rasters
 
 
-def _site(node: fx.Node, flow: Flow) -> Site:
+def _lost(flow: Flow) -> set[str]:
+    """Values that may hold image tokens which the analysis lost sight of at a refusal."""
+    lost: set[str] = set()
+    for name in flow.order:
+        operands = flow.operands[name]
+        if name in flow.refusals:
+            found = any(o in lost or flow.is_spatial(o) for o in operands)
+        else:
+            found = flow.facts.get(name) is None and not lost.isdisjoint(operands)
+        if found:
+            lost.add(name)
+    return lost
+
+
+def _site(node: fx.Node, flow: Flow, lost: set[str]) -> Site:
     """Classify one attention by the tokens of its queries and keys."""
     layout, keys = _query_and_key(node, flow)
     q = layout[-2] if layout is not None and isinstance(layout[-2], Tokens) else tokens_of(layout)
@@ -167,9 +190,9 @@ def _site(node: fx.Node, flow: Flow) -> Site:
     images = [s for s in q.segments if s.grid] if q else []
     if layout is not None and (layout[-2] == FRAMES or (q and layout[-2] != q)):
         kind = "temporal"
-    elif q is None:
+    elif q is None and str(node.args[0]) in lost:
         kind = "unknown"
-    elif not images:
+    elif q is None or not images:
         kind = "text"
     elif k is None or not any(s in images for s in k.segments):
         kind = "cross"
@@ -219,6 +242,8 @@ def _streams_of(segment: Segment, flow: Flow, sites: Mapping[str, Site]) -> list
         chain, base, out = found
         chain.values.append(name)
         chain.parts.append((base, out, name))
+    if not chains:
+        chains = _added_on_the_grid(segment, flow)
     return [
         Stream(
             f"{segment.name}/{chain.values[0]}",
@@ -231,6 +256,33 @@ def _streams_of(segment: Segment, flow: Flow, sites: Mapping[str, Site]) -> list
     ]
 
 
+def _added_on_the_grid(segment: Segment, flow: Flow) -> list[_Chain]:
+    """The one branch of tokens that are added to the picture they were folded from:
+
+    x [B, C, H, W] --fold--> norm -> attention -> unfold --> x + update
+    """
+    embeddings = [n for n in flow.carriers(segment.name) if flow.is_embedding(n)]
+    if not embeddings:
+        return []
+    start, ends = embeddings[0], [n for n in embeddings if _unfolds(n, flow)]
+    if len(ends) != 1 or start == ends[0]:
+        return []
+    return [_Chain([start, ends[0]], [(start, ends[0], "")])]
+
+
+def _unfolds(name: str, flow: Flow) -> bool:
+    """Whether a value is laid out as a picture and added to one."""
+    seen, front = {name}, [name]
+    while front:
+        front = [u for f in front for u in flow.users[f] if u not in seen and u in flow.facts]
+        seen.update(front)
+        for user in front:
+            if user in flow.sums and flow.is_spatial(user):
+                return True
+        front = [u for u in front if flow.ops[u] in PROLOGUE | UNFOLD or u in flow.pointwise]
+    return False
+
+
 @dataclass
 class _Chain:
     """A stream while it is found: values, (base, out, add) of each branch, additions."""
@@ -238,6 +290,19 @@ class _Chain:
     values: list[str]
     parts: list[tuple[str, str, str]] = field(default_factory=list)
     additions: list[tuple[int, str]] = field(default_factory=list)
+
+    def swallow(self, value: str) -> bool:
+        """Go back to an earlier value: what was added since is inside the branch to come.
+
+        AuraFlow's blocks are x + mlp(norm(x + attention(x))). A sum over more branches than a block
+        has is no branch of this stream.
+        """
+        at = self.values.index(value)
+        if len(self.parts) - at > BLOCK:
+            return False
+        del self.values[at + 1 :], self.parts[at:]
+        self.additions = [(i, add) for i, add in self.additions if i <= at]
+        return True
 
 
 def _pass_addition(name: str, flow: Flow, bit: Mapping[str, int], chains: list[_Chain]) -> None:
@@ -267,6 +332,13 @@ def _residual(
     for main, out in (operands, operands[::-1]):
         root = flow.root(main)
         chain = next((c for c in chains if c.values[-1] == root), None)
+        if chain is None:
+            chain = next((c for c in chains if root in c.values[:-1]), None)
+            if chain is not None and above[out] & bit[chain.values[-1]]:
+                if not chain.swallow(root):
+                    continue
+            else:
+                chain = None
         known = chain.values if chain else [root]
         base = next((v for v in reversed(known) if above[out] & bit[v]), None)
         if base is None:
@@ -292,7 +364,7 @@ def _branches(
         inside = tuple(n for n in inner if n in flow.attention)
         # a branch may reuse what an earlier attention computed (an IP-Adapter its queries)
         inside = tuple(n for n in inside if all(n not in b.sites for b in branches)) or inside
-        kinds = _kinds(flow, inner, inside, sites)
+        kinds = _kinds(segment.name, flow, inner, inside, sites)
         if "attention" in kinds and any("attention" in b.kinds for b in branches):
             block += 1
         entries = flow.entries(segment.name, inner)
@@ -319,7 +391,11 @@ def _inner(segment: str, flow: Flow, base: str, region: tuple[str, ...]) -> tupl
 
 
 def _kinds(
-    flow: Flow, inner: tuple[str, ...], inside: tuple[str, ...], sites: Mapping[str, Site]
+    segment: str,
+    flow: Flow,
+    inner: tuple[str, ...],
+    inside: tuple[str, ...],
+    sites: Mapping[str, Site],
 ) -> tuple[str, ...]:
     """What a branch computes; a linear path around the attention makes it an MLP as well."""
     kinds = {"cross" if sites[n].kind == "cross" else "attention" for n in inside}
@@ -327,7 +403,8 @@ def _kinds(
         kinds = {"other"}
     reached: set[str] = set()
     for name in inner:
-        from_outside = all(o not in inner for o in flow.operands[name])
+        outside = [o for o in flow.operands[name] if o not in inner]
+        from_outside = any(flow.carries(o, segment) for o in outside)
         if name not in inside and (from_outside or not reached.isdisjoint(flow.operands[name])):
             reached.add(name)
     if inner and inner[-1] in reached:

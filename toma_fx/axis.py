@@ -208,11 +208,16 @@ class Positional:
 
 @dataclass(frozen=True)
 class Transfer:
-    """What a rule derives: the fact of the output, literals to patch, positional operands."""
+    """What a rule derives: the fact of the output, literals to patch, positional operands.
+
+    `whole` says why the op must see all tokens, if it must: labels go on behind it, merging doesn't
+    reach across it.
+    """
 
     fact: Fact
     patches: tuple[Patch, ...] = ()
     positionals: tuple[Positional, ...] = ()
+    whole: str = ""
 
 
 @dataclass(frozen=True)
@@ -247,7 +252,8 @@ class Branch:
     """One update `x_next = x + out` of a residual stream.
 
     Attributes:
-        x, out, add: nodes of the stream value, of the update, and of the add.
+        x, out, add: nodes of the stream value, of the update, and of the add; no add if the update
+            is added after it was laid out as a picture again.
         kinds: what the branch holds: "attention", "cross", "mlp", "other".
         module: module path. sites: attention nodes inside. block: index of its block.
         entries: normalised values that enter the branch (where a sublayer merges).

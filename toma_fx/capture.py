@@ -1,9 +1,7 @@
 """Capture: a denoiser and example inputs become one flat FX graph of pre-dispatch ATen ops.
 
 The graph takes the flattened inputs and returns the flattened outputs; parameters and buffers are
-attributes shared with the original model, never copied. In-place writes are made functional. Three
-bit-exact clean-ups make it canonical: metadata assertions (which would pin token counts) are
-dropped, equal shape and cast ops become one, and `cat` of all slices of a value becomes the value.
+attributes shared with the original model, never copied. It is in canonical form (see `canonical`).
 """
 
 from __future__ import annotations
@@ -22,10 +20,10 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from toma_fx.axis import Raster
+from toma_fx.canonical import flat_graph
 from toma_fx.errors import CaptureError, ModelTypeError, TrainingModeError
 from toma_fx.guard import STAND_IN
 from toma_fx.methods.windows import Size
-from toma_fx.rules import op_name
 
 
 @dataclass(frozen=True)
@@ -64,19 +62,35 @@ def flatten_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[A
     return pytree.tree_flatten((tuple(args), dict(sorted(kwargs.items()))))
 
 
-def raster(value: Any) -> Raster | None:
-    """What the rows of position ids [N, d] or [1, N, d] enumerate in their last two columns.
-
-    The columns before those tell images (or frames) apart. Images that differ in width from the
-    first count as other tokens.
-    """
-    if not isinstance(value, Tensor) or value.dim() not in (2, 3) or not 2 <= value.shape[-1] <= 4:
+def ids_dim(value: Any) -> int | None:
+    """The dimension of position ids that enumerates tokens: [N, d], [B, N, d] or [B, d, N]."""
+    if not isinstance(value, Tensor) or value.dim() not in (2, 3):
         return None
+    if 2 <= value.shape[-1] <= 4:
+        return value.dim() - 2
+    return 2 if value.dim() == 3 and 2 <= value.shape[1] <= 4 else None
+
+
+def raster(value: Any) -> Raster | None:
+    """What position ids [N, d], [B, N, d] or [B, d, N] enumerate in their last two columns.
+
+    Columns at the end that are the same everywhere don't count (Flux.2's index of text). Those
+    before tell images (or frames) apart. Images that differ in width from the first count as other
+    tokens.
+    """
+    at = ids_dim(value)
+    if at is None:
+        return None
+    value = value.transpose(at, -2)
     if value.dim() == 3:
         value = value[0]
     if isinstance(value, torch._subclasses.FakeTensor) or value.shape[0] < 4:
         return None
     ids = value.detach().double().cpu()
+    varying = (ids != ids[:1]).any(0).nonzero().flatten()
+    if len(varying) < 2:
+        return None
+    ids = ids[:, : int(varying[-1]) + 1]
     border = (ids[1:, :-2] != ids[:-1, :-2]).any(1).nonzero().flatten() + 1
     images = torch.tensor_split(ids, border.tolist())
     sizes = [_image_size(image[:, -2], image[:, -1]) for image in images]
@@ -159,27 +173,18 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         ModelTypeError, TrainingModeError: see `check_model`.
     """
     check_model(model)
-    kwargs = dict(sorted(kwargs.items()))
+    kwargs, bare = dict(sorted(kwargs.items())), _bare(model)
     try:
         with torch.no_grad():
-            program = torch.export.export(_bare(model), tuple(args), kwargs, strict=False)
-            if mutates(program.graph):
-                # writes through views would pass unseen by data flow: make them functional
-                program = program.run_decompositions({})
+            program = torch.export.export(bare, tuple(args), kwargs, strict=False)
+            graph_module = flat_graph(program, type(model).__name__)
     except Exception as error:
-        raise _capture_error(model, error) from error
-    exported = program.module(check_guards=False)
-    graph = exported.graph
-    flat = flatten_call(args, kwargs)[0]
-    graph.set_codegen(fx.graph.CodeGen())
-    flatten_output(graph)
-    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+        raise _capture_error(bare, error) from error
     specs = []
-    for node, value in zip(placeholders, flat, strict=True):
+    placeholders: list[Any] = graph_module.graph.find_nodes(op="placeholder")
+    for node, value in zip(placeholders, flatten_call(args, kwargs)[0], strict=True):
         fake = node.meta["val"] if isinstance(value, Tensor) else None
         specs.append(InputSpec(node.name, fake, raster(value)))
-    graph_module = fx.GraphModule(exported, graph, type(model).__name__)
-    canonicalise(graph_module)
     out_spec = program.call_spec.out_spec
     assert out_spec is not None
     hints = dict.fromkeys((*size_hints(kwargs), *size_hints(args)))
@@ -196,20 +201,6 @@ def _bare(model: nn.Module) -> nn.Module:
     if forward is not None and getattr(forward, "__func__", None) is not type(model).forward:
         own["forward"] = forward  # the user's own
     return bare
-
-
-def mutates(graph: fx.Graph) -> bool:
-    """Whether an op of the graph writes in place."""
-    return any(
-        isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable
-        for n in graph.nodes
-    )
-
-
-def flatten_output(graph: fx.Graph) -> None:
-    """Make the output node return a flat tuple of nodes and constants."""
-    output = graph.output_node()
-    output.args = (tuple(pytree.tree_leaves(output.args[0])),)
 
 
 def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
@@ -232,59 +223,3 @@ def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
         got=f"{type(error).__name__}: {reason[0]}",
         hint="check the inputs first: the original model must run on them",
     )
-
-
-# -- canonical form -------------------------------------------------------------------------------
-
-_SHARED = {
-    "aten.unsqueeze", "aten.to", "aten.view", "aten.reshape", "aten.permute", "aten.transpose",
-    "aten.slice", "aten.expand",
-}  # fmt: skip
-
-
-def canonicalise(graph_module: fx.GraphModule) -> None:
-    """Drop assertions and dead code, share equal shape ops, fold cat-of-slices. Bit-exact."""
-    graph = graph_module.graph
-    for node in list(graph.nodes):
-        if node.op == "call_function" and op_name(node.target) == "aten._assert_tensor_metadata":
-            graph.erase_node(node)
-    _share_shape_ops(graph)
-    _fold_slices(graph)
-    graph.eliminate_dead_code()
-    graph.lint()
-    graph_module.recompile()
-
-
-def _share_shape_ops(graph: fx.Graph) -> None:
-    """Equal shape and cast ops on one value become one node (40 rotary casts in Flux, say)."""
-    seen: dict[Any, fx.Node] = {}
-    for node in list(graph.nodes):
-        if node.op != "call_function" or op_name(node.target) not in _SHARED:
-            continue
-        key = repr((node.target, node.args, sorted(node.kwargs.items())))
-        first = seen.setdefault(key, node)
-        if first is not node:
-            node.replace_all_uses_with(first)
-            graph.erase_node(node)
-
-
-def _fold_slices(graph: fx.Graph) -> None:
-    """cat([x[:a], x[a:]]) along the same dimension is x."""
-    for node in list(graph.nodes):
-        if node.op != "call_function" or op_name(node.target) not in ("aten.cat", "aten.concat"):
-            continue
-        parts: Any = node.args[0]
-        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-        if not all(op_name(p.target) == "aten.slice" for p in parts):
-            continue
-        source, at = parts[0].args[0], 0
-        rank = source.meta["val"].dim()
-        for part in parts:
-            args = part.args
-            aligned = args[0] is source and len(args) == 4 and args[1] % rank == dim % rank
-            if not aligned or args[2] != at:
-                break
-            at = args[3]
-        else:
-            if at >= source.meta["val"].shape[dim]:
-                node.replace_all_uses_with(source)

@@ -19,7 +19,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from toma_fx.capture import Captured, InputSpec, canonicalise, flatten_output, mutates, raster
+from toma_fx.canonical import flat_graph
+from toma_fx.capture import Captured, InputSpec, raster
 from toma_fx.errors import CaptureError
 
 Kind = Literal["tensor", "owned", "number", "constant"]
@@ -106,8 +107,7 @@ def capture_dynamo(
         # Dynamo's own tracing context, if one is open, must not lend its symbolic shapes
         with torch.no_grad(), torch._guards.tracing(None), fx.traceback.preserve_node_meta():
             program = torch.export.export(replay, tuple(v for _, v in taken), strict=False)
-            if mutates(program.graph):
-                program = program.run_decompositions({})
+            graph_module = flat_graph(program, "DynamoGraph")
     except Exception as error:
         raise CaptureError(
             "torch.export could not trace the graph that Dynamo captured",
@@ -117,16 +117,11 @@ def capture_dynamo(
             hint="torch.compile(model, dynamic=False); toma_fx.optimize(model) captures without "
             "Dynamo",
         ) from error
-    exported: Any = program.module(check_guards=False)
-    graph: fx.Graph = exported.graph
-    graph.set_codegen(fx.graph.CodeGen())
-    flatten_output(graph)
+    graph = graph_module.graph
     specs = []
     for node, (argument, value) in zip(graph.find_nodes(op="placeholder"), taken, strict=True):
         fake = node.meta["val"] if argument.kind == "tensor" else None
         specs.append(InputSpec(node.name, fake, raster(value) if fake is not None else None))
-    graph_module = fx.GraphModule(exported, graph, "DynamoGraph")
-    canonicalise(graph_module)
     _own_paths(graph)
     out_spec = program.call_spec.out_spec
     assert out_spec is not None

@@ -11,6 +11,7 @@ from torch import fx
 
 from toma_fx.axis import (
     BATCH,
+    HEIGHT,
     Fact,
     Keys,
     Layout,
@@ -24,7 +25,7 @@ from toma_fx.rules import op_name
 
 ATTENTION = "aten.scaled_dot_product_attention"
 SOFTMAX = ("aten.softmax", "aten._softmax")
-CASTS = {"aten.to", "aten._to_copy", "aten.type_as"}
+CASTS = {"aten.to", "aten._to_copy"}
 COPIES = {"aten.contiguous", "aten.clone", "aten.alias", "aten.detach", "aten.dropout"}
 
 
@@ -38,6 +39,7 @@ class Flow:
         facts, refusals: from the analysis. passes: {node: source} for nodes that hand on the image
             tokens of their source unchanged. pointwise: element-wise ops. sums: plain a + b.
         attention: fused attention, and the softmax of one that is written out.
+        whole: {node: why it must see all tokens}.
     """
 
     order: tuple[str, ...]
@@ -51,6 +53,7 @@ class Flow:
     pointwise: frozenset[str]
     sums: frozenset[str]
     attention: frozenset[str]
+    whole: Mapping[str, str]
 
     @cached_property
     def users(self) -> Mapping[str, tuple[str, ...]]:
@@ -90,6 +93,11 @@ class Flow:
             and isinstance(layout[1], Tokens)
         )
 
+    def is_spatial(self, name: str) -> bool:
+        """Whether the value holds an image, as tokens or laid out in height and width."""
+        labels = [x for layout in layouts_of(self.facts.get(name)) for x in layout or ()]
+        return HEIGHT in labels or any(s.grid for s in self.segments(name))
+
     def carriers(self, segment: str) -> tuple[str, ...]:
         """Nodes that hold the tokens of `segment`, in graph order."""
         return tuple(n for n in self.order if self.carries(n, segment))
@@ -128,9 +136,13 @@ class Flow:
         """A use of the region's values that merging would break, if there is one."""
         inside = dict.fromkeys(inner)
         for name in inside:
+            if name in self.whole:
+                return Rejected(name, self.whole[name])
             for user in self.users[name] if name != end else ():
                 if user in self.refusals:
                     return self.refusals[user]
+                if user in self.whole:
+                    return Rejected(user, self.whole[user])
                 if user not in inside and self.carries(user, segment):
                     return Rejected(user, f"uses {name} outside the branch")
                 if any(s.name == user for s in self.segments(user)):
@@ -148,7 +160,10 @@ def module_path(node: fx.Node) -> str:
 
 
 def flow_of(
-    nodes: list[fx.Node], facts: Mapping[str, Fact], refusals: Mapping[str, Rejected]
+    nodes: list[fx.Node],
+    facts: Mapping[str, Fact],
+    refusals: Mapping[str, Rejected],
+    whole: Mapping[str, str],
 ) -> Flow:
     """The plain-data view of analysed nodes."""
     tensors = [n for n in nodes if isinstance(n.meta.get("val"), torch.Tensor)]
@@ -166,6 +181,7 @@ def flow_of(
         ),
         sums=frozenset(n.name for n in nodes if _is_sum(n)),
         attention=frozenset(n.name for n in nodes if _is_attention(n, facts)),
+        whole=whole,
     )
     passes = {n.name: source for n in nodes if (source := _passed(n, flow)) is not None}
     return replace(flow, passes=passes)
@@ -174,7 +190,7 @@ def flow_of(
 def _is_attention(node: fx.Node, facts: Mapping[str, Fact]) -> bool:
     op = op_name(node.target) if node.op == "call_function" else ""
     layout = layout_of(facts.get(node.name))
-    scores = layout is not None and isinstance(layout[-1], Keys)
+    scores = bool(layout) and isinstance((layout or ())[-1], Keys)
     return op == ATTENTION or (op in SOFTMAX and scores)
 
 

@@ -198,7 +198,8 @@ def make_plan(analysis: Analysis, flow: Flow, config: ToMAConfig) -> MergePlan:
     rejections: list[Rejection] = []
     for stream in analysis.streams:
         for run, setting in _runs(stream, config, flow, rejections):
-            segments.extend(_segments(stream, run, setting, config.scope, config, flow, rejections))
+            segments += _segments(stream, run, setting, config.scope, config, flow, rejections)
+    segments = _disjoint(segments, rejections)
     groups = _groups(segments, flow)
     merged_sites = {site for s in segments for site in s.sites}
     rejections.extend(_left_alone(analysis, flow, merged_sites, rejections))
@@ -212,6 +213,21 @@ def make_plan(analysis: Analysis, flow: Flow, config: ToMAConfig) -> MergePlan:
             hint=_no_sites_hint(analysis, config),
         )
     return plan
+
+
+def _disjoint(segments: list[MergeSegment], rejections: list[Rejection]) -> list[MergeSegment]:
+    """The segments that share no node with one before them."""
+    taken: dict[str, str] = {}
+    out = []
+    for s in segments:
+        other = next((taken[n] for n in s.inner if n in taken), None)
+        if other is None:
+            taken.update(dict.fromkeys(s.inner, s.modules[0]))
+            out.append(s)
+        else:
+            kind = "+".join(s.kinds)
+            rejections.append(Rejection(s.exit, s.modules[0], kind, f"overlaps with {other}"))
+    return out
 
 
 def _no_sites_hint(analysis: Analysis, config: ToMAConfig) -> str:
@@ -306,20 +322,28 @@ def _segments(
 ) -> list[MergeSegment]:
     """Cut a run into segments of the scope; one that leaks falls apart, or to a smaller scope."""
     out = []
+    if any(not stream.branches[i].add for i in run):
+        scope = "sublayer"
     for part in _parts(stream, run, scope):
-        built = _segment(stream, part, setting, scope, config, flow)
-        around = [list(g) for _, g in groupby(part, lambda i: stream.branches[i].leak is None)]
+        form = "block" if scope == "sublayer" and len(part) > 1 else scope
+        built = _segment(stream, part, setting, form, config, flow)
         if isinstance(built, MergeSegment):
             out.append(built)
-        elif scope == "stack" and len(around) > 1:
-            for piece in around:
-                out += _segments(stream, piece, setting, scope, config, flow, rejections)
-        elif scope in _SMALLER:
-            smaller = _SMALLER[scope]
-            out += _segments(stream, part, setting, smaller, config, flow, rejections)
+            continue
+        around = [list(g) for _, g in groupby(part, lambda i: stream.branches[i].leak is None)]
+        smaller = _SMALLER.get(scope, scope)
+        if scope == "stack" and len(around) > 1:
+            smaller, pieces = scope, around
+        elif scope != "sublayer":
+            pieces = [part]
+        elif len(part) > 1:
+            pieces = [[i] for i in part]
         else:
             reason = f"{built.node}: {built.reason}"
             rejections.append(_rejection(stream.branches[part[0]], reason))
+            continue
+        for piece in pieces:
+            out += _segments(stream, piece, setting, smaller, config, flow, rejections)
     return out
 
 
@@ -327,11 +351,26 @@ def _parts(stream: Stream, run: Sequence[int], scope: str) -> list[list[int]]:
     if scope == "stack":
         return [list(run)]
     if scope == "sublayer":
-        return [[i] for i in run]
+        return _sublayers(stream, run)
     parts: dict[int, list[int]] = {}
     for i in run:
         parts.setdefault(stream.branches[i].block, []).append(i)
     return list(parts.values())
+
+
+def _sublayers(stream: Stream, run: Sequence[int]) -> list[list[int]]:
+    """Each branch by itself, or with one that uses its values (an IP-Adapter its queries)."""
+    parts: list[list[int]] = []
+    last = -1
+    for i in run:
+        leak = stream.branches[i].leak
+        users = [j for j in run if j > i and leak and leak.node in stream.branches[j].nodes]
+        if i <= last:
+            parts[-1].append(i)
+        else:
+            parts.append([i])
+        last = max(last, *users, -1)
+    return parts
 
 
 def _segment(
@@ -443,9 +482,11 @@ def _nearest_refusal(flow: Flow, node: str, *, back: bool) -> Rejected | None:
     """The refusal that ended the flow of tokens at, before (`back`) or after an attention."""
     seen, front = {node}, [node]
     while front:
-        refused = [n for n in front if n in flow.refusals]
-        if refused:
-            return flow.refusals[refused[0]]
+        for name in front:
+            if name in flow.refusals:
+                return flow.refusals[name]
+            if name in flow.whole:
+                return Rejected(name, flow.whole[name])
         edges = flow.operands if back else flow.users
         front = [n for f in front for n in edges[f] if n not in seen]
         seen.update(front)

@@ -13,14 +13,14 @@ Block and stack (only the update is unmerged, every token keeps its own detail):
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 
 from torch import fx
 
-from toma_fx.analysis import Flow
 from toma_fx.axis import Analysis, Positional, tokens_of
 from toma_fx.errors import RewriteError
+from toma_fx.flow import Flow
 from toma_fx.passes import tokens
 from toma_fx.passes.provide_patterns import PatternNodes
 from toma_fx.passes.rewriter import Rewriter
@@ -49,34 +49,37 @@ class MergeSegments:
 
 @dataclass
 class _Work:
-    """State of one application: nodes by name, and merged or gathered values already made."""
+    """State of one application: nodes by name, and merged or gathered values already made.
+
+    `made` is by the name of the whole value first, so that forgetting one takes no search.
+    """
 
     task: MergeSegments
     rewriter: Rewriter
     nodes: dict[str, fx.Node]
-    made: dict[tuple[str, ...], fx.Node] = field(default_factory=dict)
+    made: dict[str, dict[tuple[str, ...], fx.Node]] = field(default_factory=dict)
 
     def rewrite(self, segment: MergeSegment) -> None:
         inner = [self.nodes[n] for n in segment.inner]
+        inside = set(segment.inner)
         for name in segment.entries:
             entered = self.entered(name, segment)
             for node in inner:
                 if self.nodes[name] in node.all_input_nodes:
                     self.rewriter.replace_input(node, self.nodes[name], entered)
-        whole = {name: self.added(name, segment) for name in segment.additions}
+        whole = {name: self.added(name, inside) for name in segment.additions}
         for node in self.touched(segment):
             self.patch(node, segment)
             self.rewriter.retype(node)
         additions = [
-            (old, self.added(name, segment), self.span(name, segment))
-            for name, old in whole.items()
+            (old, self.added(name, inside), self.span(name, segment)) for name, old in whole.items()
         ]
         self.leave(segment, inner, additions)
 
-    def added(self, name: str, segment: MergeSegment) -> fx.Node:
-        """What an addition adds: its operand that is not of the segment."""
+    def added(self, name: str, inside: Set[str]) -> fx.Node:
+        """What an addition adds: its operand that is not `inside` the segment."""
         inputs = self.nodes[name].all_input_nodes
-        return next(n for n in inputs if n.name not in segment.inner)
+        return next(n for n in inputs if n.name not in inside)
 
     def span(self, name: str, segment: MergeSegment) -> Span:
         """Where the segment's image lies in the sequence of a node."""
@@ -87,14 +90,14 @@ class _Work:
 
     def entered(self, name: str, segment: MergeSegment) -> fx.Node:
         """The merged form of an entry, made once per group."""
-        key = ("merge", name, segment.group)
-        if key not in self.made:
+        key, made = ("merge", segment.group), self.made.setdefault(name, {})
+        if key not in made:
             node, pattern = self.nodes[name], self.task.patterns[segment.group]
             with self.rewriter.after(node, pattern.merge):
-                self.made[key] = tokens.merged(
+                made[key] = tokens.merged(
                     self.rewriter, node, self.span(name, segment), segment.setting, pattern.merge
                 )
-        return self.made[key]
+        return made[key]
 
     def touched(self, segment: MergeSegment) -> list[fx.Node]:
         """Inner nodes, and nodes that read them without carrying the image, in graph order."""
@@ -137,17 +140,18 @@ class _Work:
         lead = positional.lead if positional.batch is None else 0
         rank = operand.meta["val"].dim() + lead
         content = positional.additive and positional.dim + lead == 1 and rank == 3
-        key = ("content" if content else "gather", operand.name, str(positional.dim), segment.group)
-        if key not in self.made:
+        key = ("content" if content else "gather", str(positional.dim), segment.group)
+        made = self.made.setdefault(operand.name, {})
+        if key not in made:
             with self.rewriter.after(operand, pattern.idx, pattern.merge):
                 if content:
-                    made = tokens.merged(self.rewriter, operand, span, setting, pattern.merge, lead)
+                    new = tokens.merged(self.rewriter, operand, span, setting, pattern.merge, lead)
                 else:
-                    made = tokens.gathered(
+                    new = tokens.gathered(
                         self.rewriter, operand, positional, span, setting, pattern.idx
                     )
-            self.made[key] = made
-        return self.made[key]
+            made[key] = new
+        return made[key]
 
     def leave(
         self,
@@ -167,9 +171,8 @@ class _Work:
                 )
             else:
                 result = tokens.unmerged(self.rewriter, end, span, setting, unmerge)
-        readers = [n for n in self.touched(segment) if n is not end]
-        self.rewriter.replace_uses(end, result, keep=[*readers, *self.rewriter.spliced])
-        for key in [k for k in self.made if k[1] == end.name]:
-            del self.made[key]
+        readers = {n for n in self.touched(segment) if n is not end}
+        self.rewriter.replace_uses(end, result, keep=readers.union(self.rewriter.spliced))
+        self.made.pop(end.name, None)
         # later segments that name this value mean the whole one
         self.nodes[segment.exit] = result

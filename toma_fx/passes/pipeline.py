@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from toma_fx.analysis import Flow
 from toma_fx.axis import Analysis, tokens_of
 from toma_fx.capture import Captured
 from toma_fx.errors import RewriteError
+from toma_fx.flow import Flow
 from toma_fx.passes.merge_segments import MergeSegments
 from toma_fx.passes.provide_patterns import (
     ProvidePatterns,

@@ -53,9 +53,13 @@ class ProvidePatterns:
         """Returns the pattern nodes of each group."""
         nodes = rewriter.index()
         masks = self._masks(rewriter, nodes) if self.use == "mixed" else ()
-        return {
+        patterns = {
             g.name: self._provide(rewriter, g, nodes[g.feature], masks) for g in self.plan.groups
         }
+        outputs = [getattr(p, part) for p in patterns.values() for part in OUTPUTS[self.use]]
+        if outputs:
+            rewriter.add_outputs(outputs)
+        return patterns
 
     def _masks(self, rewriter: Rewriter, nodes: Mapping[str, fx.Node]) -> tuple[fx.Node, ...]:
         first = self.plan.groups[0]
@@ -124,7 +128,6 @@ class ProvidePatterns:
                     rewriter.splice("chosen", chosen, [masks[1], fresh, kept])[0]
                     for fresh, kept in zip(weights, given[1:], strict=True)
                 ]
-        rewriter.add_outputs([*weights] if self.use == "reweigh" else [idx, *weights])
         return PatternNodes(idx, *weights)
 
 

@@ -6,7 +6,7 @@ which pass did what, and refuses name collisions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,6 +39,7 @@ class Rewriter:
         self._templates: Templates = {} if templates is None else templates
         self._pass = ""
         self._cursor: fx.Node | None = None
+        self._last_input = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
         values = (n.meta.get("val") for n in self.graph.nodes)
         self.mode = next(v.fake_mode for v in values if hasattr(v, "fake_mode"))
 
@@ -67,11 +68,12 @@ class Rewriter:
 
     def placeholder(self, name: str, like: Callable[[], Tensor]) -> fx.Node:
         """Append an input; `like` builds its fake value."""
-        inputs = [n for n in self.graph.nodes if n.op == "placeholder"]
-        if any(n.name == name for n in self.graph.nodes):
-            raise RewriteError("a node of that name exists", where=self._pass, got=name)
-        with self.graph.inserting_after(inputs[-1]):
+        with self.graph.inserting_after(self._last_input):
             node = self.graph.placeholder(name)
+        if node.name != name:
+            self.graph.erase_node(node)
+            raise RewriteError("a node of that name exists", where=self._pass, got=name)
+        self._last_input = node
         with self.mode:
             node.meta["val"] = like()
         self._record("add input", node)
@@ -148,7 +150,7 @@ class Rewriter:
         user.replace_input_with(old, new)
         self._record("replace input", user)
 
-    def replace_uses(self, old: fx.Node, new: fx.Node, keep: Sequence[fx.Node]) -> None:
+    def replace_uses(self, old: fx.Node, new: fx.Node, keep: Collection[fx.Node]) -> None:
         """Make every user of `old` but those in `keep` read `new`."""
         for user in list(old.users):
             if user not in keep:

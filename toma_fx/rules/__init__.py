@@ -26,6 +26,7 @@ from toma_fx.rules.base import (
     op_name,
     rule,
     shape_of,
+    tokenwise,
 )
 from toma_fx.rules.compute import broadcast, pointwise
 from toma_fx.rules.shape import regroup
@@ -43,6 +44,7 @@ __all__ = [
     "regroup",
     "rule",
     "shape_of",
+    "tokenwise",
 ]
 
 

@@ -11,6 +11,7 @@ from toma_fx.axis import (
     FRAMES,
     Flat,
     Keys,
+    Label,
     Layout,
     Positional,
     Tokens,
@@ -31,14 +32,14 @@ def attention(call: Call) -> Outcome:
     for name, layout in (("query", q), ("key", k), ("value", v)):
         if layout is not None and isinstance(layout[-1], Tokens):
             return call.no(f"tokens lie along the width of the {name}")
-    if k is not None and v is not None and k[-2] != v[-2]:
+    if k is not None and v is not None and not _same_tokens(k[-2], v[-2]):
         return call.no("keys and values come from different tokens")
     for layout in (k, v):
         if q is not None and layout is not None and q[0] != layout[0] and tokens_of(layout):
             return call.no("queries and keys are batched differently")
     outer = token_dim(q)
     if q is not None and outer is not None and q[-2] == FRAMES:
-        return call.no("attention over frames, each of which merges by its own pattern")
+        return Transfer((*q[:-1], None), whole="each frame merges by its own pattern")
     if q is not None and outer is not None and outer < len(shape_of(query)) - 2:
         if k is None or k[outer] != q[outer]:
             return call.no("queries are batched over tokens, keys are not")
@@ -58,6 +59,16 @@ def attention(call: Call) -> Outcome:
                 batch = None if lead else 0
                 positionals.append(Positional(mask.name, len(shape) + own, label, batch, lead))
     return Transfer((*q[:-1], None) if q is not None else None, positionals=tuple(positionals))
+
+
+def _same_tokens(key: Label, value: Label) -> bool:
+    """Whether keys and values are of the same tokens; unknown ones joined to them have no name."""
+    if not isinstance(key, Tokens) or not isinstance(value, Tokens):
+        return key == value
+    pairs = zip(key.segments, value.segments, strict=False)
+    return len(key.segments) == len(value.segments) and all(
+        a == b or (a.role == b.role == "other" and a.length == b.length) for a, b in pairs
+    )
 
 
 @rule("matmul", "mm", "bmm")

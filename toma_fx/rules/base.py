@@ -21,6 +21,7 @@ from toma_fx.axis import (
     layouts_of,
     tokens_of,
 )
+from toma_fx.errors import ConfigError, UnknownNameError
 
 Outcome = Transfer | Rejected
 NOTHING = Transfer(None)
@@ -101,6 +102,53 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
         return function
 
     return add
+
+
+def tokenwise(op: str | torch._ops.OpOverload | torch._ops.OpOverloadPacket) -> None:
+    """Declare that a custom operator treats every token alike, as a linear layer does.
+
+    Its first argument is a tensor [..., C] and so are its results, of the same shape but for the
+    last dimension; its other arguments (weights, scales) hold no tokens. Merging then reaches
+    across it. Models captured before are not analysed again.
+
+    Args:
+        op: the operator, or its name such as "bitsandbytes::gemm_4bit".
+
+    Raises:
+        UnknownNameError: no operator of that name is registered with torch.
+        ConfigError: the package has a rule of its own for it.
+    """
+    name = op if isinstance(op, str) else str(getattr(op, "overloadpacket", op)).replace(".", "::")
+    space, _, leaf = name.partition("::")
+    if not leaf or not hasattr(getattr(torch.ops, space), leaf):
+        raise UnknownNameError(
+            "no such operator",
+            where="tokenwise",
+            expected='"namespace::name" of an operator that is registered with torch',
+            got=repr(op),
+            hint="import the library that defines it first",
+        )
+    if RULES.get(f"{space}.{leaf}", _tokenwise) is not _tokenwise:
+        raise ConfigError("the operator has a rule already", where="tokenwise", got=name)
+    RULES[f"{space}.{leaf}"] = _tokenwise
+
+
+def _tokenwise(call: Call) -> Outcome:
+    first, *others = call.node.all_input_nodes
+    layout = call.layout(first)
+    if any(carries_tokens(call.fact(other)) for other in others):
+        return call.no("an argument of a token-wise op, besides the first, holds tokens")
+    if layout is None:
+        return NOTHING
+    if isinstance(layout[-1], Tokens):
+        return call.no("a token-wise op over the token axis")
+    values = call.node.meta["val"]
+    several = isinstance(values, (tuple, list))
+    shape = shape_of(first)
+    if any(tuple(v.shape[:-1]) != shape[:-1] for v in (values if several else [values])):
+        return call.no("declared token-wise, but its result has another shape")
+    fact = (*layout[:-1], None)
+    return Transfer((fact,) * len(values) if several else fact)
 
 
 def carries_tokens(fact: Fact) -> bool:

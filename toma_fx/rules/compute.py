@@ -29,7 +29,7 @@ from toma_fx.rules.base import NOTHING, Call, Outcome, carries_tokens, rule, sha
 # -- element-wise ---------------------------------------------------------------------------------
 
 
-@rule("clip", "expand_as", "full_like", "zeros_like", "ones_like")
+@rule("clip", "expand_as", "full_like", "zeros_like", "ones_like", "empty_like", "copy")
 def pointwise(call: Call) -> Outcome:
     """Element-wise ops keep every axis; operands broadcast from the right."""
     operands = [n for n in call.node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
@@ -206,9 +206,11 @@ def norm(call: Call) -> Outcome:
 def spatial_norm(call: Call) -> Outcome:
     """Statistics over positions: fine on a spatial grid, mixing on tokens."""
     layout = call.layout(call.node.args[0])
-    if tokens_of(layout) is not None:
-        return call.no("normalisation statistics over the token axis")
-    return Transfer(layout)
+    if tokens_of(layout) is None:
+        return Transfer(layout)
+    if layout is not None and is_batch(layout[0]) and not isinstance(layout[1], Tokens):
+        return Transfer(layout, whole="normalisation statistics over the token axis")
+    return call.no("normalisation statistics over the token axis")
 
 
 @rule("log_softmax", "cumsum", "flip")
@@ -250,7 +252,7 @@ def reduction(call: Call) -> Outcome:
 # -- ops that keep the shape ----------------------------------------------------------------------
 
 
-@rule("contiguous", "clone", "detach", "alias", "to", "_to_copy", "type_as", "lift_fresh_copy")
+@rule("contiguous", "clone", "detach", "alias", "to", "_to_copy", "lift_fresh_copy")
 def same(call: Call) -> Outcome:
     """Copies and casts."""
     return Transfer(call.fact(call.node.args[0]))

@@ -67,20 +67,22 @@ def _reshaped(call: Call, layout: Layout, sizes_at: int | None) -> Outcome:
     """Layout after a row-major reshape; `sizes_at`: argument that holds the literal sizes."""
     source, target = shape_of(call.node.args[0]), shape_of(call.node)
     labels: list[Label] = [None] * len(target)
-    sizes = call.node.args[sizes_at] if sizes_at is not None else None
+    sizes, whole = call.node.args[sizes_at] if sizes_at is not None else None, ""
     for ins, outs in regroup(source, target):
         made = _group(call, layout, ins, [target[d] for d in outs])
         if isinstance(made, Rejected):
             return made
         for d, label in zip(outs, made, strict=True):
             labels[d] = label
+        if len(outs) > 1 and isinstance(layout[ins[0]], Tokens) and tokens_of(tuple(made)) is None:
+            whole = "tokens are laid out as a spatial grid"
     patches = []
     for d, label in enumerate(labels):
         literal = sizes[d] if isinstance(sizes, (list, tuple)) else -1
         if isinstance(label, Tokens) and literal != -1:
             assert sizes_at is not None
             patches.append(_patch((sizes_at, d), label))
-    return Transfer(tuple(labels), tuple(patches))
+    return Transfer(tuple(labels), tuple(patches), whole=whole)
 
 
 def _patch(path: tuple[int, ...], label: Tokens) -> Patch:
@@ -148,7 +150,7 @@ def _unfolded(
         return [BATCH, Tokens(label.segments)]
     if isinstance(label, Tokens):
         if len(label.segments) == 1 and label.segments[0].grid == tuple(sizes):
-            return call.no("tokens are laid out as a spatial grid")
+            return SPATIAL[-len(sizes) :]
         return call.no("a reshape that cuts the token axis")
     if is_batch(label) and sizes[0] * label.times == size:
         return [Batch(label.span), *rest]
@@ -405,6 +407,19 @@ def slice_(call: Call) -> Outcome:
     if end < size:
         patches.append(Patch((3,), _before(tokens, end)))
     return Transfer((*layout[:dim], Tokens(piece), *layout[dim + 1 :]), tuple(patches))
+
+
+@rule("slice_scatter")
+def slice_scatter(call: Call) -> Outcome:
+    """A write into a range of another dimension (rotary tables write even and odd features)."""
+    operands = call.node.all_input_nodes
+    dim = call.arg(2, "dim", 0) % len(shape_of(call.node))
+    for operand in operands:
+        layout = call.layout(operand)
+        refused = layout and call.mixes("a write into a range of", layout, [dim])
+        if refused:
+            return refused
+    return broadcast(call, operands)
 
 
 @rule("cat", "concat", "concatenate")
