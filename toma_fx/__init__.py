@@ -24,6 +24,7 @@ from toma_fx.errors import (
     VerifyError,
 )
 from toma_fx.report import Report, Summary
+from toma_fx.rules import tokenwise
 from toma_fx.state import State
 
 __version__ = "0.1.0"
@@ -52,4 +53,5 @@ __all__ = [
     "optimize",
     "restore",
     "summary",
+    "tokenwise",
 ]

@@ -1,0 +1,203 @@
+"""The checks that every denoiser of the matrix passes, and what they found."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import toma_fx
+from tests.zoo.base import Case, Crop
+from toma_fx.analysis import analyse
+from toma_fx.axis import Analysis
+from toma_fx.capture import Captured, capture, flatten_call
+from toma_fx.config import ToMAConfig
+from toma_fx.flow import Flow
+from toma_fx.passes.pipeline import rewrite
+from toma_fx.passes.provide_patterns import Use
+from toma_fx.plan import MergePlan, make_plan
+
+CAPTURED, FRESH = 1, 2
+"""Seeds of the inputs that a graph is captured with, and of those that it is checked on."""
+EXACT = 2e-5
+"""Largest relative difference that float32 allows an oracle."""
+Edit = Callable[[MergePlan], MergePlan]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the checks of a case established.
+
+    Attributes:
+        sites: attentions by kind. attention, mlp: branches that merge. grids: of the segments.
+        segments: merged segments in scope "stack". permuted, cropped: largest relative difference
+            to the oracle (None where there is none). changed: relative difference that merging
+            half of the tokens makes. refused: the error, if the model can't be merged.
+    """
+
+    sites: dict[str, int]
+    attention: int = 0
+    mlp: int = 0
+    grids: tuple[tuple[int, ...], ...] = ()
+    segments: int = 0
+    permuted: float | None = None
+    cropped: float | None = None
+    changed: float | None = None
+    refused: str = ""
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A captured and analysed model, and what it makes of fresh inputs."""
+
+    case: Case
+    model: nn.Module
+    captured: Captured
+    analysis: Analysis
+    flow: Flow
+    expected: list[Tensor]
+
+    def plan(self, **fields: Any) -> MergePlan:
+        """The plan for these fields of the configuration."""
+        config = {"min_tokens": 16, **self.case.config, **fields}
+        return make_plan(self.analysis, self.flow, ToMAConfig(**config))
+
+    def run(self, plan: MergePlan, use: Use, *given: Tensor) -> list[Tensor]:
+        """The model's outputs by a program of the plan, on fresh inputs."""
+        program = rewrite(self.captured, self.analysis, self.flow, plan, use)
+        leaves = flatten_call((), self.case.inputs(FRESH))[0]
+        results = program.graph_module(*leaves, *given)
+        return tensors(results[: len(results) - len(program.pattern_outputs)])
+
+
+def tensors(outputs: Any) -> list[Tensor]:
+    """The tensors among the outputs of a model."""
+    return [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor)]
+
+
+def difference(got: list[Tensor], expected: list[Tensor]) -> float:
+    """Largest difference, relative to the largest value of each output."""
+    assert [x.shape for x in got] == [x.shape for x in expected]
+    pairs = zip(got, expected, strict=True)
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+
+
+@torch.no_grad()
+def check(case: Case) -> Found:
+    """Run every check of a case; raises AssertionError at the first that fails."""
+    if case.refused is not None:
+        return _refused(case)
+    traced = trace(case)
+    found = _counts(traced)
+    permuted = max(_permuted(traced, scope) for scope in ("sublayer", "stack"))
+    cropped = None
+    if case.crop is not None:
+        cropped = max(_cropped(traced, case.crop, scope) for scope in ("sublayer", "stack"))
+    return dataclasses.replace(found, permuted=permuted, cropped=cropped, changed=_changed(traced))
+
+
+def trace(case: Case) -> Traced:
+    """Capture a case; with merging off, its graph equals the model bit by bit on fresh inputs."""
+    model = case.build()
+    captured = capture(model, (), case.inputs(CAPTURED))
+    expected = tensors(model(**case.inputs(FRESH)))
+    leaves = flatten_call((), case.inputs(FRESH))[0]
+    got = tensors(captured.graph_module(*leaves))
+    assert len(got) == len(expected) > 0
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)), "export is wrong"
+    analysis, flow = analyse(captured, case.config.get("grid"))
+    return Traced(case, model, captured, analysis, flow, expected)
+
+
+def _refused(case: Case) -> Found:
+    assert case.refused is not None
+    name, part = case.refused
+    try:
+        toma_fx.explain(case.build(), case.inputs(CAPTURED), **{"min_tokens": 16, **case.config})
+    except toma_fx.TomaError as error:
+        assert type(error).__name__ == name, error
+        assert part in str(error), error
+        return Found({}, refused=f"{name}: {part}")
+    raise AssertionError(f"{case.name} was not refused")
+
+
+def _counts(traced: Traced) -> Found:
+    """Sites and merged branches are those that the model's code lets expect."""
+    case = traced.case
+    sites = dict(Counter(site.kind for site in traced.analysis.sites))
+    assert sites == dict(case.sites), f"{sites} instead of {case.sites}: {case.why}"
+    plan = traced.plan(scope="sublayer")
+    branches = {stream.name: stream.branches for stream in traced.analysis.streams}
+    merged = [branches[s.stream][i].kinds for s in plan.segments for i in s.branches]
+    attention = sum(not {"attention", "cross"}.isdisjoint(kinds) for kinds in merged)
+    mlp = len(merged) - attention
+    assert (attention, mlp) == (case.attention, case.mlp), (case.why, plan.rejections)
+    grids = {s.image.name: s.image.grid for s in plan.segments}
+    found = tuple(sorted(g for g in grids.values() if g is not None))
+    assert found == tuple(sorted(case.grids)), f"{found} instead of {case.grids}"
+    return Found(sites, attention, mlp, case.grids, len(traced.plan().segments))
+
+
+def _keep_all(plan: MergePlan) -> MergePlan:
+    """The plan with every window keeping all of its tokens."""
+
+    def whole(item: Any) -> Any:
+        setting = dataclasses.replace(item.setting, keep=math.prod(item.setting.tile))
+        return dataclasses.replace(item, setting=setting)
+
+    segments, groups = map(whole, plan.segments), map(whole, plan.groups)
+    return dataclasses.replace(plan, segments=tuple(segments), groups=tuple(groups))
+
+
+def _permutations(plan: MergePlan) -> Iterator[Tensor]:
+    """For every group, a pattern that permutes the tokens of each window."""
+    g = torch.Generator().manual_seed(7)
+    for group in plan.groups:
+        s = group.setting
+        order = torch.rand(group.batch, s.windows, s.keep, generator=g).argsort(-1)
+        matrix = torch.nn.functional.one_hot(order, s.keep).float()
+        yield from (order, matrix, matrix.transpose(-1, -2).contiguous())
+
+
+def _permuted(traced: Traced, scope: str) -> float:
+    """Computing on all tokens in another order gives the original output."""
+    plan = _keep_all(traced.plan(scope=scope))
+    found = difference(traced.run(plan, "reuse", *_permutations(plan)), traced.expected)
+    assert found < EXACT, f"permuted tokens differ by {found:.1e} in scope {scope}"
+    return found
+
+
+def _cropped(traced: Traced, crop: Crop, scope: str) -> float:
+    """Keeping only a corner of the picture gives what the model makes of that corner."""
+    grid = traced.case.grids[0]
+    share = math.prod(crop.size) / math.prod(grid)
+    plan = traced.plan(scope=scope, window="global", ratio=1 - share)
+    index = torch.arange(math.prod(grid)).view(grid)
+    kept = index[tuple(slice(side) for side in crop.size)].flatten()
+    matrix = torch.nn.functional.one_hot(kept, math.prod(grid)).float()
+    patterns = []
+    for group in plan.groups:
+        merge = matrix.expand(group.batch, 1, -1, -1)
+        patterns += [kept.expand(group.batch, 1, -1), merge, merge.transpose(-1, -2).contiguous()]
+    got = [crop.output(x) for x in traced.run(plan, "reuse", *patterns)[:1]]
+    alone = tensors(traced.model(**crop.inputs(traced.case.inputs(FRESH))))[:1]
+    found = difference(got, alone)
+    assert found < EXACT, f"the cropped picture differs by {found:.1e} in scope {scope}"
+    assert difference(got, [crop.output(x) for x in traced.expected[:1]]) > 1e-3
+    return found
+
+
+def _changed(traced: Traced) -> float:
+    """Merging half of the tokens gives a finite output that is another."""
+    got = traced.run(traced.plan(), "refresh")
+    assert all(torch.isfinite(x).all() for x in got)
+    found = difference(got, traced.expected)
+    assert found > 1e-4, f"merging changes the output by {found:.1e} only"
+    return found
