@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Literal
 
@@ -45,11 +45,12 @@ from toma_fx.rules import apply_rule
 PROLOGUE = {
     "aten.layer_norm", "aten.rms_norm", "aten.slice", "aten.cat", "aten.concat", "aten.contiguous",
     "aten.clone", "aten.to", "aten.dropout", "aten.split_with_sizes", "getitem", "aten.group_norm",
-    "aten.transpose", "aten.permute",
+    "aten.transpose", "aten.permute", "aten.mean", "aten.var", "aten.linalg_vector_norm",
 }  # fmt: skip
 """Ops besides element-wise ones that may stand between a stream and the point of merging."""
 UNFOLD = {"aten.view", "aten.reshape", "aten.unflatten", "aten.unsqueeze", "aten.squeeze"}
 """Ops that lay an update out as a picture."""
+CONSTANTS = {"aten.zeros_like", "aten.ones_like", "aten.full_like", "aten.empty_like"}
 BLOCK = 3
 """Branches that one block has at most: self-attention, cross-attention, MLP."""
 
@@ -102,12 +103,13 @@ def _seeds(captured: Captured, rasters: Mapping[str, Raster]) -> dict[str, Layou
 
 
 def _cut(name: str, length: int, raster: Raster | None, role: Literal["ids", "sequence"]) -> Tokens:
-    """The tokens of an input: the images of its raster, then the rest."""
+    """The tokens of an input: the images of its raster, and what is around them."""
     if raster is None:
         return Tokens((Segment(name, length, None, role),))
-    image = Segment(name, length - raster.rest, raster.grid, role, raster.heights)
+    image = Segment(name, raster.images, raster.grid, role, raster.heights)
+    before = Segment(f"{name}/before", raster.before, None, role)
     rest = Segment(f"{name}/rest", raster.rest, None, role)
-    return Tokens((image, rest) if raster.rest else (image,))
+    return Tokens(tuple(s for s in (before, image, rest) if s.length))
 
 
 def _propagate(
@@ -145,10 +147,11 @@ def _rasters(
             label = None if layout is None else layout[positional.dim]
             if not isinstance(label, Tokens):
                 continue
-            for ids, content in zip(label.segments, positional.tokens.segments, strict=False):
-                found = ids_of.get(ids.name)
-                if found and ids.length == content.length:
-                    rasters[content.name] = found
+            at = 0
+            for ids in label.segments:
+                if (raster := ids_of.get(ids.name)) is not None:
+                    rasters.update(_aligned(raster, at, positional.tokens))
+                at += ids.length
     packed = [
         (i.name, i.tensor.shape[1])
         for i in captured.inputs
@@ -168,16 +171,25 @@ def _rasters(
     return rasters
 
 
+def _aligned(raster: Raster, at: int, tokens: Tokens) -> dict[str, Raster]:
+    """The raster of the segment that holds the images of ids that begin at token `at`."""
+    start, begin = at + raster.before, 0
+    for segment in tokens.segments:
+        end = begin + segment.length
+        if begin <= start and start + raster.images <= end:
+            rest = end - start - raster.images
+            return {segment.name: replace(raster, before=start - begin, rest=rest)}
+        begin = end
+    return {}
+
+
 def _lost(flow: Flow) -> set[str]:
     """Values that may hold image tokens which the analysis lost sight of at a refusal."""
     lost: set[str] = set()
     for name in flow.order:
         operands = flow.operands[name]
-        if name in flow.refusals:
-            found = any(o in lost or flow.is_spatial(o) for o in operands)
-        else:
-            found = flow.facts.get(name) is None and not lost.isdisjoint(operands)
-        if found:
+        ended = name in flow.refusals and any(flow.is_spatial(o) for o in operands)
+        if ended or not (flow.is_spatial(name) or lost.isdisjoint(operands)):
             lost.add(name)
     return lost
 
@@ -265,9 +277,9 @@ def _added_on_the_grid(segment: Segment, flow: Flow) -> list[_Chain]:
     if not embeddings:
         return []
     start, ends = embeddings[0], [n for n in embeddings if _unfolds(n, flow)]
-    if len(ends) != 1 or start == ends[0]:
+    if not ends or start == ends[-1]:
         return []
-    return [_Chain([start, ends[0]], [(start, ends[0], "")])]
+    return [_Chain([start, ends[-1]], [(start, ends[-1], "")])]
 
 
 def _unfolds(name: str, flow: Flow) -> bool:
@@ -277,7 +289,7 @@ def _unfolds(name: str, flow: Flow) -> bool:
         front = [u for f in front for u in flow.users[f] if u not in seen and u in flow.facts]
         seen.update(front)
         for user in front:
-            if user in flow.sums and flow.is_spatial(user):
+            if user in flow.sums and HEIGHT in (flow.layout(user) or ()):
                 return True
         front = [u for u in front if flow.ops[u] in PROLOGUE | UNFOLD or u in flow.pointwise]
     return False
@@ -405,6 +417,8 @@ def _kinds(
     for name in inner:
         outside = [o for o in flow.operands[name] if o not in inner]
         from_outside = any(flow.carries(o, segment) for o in outside)
+        if flow.ops[name] in CONSTANTS:
+            continue
         if name not in inside and (from_outside or not reached.isdisjoint(flow.operands[name])):
             reached.add(name)
     if inner and inner[-1] in reached:

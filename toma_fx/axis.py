@@ -1,8 +1,8 @@
 """Facts of the token-axis analysis: what each dimension of a value enumerates.
 
 A fact is a `Layout`, one label per dimension: a `Batch`, `FRAMES`, `HEIGHT`, `WIDTH`, `Tokens` (of
-which `Keys` and `Flat` are kinds), or None. Facts name graph nodes by string and hold no graph
-objects, so they can be printed, compared and saved.
+which `Keys`, `Flat` and `Row` are kinds), or None. Facts name graph nodes by string and hold no
+graph objects, so they can be printed, compared and saved.
 """
 
 from __future__ import annotations
@@ -15,19 +15,23 @@ from toma_fx.methods.windows import Size, size_text
 
 FRAMES, HEIGHT, WIDTH = "frames", "height", "width"
 SPATIAL = (FRAMES, HEIGHT, WIDTH)
+UNKNOWN = 2**40
+"""Sizes from here on stand for what depends on the data (text without its padding, say)."""
 
 
 @dataclass(frozen=True)
 class Raster:
-    """What a packed sequence holds: images of equal width one below the other, then other tokens.
+    """What a packed sequence holds: images of equal width one below the other, among other tokens.
 
     Attributes:
         heights: rows of each image, or frame of a video. width: columns. rest: tokens after them.
+        before: tokens before them.
     """
 
     heights: tuple[int, ...]
     width: int
     rest: int = 0
+    before: int = 0
 
     @property
     def grid(self) -> Size:
@@ -39,7 +43,12 @@ class Raster:
     @property
     def length(self) -> int:
         """Number of tokens."""
-        return sum(self.heights) * self.width + self.rest
+        return self.before + self.images + self.rest
+
+    @property
+    def images(self) -> int:
+        """Tokens of the images."""
+        return sum(self.heights) * self.width
 
 
 @dataclass(frozen=True)
@@ -102,6 +111,17 @@ class Flat(Tokens):
     """
 
     rows: int = 1
+
+
+@dataclass(frozen=True)
+class Row(Tokens):
+    """Label of the tokens of one row of a batch, taken out of it.
+
+    Attributes:
+        row: which of the batch.
+    """
+
+    row: int = 0
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,9 @@ _SHARED = {
 def _canonicalise(graph_module: fx.GraphModule) -> None:
     """Drop assertions and dead code, make writes joins, share equal shape ops. Bit-exact."""
     graph = graph_module.graph
+    for node in list(graph.nodes):
+        if node.op == "call_function" and op_name(node.target) == "wrap_with_autocast":
+            _inline_off(graph_module, node)
     pieces: _Pieces = {}
     for node in list(graph.nodes):
         op = op_name(node.target) if node.op == "call_function" else ""
@@ -68,6 +71,8 @@ def _canonicalise(graph_module: fx.GraphModule) -> None:
             _join_written(graph, node, pieces)
         elif op == "aten.baddbmm" and node.kwargs.get("beta") == 0:
             _drop_addend(graph, node)
+    if pieces:
+        _let_strides_differ(graph)
     graph.eliminate_dead_code()
     _share_shape_ops(graph)
     _fold_slices(graph)
@@ -101,6 +106,24 @@ def _skip_copy(node: fx.Node) -> None:
         node.graph.erase_node(node)
 
 
+def _inline_off(graph_module: fx.GraphModule, node: fx.Node) -> None:
+    """A region with autocast off is its ops: the graph runs without autocast anyway."""
+    given: tuple[Any, ...] = node.args
+    device, _, enabled, _, body, *operands = given
+    kinds = {n.meta["val"].device.type for n in node.all_input_nodes if "val" in n.meta}
+    if enabled and device in kinds:
+        return
+    inner: Any = graph_module.get_submodule(body.target).graph
+    mapping = dict(zip(inner.find_nodes(op="placeholder"), operands, strict=True))
+    with graph_module.graph.inserting_before(node):
+        results = graph_module.graph.graph_copy(inner, mapping)
+    flat: Any = results if isinstance(results, (tuple, list)) else (results,)
+    for user in list(node.users):
+        user.replace_all_uses_with(flat[user.args[1]])
+        graph_module.graph.erase_node(user)
+    graph_module.graph.erase_node(node)
+
+
 def _name_dtype(graph: fx.Graph, node: fx.Node) -> None:
     """type_as(x, y) reads nothing of y but its dtype: to(x, dtype)."""
     x, dtype = node.args[0], node.meta["val"].dtype
@@ -126,6 +149,12 @@ def _join_written(graph: fx.Graph, node: fx.Node, pieces: _Pieces) -> None:
     pieces[(joined, dim)] = parts
     node.replace_all_uses_with(joined)
     graph.erase_node(node)
+
+
+def _let_strides_differ(graph: fx.Graph) -> None:
+    """A join is contiguous where a written value had the strides of its base: view -> reshape."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        node.target = torch.ops.aten.reshape.default
 
 
 def _between(

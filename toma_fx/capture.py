@@ -75,8 +75,8 @@ def raster(value: Any) -> Raster | None:
     """What position ids [N, d], [B, N, d] or [B, d, N] enumerate in their last two columns.
 
     Columns at the end that are the same everywhere don't count (Flux.2's index of text). Those
-    before tell images (or frames) apart. Images that differ in width from the first count as other
-    tokens.
+    before tell images (or frames) apart. What comes before the first image, and images that differ
+    from it in width, count as other tokens.
     """
     at = ids_dim(value)
     if at is None:
@@ -91,18 +91,22 @@ def raster(value: Any) -> Raster | None:
     if len(varying) < 2:
         return None
     ids = ids[:, : int(varying[-1]) + 1]
-    border = (ids[1:, :-2] != ids[:-1, :-2]).any(1).nonzero().flatten() + 1
-    images = torch.tensor_split(ids, border.tolist())
+    # text has one id for all of its tokens
+    border = (ids[1:, :-2] != ids[:-1, :-2]).any(1) | (ids[1:] == ids[:-1]).all(1)
+    images = torch.tensor_split(ids, (border.nonzero().flatten() + 1).tolist())
     sizes = [_image_size(image[:, -2], image[:, -1]) for image in images]
-    known = [size for size in takewhile(lambda size: size is not None, sizes) if size is not None]
-    return _stacked(known, len(ids)) if known else None
+    first = next((i for i, size in enumerate(sizes) if size is not None), None)
+    if first is None:
+        return None
+    known = [size for size in takewhile(lambda size: size is not None, sizes[first:]) if size]
+    return _stacked(known, len(ids), sum(map(len, images[:first])))
 
 
-def _stacked(sizes: Sequence[Size], length: int) -> Raster:
+def _stacked(sizes: Sequence[Size], length: int, before: int = 0) -> Raster:
     """Images (H, W) one after the other in `length` tokens; after the first other width, others."""
     width = sizes[0][1]
     heights = tuple(h for h, _ in takewhile(lambda size: size[1] == width, sizes))
-    return Raster(heights, width, length - sum(heights) * width)
+    return Raster(heights, width, length - before - sum(heights) * width, before)
 
 
 def size_hints(value: Any) -> Iterator[Raster]:

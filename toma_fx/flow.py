@@ -12,6 +12,7 @@ from torch import fx
 from toma_fx.axis import (
     BATCH,
     HEIGHT,
+    UNKNOWN,
     Fact,
     Keys,
     Layout,
@@ -21,11 +22,14 @@ from toma_fx.axis import (
     layout_of,
     layouts_of,
 )
-from toma_fx.rules import op_name
+from toma_fx.rules import op_name, shape_of
 
 ATTENTION = "aten.scaled_dot_product_attention"
 SOFTMAX = ("aten.softmax", "aten._softmax")
 CASTS = {"aten.to", "aten._to_copy"}
+PRODUCTS = {"aten.matmul", "aten.bmm", "aten.baddbmm"}
+SCALES = {"aten.mul", "aten.div", "aten.add", "aten.to", "aten.reshape", "aten.view"}
+"""Ops that may stand between scores and their softmax."""
 COPIES = {"aten.contiguous", "aten.clone", "aten.alias", "aten.detach", "aten.dropout"}
 
 
@@ -84,13 +88,14 @@ class Flow:
         return tuple(dict.fromkeys(found))
 
     def is_embedding(self, name: str) -> bool:
-        """Whether the value is laid out [batch, tokens, channels]."""
+        """Whether the value is laid out [batch, tokens, channels], with a known token count."""
         layout = self.layout(name)
         return (
             layout is not None
             and len(layout) == 3
             and layout[0] == BATCH
             and isinstance(layout[1], Tokens)
+            and layout[1].length < UNKNOWN
         )
 
     def is_spatial(self, name: str) -> bool:
@@ -120,6 +125,26 @@ class Flow:
             if name in before:
                 before.update(o for o in self.operands[name] if o in after)
         return tuple(n for n in self.order[first + 1 : last + 1] if n in after and n in before)
+
+    def with_readers(self, segment: str, inner: tuple[str, ...], end: str) -> tuple[str, ...]:
+        """The region and what reads its tokens and ends in another's attention, as keys do.
+
+        In a model of sound and video, sound attends to the tokens of the video.
+        """
+        inside = set(inner)
+        front = [n for n in inner if n != end]
+        side: set[str] = set()
+        while front:
+            users = {u for f in front for u in self.users[f] if self.carries(u, segment)}
+            front = [u for u in users if u not in inside and u not in side]
+            side.update(front)
+        if any(self.ops[u] == "output" for n in side for u in self.users[n]):
+            return inner
+        others = {o for n in side for o in self.operands[n]} - (inside - {end}) - side
+        later = (o for o in others if self.position[o] > self.position[inner[0]])
+        if any(self.carries(o, segment) for o in later):
+            return inner
+        return tuple(sorted(inside | side, key=self.position.__getitem__))
 
     def entries(self, segment: str, inner: Iterable[str]) -> tuple[str, ...]:
         """Values with the tokens of `segment` that flow into `inner` from outside, in order."""
@@ -171,7 +196,7 @@ def flow_of(
         order=tuple(n.name for n in nodes),
         operands={n.name: tuple(i.name for i in n.all_input_nodes) for n in nodes},
         ops={n.name: op_name(n.target) if n.op == "call_function" else n.op for n in nodes},
-        shapes={n.name: tuple(n.meta["val"].shape) for n in tensors},
+        shapes={n.name: shape_of(n) for n in tensors},
         modules={n.name: module_path(n) for n in nodes},
         facts=facts,
         refusals=refusals,
@@ -189,9 +214,20 @@ def flow_of(
 
 def _is_attention(node: fx.Node, facts: Mapping[str, Fact]) -> bool:
     op = op_name(node.target) if node.op == "call_function" else ""
-    layout = layout_of(facts.get(node.name))
-    scores = bool(layout) and isinstance((layout or ())[-1], Keys)
-    return op == ATTENTION or (op in SOFTMAX and scores)
+    layout = layout_of(facts.get(node.name)) or ()
+    if op not in SOFTMAX or len(layout) < 3:
+        return op == ATTENTION
+    return isinstance(layout[-1], Keys) or (isinstance(layout[-2], Tokens) and _is_product(node))
+
+
+def _is_product(node: fx.Node) -> bool:
+    """Whether a softmax is over x @ y, y with a batch: keys that hold no tokens known here."""
+    source = node.args[0]
+    while isinstance(source, fx.Node) and op_name(source.target) in SCALES:
+        source = source.args[0]
+    if not isinstance(source, fx.Node) or op_name(source.target) not in PRODUCTS:
+        return False
+    return len(shape_of(source.all_input_nodes[-1])) > 2
 
 
 def _is_sum(node: fx.Node) -> bool:

@@ -216,18 +216,21 @@ def make_plan(analysis: Analysis, flow: Flow, config: ToMAConfig) -> MergePlan:
 
 
 def _disjoint(segments: list[MergeSegment], rejections: list[Rejection]) -> list[MergeSegment]:
-    """The segments that share no node with one before them."""
-    taken: dict[str, str] = {}
-    out = []
-    for s in segments:
+    """The segments that share no node with another of a larger image, or before them."""
+    taken: dict[str, MergeSegment] = {}
+    dropped: set[str] = set()
+    for s in sorted(segments, key=lambda s: -s.image.length):
         other = next((taken[n] for n in s.inner if n in taken), None)
         if other is None:
-            taken.update(dict.fromkeys(s.inner, s.modules[0]))
-            out.append(s)
+            taken.update(dict.fromkeys(s.inner, s))
+            continue
+        dropped.add(s.name)
+        if other.image == s.image:
+            reason = f"overlaps with {other.modules[0]}"
         else:
-            kind = "+".join(s.kinds)
-            rejections.append(Rejection(s.exit, s.modules[0], kind, f"overlaps with {other}"))
-    return out
+            reason = f"two images in one sequence; {other.image} merges"
+        rejections.append(Rejection(s.exit, s.modules[0], "+".join(s.kinds), reason))
+    return [s for s in segments if s.name not in dropped]
 
 
 def _no_sites_hint(analysis: Analysis, config: ToMAConfig) -> str:
@@ -292,8 +295,6 @@ def _setting(stream: Stream, branch: Branch, config: ToMAConfig, flow: Flow) -> 
         return "ratio is 0"
     if image.length < own.min_tokens:
         return f"{image.length} tokens, fewer than min_tokens={own.min_tokens}"
-    if any(len([s for s in flow.segments(e) if s.grid]) > 1 for e in branch.entries):
-        return "two images in one sequence"
     assert image.grid is not None
     tile = resolve_tile(own, _unit(image), branch.module)
     tokens = math.prod(tile)
@@ -392,7 +393,7 @@ def _segment(
         # the base is where the segment before it would end, so that neighbours meet in one node
         base = _sink(flow, image.name, stream.values[part[0]])
         exit_ = _sink(flow, image.name, branches[-1].add)
-        inner = flow.region(image.name, base, exit_)
+        inner = flow.with_readers(image.name, flow.region(image.name, base, exit_), exit_)
         entries = flow.entries(image.name, inner)
         leak = flow.leak(image.name, inner, exit_)
         if leak is not None:

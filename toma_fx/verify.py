@@ -29,9 +29,18 @@ def output_values(graph: fx.Graph) -> list[Any]:
 def _describe(value: Any) -> str:
     leaves = pytree.tree_leaves(value)
     return ", ".join(
-        f"{tuple(x.shape)} {x.dtype} {x.device}" if isinstance(x, torch.Tensor) else str(x)
+        f"({_sizes(x)}) {x.dtype} {x.device}" if isinstance(x, torch.Tensor) else _size(x)
         for x in leaves
     )
+
+
+def _sizes(x: torch.Tensor) -> str:
+    return ", ".join(map(_size, x.shape))
+
+
+def _size(value: Any) -> str:
+    """A size as text; one that depends on the data has another name each time it is worked out."""
+    return "?" if isinstance(value, torch.SymInt) else str(value)
 
 
 def verify(

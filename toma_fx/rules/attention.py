@@ -9,6 +9,7 @@ from torch import fx
 from toma_fx.axis import (
     BATCH,
     FRAMES,
+    UNKNOWN,
     Flat,
     Keys,
     Label,
@@ -35,7 +36,7 @@ def attention(call: Call) -> Outcome:
     if k is not None and v is not None and not _same_tokens(k[-2], v[-2]):
         return call.no("keys and values come from different tokens")
     for layout in (k, v):
-        if q is not None and layout is not None and q[0] != layout[0] and tokens_of(layout):
+        if q is not None and layout is not None and q[0] != layout[0] and _share(q, layout):
             return call.no("queries and keys are batched differently")
     outer = token_dim(q)
     if q is not None and outer is not None and q[-2] == FRAMES:
@@ -54,11 +55,19 @@ def attention(call: Call) -> Outcome:
         for own, layout in ((-2, q), (-1, k)):
             label = layout[-2] if layout is not None else None
             shape = shape_of(mask)
+            if isinstance(label, Tokens) and label.length >= UNKNOWN:
+                return call.no("a mask over as many tokens as the data says")
             if isinstance(label, Tokens) and len(shape) >= -own and shape[own] != 1:
                 lead = len(layout or ()) - len(shape)
                 batch = None if lead else 0
                 positionals.append(Positional(mask.name, len(shape) + own, label, batch, lead))
     return Transfer((*q[:-1], None) if q is not None else None, positionals=tuple(positionals))
+
+
+def _share(a: Layout, b: Layout) -> bool:
+    """Whether two values hold tokens of one segment."""
+    found = [{s.name for s in tokens.segments} for x in (a, b) if (tokens := tokens_of(x))]
+    return len(found) == 2 and not found[0].isdisjoint(found[1])
 
 
 def _same_tokens(key: Label, value: Label) -> bool:

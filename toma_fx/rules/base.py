@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from torch import fx
 
 from toma_fx.axis import (
     FRAMES,
+    UNKNOWN,
     Fact,
     Layout,
     Rejected,
@@ -86,8 +88,14 @@ def op_name(target: Any) -> str:
 
 
 def shape_of(value: Any) -> tuple[int, ...]:
-    """Static shape of a node's value."""
-    return tuple(int(s) for s in value.meta["val"].shape)
+    """Shape of a node's value; a size that depends on the data is some number over `UNKNOWN`."""
+    return tuple(int_size(s) for s in value.meta["val"].shape)
+
+
+def int_size(size: Any) -> int:
+    """A size, perhaps a node's, as a number; equal numbers for equal expressions."""
+    size = size.meta["val"] if isinstance(size, fx.Node) else size
+    return size if isinstance(size, int) else UNKNOWN + zlib.crc32(str(size).encode())
 
 
 Rule = Callable[[Call], Outcome]
@@ -128,12 +136,13 @@ def tokenwise(op: str | torch._ops.OpOverload | torch._ops.OpOverloadPacket) -> 
             got=repr(op),
             hint="import the library that defines it first",
         )
-    if RULES.get(f"{space}.{leaf}", _tokenwise) is not _tokenwise:
+    if RULES.get(f"{space}.{leaf}", treats_alike) is not treats_alike:
         raise ConfigError("the operator has a rule already", where="tokenwise", got=name)
-    RULES[f"{space}.{leaf}"] = _tokenwise
+    RULES[f"{space}.{leaf}"] = treats_alike
 
 
-def _tokenwise(call: Call) -> Outcome:
+def treats_alike(call: Call) -> Outcome:
+    """Rule of ops on [..., C] that treat every token alike."""
     first, *others = call.node.all_input_nodes
     layout = call.layout(first)
     if any(carries_tokens(call.fact(other)) for other in others):

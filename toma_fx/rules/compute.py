@@ -13,7 +13,9 @@ from toma_fx.axis import (
     FRAMES,
     HEIGHT,
     SPATIAL,
+    UNKNOWN,
     WIDTH,
+    Flat,
     Keys,
     Label,
     Layout,
@@ -68,7 +70,7 @@ def broadcast(call: Call, operands: Sequence[fx.Node], *, additive: bool = False
         return call.no("different rows of the batch meet")
     if _batch_lost(call, operands, labels):
         return call.no("tokens whose batch elements may have been mixed")
-    positionals = []
+    positionals, whole = [], ""
     for operand in operands:
         for dim, label in enumerate(labels):
             if not isinstance(label, Tokens):
@@ -76,10 +78,15 @@ def broadcast(call: Call, operands: Sequence[fx.Node], *, additive: bool = False
             found = _positional(call, operand, tuple(labels), dim, additive and not scores)
             if found is None:
                 continue
-            if BATCH not in labels and _is_content(found.tokens):
-                return call.no("a table over tokens whose batch is folded into another axis")
-            positionals.append(found)
-    return Transfer(tuple(labels), positionals=tuple(positionals))
+            if isinstance(label, Flat):
+                whole = "a table over positions in the batch"
+            elif label.length >= UNKNOWN:
+                whole = "a table over as many tokens as the data says"
+            elif BATCH not in labels and _is_content(found.tokens):
+                whole = "a table over tokens whose batch is folded into another axis"
+            else:
+                positionals.append(found)
+    return Transfer(tuple(labels), positionals=tuple(positionals), whole=whole)
 
 
 def _is_content(tokens: Tokens) -> bool:

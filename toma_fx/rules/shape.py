@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
+
+from torch import fx
 
 from toma_fx.axis import (
     BATCH,
@@ -20,6 +23,7 @@ from toma_fx.axis import (
     Layout,
     Patch,
     Rejected,
+    Row,
     Segment,
     Tokens,
     Transfer,
@@ -27,8 +31,20 @@ from toma_fx.axis import (
     tokens_of,
 )
 from toma_fx.methods.windows import Size
-from toma_fx.rules.base import NOTHING, Call, Outcome, rule, shape_of
+from toma_fx.rules.base import NOTHING, Call, Outcome, int_size, rule, shape_of
 from toma_fx.rules.compute import broadcast
+
+FOLDS = (
+    [HEIGHT, WIDTH],
+    [FRAMES, HEIGHT, WIDTH],
+    # channels last: the input was read as [batch, frames, frames, height, width]
+    [FRAMES, FRAMES, HEIGHT],
+    [FRAMES, HEIGHT],
+)
+"""Dimensions that together enumerate the tokens of a picture or video."""
+
+
+APART = "rows of the batch are taken apart"
 
 
 def regroup(
@@ -37,7 +53,8 @@ def regroup(
     """Finest independent groups of dimensions of a row-major reshape, as (in dims, out dims).
 
     [2, 256, 64] -> [2, 256, 4, 16] gives ((0,),(0,)), ((1,),(1,)), ((2,),(2,3)). Sizes of 1 pair up
-    where both sides have one and stand alone otherwise.
+    where both sides have one and stand alone otherwise. Sizes that depend on the data match their
+    like; what can't be matched is one group.
     """
     groups: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
     i = j = 0
@@ -52,6 +69,9 @@ def regroup(
             continue
         a, b, left, right = i + 1, j + 1, source[i], target[j]
         while left != right:
+            if a == len(source) if left < right else b == len(target):
+                a, b = len(source), len(target)
+                break
             if left < right:
                 left *= source[a]
                 a += 1
@@ -79,7 +99,7 @@ def _reshaped(call: Call, layout: Layout, sizes_at: int | None) -> Outcome:
     patches = []
     for d, label in enumerate(labels):
         literal = sizes[d] if isinstance(sizes, (list, tuple)) else -1
-        if isinstance(label, Tokens) and literal != -1:
+        if isinstance(label, Tokens) and literal != -1 and isinstance(literal, int):
             assert sizes_at is not None
             patches.append(_patch((sizes_at, d), label))
     return Transfer(tuple(labels), tuple(patches), whole=whole)
@@ -111,7 +131,7 @@ def _folded(call: Call, layout: Layout, ins: Sequence[int]) -> Label | Rejected:
     inside, sizes = [layout[d] for d in ins], [shape_of(call.node.args[0])[d] for d in ins]
     if len(inside) <= 1:
         return inside[0] if inside else None
-    if inside in ([HEIGHT, WIDTH], [FRAMES, HEIGHT, WIDTH]):
+    if inside in FOLDS:
         return _image(call, sizes)
     first, last, plain = inside[0], inside[-1], not any(inside[1:])
     if len(inside) == 2 and type(last) is Tokens:
@@ -186,7 +206,10 @@ def expand(call: Call) -> Outcome:
     labels: list[Label] = [None] * shift + list(layout)
     patches = []
     for d, label in enumerate(layout):
-        if isinstance(label, Tokens) and source[d] != 1 and sizes[d + shift] != -1:
+        literal = sizes[d + shift]
+        if isinstance(label, Tokens) and source[d] != 1 and isinstance(literal, int):
+            if literal == -1:
+                continue
             patches.append(_patch((1, d + shift), label))
     return Transfer(tuple(labels), tuple(patches))
 
@@ -207,12 +230,16 @@ def repeat(call: Call) -> Outcome:
 
 @rule("repeat_interleave")
 def repeat_interleave(call: Call) -> Outcome:
-    """Repetition of elements along another dimension."""
+    """Repetition of elements along another dimension; each row of a batch may become several."""
     layout, dim = call.layout(call.node.args[0]), call.arg(2, "dim")
     if layout is None:
         return NOTHING
     if dim is None:
         return call.no("repetition of the token axis")
+    label, times = layout[dim], call.arg(1, "repeats")
+    if is_batch(label) and isinstance(times, int):
+        rows = Batch(label.span, label.times * times)
+        return Transfer((*layout[:dim], rows, *layout[dim + 1 :]))
     return call.mixes("repetition of", layout, [dim]) or Transfer(layout)
 
 
@@ -271,10 +298,18 @@ def select(call: Call) -> Outcome:
     layout = call.layout(call.node.args[0])
     if layout is None:
         return NOTHING
-    dim = call.arg(1, "dim", 0) % len(layout)
+    dim, index = call.arg(1, "dim", 0) % len(layout), call.arg(2, "index")
+    if layout[dim] == BATCH and tokens_of(layout) is not None and isinstance(index, int):
+        return Transfer(_row(layout, dim, index), whole=APART)
     return call.mixes("selection of one index of", layout, [dim]) or Transfer(
         layout[:dim] + layout[dim + 1 :]
     )
+
+
+def _row(layout: Layout, dim: int, row: int) -> Layout:
+    """The layout of one row of a batch; the batch dimension goes."""
+    labels = [Row(x.segments, row) if type(x) is Tokens else x for x in layout]
+    return (*labels[:dim], *labels[dim + 1 :])
 
 
 @rule("unbind")
@@ -284,10 +319,11 @@ def unbind(call: Call) -> Outcome:
     if layout is None:
         return NOTHING
     dim = call.arg(1, "dim", 0) % len(layout)
+    size = shape_of(call.node.args[0])[dim]
+    if layout[dim] == BATCH and tokens_of(layout) is not None:
+        return Transfer(tuple(_row(layout, dim, i) for i in range(size)), whole=APART)
     refused = call.mixes("unbinding of", layout, [dim])
-    if refused:
-        return refused
-    return Transfer((layout[:dim] + layout[dim + 1 :],) * shape_of(call.node.args[0])[dim])
+    return refused or Transfer((layout[:dim] + layout[dim + 1 :],) * size)
 
 
 @rule("chunk", "split")
@@ -355,9 +391,9 @@ def split_with_sizes(call: Call) -> Outcome:
     layout = call.layout(call.node.args[0])
     if layout is None:
         return NOTHING
-    sizes: Any = call.node.args[1]
+    given: Any = call.node.args[1]
     dim = call.arg(2, "dim", 0) % len(layout)
-    tokens = layout[dim]
+    tokens, sizes = layout[dim], [int_size(size) for size in given]
     if _cuts_rows(tokens, sizes):
         return Transfer(_row_pieces(layout, dim, shape_of(call.node.args[0])[dim], sizes))
     if isinstance(tokens, (Keys, Flat)):
@@ -372,9 +408,24 @@ def split_with_sizes(call: Call) -> Outcome:
         if piece is None:
             return call.no("an image is cut in two")
         facts.append((*layout[:dim], Tokens(piece), *layout[dim + 1 :]))
-        patches.append(Patch((1, i), piece))
+        if isinstance(given[i], int):
+            patches.append(Patch((1, i), piece))
         at += size
     return Transfer(tuple(facts), tuple(patches))
+
+
+def _cut_by_data(call: Call, layout: Layout, dim: int) -> Outcome:
+    """A range that depends on the data: text without its padding is new text."""
+    label = layout[dim]
+    if isinstance(label, Tokens):
+        if type(label) is not Tokens or any(s.grid for s in label.segments):
+            return call.no("a range of the token axis that depends on the data")
+        label = Tokens((Segment(call.name, shape_of(call.node)[dim]),))
+    elif refused := call.mixes("a range of", layout, [dim]):
+        return refused
+    else:
+        label = None
+    return Transfer((*layout[:dim], label, *layout[dim + 1 :]))
 
 
 @rule("slice", "narrow")
@@ -387,6 +438,8 @@ def slice_(call: Call) -> Outcome:
     tokens = layout[dim]
     size = shape_of(call.node.args[0])[dim]
     start, end = call.arg(2, "start") or 0, call.arg(3, "end")
+    if isinstance(start, fx.Node) or isinstance(end, fx.Node):
+        return _cut_by_data(call, layout, dim)
     if call.op == "aten.narrow":
         end = start + call.arg(3, "length")
     start = start + size if start < 0 else min(start, size)
@@ -397,7 +450,7 @@ def slice_(call: Call) -> Outcome:
         if _cuts_rows(tokens, (start, end - start)) and call.arg(4, "step", 1) == 1:
             return Transfer(_row_pieces(layout, dim, size, (start, end - start))[1])
         return call.mixes("a range of", layout, [dim]) or Transfer(_without_batch(layout, dim))
-    plain = type(tokens) is Tokens and call.op != "aten.narrow"
+    plain = type(tokens) in (Tokens, Row) and call.op != "aten.narrow"
     if call.arg(4, "step", 1) != 1 or not plain:
         return call.no("a strided or narrowed token axis")
     piece = _cut(tokens, start, end)
@@ -406,7 +459,8 @@ def slice_(call: Call) -> Outcome:
     patches = [Patch((2,), _before(tokens, start))] if start else []
     if end < size:
         patches.append(Patch((3,), _before(tokens, end)))
-    return Transfer((*layout[:dim], Tokens(piece), *layout[dim + 1 :]), tuple(patches))
+    label = replace(tokens, segments=piece)
+    return Transfer((*layout[:dim], label, *layout[dim + 1 :]), tuple(patches))
 
 
 @rule("slice_scatter")
@@ -447,43 +501,97 @@ def _join_rows(call: Call, layouts: list[Layout | None], dim: int) -> Outcome:
         label = layout[dim] if layout is not None else None
         if not is_batch(label) or label.span is None:
             return call.no("batches of tokens are joined")
-        assert layout is not None
-        assert layouts[0] is not None
-        if (*layout[:dim], *layout[dim + 1 :]) != (*layouts[0][:dim], *layouts[0][dim + 1 :]):
-            return call.no("rows with different axes are joined")
         labels.append(label)
         spans.append(label.span)
     if any(a[1] != b[0] or a[2] != b[2] for a, b in pairwise(spans)):
         return call.no("rows of the batch are joined in another order")
     if len({label.times for label in labels}) > 1:
         return call.no("batches of tokens are joined")
-    assert layouts[0] is not None
-    joined = labels[0].part(spans[0][0], spans[-1][1], spans[0][2])
-    return Transfer((*layouts[0][:dim], joined, *layouts[0][dim + 1 :]))
+    joined: list[Label] = []
+    for d, column in enumerate(zip(*(x for x in layouts if x is not None), strict=True)):
+        if d == dim:
+            joined.append(labels[0].part(spans[0][0], spans[-1][1], spans[0][2]))
+        elif len(set(column)) == 1:
+            joined.append(column[0])
+        elif not (found := _common(call, column, d)):
+            return call.no("rows with different axes are joined")
+        else:
+            joined.append(found)
+    return Transfer(tuple(joined))
+
+
+def _common(call: Call, labels: Sequence[Label], dim: int) -> Tokens | None:
+    """The tokens of a batch whose rows have these; what differs between them is other tokens.
+
+    Images of one size that the rows bring along become one image with a batch.
+    """
+    size, segments = shape_of(call.node)[dim], list[Segment]()
+    if not all(isinstance(label, Tokens) for label in labels):
+        return None
+    held = (label.segments for label in labels if isinstance(label, Tokens))
+    for column in zip(*held, strict=False):
+        first = column[0]
+        if len(set(column)) > 1:
+            if first.grid is None or len({(s.grid, s.length, s.heights) for s in column}) > 1:
+                break
+            first = replace(first, name=call.name)
+        segments.append(first)
+    rest = size - sum(s.length for s in segments)
+    if rest:
+        segments.append(Segment(f"{call.name}/rest", rest))
+    return Tokens(tuple(segments)) if rest >= 0 else None
 
 
 def _join(call: Call, operands: Any, layouts: list[Layout | None], dim: int) -> Outcome:
     segments: list[Segment] = []
+    row: int | None = None
     labels: list[Label] = [None] * len(shape_of(call.node))
     for operand, layout in zip(operands, layouts, strict=True):
         label = layout[dim] if layout is not None else None
+        if not shape_of(operand)[dim]:
+            continue
         if isinstance(label, (Keys, Flat)):
             return call.no("scores or flattened tokens are joined")
         if isinstance(label, Tokens):
             segments.extend(label.segments)
         else:
             segments.append(Segment(operand.name, shape_of(operand)[dim]))
+            if isinstance(label, Row):
+                row = label.row
         for d, other in enumerate(layout or ()):
             labels[d] = other if labels[d] is None else labels[d]
     if len({s.name for s in segments}) < len(segments):
         return call.no("the same tokens occur twice in one sequence")
-    labels[dim] = Tokens(tuple(segments))
+    labels[dim] = Tokens(tuple(segments)) if row is None else Row(tuple(segments), row)
     for operand, layout in zip(operands, layouts, strict=True):
         if layout is None or not isinstance(layout[dim], Tokens) or BATCH not in labels:
             continue
         if layout[labels.index(BATCH)] != BATCH:
             return call.no(f"the batch elements of {operand.name} may have been mixed")
     return Transfer(tuple(labels))
+
+
+@rule("pad_sequence")
+def pad_sequence(call: Call) -> Outcome:
+    """Rows of different length become a batch."""
+    operands: Any = call.node.args[0]
+    layouts = [call.layout(x) for x in operands]
+    if all(tokens_of(x) is None for x in layouts):
+        return NOTHING
+    if not call.arg(1, "batch_first", False) or call.arg(3, "padding_side", "right") != "right":
+        return call.no("sequences padded in another way")
+    return _rows_stacked(call, layouts)
+
+
+def _rows_stacked(call: Call, layouts: Sequence[Layout | None]) -> Outcome:
+    """Rows (tokens first) along a new batch dimension, in the order of the batch."""
+    first = [x[0] if x else None for x in layouts]
+    rows = [label.row for label in first if isinstance(label, Row)]
+    tokens = _common(call, first, 1)
+    if tokens is None or (rows and rows != list(range(len(first)))):
+        return call.no("rows of the batch are joined in another order")
+    rest = (None,) * (len(shape_of(call.node)) - 2)
+    return Transfer((BATCH, tokens, *rest), whole="rows are made a batch")
 
 
 @rule("stack")
@@ -494,6 +602,8 @@ def stack(call: Call) -> Outcome:
     known = next((x for x in layouts if x is not None), None)
     if known is None:
         return NOTHING
+    if isinstance(known[0], Row) and call.arg(1, "dim", 0) == 0:
+        return _rows_stacked(call, layouts)
     if any(x != known for x in layouts):
         return call.no("values with different axes are stacked")
     labels = list(known)
@@ -503,16 +613,24 @@ def stack(call: Call) -> Outcome:
 
 @rule("constant_pad_nd", "pad")
 def pad(call: Call) -> Outcome:
-    """Padding of other dimensions (pairs count from the last)."""
+    """Padding (pairs of widths count from the last dimension); of tokens it is other tokens."""
     layout = call.layout(call.node.args[0])
     if layout is None:
         return NOTHING
     widths: Any = call.node.args[1]
+    labels = list(layout)
     for i in range(len(widths) // 2):
-        label = layout[-1 - i]
-        if (widths[2 * i] or widths[2 * i + 1]) and (isinstance(label, Tokens) or is_batch(label)):
+        label, (before, after) = layout[-1 - i], (int_size(w) for w in widths[2 * i : 2 * i + 2])
+        if not before and not after:
+            continue
+        if is_batch(label) or isinstance(label, (Keys, Flat)) or before < 0 or after < 0:
             return call.no("padding of the token axis or its batch")
-    return Transfer(layout)
+        if isinstance(label, Tokens):
+            around = [Segment(f"{call.name}/{n}", w) for n, w in (("a", before), ("b", after)) if w]
+            front = around[:1] if before else []
+            joined = (*front, *label.segments, *around[len(front) :])
+            labels[len(layout) - 1 - i] = Tokens(joined)
+    return Transfer(tuple(labels))
 
 
 @rule("outer")
@@ -536,3 +654,26 @@ def view_as_real(call: Call) -> Outcome:
     """One complex number becomes a pair along a new last dimension."""
     layout = call.layout(call.node.args[0])
     return NOTHING if layout is None else Transfer((*layout, None))
+
+
+@rule("einsum")
+def einsum(call: Call) -> Outcome:
+    """A sum of products by letters: each keeps its axis; tokens and their batch stay unsummed."""
+    equation, operands = str(call.node.args[0]).replace(" ", ""), call.node.all_input_nodes
+    inputs, arrow, output = equation.partition("->")
+    letters = inputs.split(",")
+    layouts = [call.layout(x) for x in operands]
+    if all(layout is None for layout in layouts):
+        return NOTHING
+    repeated = any(len(set(word)) < len(word) for word in (*letters, output))
+    if not arrow or "." in equation or repeated or len(operands) != len(letters):
+        return call.no("an einsum of this form")
+    labels: dict[str, Label] = {}
+    for word, layout in zip(letters, layouts, strict=True):
+        for letter, label in zip(word, layout or [None] * len(word), strict=True):
+            if labels.setdefault(letter, label) != label:
+                return call.no(f"different axes meet in {letter!r}")
+    for letter, label in labels.items():
+        if letter not in output and (isinstance(label, Tokens) or is_batch(label)):
+            return call.no("a sum over the token axis or its batch")
+    return Transfer(tuple(labels[letter] for letter in output))
