@@ -469,7 +469,10 @@ REFUSED = {
     "strides": (lambda m, x: x * x[:, ::2].repeat(1, 2, 1), "strided"),
     "selection": (lambda m, x: x * x[:, 3:4] + x[:, 0][:, None], "cut in two"),
     "repetition": (lambda m, x: x * x.repeat(1, 2, 1)[:, :N], "repetition of the token axis"),
-    "padding": (lambda m, x: F.pad(x, (0, 0, 1, 0))[:, 1:] * x, "padding of the token axis"),
+    "negative padding": (
+        lambda m, x: F.pad(x, (0, 0, -1, 0)) * x[:, :1],
+        "padding of the token axis",
+    ),
     "twice in one sequence": (
         lambda m, x: m.attention(x, torch.cat([x, x], 1)),
         "the same tokens occur twice",

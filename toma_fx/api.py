@@ -11,8 +11,9 @@ from torch._dynamo.eval_frame import OptimizedModule
 from toma_fx.capture import check_model
 from toma_fx.config import ToMAConfig
 from toma_fx.errors import ConfigError, ModelTypeError
+from toma_fx.guard import ModelGuard
 from toma_fx.report import Report, Summary, make_report, make_summary
-from toma_fx.runtime import OptimizedDenoiser
+from toma_fx.runtime import OptimizedDenoiser, merging
 from toma_fx.specialize import Specialization, tracing
 
 T = TypeVar("T")
@@ -48,9 +49,10 @@ def optimize(
 
     Raises:
         ConfigError: a field out of its domain (`UnknownNameError`, `TileError` are kinds of it).
-        ModelTypeError: no denoiser found, or it is compiled already.
+        ModelTypeError: no denoiser found, or it or parts of it are compiled already.
         TrainingModeError: the model is in training mode.
-        CaptureError, NoMergeSites: with example inputs; otherwise they come at the first call.
+        CaptureError, CompanionError, NoMergeSites: with example inputs; otherwise they come at the
+            first call.
     """
     config = _config(toma, options)
     if type(max_signatures) is not int or max_signatures < 1:
@@ -117,17 +119,20 @@ def explain(
     toma: bool | str | ToMAConfig | Mapping[str, Any] = True,
     **options: Any,
 ) -> Report:
-    """What `optimize` would do for these inputs, without running the model.
+    """What `optimize` would do for these inputs.
 
     Args as for `optimize`. The result prints as a table and converts with `to_json()`.
 
     Raises:
         NoMergeSites: nothing can be merged; its message lists every reason.
+        CompanionError: another library acts inside the forward pass.
     """
     config = _config(toma, options)
     denoiser = _plain(model if isinstance(model, nn.Module) else _component(model)[1])
     args, kwargs = call_of(example_inputs)
-    with tracing():
+    guard = ModelGuard(denoiser)
+    guard.check_merging(merging(config))
+    with tracing(), guard.kernel():
         return make_report(Specialization.make(denoiser, args, kwargs, config))
 
 
@@ -179,6 +184,16 @@ def _plain(model: nn.Module) -> nn.Module:
             hint="optimize first: toma_fx.optimize(model).compile(), "
             "or torch.compile(model, backend='toma_fx')",
         )
+    for path, part in model.named_modules():
+        if type(part) is OptimizedModule or part._compiled_call_impl is not None:
+            raise ModelTypeError(
+                "parts of the model are compiled already",
+                where=path,
+                expected="the model itself; a captured graph would not use the compiled parts",
+                got=f"{type(part).__name__} compiled by torch.compile or compile_repeated_blocks",
+                hint="optimize first: toma_fx.optimize(model).compile(); to take the compilation "
+                "back: for m in model.modules(): m._compiled_call_impl = None",
+            )
     return model
 
 

@@ -177,13 +177,13 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         ModelTypeError, TrainingModeError: see `check_model`.
     """
     check_model(model)
-    kwargs, bare = dict(sorted(kwargs.items())), _bare(model)
+    kwargs, plain = dict(sorted(kwargs.items())), bare(model)
     try:
         with torch.no_grad():
-            program = torch.export.export(bare, tuple(args), kwargs, strict=False)
+            program = torch.export.export(plain, tuple(args), kwargs, strict=False)
             graph_module = flat_graph(program, type(model).__name__)
     except Exception as error:
-        raise _capture_error(bare, error) from error
+        raise _capture_error(plain, error) from error
     specs = []
     placeholders: list[Any] = graph_module.graph.find_nodes(op="placeholder")
     for node, value in zip(placeholders, flatten_call(args, kwargs)[0], strict=True):
@@ -195,7 +195,7 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     return Captured(graph_module, tuple(specs), out_spec, tuple(hints))
 
 
-def _bare(model: nn.Module) -> nn.Module:
+def bare(model: nn.Module) -> nn.Module:
     """The model without what others wrapped around its call (offload hooks); shares everything."""
     bare = copy.copy(model)
     own = vars(bare)

@@ -49,6 +49,10 @@ class CaptureError(TomaError, RuntimeError):
     """`torch.export` could not trace the model; names the module and the Python line."""
 
 
+class ParityError(CaptureError):
+    """A captured graph computes something else than the model."""
+
+
 class SignatureError(TomaError, ValueError):
     """A call does not fit the signature that was captured."""
 
@@ -57,8 +61,12 @@ class AdapterError(CaptureError):
     """The model no longer accepts a call that it accepted before it changed."""
 
 
-class OffloadError(TomaError, RuntimeError):
-    """Weights are moved or changed inside the forward pass, where a captured graph can't follow."""
+class CompanionError(TomaError, RuntimeError):
+    """Another library acts on the model in a way that a captured graph can't follow."""
+
+
+class OffloadError(CompanionError):
+    """Hooks act inside the forward pass: they move or cast weights, or skip parts of the model."""
 
 
 class StateError(TomaError, ValueError):

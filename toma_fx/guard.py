@@ -5,31 +5,49 @@ scales, processors, flags). `ModelGuard` remembers them by identity and by value
 in about a millisecond and is asked at every step; `key` names the state by value, so that a model
 that returns to an earlier state (an adapter switched back) finds its earlier graphs.
 
-Outside the guard: values inside tensors (shared with the graph, a change shows at once) and what a
-model's Python code reads from anywhere but the model.
+Of what a model's Python code reads from elsewhere, `home` names autocast regions and diffusers'
+attention backend. Outside the guard: values inside tensors (shared with the graph, a change shows
+at once) and everything else that lies outside the model.
+
+What other libraries do inside a forward pass that a graph can't follow is refused by name.
 """
 
 from __future__ import annotations
 
 import hashlib
 import marshal
+import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from operator import is_, itemgetter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from toma_fx.errors import AdapterError, OffloadError
+from toma_fx.errors import AdapterError, CompanionError, OffloadError
 
-_INTERNAL = (frozenset(nn.Module().__dict__) | {"_is_full_backward_hook"}) - {"training"}
+_INTERNAL = frozenset(
+    {*nn.Module().__dict__, "_is_full_backward_hook", "_compiled_call_impl"} - {"training"}
+)
 STAND_IN = frozenset({"_hf_hook", "_old_forward", "forward", "_diffusers_hook"})
 """Attributes by which other libraries wrap the call of a module; at the root they are not part of
 the graph."""
 _CONTAINERS = (nn.ModuleDict, nn.ParameterDict, nn.ModuleList, nn.Sequential, nn.Identity)
 """Modules without behaviour of their own: only what they hold counts."""
-_NOTES = frozenset({"peft_config", "_hf_peft_config_loaded", "lora_scale", "_safe_fusing"})
+_NOTES = frozenset(
+    {"peft_config", "_hf_peft_config_loaded", "lora_scale", "_safe_fusing", "_cache_config"}
+)
 """Attributes that record how a model came about and that its forward pass does not read."""
 _SWITCHES = frozenset({"_active_adapter", "_disable_adapters", "merged_adapters"})
+KERNELS = {
+    "_native_cudnn": SDPBackend.CUDNN_ATTENTION,
+    "_native_efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "_native_flash": SDPBackend.FLASH_ATTENTION,
+    "_native_math": SDPBackend.MATH,
+}
+"""Attention backends of diffusers that are torch's own attention with one kernel."""
 
 
 class ModelGuard:
@@ -39,12 +57,14 @@ class ModelGuard:
         key: digest of the state by value; parameters count by identity.
 
     Raises:
-        OffloadError: weights are moved or changed inside the forward pass.
+        CompanionError: another library acts inside the forward pass (`OffloadError`: by hooks).
     """
 
     def __init__(self, model: nn.Module) -> None:
         modules = dict(model.named_modules(remove_duplicate=True))
+        _check_parallel(model)
         _check_hooks(modules)
+        self._dispatching = _dispatching(modules)
         objects = [*modules.values(), *_helpers(modules.values())]
         hooks = [table for m in modules.values() for table in _hook_tables(m)]
         self._root = vars(model)
@@ -79,11 +99,82 @@ class ModelGuard:
 
     @property
     def home(self) -> tuple[Any, ...]:
-        """(dtype, device) of the model's first parameter; () if it has none.
+        """Where the model runs: dtype and device, autocast, attention backends.
 
-        Of the parameter itself: while another thread traces, the model holds a stand-in for it.
+        Dtype and device are those of its first parameter, if it has one. Of the parameter itself:
+        while another thread traces, the model holds a stand-in for it.
         """
-        return () if self._first is None else (self._first.dtype, self._first.device)
+        if self._first is None:
+            return _autocast("cpu"), self.backends
+        device = self._first.device
+        return self._first.dtype, device, _autocast(device.type), self.backends
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """The attention backends of diffusers that act now; the global one where none is set."""
+        active = _active_backend() if None in self._dispatching else ""
+        return tuple(dict.fromkeys(active if n is None else n for n in self._dispatching))
+
+    def kernel(self) -> AbstractContextManager[Any]:
+        """What the graph runs under: the attention kernel that the backend asks for.
+
+        In the graph attention is one op; which kernel runs it is not recorded there.
+
+        Raises:
+            CompanionError: parts of the model ask for different kernels.
+        """
+        kernels = {KERNELS.get(name) for name in self.backends}
+        if len(kernels) > 1:
+            raise CompanionError(
+                "parts of the model ask for different attention kernels",
+                where=self._using(next(name for name in self.backends if name in KERNELS))[0],
+                expected="one attention backend for the whole model",
+                got=", ".join(self.backends),
+                hint="denoiser.set_attention_backend(...), or denoiser.reset_attention_backend()",
+            )
+        kernel = next(iter(kernels), None)
+        return nullcontext() if kernel is None else sdpa_kernel(kernel)
+
+    def check_merging(self, merges: Callable[[str], bool]) -> None:
+        """Refuse to merge where it would not do what it should.
+
+        Args:
+            merges: whether attention at a module path is to be merged; of "", whether anything is.
+
+        Raises:
+            CompanionError: inside an autocast region, or attention is to be merged and its backend
+                isn't torch's own.
+        """
+        autocast = _autocast("cpu" if self._first is None else self._first.device.type)
+        if autocast and merges(""):
+            # the graph leaves casting to autocast, which would also cast what selects the tokens
+            raise CompanionError(
+                "tokens are selected in float32, and autocast would round that",
+                where="torch.autocast around the call",
+                expected="no autocast region around the optimized denoiser",
+                got=", ".join(f"torch.autocast({kind!r}, {dtype})" for kind, dtype in autocast),
+                hint="cast the model instead: denoiser.to(torch.bfloat16), and call it outside, or "
+                "inside torch.autocast(..., enabled=False)",
+            )
+        for name in self.backends:
+            if name == "native" or name in KERNELS:
+                continue
+            where = next(filter(merges, self._using(name)), None)
+            if where is not None:
+                raise CompanionError(
+                    "the attention backend hides the attention",
+                    where=where,
+                    expected="torch's scaled_dot_product_attention in the graph",
+                    got=f"the attention backend {name!r}",
+                    hint='denoiser.set_attention_backend("native"), and compile: denoiser.compile()'
+                    '; or leave attention alone: branches=("mlp",)',
+                )
+
+    def _using(self, backend: str) -> list[str]:
+        """Paths of the modules whose attention a backend computes."""
+        own = self._dispatching.get(backend, [])
+        active = self._dispatching.get(None, []) if backend == _active_backend() else []
+        return [*own, *active]
 
     def _look(self) -> list[Any]:
         """Modules, parameters, buffers, hooks and other objects, to be compared by identity."""
@@ -129,8 +220,19 @@ def _attributes(owner: Any, *, root: bool) -> tuple[list[str], list[str]]:
     for name, value in vars(owner).items():
         if name in _INTERNAL or name in _NOTES or (root and name in wrapped):
             continue
+        if _is_leftover(owner, name, value):
+            continue
         (plain if _is_plain(value) else opaque).append(name)
     return plain, opaque
+
+
+def _is_leftover(owner: Any, name: str, value: Any) -> bool:
+    """What hooks leave behind when removed: an empty registry, the class's own forward put back."""
+    if name == "_diffusers_hook":
+        return not getattr(value, "hooks", None)
+    forward = getattr(type(owner), "forward", None)
+    own = name == "forward" and getattr(value, "__func__", None) is forward
+    return own and getattr(value, "__self__", None) is owner
 
 
 def _helpers(owners: Iterable[Any], depth: int = 2) -> list[Any]:
@@ -236,7 +338,133 @@ def _only(value: Any, names: set[str], acting: tuple[str, ...]) -> Any:
     return value
 
 
-# -- who else moves the weights -------------------------------------------------------------------
+# -- what lies outside the model ------------------------------------------------------------------
+
+
+def _autocast(device: str) -> tuple[tuple[str, torch.dtype], ...]:
+    """The autocast regions that hold for a model on a device, and their dtypes."""
+    kinds = (kind for kind in sorted({"cpu", device}) if torch.amp.is_autocast_available(kind))
+    active = (kind for kind in kinds if torch.is_autocast_enabled(kind))
+    return tuple((kind, torch.get_autocast_dtype(kind)) for kind in active)
+
+
+def _dispatching(modules: Mapping[str, nn.Module]) -> dict[str | None, list[str]]:
+    """Attention backend -> paths of the modules that use it; None is the global one.
+
+    A processor that calls torch's attention directly counts as native.
+    """
+    found: dict[str | None, list[str]] = {}
+    for path, module in modules.items():
+        processor = getattr(module, "processor", None)
+        if processor is not None:
+            backend = getattr(processor, "_attention_backend", "native")
+            found.setdefault(getattr(backend, "value", backend), []).append(path)
+    return found
+
+
+def _active_backend() -> str:
+    """The attention backend that holds in diffusers now, set by `attention_backend(...)`, say."""
+    dispatch = sys.modules.get("diffusers.models.attention_dispatch")
+    active = getattr(getattr(dispatch, "_AttentionBackendRegistry", None), "_active_backend", None)
+    return str(getattr(active, "value", active) or "native")
+
+
+# -- who else acts inside the forward pass --------------------------------------------------------
+
+_REMOVE = (
+    "for root in {denoiser, toma_fx.restore(denoiser)}: for name in {names}: "
+    "HookRegistry.check_if_exists_or_initialize(root).remove_hook(name, recurse=True)"
+)
+_CACHE = (
+    "a cache skips parts of the model, by what it saw in earlier steps",
+    f"denoiser.disable_cache(); where it was applied by hand, {_REMOVE}",
+)
+_PARALLEL = (
+    "the model is split over several processes",
+    "load the model without parallel_config and do not call enable_parallelism; "
+    "run whole requests side by side instead, one process per device",
+)
+_GUIDER = (
+    "a guider changes layers in one of its passes",
+    "a guider that leaves the layers alone (ClassifierFreeGuidance), or toma_fx.restore(pipe)",
+)
+_KNOWN: Mapping[str, tuple[str, str]] = {
+    "context_parallel": _PARALLEL,
+    "tensor_parallel": _PARALLEL,
+    "faster_cache": _CACHE,
+    "first_block_cache": _CACHE,
+    "mag_cache": _CACHE,
+    "pyramid_attention_broadcast": _CACHE,
+    "sea_cache": _CACHE,
+    "taylorseer_cache": _CACHE,
+    "text_kv_cache": _CACHE,
+    "group_offloading": (
+        "group offload moves the weights while the model runs",
+        f"pipe.enable_model_cpu_offload() instead; to go on with this model, {_REMOVE}; "
+        "then denoiser.to(device)",
+    ),
+    "layer_skip": _GUIDER,
+    "smoothed_energy_guidance_utils": _GUIDER,
+    "layerwise_casting": (
+        "layerwise casting casts the weights while the model runs",
+        "load the model anew, in the compute dtype or quantized (the cast can't be undone)",
+    ),
+}
+"""Module of `diffusers.hooks` -> what its hooks do, and what to do instead."""
+_OTHER = (
+    "a hook changes what the model does while it runs",
+    f"{_REMOVE}; or register_forward_hook, which is captured, or a hook on the optimized denoiser "
+    "itself, which acts around each step",
+)
+
+
+def _is_diffusers(hook: Any) -> bool:
+    return type(hook).__module__.startswith("diffusers.hooks.")
+
+
+def _hooks(module: nn.Module) -> dict[str, Any]:
+    """Hooks in the registry of diffusers that a module has itself."""
+    return getattr(vars(module).get("_diffusers_hook"), "hooks", None) or {}
+
+
+def check_wrapping(stand_in: nn.Module) -> None:
+    """Refuse diffusers' own hooks on a stand-in; hooks of the user act around its call.
+
+    Raises:
+        OffloadError: there are some.
+    """
+    hooks = {name: hook for name, hook in _hooks(stand_in).items() if _is_diffusers(hook)}
+    if hooks:
+        _refuse({"the optimized denoiser": hooks})
+
+
+def _refuse(found: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise for hooks, by module path."""
+    for path, hooks in found.items():
+        first = next(iter(hooks.values()))
+        known = _KNOWN if _is_diffusers(first) else {}
+        what, hint = known.get(type(first).__module__.rpartition(".")[2], _OTHER)
+        names = tuple(dict.fromkeys(name for each in found.values() for name in each))
+        raise OffloadError(
+            what,
+            where=path or "the denoiser",
+            expected="a forward pass without hooks of diffusers",
+            got=", ".join(f"{type(hook).__name__} ({name})" for name, hook in hooks.items()),
+            hint=hint.replace("{names}", repr(names)),
+        )
+
+
+def _check_parallel(model: nn.Module) -> None:
+    config = getattr(model, "_parallel_config", None)
+    if config is not None:
+        what, hint = _PARALLEL
+        raise CompanionError(
+            what,
+            where="_parallel_config of the denoiser",
+            expected="a model that one process runs alone",
+            got=type(config).__name__,
+            hint=hint,
+        )
 
 
 def _check_hooks(modules: Mapping[str, nn.Module]) -> None:
@@ -252,16 +480,7 @@ def _check_hooks(modules: Mapping[str, nn.Module]) -> None:
                 hint="pipe.remove_all_hooks(), then pipe.enable_model_cpu_offload(), "
                 "or pipe.to(device)",
             )
-        hooks = getattr(vars(module).get("_diffusers_hook"), "hooks", None)
-        if hooks:
-            raise OffloadError(
-                "diffusers hooks change what the model does while it runs",
-                where=path or "the denoiser",
-                expected="a plain forward pass",
-                got=", ".join(sorted(hooks)),
-                hint="group offload: pipe.enable_model_cpu_offload() instead; caches: "
-                "denoiser.disable_cache(); layerwise casting: load the model in the compute dtype",
-            )
+    _refuse({path: hooks for path, module in modules.items() if (hooks := _hooks(module))})
     meta = [n for n, p in modules[""].named_parameters() if p.is_meta] if "" in modules else []
     if meta:
         raise OffloadError(

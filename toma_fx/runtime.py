@@ -27,8 +27,8 @@ from torch.utils import _pytree as pytree
 from toma_fx.axis import Raster
 from toma_fx.capture import check_model, flatten_call, raster
 from toma_fx.config import ToMAConfig
-from toma_fx.errors import AdapterError, CaptureError, SignatureError
-from toma_fx.guard import STAND_IN, ModelGuard
+from toma_fx.errors import AdapterError, CaptureError, CompanionError, SignatureError
+from toma_fx.guard import STAND_IN, ModelGuard, check_wrapping
 from toma_fx.requests import batched, checked_states, fitting, following
 from toma_fx.specialize import TRACING, Specialization, SpecializationCache, beside_tracing
 from toma_fx.state import Call, Generation, PassState, State, call_at, shared_state
@@ -44,7 +44,7 @@ class Arguments:
 
     Attributes:
         args, kwargs: keywords where the forward signature names them. leaves: flattened.
-        model: digest of the model's state.
+        guard: the model's state.
         signature: what the graph is specialized to, but for the values of position ids.
         timestep: as a number. conditioning: the text tokens, if the model has them.
     """
@@ -52,7 +52,7 @@ class Arguments:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     leaves: list[Any]
-    model: str
+    guard: ModelGuard
     signature: Signature
     timestep: float | None
     conditioning: Tensor | None
@@ -62,6 +62,7 @@ class Arguments:
 class Turn:
     """What a call runs: a program of a specialization on inputs, for a pass of a generation."""
 
+    guard: ModelGuard
     specialization: Specialization
     call: Call
     run: Callable[..., Any]
@@ -223,13 +224,14 @@ class OptimizedDenoiser(nn.Module):
         Raises:
             SignatureError: the call does not fit a fixed capture.
             CaptureError, NoMergeSites, TileError: at the first call of a signature.
-            AdapterError: the model no longer accepts the call. OffloadError: its weights are away.
+            AdapterError: the model no longer accepts the call.
+            CompanionError: another library acts inside the forward pass (`OffloadError`: by hooks).
             SharedStateError: another thread is in the middle of a generation.
         """
         turn = self._prepare(args, kwargs)
         done = False
         try:
-            with torch.no_grad(), beside_tracing():
+            with torch.no_grad(), beside_tracing(), turn.guard.kernel():
                 results = turn.run(*turn.inputs)
             outputs = self._finish(turn, results)
             done = True
@@ -276,7 +278,7 @@ class OptimizedDenoiser(nn.Module):
         inputs = given.leaves
         if program is not None:
             inputs = [*inputs, *(state.patterns[name] for name in program.pattern_inputs)]
-        return Turn(specialization, call, run, inputs, generation, state, implicit)
+        return Turn(given.guard, specialization, call, run, inputs, generation, state, implicit)
 
     @torch._dynamo.disable
     def _leave(self, turn: Turn, done: bool) -> None:
@@ -304,11 +306,16 @@ class OptimizedDenoiser(nn.Module):
         self._totals[call] = self._totals.get(call, 0) + 1
 
     def _placed(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, step: bool = False
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Honour an offload hook that sits on the original: weights and inputs on its device."""
-        hook = vars(self.denoiser).get("_hf_hook")
-        if hook is None or "_hf_hook" in self.__dict__:
+        """Honour offload hooks that the call passes by: weights and inputs on their device.
+
+        Those are the hooks of the original, and in a `step` those of the stand-in.
+        """
+        own, hook = self.__dict__.get("_hf_hook"), vars(self.denoiser).get("_hf_hook")
+        if own is not None:
+            hook = own if step else None
+        if hook is None:
             return args, kwargs
         if getattr(hook, "offload", False):
             ModelGuard(self.denoiser)  # says what can't work
@@ -321,6 +328,7 @@ class OptimizedDenoiser(nn.Module):
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         check_model(self.denoiser)
+        check_wrapping(self)
         args, kwargs, timestep = self._normalised(args, kwargs)
         leaves, tree = flatten_call(args, kwargs)
         guard = self._current_guard()
@@ -329,7 +337,7 @@ class OptimizedDenoiser(nn.Module):
             raise self._mismatch(args, kwargs)
         text = kwargs.get("encoder_hidden_states")
         conditioning = text if isinstance(text, Tensor) else None
-        return Arguments(args, kwargs, leaves, guard.key, signature, timestep, conditioning)
+        return Arguments(args, kwargs, leaves, guard, signature, timestep, conditioning)
 
     def _normalised(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -381,13 +389,15 @@ class OptimizedDenoiser(nn.Module):
     def _specialization(
         self, given: Arguments, rasters: tuple[Raster | None, ...]
     ) -> tuple[tuple[Any, ...], Specialization]:
-        key = (given.model, given.signature, rasters)
+        key = (given.guard.key, given.signature, rasters)
 
         def make() -> Specialization:
+            given.guard.check_merging(merging(self.config_toma))
             try:
-                made = Specialization.make(
-                    self.denoiser, given.args, given.kwargs, self.config_toma
-                )
+                with given.guard.kernel():
+                    made = Specialization.make(
+                        self.denoiser, given.args, given.kwargs, self.config_toma
+                    )
                 self._accepted[given.signature] = None
                 if len(self._accepted) > GENERATIONS * self.cache.capacity:
                     self._accepted.popitem(last=False)
@@ -433,7 +443,8 @@ class OptimizedDenoiser(nn.Module):
             "the call does not fit the captured signature",
             where=type(self.denoiser).__name__,
             expected="the captured structure, "
-            "with the model on the same device and in the same dtype",
+            "with the model on the same device and in the same dtype, "
+            "in the same autocast region and with the same attention backend",
             got="another",
             hint=hint,
         )
@@ -456,21 +467,23 @@ class OptimizedDenoiser(nn.Module):
             StateError: no states, states that do not fill the batch, that belong to another size,
                 or whose steps merge in one and not in another.
             SignatureError: inputs that are no call of the denoiser.
+            CompanionError: hooks on the optimized denoiser, which only act when it is called.
         """
         single = isinstance(state, State)
         states = checked_states(state)
+        self._check_own_hooks()
         args, kwargs = _call_of(inputs)
-        given = self._arguments(*self._placed(args, kwargs))
+        given = self._arguments(*self._placed(args, kwargs, step=True))
         _, specialization = self._specialization(
             given, tuple(raster(leaf) for leaf in given.leaves)
         )
-        model = (given.model, given.signature[1])  # with its dtype and device
+        model = (given.guard.key, given.signature[1])  # with its dtype and device
         states = [fitting(s, specialization, model) for s in states]
         call, patterns = batched(states, specialization)
         run = specialization.runner(call, self._compile)
         program = specialization.program(call)
         names = program.pattern_inputs if program is not None else ()
-        with torch.no_grad(), beside_tracing():
+        with torch.no_grad(), beside_tracing(), given.guard.kernel():
             results = run(*given.leaves, *(patterns[name] for name in names))
         made_names = program.pattern_outputs if program is not None else ()
         own = len(results) - len(made_names)
@@ -479,6 +492,22 @@ class OptimizedDenoiser(nn.Module):
         states = following(states, {**patterns, **made}, call, specialization, model)
         outputs = self._outputs(specialization, results[:own])
         return outputs, states[0] if single else states
+
+    def _check_own_hooks(self) -> None:
+        """Refuse hooks on the stand-in that a call would run and a `step` would not."""
+        hooks = getattr(self.__dict__.get("_diffusers_hook"), "hooks", {})
+        tables = (self._forward_pre_hooks, self._forward_hooks)
+        names = [type(h).__name__ for h in hooks.values()]
+        names += [getattr(h, "__qualname__", repr(h)) for table in tables for h in table.values()]
+        if names:
+            raise CompanionError(
+                "hooks on the optimized denoiser do not act in a step",
+                where="step(inputs, state)",
+                expected="an optimized denoiser without hooks of its own",
+                got=", ".join(names),
+                hint="call the denoiser itself, inside own_state() for a state apart; "
+                "or denoiser.denoiser.register_forward_hook, which is captured",
+            )
 
     # -- compiling ------------------------------------------------------------------------------
 
@@ -494,6 +523,10 @@ class OptimizedDenoiser(nn.Module):
         for specialization in self.cache.values():
             specialization.runners.clear()
         return self
+
+    def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """As `compile`: a program is one graph without blocks, and is compiled whole."""
+        self.compile(*args, **kwargs)
 
     # -- implicit state -------------------------------------------------------------------------
 
@@ -557,6 +590,21 @@ class OptimizedDenoiser(nn.Module):
     def totals(self) -> dict[Call, int]:
         """Steps run since `optimize`, by kind of program."""
         return dict(self._totals)
+
+
+def merging(config: ToMAConfig) -> Callable[[str], bool]:
+    """Whether a configuration merges attention at a module path; of "", whether it merges."""
+    overrides: Any = config.overrides
+    ratios = [config.ratio, *(dict(values).get("ratio", 0.0) for _, values in overrides)]
+    anything = any(ratio > 0 for ratio in ratios)
+    attention = not {"attention", "cross"}.isdisjoint(config.branches)
+
+    def merges(path: str) -> bool:
+        if not path:
+            return anything
+        return attention and config.selects(path) and config.at(path).ratio > 0
+
+    return merges
 
 
 def _rebuilt(

@@ -17,9 +17,10 @@ from torch._dynamo import convert_frame
 
 from toma_fx.analysis import analyse
 from toma_fx.axis import Analysis
-from toma_fx.capture import Captured, capture
+from toma_fx.capture import Captured, capture, check_model
 from toma_fx.config import ToMAConfig
 from toma_fx.flow import Flow
+from toma_fx.parity import Expected
 from toma_fx.passes.pipeline import Program, rewrite
 from toma_fx.passes.rewriter import Templates
 from toma_fx.plan import MergePlan, make_plan
@@ -91,8 +92,18 @@ class Specialization:
     def make(
         cls, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], config: ToMAConfig
     ) -> Specialization:
-        """Capture, analyse and plan one call."""
-        return cls.of(capture(model, args, kwargs), config)
+        """Capture, check, analyse and plan one call.
+
+        Raises:
+            CaptureError: the model can't be captured. ParityError: it was captured wrong.
+            NoMergeSites, TileError: see `make_plan`.
+        """
+        check_model(model)
+        expected = Expected.of(model, args, kwargs)
+        captured = capture(model, args, kwargs)
+        if expected is not None:
+            expected.check(captured)
+        return cls.of(captured, config)
 
     @classmethod
     def of(cls, captured: Captured, config: ToMAConfig) -> Specialization:

@@ -4,7 +4,7 @@ A rule gets a `Call` (the node's arguments, shapes and the layouts of its operan
 `Transfer` or `Rejected`. Which dimension is which is decided by dimension bookkeeping alone, never
 by comparing sizes with a token count, so that a head width equal to the token count can't mislead.
 
-Importing this package registers every rule: those of `attention`, `compute` and `shape`.
+Importing this package registers every rule: those of `attention`, `compute`, `shape`, `quantised`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import operator
 import torch
 from torch import fx
 
-import toma_fx.rules.attention  # noqa: F401 - registers its rules
+import toma_fx.rules.attention
+import toma_fx.rules.quantised  # noqa: F401 - registers its rules
 from toma_fx.axis import Fact, Transfer, is_tuple_fact
 from toma_fx.rules.base import (
     NOTHING,
