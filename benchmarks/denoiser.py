@@ -22,11 +22,7 @@ import argparse
 import copy
 import datetime
 import gc
-import importlib.metadata
-import json
 import os
-import platform
-import shlex
 import statistics
 import subprocess
 import sys
@@ -39,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from common import CLASSES, CONFIGS, command_line, device_name, publish, resident, save, versions
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
 from torch._inductor.exc import InductorError
@@ -52,38 +48,7 @@ from toma_fx.report import make_report
 
 SCOPES = ("sublayer", "block", "stack")
 RATIOS = (0.25, 0.5, 0.75)
-CLASSES = {"sdxl": UNet2DConditionModel, "flux": FluxTransformer2DModel}
 SUBFOLDERS = {"sdxl": "unet", "flux": "transformer"}
-CONFIGS: dict[str, dict[str, Any]] = {
-    # unet/config.json of stabilityai/stable-diffusion-xl-base-1.0
-    "sdxl": {
-        "sample_size": 128,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "block_out_channels": (320, 640, 1280),
-        "layers_per_block": 2,
-        "transformer_layers_per_block": (1, 2, 10),
-        "attention_head_dim": (5, 10, 20),
-        "use_linear_projection": True,
-        "cross_attention_dim": 2048,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    },
-    # transformer/config.json of black-forest-labs/FLUX.1-dev
-    "flux": {
-        "patch_size": 1,
-        "in_channels": 64,
-        "num_layers": 19,
-        "num_single_layers": 38,
-        "attention_head_dim": 128,
-        "num_attention_heads": 24,
-        "joint_attention_dim": 4096,
-        "pooled_projection_dim": 768,
-        "guidance_embeds": True,
-        "axes_dims_rope": (16, 56, 56),
-    },
-}
 TIMESTEPS = {"sdxl": (900, 800), "flux": (0.9, 0.8)}
 """Of the original and refresh steps, and of reuse steps."""
 WARMUP = {"cpu": 0, "cuda": 2}
@@ -465,9 +430,7 @@ def print_peak(args: argparse.Namespace) -> None:
         model = toma_fx.optimize(model, scope=scope, ratio=ratio)
     for inputs in (early, late, late):
         model(**inputs)
-    # not getrusage: a child's maximum starts at its parent's
-    status = Path("/proc/self/status").read_text()
-    print(int(status.split("VmHWM:")[1].split()[0]) / 1024)
+    print(resident(peak=True))
 
 
 def split(name: str) -> tuple[str, float]:
@@ -498,11 +461,7 @@ class Run:
 
     def save(self) -> None:
         """Write the results so far, all or nothing."""
-        if self.args.out is None:
-            return
-        part = self.args.out.with_suffix(".part")
-        part.write_text(json.dumps(self.results, indent=2) + "\n")
-        os.replace(part, self.args.out)
+        save(self.results, self.args.out)
 
     def size(self, size: int) -> None:
         """Every variant at one picture size."""
@@ -575,36 +534,6 @@ class Run:
                 name = f"{row['scope']}:{row['ratio']}"
                 row["peak_mib_eager"] = cpu_peak(self.args, size, name)
                 self.save()
-
-
-def device_name(device: str) -> str:
-    """Marketing name of the processor that computes."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def versions() -> dict[str, str]:
-    """Of everything that matters, where installed."""
-    found = {"python": platform.python_version(), "toma_fx": toma_fx.__version__}
-    for package in ("torch", "diffusers", "triton", "tomesd"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def command_line() -> str:
-    """How this run was started."""
-    threads = os.environ.get("OMP_NUM_THREADS")
-    prefix = f"OMP_NUM_THREADS={threads} " if threads else ""
-    return prefix + "python benchmarks/denoiser.py " + shlex.join(sys.argv[1:])
 
 
 def facts(args: argparse.Namespace, model: Any) -> dict[str, Any]:
@@ -732,7 +661,7 @@ def main() -> None:
     run.results["complete"] = True
     run.save()
     if args.out is None:
-        print(json.dumps(run.results, indent=2))
+        publish(run.results, None)
 
 
 if __name__ == "__main__":

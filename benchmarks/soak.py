@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import platform
 import random
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import publish, resident
 from diffusers import FluxTransformer2DModel
 from peft import LoraConfig
 from torch._dynamo.utils import counters
@@ -86,11 +86,10 @@ def generation(optimized: Any, size: tuple[int, int], steps: int, guided: bool) 
     return steps * (1 + guided)
 
 
-def resident() -> float:
-    """Resident memory of this process in MiB."""
+def held() -> float:
+    """Resident memory of this process in MiB, without garbage."""
     gc.collect()
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmRSS:")[1].split()[0]) / 1024
+    return resident()
 
 
 def mixed(total: int) -> dict[str, Any]:
@@ -106,14 +105,14 @@ def mixed(total: int) -> dict[str, Any]:
         switch(model, adapter)
         done += generation(optimized, size, 6, True)
     first = {"captures": optimized.cache.made, "compiled": counters["stats"]["unique_graphs"]}
-    curve = [(done, resident())]
+    curve = [(done, held())]
     while done < total:
         for _ in range(20):
             switch(model, draw.choice(ADAPTERS), 1.0)
             done += generation(
                 optimized, draw.choice(SIZES), draw.randint(3, 12), draw.random() < 0.5
             )
-        curve.append((done, resident()))
+        curve.append((done, held()))
         print(f"{done} steps, {curve[-1][1]:.0f} MiB", flush=True)
     after = {"captures": optimized.cache.made, "compiled": counters["stats"]["unique_graphs"]}
     return {
@@ -137,7 +136,7 @@ def churn(generations: int, compiled: bool) -> dict[str, Any]:
         switch(model, "a", 1 + i / generations)
         generation(optimized, SIZES[0], 3, False)
         if i % max(1, generations // 10) == 0:
-            curve.append((i, resident()))
+            curve.append((i, held()))
             print(f"{i} graphs, {curve[-1][1]:.0f} MiB", flush=True)
     return {"captures": optimized.cache.made, "resident_mib": curve}
 
@@ -161,10 +160,7 @@ def main() -> None:
         "churn": churn(args.churn, False) if args.churn else None,
         "churn_compiled": churn(args.churn_compiled, True) if args.churn_compiled else None,
     }
-    text = json.dumps(results, indent=2)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n")
+    publish(results, args.out)
 
 
 if __name__ == "__main__":

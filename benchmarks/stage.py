@@ -10,7 +10,6 @@ stage's own features. Peak memory is measured in fresh processes, one a variant.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import subprocess
@@ -22,6 +21,7 @@ from typing import Any
 
 import diffusers
 import torch
+from common import publish, resident
 from diffusers import Transformer2DModel
 
 import toma_fx
@@ -135,9 +135,7 @@ def peak(size: str, variant: str, ratio: float) -> None:
         model = toma_fx.optimize(model, scope=variant, ratio=ratio)
     for _ in range(3):
         model(**inputs)
-    # not getrusage: a child's maximum starts at its parent's
-    status = Path("/proc/self/status").read_text()
-    print(int(status.split("VmHWM:")[1].split()[0]) / 1024)
+    print(resident(peak=True))
 
 
 def main() -> None:
@@ -178,10 +176,7 @@ def main() -> None:
             ]
             out = subprocess.run(command, capture_output=True, text=True, check=True)
             rows[variant]["peak_mib"] = float(out.stdout.split()[-1])
-    text = json.dumps(results, indent=2)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n")
+    publish(results, args.out)
 
 
 if __name__ == "__main__":

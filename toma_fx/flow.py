@@ -81,11 +81,29 @@ class Flow:
         """Whether the node's value (or one of its values) holds the tokens of `segment`."""
         return any(s.name == segment for s in self.segments(name))
 
+    @cached_property
+    def _held(self) -> Mapping[str, tuple[Segment, ...]]:
+        """Token segments of every node that has any."""
+        held = {}
+        for name, fact in self.facts.items():
+            labels = (x for layout in layouts_of(fact) for x in layout or ())
+            found = (s for label in labels if isinstance(label, Tokens) for s in label.segments)
+            if segments := tuple(dict.fromkeys(found)):
+                held[name] = segments
+        return held
+
+    @cached_property
+    def _carriers(self) -> Mapping[str, tuple[str, ...]]:
+        """Nodes that hold each segment, in graph order."""
+        out: dict[str, list[str]] = {}
+        for name in self.order:
+            for segment in self.segments(name):
+                out.setdefault(segment.name, []).append(name)
+        return {segment: tuple(names) for segment, names in out.items()}
+
     def segments(self, name: str) -> tuple[Segment, ...]:
         """Token segments of the node's value or values, on whatever dimension."""
-        labels = (x for layout in layouts_of(self.facts.get(name)) for x in layout or ())
-        found = (s for label in labels if isinstance(label, Tokens) for s in label.segments)
-        return tuple(dict.fromkeys(found))
+        return self._held.get(name, ())
 
     def is_embedding(self, name: str) -> bool:
         """Whether the value is laid out [batch, tokens, channels], with a known token count."""
@@ -105,7 +123,7 @@ class Flow:
 
     def carriers(self, segment: str) -> tuple[str, ...]:
         """Nodes that hold the tokens of `segment`, in graph order."""
-        return tuple(n for n in self.order if self.carries(n, segment))
+        return self._carriers.get(segment, ())
 
     def root(self, name: str) -> str:
         """The node whose image tokens `name` hands on unchanged."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -101,6 +102,7 @@ def nearest_divisor(n: int, wanted: float) -> int:
     return min(_divisors(n), key=lambda d: (abs(d - wanted), d))
 
 
+@cache
 def dividing_tile(grid: Size, area: float) -> Size:
     """The tile (h, w) that divides `grid` evenly and comes nearest to a square of `area` tokens.
 
