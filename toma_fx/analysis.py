@@ -76,7 +76,8 @@ def analyse(captured: Captured, grid: Size | None = None) -> tuple[Analysis, Flo
     lost = _lost(flow)
     sites = tuple(_site(n, flow, lost) for n in nodes if n.name in flow.attention)
     streams = _streams(flow, sites)
-    return Analysis(facts, transfers, refusals, sites, streams, rasters), flow
+    packed = _packed(captured)
+    return Analysis(facts, transfers, refusals, sites, streams, rasters, packed), flow
 
 
 def _seeds(captured: Captured, rasters: Mapping[str, Raster]) -> dict[str, Layout]:
@@ -152,23 +153,24 @@ def _rasters(
                 if (raster := ids_of.get(ids.name)) is not None:
                     rasters.update(_aligned(raster, at, positional.tokens))
                 at += ids.length
-    packed = [
-        (i.name, i.tensor.shape[1])
-        for i in captured.inputs
-        if i.tensor is not None and i.tensor.dim() == 3 and i.raster is None
-    ]
     if given:
         *frames, height, width = given
         known = [Raster((height,) * math.prod(frames), width)]
     else:
         known = list(ids_of.values()) or list(captured.hints)
     for one in known if given or not rasters else []:
-        fitting = [name for name, length in packed if length == one.length]
+        fitting = [name for name, length in _packed(captured).items() if length == one.length]
         if len(fitting) > 1:  # text of as many tokens
             fitting = [name for name in fitting if name == "hidden_states"]
         if len(fitting) == 1:
             rasters[fitting[0]] = one
     return rasters
+
+
+def _packed(captured: Captured) -> dict[str, int]:
+    """Tokens of every input [batch, tokens, channels]."""
+    inputs = ((i.name, i.tensor) for i in captured.inputs if i.raster is None)
+    return {name: x.shape[1] for name, x in inputs if x is not None and x.dim() == 3}
 
 
 def _aligned(raster: Raster, at: int, tokens: Tokens) -> dict[str, Raster]:
@@ -202,7 +204,7 @@ def _site(node: fx.Node, flow: Flow, lost: set[str]) -> Site:
     images = [s for s in q.segments if s.grid] if q else []
     if layout is not None and (layout[-2] == FRAMES or (q and layout[-2] != q)):
         kind = "temporal"
-    elif q is None and str(node.args[0]) in lost:
+    elif not images and str(node.args[0]) in lost:
         kind = "unknown"
     elif q is None or not images:
         kind = "text"
@@ -414,6 +416,7 @@ def _kinds(
     if any(sites[n].kind in ("temporal", "unknown") for n in inside):
         kinds = {"other"}
     reached: set[str] = set()
+    inside = (*inside, *(p for n in inside for p in flow.weighted(n)))
     for name in inner:
         outside = [o for o in flow.operands[name] if o not in inner]
         from_outside = any(flow.carries(o, segment) for o in outside)

@@ -107,10 +107,11 @@ class Flat(Tokens):
     """Label of batch and tokens folded into one dimension, as quantised linear layers do.
 
     Attributes:
-        rows: size of the batch.
+        rows: size of the batch. outer: whether the tokens are the outer of the two.
     """
 
     rows: int = 1
+    outer: bool = False
 
 
 @dataclass(frozen=True)
@@ -318,7 +319,7 @@ class Analysis:
         facts: layout of every labelled node. transfers: the rule results that rewriting needs.
         refusals: nodes where token flow ended, with the reason.
         sites: every attention. streams: every residual stream of an image segment.
-        rasters: what packed inputs enumerate.
+        rasters: what packed inputs enumerate. packed: tokens of every input that may be packed.
     """
 
     facts: Mapping[str, Fact]
@@ -327,3 +328,4 @@ class Analysis:
     sites: tuple[Site, ...]
     streams: tuple[Stream, ...]
     rasters: Mapping[str, Raster] = field(default_factory=dict)
+    packed: Mapping[str, int] = field(default_factory=dict)

@@ -1,14 +1,14 @@
 """The canonical form of a captured graph: flat, functional, and free of what hides data flow.
 
 In-place writes become functional. The clean-ups are bit-exact: metadata assertions (which would pin
-token counts) are dropped; writes into a slice become a `cat` of what is kept and what is written;
+token counts) are dropped; writes into a slice, and padding of a length the data says, become `cat`;
 the unused operand of `baddbmm(beta=0)`, as large as the scores, becomes a scalar; `type_as` becomes
 `to`; equal shape and cast ops become one; `cat` of all slices of a value becomes the value.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -67,6 +67,8 @@ def _canonicalise(graph_module: fx.GraphModule) -> None:
             _skip_copy(node)
         elif op == "aten.type_as":
             _name_dtype(graph, node)
+        elif op in ("aten.pad", "aten.constant_pad_nd"):
+            _join_padding(graph, node)
         elif op == "aten.slice_scatter":
             _join_written(graph, node, pieces)
         elif op == "aten.baddbmm" and node.kwargs.get("beta") == 0:
@@ -128,6 +130,23 @@ def _name_dtype(graph: fx.Graph, node: fx.Node) -> None:
     """type_as(x, y) reads nothing of y but its dtype: to(x, dtype)."""
     x, dtype = node.args[0], node.meta["val"].dtype
     node.replace_all_uses_with(_insert(graph, node, torch.ops.aten.to.dtype, x, dtype))
+    graph.erase_node(node)
+
+
+def _join_padding(graph: fx.Graph, node: fx.Node) -> None:
+    """Zeros behind one dimension, as many as the data says, are a join; others stay padding."""
+    x, widths, *rest = cast("tuple[Any, ...]", node.args)
+    by_data = [i for i, width in enumerate(widths) if isinstance(width, fx.Node)]
+    others = any(width for i, width in enumerate(widths) if i not in by_data)
+    if len(by_data) != 1 or by_data[0] % 2 == 0 or others or rest not in ([], ["constant"]):
+        return
+    value = x.meta["val"]
+    sizes = list(value.shape)
+    dim = value.dim() - 1 - by_data[0] // 2
+    sizes[dim] = widths[by_data[0]]
+    zeros = _insert(graph, node, torch.ops.aten.full.default, sizes, 0.0, dtype=value.dtype)
+    joined = _insert(graph, node, torch.ops.aten.cat.default, [x, zeros], dim)
+    node.replace_all_uses_with(joined)
     graph.erase_node(node)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
 from toma_fx.axis import Raster
@@ -64,7 +65,7 @@ def flatten_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[A
 
 def ids_dim(value: Any) -> int | None:
     """The dimension of position ids that enumerates tokens: [N, d], [B, N, d] or [B, d, N]."""
-    if not isinstance(value, Tensor) or value.dim() not in (2, 3):
+    if not isinstance(value, Tensor) or value.dim() not in (2, 3) or value.is_complex():
         return None
     if 2 <= value.shape[-1] <= 4:
         return value.dim() - 2
@@ -84,7 +85,7 @@ def raster(value: Any) -> Raster | None:
     value = value.transpose(at, -2)
     if value.dim() == 3:
         value = value[0]
-    if isinstance(value, torch._subclasses.FakeTensor) or value.shape[0] < 4:
+    if isinstance(value, FakeTensor) or value.is_meta or value.shape[0] < 4:
         return None
     ids = value.detach().double().cpu()
     varying = (ids != ids[:1]).any(0).nonzero().flatten()

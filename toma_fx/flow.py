@@ -27,9 +27,11 @@ from toma_fx.rules import op_name, shape_of
 ATTENTION = "aten.scaled_dot_product_attention"
 SOFTMAX = ("aten.softmax", "aten._softmax")
 CASTS = {"aten.to", "aten._to_copy"}
-PRODUCTS = {"aten.matmul", "aten.bmm", "aten.baddbmm"}
+PRODUCTS = {"aten.matmul", "aten.bmm", "aten.baddbmm", "aten.einsum"}
+READERS = {"aten.slice", "aten.split_with_sizes", "getitem", ATTENTION, "output"} | PRODUCTS
+"""Ops that may read tokens of a region without carrying them: others cut off, or attending."""
 SCALES = {"aten.mul", "aten.div", "aten.add", "aten.to", "aten.reshape", "aten.view"}
-"""Ops that may stand between scores and their softmax."""
+"""Ops that may stand between scores, their softmax and its use."""
 COPIES = {"aten.contiguous", "aten.clone", "aten.alias", "aten.detach", "aten.dropout"}
 
 
@@ -125,6 +127,15 @@ class Flow:
         """Nodes that hold the tokens of `segment`, in graph order."""
         return self._carriers.get(segment, ())
 
+    def weighted(self, softmax: str) -> list[str]:
+        """The products that a softmax over keys is a factor of."""
+        front, found = [softmax], []
+        while front:
+            users = [u for f in front for u in self.users[f]]
+            found += [u for u in users if self.ops[u] in PRODUCTS]
+            front = [u for u in users if self.ops[u] in SCALES | COPIES]
+        return found if self.ops[softmax] in SOFTMAX else []
+
     def root(self, name: str) -> str:
         """The node whose image tokens `name` hands on unchanged."""
         while name in self.passes:
@@ -186,10 +197,10 @@ class Flow:
                     return self.refusals[user]
                 if user in self.whole:
                     return Rejected(user, self.whole[user])
-                if user not in inside and self.carries(user, segment):
+                if user not in inside and (
+                    self.carries(user, segment) or self.ops[user] not in READERS
+                ):
                     return Rejected(user, f"uses {name} outside the branch")
-                if any(s.name == user for s in self.segments(user)):
-                    return Rejected(user, "folds the tokens with another axis into new tokens")
                 if self.ops[user] == "output":
                     return Rejected(name, "is an output of the model")
         return None

@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from itertools import groupby
 from typing import Any
 
-from toma_fx.axis import Analysis, Branch, Rejected, Segment, Stream
+from toma_fx.axis import BATCH, Analysis, Branch, Rejected, Segment, Stream, Tokens
 from toma_fx.config import ToMAConfig
 from toma_fx.errors import NoMergeSites, TileError, UnknownNameError, nearest
 from toma_fx.flow import Flow
@@ -23,6 +23,7 @@ from toma_fx.methods.windows import Size, dividing_tile, nearest_divisor, size_t
 
 WINDOW_TOKENS = 16
 """Tokens a window when the configuration does not say."""
+NO_RULE = "no transfer rule for"
 _SMALLER = {"stack": "block", "block": "sublayer"}
 
 
@@ -235,10 +236,18 @@ def _disjoint(segments: list[MergeSegment], rejections: list[Rejection]) -> list
 
 def _no_sites_hint(analysis: Analysis, config: ToMAConfig) -> str:
     tokens = [s.segment.length for s in analysis.streams]
+    unruled = [r.reason for r in analysis.refusals.values() if r.reason.startswith(NO_RULE)]
+    custom = next((r for r in unruled if not r.startswith(f"{NO_RULE} aten.")), None)
+    packed = ", ".join(f"{name} {length}" for name, length in analysis.packed.items())
     if tokens and max(tokens) < config.min_tokens:
         return f"lower min_tokens= (the model has at most {max(tokens)} image tokens here)"
-    if not tokens:
-        return "give grid=(H, W) if the model takes packed image tokens"
+    if custom is not None:
+        return f"{custom}; toma_fx.tokenwise(...) declares that it treats every token alike"
+    if config.grid is not None and not analysis.rasters:
+        grid = f"{size_text(config.grid)} = {math.prod(config.grid)} tokens"
+        return f"grid= ({grid}) must fit exactly one packed input ({packed or 'there is none'})"
+    if not tokens and packed and not analysis.rasters:
+        return f"give grid=(H, W) or (T, H, W) if one of these holds packed image tokens: {packed}"
     return "toma_fx.explain(model, example_inputs) lists every site"
 
 
@@ -393,7 +402,8 @@ def _segment(
         # the base is where the segment before it would end, so that neighbours meet in one node
         base = _sink(flow, image.name, stream.values[part[0]])
         exit_ = _sink(flow, image.name, branches[-1].add)
-        inner = flow.with_readers(image.name, flow.region(image.name, base, exit_), exit_)
+        inner = flow.region(image.name, base, exit_)
+        inner = flow.with_readers(image.name, _without_copies(flow, inner, base, exit_), exit_)
         entries = flow.entries(image.name, inner)
         leak = flow.leak(image.name, inner, exit_)
         if leak is not None:
@@ -421,6 +431,17 @@ def _segment(
         setting=setting,
         group=group,
     )
+
+
+def _without_copies(flow: Flow, inner: tuple[str, ...], base: str, end: str) -> tuple[str, ...]:
+    """The region without casts of its base that others use too; they merge as the base does."""
+    root, inside = flow.root(base), set(inner)
+    shared = {
+        n
+        for n in inner
+        if n != end and flow.root(n) == root and not inside.issuperset(flow.users[n])
+    }
+    return tuple(n for n in inner if n not in shared)
 
 
 def _sink(flow: Flow, segment: str, exit_: str) -> str:
@@ -463,6 +484,7 @@ def _left_alone(
     analysis: Analysis, flow: Flow, merged: set[str], rejections: list[Rejection]
 ) -> list[Rejection]:
     """Attention that is in no segment and has no reason yet."""
+    rejections.extend(_lost_updates(analysis, flow))
     known = merged | {r.node for r in rejections}
     branches = {site: b for s in analysis.streams for b in s.branches for site in b.sites}
     out = []
@@ -473,10 +495,34 @@ def _left_alone(
             reason = f"left alone with {branches[site.node].sites[0]} of the same branch"
         else:
             reason = _SITE_REASONS.get(site.kind, "not part of a residual branch")
+            if site.segment and _tokens_first(flow, site.segment):
+                reason += " laid out [batch, tokens, channels]: the tokens come first"
             refusal = _nearest_refusal(flow, site.node, back=site.kind == "unknown")
             reason += f"; {refusal.node}: {refusal.reason}" if refusal else ""
         out.append(Rejection(site.node, site.module, site.kind, reason))
     return out
+
+
+def _tokens_first(flow: Flow, segment: str) -> bool:
+    """Whether what is added up is laid out [tokens, batch, channels]."""
+    layouts = (flow.layout(n) for n in flow.carriers(segment) if n in flow.sums)
+    return any(x is not None and x[1:2] == (BATCH,) and isinstance(x[0], Tokens) for x in layouts)
+
+
+def _lost_updates(analysis: Analysis, flow: Flow) -> list[Rejection]:
+    """Updates of a stream that an op without a rule is part of."""
+    out = {}
+    for stream in analysis.streams:
+        for _, add in stream.additions:
+            for update in flow.operands[add]:
+                if flow.carries(update, stream.segment.name):
+                    continue
+                refusal = _nearest_refusal(flow, update, back=True)
+                sources = flow.operands[refusal.node] if refusal else ()
+                if refusal and any(flow.carries(o, stream.segment.name) for o in sources):
+                    reason = f"{refusal.node}: {refusal.reason}"
+                    out[update] = Rejection(update, flow.modules[update], "other", reason)
+    return list(out.values())
 
 
 def _nearest_refusal(flow: Flow, node: str, *, back: bool) -> Rejected | None:

@@ -90,6 +90,10 @@ class PassState:
         last = None if self._conditioning is None else self._conditioning()
         return last is not None and last is conditioning
 
+    def alike(self, conditioning: Tensor | None) -> bool:
+        """Whether nothing of the conditioning says that another generation begins."""
+        return self.follows(conditioning) or (conditioning is None and self._conditioning is None)
+
     def breaks_off(self, conditioning: Tensor | None) -> bool:
         """Whether a conditioning tensor that earlier steps shared is replaced."""
         return self._steady and not self.follows(conditioning)
@@ -145,7 +149,7 @@ class Generation:
             return False
         direction = 1 if timestep > self._timestep else -1
         if self._direction == 0:
-            return direction > 0 and not (self._risen and first.follows(conditioning))
+            return direction > 0 and not (self._risen and first.alike(conditioning))
         return direction != self._direction or first.breaks_off(conditioning)
 
     def follow(self, other: Generation) -> None:
@@ -167,7 +171,7 @@ class Generation:
         """
         me = threading.get_ident()
         if self.starts(timestep, conditioning):
-            again = self.running and self.passes[0].follows(conditioning)
+            again = self.running and self.passes[0].alike(conditioning)
             risen = again and None not in (timestep, self._timestep)
             self.restart()
             self._risen = risen

@@ -1135,7 +1135,7 @@ CASES: tuple[Case, ...] = (
         "Kandinsky 5 Video Lite 10s",
         seeded(kandinsky_nabla),
         nabla_inputs,
-        refused=("NoMergeSites", "no attention or MLP"),
+        refused=("CompanionError", "the attention backend 'flex'"),
         why="All attention is flex_attention; its block mask is found from means over 64 tokens.",
     ),
     Case(
@@ -1227,12 +1227,8 @@ CASES: tuple[Case, ...] = (
         "ERNIE-Image",
         seeded(ernie),
         ernie_inputs,
-        grids=((H, W),),
-        sites={"joint": 2},
-        attention=2,
-        mlp=2,
-        why="2 blocks over [image | text]; the stream is laid out [tokens, batch, channels].",
-        crop=PLAIN_CROP,
+        refused=("NoMergeSites", "the tokens come first"),
+        why="The stream is laid out [tokens, batch, channels].",
         quick=True,
     ),
     Case(

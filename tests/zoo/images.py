@@ -986,7 +986,7 @@ CASES: tuple[Case, ...] = (
         "VQ-Diffusion's transformer",
         seeded(vector_quantized),
         vector_quantized_inputs,
-        refused=("NoMergeSites", "no image tokens reach it"),
+        refused=("NoMergeSites", "carry no image tokens"),
         why="The picture is a list of codes: nothing tells its grid.",
     ),
     Case(

@@ -139,6 +139,8 @@ def _folded(call: Call, layout: Layout, ins: Sequence[int]) -> Label | Rejected:
             return _image(call, (sizes[0], *grid))
         if first == BATCH:
             return Flat(last.segments, sizes[0])
+    if len(inside) == 2 and type(first) is Tokens and last == BATCH:
+        return Flat(first.segments, sizes[1], outer=True)
     if any(isinstance(label, Tokens) for label in inside):
         return call.no("a reshape that folds the token axis with others")
     if inside == [BATCH, FRAMES]:
@@ -166,8 +168,12 @@ def _unfolded(
 ) -> Sequence[Label] | Rejected:
     """The labels of several dimensions made of one of `size`; the first is the outermost."""
     rest = [None] * (len(sizes) - 1)
-    if isinstance(label, Flat) and list(sizes) == [label.rows, size // label.rows]:
-        return [BATCH, Tokens(label.segments)]
+    if isinstance(label, Flat):
+        tokens = Tokens(label.segments)
+        if not label.outer and list(sizes) == [label.rows, size // label.rows]:
+            return [BATCH, tokens]
+        if label.outer and list(sizes) == [size // label.rows, label.rows]:
+            return [tokens, BATCH]
     if isinstance(label, Tokens):
         if len(label.segments) == 1 and label.segments[0].grid == tuple(sizes):
             return SPATIAL[-len(sizes) :]
@@ -442,6 +448,7 @@ def slice_(call: Call) -> Outcome:
         return _cut_by_data(call, layout, dim)
     if call.op == "aten.narrow":
         end = start + call.arg(3, "length")
+    given = start, end
     start = start + size if start < 0 else min(start, size)
     end = size if end is None else (end + size if end < 0 else min(end, size))
     if not isinstance(tokens, Tokens):
@@ -456,11 +463,20 @@ def slice_(call: Call) -> Outcome:
     piece = _cut(tokens, start, end)
     if piece is None:
         return call.no("an image is cut in two")
-    patches = [Patch((2,), _before(tokens, start))] if start else []
-    if end < size:
-        patches.append(Patch((3,), _before(tokens, end)))
+    patches = [
+        _bound(path, tokens, at, size, literal)
+        for path, at, literal in ((2, start, given[0]), (3, end, given[1]))
+        if 0 < at < size
+    ]
     label = replace(tokens, segments=piece)
     return Transfer((*layout[:dim], label, *layout[dim + 1 :]), tuple(patches))
+
+
+def _bound(path: int, tokens: Tokens, at: int, size: int, literal: int) -> Patch:
+    """The bound of a range: the tokens before it, or if it is negative those behind it."""
+    if literal >= 0:
+        return Patch((path,), _before(tokens, at))
+    return Patch((path,), _cut(tokens, at, size) or (), -1)
 
 
 @rule("slice_scatter")
@@ -669,11 +685,23 @@ def einsum(call: Call) -> Outcome:
     if not arrow or "." in equation or repeated or len(operands) != len(letters):
         return call.no("an einsum of this form")
     labels: dict[str, Label] = {}
+    shares: set[str] = set()
     for word, layout in zip(letters, layouts, strict=True):
         for letter, label in zip(word, layout or [None] * len(word), strict=True):
-            if labels.setdefault(letter, label) != label:
+            known = labels.setdefault(letter, label)
+            if isinstance(known, Keys) and known.normal and label == Tokens(known.segments):
+                shares.add(letter)  # softmax has made the sum over keys an average
+            elif known != label:
                 return call.no(f"different axes meet in {letter!r}")
     for letter, label in labels.items():
-        if letter not in output and (isinstance(label, Tokens) or is_batch(label)):
+        if letter in output or letter in shares:
+            continue
+        if isinstance(label, Tokens) or is_batch(label):
             return call.no("a sum over the token axis or its batch")
-    return Transfer(tuple(labels[letter] for letter in output))
+    made = [labels[letter] for letter in output]
+    tokens = [d for d, label in enumerate(made) if isinstance(label, Tokens)]
+    if len(tokens) == 2 and tokens[1] == len(made) - 1 and output[-1] in letters[-1]:
+        made[-1] = Keys(made[-1].segments)  # type: ignore[union-attr]
+    elif len(tokens) > 1:
+        return call.no("two token axes in one value")
+    return Transfer(tuple(made))
