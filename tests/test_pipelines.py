@@ -3,6 +3,7 @@ can't be optimized."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,17 @@ def test_one_line_swap_of_the_component() -> None:
     assert state.step == 0, "the pipeline reset the state at its end"
     pipe.transformer = pipe.transformer.denoiser
     assert torch.equal(case.call(pipe), plain)
+
+
+def test_both_denoisers_of_a_pipeline_are_optimized_and_restored() -> None:
+    """Wan 2.2 has one transformer for noisy steps and one for the others."""
+    first, second = models.flux(), models.flux(seed=1)
+    pipe = SimpleNamespace(transformer=first, transformer_2=second)
+    toma_fx.optimize(pipe, min_tokens=60)
+    assert (pipe.transformer.denoiser, pipe.transformer_2.denoiser) == (first, second)
+    assert toma_fx.summary(pipe.transformer_2).active
+    toma_fx.restore(pipe)
+    assert (pipe.transformer, pipe.transformer_2) == (first, second)
 
 
 def test_the_pipelines_labels_keep_the_passes_of_guidance_apart() -> None:

@@ -470,7 +470,7 @@ REFUSED = {
     "selection": (lambda m, x: x * x[:, 3:4] + x[:, 0][:, None], "cut in two"),
     "repetition": (lambda m, x: x * x.repeat(1, 2, 1)[:, :N], "repetition of the token axis"),
     "negative padding": (
-        lambda m, x: F.pad(x, (0, 0, -1, 0)) * x[:, :1],
+        lambda m, x: x * F.pad(F.pad(x, (0, 0, -1, 0)), (0, 0, 1, 0)),
         "padding of the token axis",
     ),
     "twice in one sequence": (

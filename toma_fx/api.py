@@ -17,8 +17,9 @@ from toma_fx.runtime import OptimizedDenoiser, merging
 from toma_fx.specialize import Specialization, tracing
 
 T = TypeVar("T")
-COMPONENTS = ("unet", "transformer")
-"""Names under which diffusers pipelines hold their denoiser."""
+COMPONENTS = ("unet", "transformer", "transformer_2")
+"""Names under which diffusers pipelines hold their denoisers; Wan 2.2 has one for early steps and
+one for late steps."""
 
 
 def optimize(
@@ -32,7 +33,8 @@ def optimize(
     """Token merging for a denoiser, or for the denoiser of a diffusers pipeline.
 
     Args:
-        model: a `UNet2DConditionModel`, `FluxTransformer2DModel` or pipeline that holds one.
+        model: a denoiser of diffusers (docs/denoisers.md lists those tested), any module with
+            residual attention (docs/own-models.md), or a pipeline: its denoiser, or both of two.
         toma: True for the default preset, a preset name ("default", "paper-sdxl", "paper-flux"), a
             `ToMAConfig`, a mapping of its fields, or False to turn merging off (ratio 0).
         example_inputs: keyword arguments of a call (a dict), positional ones (a tuple), or a pair
@@ -71,8 +73,9 @@ def optimize(
 
     if isinstance(model, nn.Module):
         return cast(T, optimized(model))
-    name, inner = _component(model)
-    setattr(model, name, optimized(restore(inner)))
+    made = {name: optimized(restore(inner)) for name, inner in _components(model).items()}
+    for name, denoiser in made.items():
+        setattr(model, name, denoiser)
     return model
 
 
@@ -85,9 +88,9 @@ def restore(model: T) -> T:
         ModelTypeError: neither a module nor a pipeline with a denoiser.
     """
     if not isinstance(model, nn.Module):
-        name, inner = _component(model)
-        if _stand_in(inner) is not None:
-            setattr(model, name, restore(inner))
+        for name, inner in _components(model).items():
+            if _stand_in(inner) is not None:
+                setattr(model, name, restore(inner))
         return model
     found = _stand_in(model)
     if found is None:
@@ -104,12 +107,13 @@ def restore(model: T) -> T:
 def summary(model: Any) -> Summary:
     """What is active in an optimized denoiser or pipeline, and how many steps of each kind ran.
 
-    The result prints as a table and converts with `to_json()`.
+    Of a pipeline with two denoisers it is about the first; give it `pipe.transformer_2` for the
+    other. The result prints as a table and converts with `to_json()`.
 
     Raises:
         ModelTypeError: neither a module nor a pipeline with a denoiser.
     """
-    inner = model if isinstance(model, nn.Module) else _component(model)[1]
+    inner = _denoiser(model)
     return make_summary(inner, _stand_in(inner))
 
 
@@ -128,7 +132,7 @@ def explain(
         CompanionError: another library acts inside the forward pass.
     """
     config = _config(toma, options)
-    denoiser = _plain(model if isinstance(model, nn.Module) else _component(model)[1])
+    denoiser = _plain(_denoiser(model))
     args, kwargs = call_of(example_inputs)
     guard = ModelGuard(denoiser)
     guard.check_merging(merging(config))
@@ -151,18 +155,23 @@ def _config(toma: Any, options: Mapping[str, Any]) -> ToMAConfig:
     )
 
 
-def _component(pipeline: Any) -> tuple[str, nn.Module]:
-    """The denoiser of a pipeline and the attribute that holds it."""
-    for name in COMPONENTS:
-        found = getattr(pipeline, name, None)
-        if isinstance(found, nn.Module):
-            return name, found
+def _components(pipeline: Any) -> dict[str, nn.Module]:
+    """The denoisers of a pipeline, by the attributes that hold them."""
+    found = {name: getattr(pipeline, name, None) for name in COMPONENTS}
+    modules = {name: inner for name, inner in found.items() if isinstance(inner, nn.Module)}
+    if modules:
+        return modules
     raise ModelTypeError(
         "no denoiser found",
         where=type(pipeline).__name__,
         expected="a torch.nn.Module, or a pipeline with " + " or ".join(COMPONENTS),
         got=type(pipeline).__name__,
     )
+
+
+def _denoiser(model: Any) -> nn.Module:
+    """A module, or the first denoiser of a pipeline."""
+    return model if isinstance(model, nn.Module) else next(iter(_components(model).values()))
 
 
 def _stand_in(model: nn.Module) -> OptimizedDenoiser | None:

@@ -16,7 +16,7 @@ from torch import fx
 
 import toma_fx.rules.attention
 import toma_fx.rules.quantised  # noqa: F401 - registers its rules
-from toma_fx.axis import Fact, Transfer, is_tuple_fact
+from toma_fx.axis import HEIGHT, Fact, Transfer, is_tuple_fact, layouts_of
 from toma_fx.rules.base import (
     NOTHING,
     RULES,
@@ -59,8 +59,13 @@ def apply_rule(node: fx.Node, facts: dict[str, Fact]) -> Outcome:
         found = pointwise
     if found is not None:
         return found(call)
-    touched = [n for n in node.all_input_nodes if carries_tokens(facts.get(n.name))]
+    touched = [n for n in node.all_input_nodes if _concerns(facts.get(n.name))]
     return call.no(f"no transfer rule for {call.op}") if touched else NOTHING
+
+
+def _concerns(fact: Fact) -> bool:
+    """Whether a value has a token axis, or a height that could become one."""
+    return carries_tokens(fact) or any(HEIGHT in (layout or ()) for layout in layouts_of(fact))
 
 
 def _getitem(call: Call) -> Outcome:
