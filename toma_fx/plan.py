@@ -408,6 +408,7 @@ def _segment(
         leak = flow.leak(image.name, inner, exit_)
         if leak is not None:
             return leak
+        base = next((e for e in entries if flow.root(e) == flow.root(base)), base)
         if base not in entries or not flow.is_embedding(base) or not flow.is_embedding(exit_):
             return Rejected(
                 base, "the stream does not enter the segment as [batch, tokens, channels]"
