@@ -29,7 +29,8 @@ from toma_fx.errors import (
     [
         ("ratio", 1.0), ("ratio", -0.1), ("ratio", float("nan")), ("ratio", "half"),
         ("ratio", True), ("scale", 0.0), ("tiles", 0), ("tile", 0), ("tile", (4, 0)),
-        ("tile", (1, 2, 3)), ("tile", 2.5), ("grid", (4,)), ("grid", 4), ("destinations_every", 0),
+        ("tile", (1, 2, 3, 4)), ("tile", 2.5), ("grid", (4,)), ("grid", 4),
+        ("destinations_every", 0),
         ("weights_every", 1.5), ("min_tokens", 0), ("first_step", -1), ("branches", ()),
     ],
 )  # fmt: skip

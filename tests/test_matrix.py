@@ -70,12 +70,13 @@ SOME = slow_but("sdxl_pag", "flux_ip_adapter", "flux_img2img", "flux_controlnet"
 def test_other_scopes(name: str, scope: str) -> None:
     case = CASES[name]
     if (name, scope) == ("flux_ip_adapter", "sublayer"):
-        # the adapter's attention shares its queries with the joint one; alone neither can merge
+        # the adapter's attention shares its queries with the joint one: they merge together
+        # (the permutation oracle of tests/test_zoo.py covers the numbers)
         pipe = optimized(case, case.make(), scope=scope)
-        case.call(pipe)
+        assert torch.isfinite(torch.as_tensor(case.call(pipe))).all()
         plan = case.denoiser(pipe).specializations[0].plan
-        assert sum("outside the branch" in r.reason for r in plan.rejections) == 4
-        assert {"attention", "mlp"} <= {k for s in plan.segments for k in s.kinds}
+        assert not any("outside the branch" in r.reason for r in plan.rejections)
+        assert {len(s.sites) for s in plan.segments if s.sites} == {1, 2}
         return
     got = case.call(optimized(case, case.make(), scope=scope))
     check(case, got, case.call(reference(case, case.make(), scope)))

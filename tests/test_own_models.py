@@ -28,7 +28,7 @@ import toma_fx
 from tests.models import relative
 from tests.reference import Pattern, Settings, make_pattern
 from tests.zoo.base import Case, lively, randn
-from tests.zoo.check import check
+from tests.zoo.check import check, permuted, trace
 from toma_fx.rules import RULES
 
 ROOT = Path(__file__).parent.parent
@@ -403,8 +403,6 @@ def with_attention(kind: type[nn.Module]) -> nn.Module:
     [
         (Causal, "causal attention depends on the order of the tokens"),
         (Windowed, "a reshape that cuts the token axis"),
-        (Library, "a reshape that folds the token axis with others"),
-        (Summed, ""),
     ],
 )
 def test_attention_that_can_not_merge_is_left_alone_and_the_mlps_merge(
@@ -414,14 +412,28 @@ def test_attention_that_can_not_merge_is_left_alone_and_the_mlps_merge(
     model, call = with_attention(kind), packed_inputs((9, 15))
     report = toma_fx.explain(model, call, grid=(9, 15), **SMALL)
     assert [row.module for row in report.rows] == ["blocks.0.mlp", "blocks.1.mlp"]
-    assert sum(reason in rejection.reason for rejection in report.rejections) == 2 * bool(reason)
+    assert sum(reason in rejection.reason for rejection in report.rejections) == 2
     assert reason in PAGE.read_text()
 
 
 @torch.no_grad()
-def test_attention_written_out_merges_as_the_fused_operator_does() -> None:
+def test_pytorchs_own_attention_module_merges() -> None:
+    model, call = with_attention(Library), packed_inputs((9, 15))
+    report = toma_fx.explain(model, call, grid=(9, 15), **SMALL)
+    assert [row.module for row in report.rows] == [
+        f"blocks.{i}.{part}" for i in range(2) for part in ("attention.module", "mlp")
+    ]
+    case = Case("library", "", lambda: model, lambda _: call, config={"grid": (9, 15)})
+    traced = trace(case, exact=False)
+    for scope in ("sublayer", "stack"):
+        permuted(traced, scope)
+
+
+@pytest.mark.parametrize("kind", [Written, Summed])
+@torch.no_grad()
+def test_attention_written_out_merges_as_the_fused_operator_does(kind: Any) -> None:
     fused, call = with_attention(own.Attention), packed_inputs((9, 15))
-    written = with_attention(Written)
+    written = with_attention(kind)
     written.load_state_dict(fused.state_dict())
     outputs = [toma_fx.optimize(m, grid=(9, 15), **SMALL)(**call) for m in (fused, written)]
     assert relative(outputs[1], outputs[0]) < EXACT
@@ -452,7 +464,8 @@ def test_layouts_that_are_not_understood_are_refused(layout: str) -> None:
     model = lively(Model((9, 15), width=32, depth=2))
     call = {"sample": randn(1, *shapes[layout]), "timestep": torch.full((2,), 800.0)}
     model(**call)
-    with pytest.raises(toma_fx.NoMergeSites, match="its queries carry no image tokens"):
+    reason = "no transfer rule for aten.im2col" if layout == "unfold" else "carry no image tokens"
+    with pytest.raises(toma_fx.NoMergeSites, match=reason):
         toma_fx.explain(model, call, grid=(9, 15), **SMALL)
 
 

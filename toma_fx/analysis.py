@@ -425,7 +425,7 @@ def _kinds(
         if name not in inside and (from_outside or not reached.isdisjoint(flow.operands[name])):
             reached.add(name)
     if inner and inner[-1] in reached:
-        linear = any(flow.ops[n] == "aten.linear" for n in inner)
+        linear = any(n in flow.linears for n in inner)
         kinds.add("mlp" if linear else "other")
     return tuple(sorted(kinds)) or ("other",)
 
@@ -433,10 +433,10 @@ def _kinds(
 def _branch_module(flow: Flow, inner: tuple[str, ...], inside: tuple[str, ...]) -> str:
     """Module path of a branch: its attention's, or what its linear maps have in common."""
     if len(inside) == 1:
-        linears = [n for n in inner if flow.ops[n] == "aten.linear"]
+        linears = [n for n in inner if n in flow.linears]
         paths = [flow.modules[inside[0]], *(flow.modules[n] for n in linears)]
     else:
-        paths = [flow.modules[n] for n in inner if flow.ops[n] == "aten.linear"]
+        paths = [flow.modules[n] for n in inner if n in flow.linears]
     levels = zip(*(path.split(".") for path in paths), strict=False)
     return ".".join(level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import fx
@@ -22,12 +23,15 @@ from toma_fx.axis import (
     layout_of,
     layouts_of,
 )
-from toma_fx.rules import op_name, shape_of
+from toma_fx.rules import RULES, op_name, shape_of
+from toma_fx.rules.base import carries_tokens, treats_alike
 
 ATTENTION = "aten.scaled_dot_product_attention"
 SOFTMAX = ("aten.softmax", "aten._softmax")
 CASTS = {"aten.to", "aten._to_copy"}
-PRODUCTS = {"aten.matmul", "aten.bmm", "aten.baddbmm", "aten.einsum"}
+PRODUCTS = {"aten.matmul", "aten.mm", "aten.bmm", "aten.baddbmm", "aten.einsum"}
+WEIGHTED = {"aten.linear", "aten._int_mm", "aten._scaled_mm"}
+"""Products with a weight."""
 READERS = {"aten.slice", "aten.split_with_sizes", "getitem", ATTENTION, "output"} | PRODUCTS
 """Ops that may read tokens of a region without carrying them: others cut off, or attending."""
 SCALES = {"aten.mul", "aten.div", "aten.add", "aten.to", "aten.reshape", "aten.view"}
@@ -59,6 +63,7 @@ class Flow:
     pointwise: frozenset[str]
     sums: frozenset[str]
     attention: frozenset[str]
+    linears: frozenset[str]
     whole: Mapping[str, str]
 
     @cached_property
@@ -235,6 +240,7 @@ def flow_of(
         ),
         sums=frozenset(n.name for n in nodes if _is_sum(n)),
         attention=frozenset(n.name for n in nodes if _is_attention(n, facts)),
+        linears=frozenset(n.name for n in nodes if _is_linear(n, facts)),
         whole=whole,
     )
     passes = {n.name: source for n in nodes if (source := _passed(n, flow)) is not None}
@@ -257,6 +263,17 @@ def _is_product(node: fx.Node) -> bool:
     if not isinstance(source, fx.Node) or op_name(source.target) not in PRODUCTS:
         return False
     return len(shape_of(source.all_input_nodes[-1])) > 2
+
+
+def _is_linear(node: fx.Node, facts: Mapping[str, Fact]) -> bool:
+    """Whether a node is a linear map of every token: a product with a weight, or declared so."""
+    if node.op != "call_function":
+        return False
+    op = op_name(node.target)
+    if op in WEIGHTED or RULES.get(op) is treats_alike:
+        return True
+    operands: Any = node.args[:2]
+    return op in ("aten.mm", "aten.matmul") and not carries_tokens(facts.get(operands[1].name))
 
 
 def _is_sum(node: fx.Node) -> bool:

@@ -237,7 +237,8 @@ def _disjoint(segments: list[MergeSegment], rejections: list[Rejection]) -> list
 def _no_sites_hint(analysis: Analysis, config: ToMAConfig) -> str:
     tokens = [s.segment.length for s in analysis.streams]
     unruled = [r.reason for r in analysis.refusals.values() if r.reason.startswith(NO_RULE)]
-    custom = next((r for r in unruled if not r.startswith(f"{NO_RULE} aten.")), None)
+    named = (r for r in unruled if "." in r.removeprefix(NO_RULE).split("(")[0])
+    custom = next((r for r in named if not r.startswith(f"{NO_RULE} aten.")), None)
     packed = ", ".join(f"{name} {length}" for name, length in analysis.packed.items())
     if tokens and max(tokens) < config.min_tokens:
         return f"lower min_tokens= (the model has at most {max(tokens)} image tokens here)"
@@ -485,7 +486,6 @@ def _left_alone(
     analysis: Analysis, flow: Flow, merged: set[str], rejections: list[Rejection]
 ) -> list[Rejection]:
     """Attention that is in no segment and has no reason yet."""
-    rejections.extend(_lost_updates(analysis, flow))
     known = merged | {r.node for r in rejections}
     branches = {site: b for s in analysis.streams for b in s.branches for site in b.sites}
     out = []
@@ -501,7 +501,9 @@ def _left_alone(
             refusal = _nearest_refusal(flow, site.node, back=site.kind == "unknown")
             reason += f"; {refusal.node}: {refusal.reason}" if refusal else ""
         out.append(Rejection(site.node, site.module, site.kind, reason))
-    return out
+    told = [r.reason for r in (*rejections, *out)]
+    lost = ((r, r.reason.partition(" ")[0]) for r in _lost_updates(flow))
+    return out + [r for r, node in lost if not any(node in reason for reason in told)]
 
 
 def _tokens_first(flow: Flow, segment: str) -> bool:
@@ -510,20 +512,23 @@ def _tokens_first(flow: Flow, segment: str) -> bool:
     return any(x is not None and x[1:2] == (BATCH,) and isinstance(x[0], Tokens) for x in layouts)
 
 
-def _lost_updates(analysis: Analysis, flow: Flow) -> list[Rejection]:
-    """Updates of a stream that an op without a rule is part of."""
-    out = {}
-    for stream in analysis.streams:
-        for _, add in stream.additions:
-            for update in flow.operands[add]:
-                if flow.carries(update, stream.segment.name):
-                    continue
-                refusal = _nearest_refusal(flow, update, back=True)
-                sources = flow.operands[refusal.node] if refusal else ()
-                if refusal and any(flow.carries(o, stream.segment.name) for o in sources):
-                    reason = f"{refusal.node}: {refusal.reason}"
-                    out[update] = Rejection(update, flow.modules[update], "other", reason)
-    return list(out.values())
+def _lost_updates(flow: Flow) -> list[Rejection]:
+    """Updates of image tokens that an op without a rule is part of."""
+    lost: dict[str, Rejected] = {}
+    out = []
+    for name in flow.order:
+        operands = flow.operands[name]
+        if name in flow.refusals:
+            if any(s.grid for o in operands for s in flow.segments(o)):
+                lost[name] = flow.refusals[name]
+        elif not flow.segments(name):
+            if found := next((lost[o] for o in operands if o in lost), None):
+                lost[name] = found
+        elif name in flow.sums and flow.is_embedding(name):
+            for update in (o for o in operands if o in lost):
+                reason = f"{lost[update].node}: {lost[update].reason}"
+                out.append(Rejection(update, flow.modules[update], "other", reason))
+    return out
 
 
 def _nearest_refusal(flow: Flow, node: str, *, back: bool) -> Rejected | None:

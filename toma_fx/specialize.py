@@ -155,8 +155,9 @@ class Specialization:
             yield program.graph_module
 
     def fits(self, parameters: set[int]) -> bool:
-        """Whether every parameter of the graph is among these ids."""
-        return all(id(p) in parameters for p in self.captured.graph_module.parameters())
+        """Whether every parameter of the graph is among these ids, or shares such memory."""
+        own = self.captured.graph_module.parameters()
+        return all(id(p) in parameters or p.data_ptr() in parameters for p in own)
 
     def rebind(self, buffers: Mapping[str, Tensor]) -> None:
         """Take over the model's buffers, which a move between devices makes anew."""
@@ -168,6 +169,15 @@ class Specialization:
                 if (new.shape, new.dtype, new.device) == (old.shape, old.dtype, old.device):
                     path, _, leaf = name.rpartition(".")
                     graph_module.get_submodule(path)._buffers[leaf] = new
+
+
+def _inside(tensor: Any) -> Iterator[Tensor]:
+    """The plain tensors that a quantised weight is made of, which a graph may hold apart."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            inner = getattr(tensor, name)
+            yield inner
+            yield from _inside(inner)
 
 
 class SpecializationCache:
@@ -206,6 +216,7 @@ class SpecializationCache:
     def refresh(self, model: nn.Module) -> None:
         """Follow a changed model: drop graphs over parameters that are gone, rebind buffers."""
         parameters = {id(p) for p in model.parameters()}
+        parameters.update(t.data_ptr() for p in model.parameters() for t in _inside(p))
         buffers = dict(model.named_buffers())
         with self._lock:
             for key, found in list(self._entries.items()):

@@ -97,22 +97,26 @@ def check(case: Case) -> Found:
         return _refused(case)
     traced = trace(case)
     found = _counts(traced)
-    permuted = max(_permuted(traced, scope) for scope in ("sublayer", "stack"))
+    moved = max(permuted(traced, scope) for scope in ("sublayer", "stack"))
     cropped = None
     if case.crop is not None:
         cropped = max(_cropped(traced, case.crop, scope) for scope in ("sublayer", "stack"))
-    return dataclasses.replace(found, permuted=permuted, cropped=cropped, changed=_changed(traced))
+    return dataclasses.replace(found, permuted=moved, cropped=cropped, changed=_changed(traced))
 
 
-def trace(case: Case) -> Traced:
-    """Capture a case; with merging off, its graph equals the model bit by bit on fresh inputs."""
+def trace(case: Case, *, exact: bool = True) -> Traced:
+    """Capture a case; with merging off, its graph equals the model bit by bit on fresh inputs.
+
+    Not `exact` is for PyTorch modules that take another path in eager mode than in an export.
+    """
     model = case.build()
     expected = tensors(model(**case.inputs(FRESH)))
     captured = capture(model, (), case.inputs(CAPTURED))
     leaves = flatten_call((), case.inputs(FRESH))[0]
     got = tensors(captured.graph_module(*leaves))
     assert len(got) == len(expected) > 0
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)), "export is wrong"
+    same = all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert same or (not exact and difference(got, expected) < EXACT), "export is wrong"
     analysis, flow = analyse(captured, case.config.get("grid"))
     return Traced(case, model, captured, analysis, flow, expected)
 
@@ -164,7 +168,7 @@ def _permutations(plan: MergePlan) -> Iterator[Tensor]:
         yield from (order, matrix, matrix.transpose(-1, -2).contiguous())
 
 
-def _permuted(traced: Traced, scope: str) -> float:
+def permuted(traced: Traced, scope: str) -> float:
     """Computing on all tokens in another order gives the original output."""
     plan = _keep_all(traced.plan(scope=scope))
     found = difference(traced.run(plan, "reuse", *_permutations(plan)), traced.expected)

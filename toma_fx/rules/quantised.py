@@ -95,11 +95,11 @@ def _scale_over_tokens(call: Call, layout: Layout, blocks: Sequence[Any]) -> Rej
 def _labels_of_scales(
     call: Call, layout: Layout, blocks: Sequence[Any], keepdim: bool
 ) -> Layout | Rejected:
-    """A dimension that is cut into blocks becomes (number of blocks, 1), if sizes of 1 are kept."""
+    """One entry for each block; without `keepdim` a dimension that is one block is gone."""
     labels: list[Label] = []
     for size, label, block in zip(shape_of(call.node.args[0]), layout, blocks, strict=True):
-        whole = [None] if keepdim else []
-        labels += [label] if block == 1 else whole if block == size else [None, *whole]
+        if block == 1 or block != size or keepdim:
+            labels.append(label if block == 1 else None)
     refused = _scale_over_tokens(call, layout, blocks)
     if refused is None and len(labels) != call.node.meta["val"][0].dim():
         refused = call.no("scales of an unknown shape")

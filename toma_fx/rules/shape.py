@@ -96,6 +96,7 @@ def _reshaped(call: Call, layout: Layout, sizes_at: int | None) -> Outcome:
             labels[d] = label
         if len(outs) > 1 and isinstance(layout[ins[0]], Tokens) and tokens_of(tuple(made)) is None:
             whole = "tokens are laid out as a spatial grid"
+    _keep_batch_of_one(layout, regroup(source, target), labels)
     patches = []
     for d, label in enumerate(labels):
         literal = sizes[d] if isinstance(sizes, (list, tuple)) else -1
@@ -103,6 +104,18 @@ def _reshaped(call: Call, layout: Layout, sizes_at: int | None) -> Outcome:
             assert sizes_at is not None
             patches.append(_patch((sizes_at, d), label))
     return Transfer(tuple(labels), tuple(patches), whole=whole)
+
+
+def _keep_batch_of_one(layout: Layout, groups: Any, labels: list[Label]) -> None:
+    """[1, N, C] -> [N, C] folds a batch of 1 with the tokens, and -> [1, N, C] takes it out."""
+    gone = any(not outs and layout[ins[0]] == BATCH for ins, outs in groups)
+    for d, label in enumerate(labels):
+        if gone and BATCH not in labels and type(label) is Tokens:
+            labels[d] = Flat(label.segments, 1)
+    for ins, outs in groups:
+        label = labels[outs[0] + 1] if not ins and outs[0] + 1 < len(labels) else None
+        if isinstance(label, Flat) and label.rows == 1:
+            labels[outs[0]], labels[outs[0] + 1] = BATCH, Tokens(label.segments)
 
 
 def _patch(path: tuple[int, ...], label: Tokens) -> Patch:
@@ -123,6 +136,10 @@ def _group(
         return _unfolded(call, inside[0], source[ins[0]], target)
     if any(isinstance(label, Tokens) for label in inside):
         return call.no("a reshape that folds the token axis with others")
+    first, rows = inside[0], source[ins[0]]
+    if is_batch(first) and first.times == 1 and not any(inside[1:]) and not target[0] % rows:
+        # heads out of the features and into the batch at once
+        return [Batch(first.span, target[0] // rows), *[None] * (len(target) - 1)]
     return [None] * len(target)
 
 
