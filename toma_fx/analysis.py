@@ -401,6 +401,12 @@ def _inner(segment: str, flow: Flow, base: str, region: tuple[str, ...]) -> tupl
         whole = name in flow.pointwise or flow.ops[name] in PROLOGUE
         if whole and all(o in prologue for o in tokens):
             prologue.add(name)
+    # tokens merge where they are laid out [batch, tokens, channels]
+    inside = set(region)
+    for name in reversed(region):
+        enters = any(u in inside and u not in prologue for u in flow.users[name])
+        if name in prologue and enters and not flow.is_embedding(name):
+            prologue.discard(name)
     return tuple(n for n in region if n not in prologue)
 
 
