@@ -341,7 +341,7 @@ def profile_table(run: dict[str, Any], size: str) -> list[str]:
         {g: value / column["total_ms"] for g, value in column["groups_ms"].items()}
         for column in columns.values()
     ]
-    groups = sorted({g for s in shares for g in s}, key=lambda g: -shares[0].get(g, 0.0))
+    groups = sorted({g for s in shares for g in s}, key=lambda g: (-shares[0].get(g, 0.0), g))
     rows = [[g, *(f"{s[g]:.2%}" if g in s else "" for s in shares)] for g in groups]
     return ["Where the time of one profiled step goes:", "", *table(["group", *columns], rows)]
 

@@ -6,28 +6,16 @@ import argparse
 import multiprocessing
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import diffusers
 import torch
 
 from tests.zoo import CASES
-from tests.zoo.check import Found, check
-from tests.zoo.table import page
+from tests.zoo.check import Found
+from tests.zoo.table import outcome, page
 
 DOCS = Path(__file__).parents[2] / "docs" / "denoisers.md"
-
-
-def outcome(index: int) -> tuple[int, str, Found | str, float]:
-    """(case, class of the model, what was found or why it failed, seconds)."""
-    torch.set_num_threads(1)
-    case, start = CASES[index], time.perf_counter()
-    try:
-        found: Found | str = check(case)
-    except Exception:
-        found = traceback.format_exc()
-    return index, type(case.build()).__name__, found, time.perf_counter() - start
 
 
 def main() -> int:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import time
+import traceback
 from collections.abc import Sequence
 
+import torch
+
+from tests.zoo import CASES
 from tests.zoo.base import Case
-from tests.zoo.check import Found
+from tests.zoo.check import Found, check
 from tests.zoo.references import FAMILIES
 
 HEADER = """# Denoisers
@@ -27,6 +32,17 @@ of the tiny configuration. What is not listed has not been tested; the analysis 
 name.
 
 """
+
+
+def outcome(index: int) -> tuple[int, str, Found | str, float]:
+    """(case, class of the model, what was found or why it failed, seconds)."""
+    torch.set_num_threads(1)
+    case, start = CASES[index], time.perf_counter()
+    try:
+        found: Found | str = check(case)
+    except Exception:
+        found = traceback.format_exc()
+    return index, type(case.build()).__name__, found, time.perf_counter() - start
 
 
 def size_text(size: tuple[int, ...]) -> str:
