@@ -80,6 +80,7 @@ def test_every_operation_shows_and_is_captured_once(through: str) -> None:
     assert len(optimized.specializations) == 1, "graphs over unloaded adapters are gone"
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_sdxl() -> None:
     model, call = model_and_call("sdxl")

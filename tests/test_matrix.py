@@ -37,7 +37,17 @@ def check(case: Case, got: Tensor, want: Tensor, plain: Tensor | None = None) ->
         assert relative(got, plain) > 50 * TOLERANCE, "merging acts"
 
 
-@pytest.mark.parametrize("name", CASES)
+def slow_but(*names: str) -> list[Any]:
+    """All cases, those not named marked slow."""
+    return [pytest.param(n, marks=[] if n in names else [pytest.mark.slow]) for n in CASES]
+
+
+MANY = slow_but(
+    "sdxl", "sdxl_pag", "sdxl_controlnet", "flux_true_cfg", "flux_ip_adapter", "flux_kontext"
+)
+
+
+@pytest.mark.parametrize("name", MANY)
 def test_stack(name: str) -> None:
     """The default scope, twice in a row, and off."""
     case = CASES[name]
@@ -55,11 +65,6 @@ def test_stack(name: str) -> None:
     assert torch.equal(case.call(pipe), plain)
     toma_fx.optimize(pipe, ratio=0)
     assert torch.equal(case.call(pipe), plain)
-
-
-def slow_but(*names: str) -> list[Any]:
-    """All cases, those not named marked slow."""
-    return [pytest.param(n, marks=[] if n in names else [pytest.mark.slow]) for n in CASES]
 
 
 SOME = slow_but("sdxl_pag", "flux_ip_adapter", "flux_img2img", "flux_controlnet", "flux_kontext")

@@ -11,8 +11,13 @@ TOLERANCE = 1e-5
 KEEP = {0.25: 12, 0.5: 8, 0.75: 4}
 
 
+RATIOS = [
+    pytest.param(0.25, marks=pytest.mark.slow), 0.5, pytest.param(0.75, marks=pytest.mark.slow)
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("scope", ["sublayer", "block", "stack"])
-@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75])
+@pytest.mark.parametrize("ratio", RATIOS)
 @torch.no_grad()
 def test_sdxl(ratio: float, scope: str) -> None:
     model = models.sdxl()
@@ -35,7 +40,7 @@ def test_sdxl(ratio: float, scope: str) -> None:
 
 
 @pytest.mark.parametrize("scope", ["sublayer", "block", "stack"])
-@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75])
+@pytest.mark.parametrize("ratio", RATIOS)
 @torch.no_grad()
 def test_flux(ratio: float, scope: str) -> None:
     model = models.flux()
