@@ -473,6 +473,18 @@ REFUSED = {
         lambda m, x: x * F.pad(F.pad(x, (0, 0, -1, 0)), (0, 0, 1, 0)),
         "padding of the token axis",
     ),
+    "padding by reflection": (
+        lambda m, x: x * F.pad(x.mT, (1, 1), mode="reflect")[..., 1:-1].mT,
+        "padding of the token axis",
+    ),
+    "shares that count the keys": (
+        lambda m, x: (1 - (x @ x.mT).softmax(-1)) @ x,
+        "a sum over tokens without softmax",
+    ),
+    "normalisation over the batch": (
+        lambda m, x: F.layer_norm(x.permute(1, 0, 2), (2, C)).permute(1, 0, 2) * x,
+        "batch elements may have been mixed",
+    ),
     "twice in one sequence": (
         lambda m, x: m.attention(x, torch.cat([x, x], 1)),
         "the same tokens occur twice",

@@ -202,6 +202,28 @@ def check_tiny(found: Traced, kind: str = "attention") -> None:
     check(found)
 
 
+OWN_TABLES: dict[str, Callable[..., Tensor]] = {
+    "a mask made of the tokens": lambda m, n: m.attention(
+        n, attn_mask=m.blocks["v"](n)[:, None, None, :, 0]
+    ),
+    "one table at two ranks": lambda m, n: (
+        m.attention(n) * torch.linspace(0.5, 1, n.shape[1])[:, None]
+        + (
+            m.blocks["v"](n).unflatten(2, (2, -1)).transpose(1, 2)
+            * torch.linspace(0.5, 1, n.shape[1])[:, None]
+        )
+        .transpose(1, 2)
+        .flatten(2)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OWN_TABLES)
+@torch.no_grad()
+def test_tables_of_the_tokens_themselves_and_tables_used_twice(name: str) -> None:
+    check(tiny(residual(OWN_TABLES[name])))
+
+
 # -- quantised ------------------------------------------------------------------------------------
 
 TORCHAO = {

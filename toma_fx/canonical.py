@@ -115,7 +115,11 @@ def _inline_off(graph_module: fx.GraphModule, node: fx.Node) -> None:
     kinds = {n.meta["val"].device.type for n in node.all_input_nodes if "val" in n.meta}
     if enabled and device in kinds:
         return
-    inner: Any = graph_module.get_submodule(body.target).graph
+    module: Any = graph_module.get_submodule(body.target)
+    for nested in list(module.graph.nodes):
+        if nested.op == "call_function" and op_name(nested.target) == "wrap_with_autocast":
+            _inline_off(module, nested)
+    inner: Any = module.graph
     mapping = dict(zip(inner.find_nodes(op="placeholder"), operands, strict=True))
     with graph_module.graph.inserting_before(node):
         results = graph_module.graph.graph_copy(inner, mapping)
@@ -221,7 +225,9 @@ def _share_shape_ops(graph: fx.Graph) -> None:
 
 def _resolved(node: fx.Node) -> Any:
     """The arguments, with the sizes of a reshape written out (no -1)."""
-    if op_name(node.target) in ("aten.view", "aten.reshape"):
+    if op_name(node.target) in ("aten.view", "aten.reshape") and isinstance(
+        node.args[1], (list, tuple)
+    ):
         return node.args[0], tuple(node.meta["val"].shape)
     return node.args
 

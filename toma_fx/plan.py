@@ -410,6 +410,9 @@ def _segment(
         if leak is not None:
             return leak
         base = next((e for e in entries if flow.root(e) == flow.root(base)), base)
+        odd = next((e for e in entries if not flow.is_embedding(e)), None)
+        if odd is not None:
+            return Rejected(odd, "is not laid out [batch, tokens, channels]")
         if base not in entries or not flow.is_embedding(base) or not flow.is_embedding(exit_):
             return Rejected(
                 base, "the stream does not enter the segment as [batch, tokens, channels]"

@@ -140,7 +140,13 @@ class _Work:
         lead = positional.lead if positional.batch is None else 0
         rank = operand.meta["val"].dim() + lead
         content = positional.additive and positional.dim + lead == 1 and rank == 3
-        key = ("content" if content else "gather", str(positional.dim), segment.group)
+        key = (
+            "content" if content else "gather",
+            str(positional.dim),
+            str(lead),
+            str(span),
+            segment.group,
+        )
         made = self.made.setdefault(operand.name, {})
         if key not in made:
             with self.rewriter.after(operand, pattern.idx, pattern.merge):

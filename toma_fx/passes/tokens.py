@@ -62,6 +62,8 @@ def merged(
     def run(x: Tensor, matrix: Tensor) -> Tensor:
         if lead:
             x = x.expand(matrix.shape[0], *x.shape)
+        elif x.shape[0] == 1:
+            x = x.expand(matrix.shape[0], *x.shape[1:])
         return span.replaced(x, merge_windows(span.image(x), matrix, setting.grid, setting.tile))
 
     return rewriter.splice(("merge", span, setting, lead), run, [node, merge])[0]
@@ -98,7 +100,8 @@ def updated(
 
     def image_of(x: Tensor, span: Span) -> Tensor:
         # what has no token axis is added to every token alike
-        return span.image(x) if x.dim() == 3 and x.shape[1] > 1 else x
+        many = x.dim() > 1 and x.shape[-2] > 1
+        return span.image(x, x.dim() - 2) if many else x
 
     def run(x: Tensor, small: Tensor, y: Tensor, matrix: Tensor, *added: Tensor) -> Tensor:
         start, entry = base_span.image(x), base_span.image(small)

@@ -55,7 +55,8 @@ def apply_rule(node: fx.Node, facts: dict[str, Fact]) -> Outcome:
     if node.target is operator.getitem:
         return _getitem(call)
     found = RULES.get(call.op)
-    if found is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
+    single = isinstance(node.meta.get("val"), torch.Tensor)
+    if found is None and single and torch.Tag.pointwise in getattr(node.target, "tags", ()):
         found = pointwise
     if found is not None:
         return found(call)

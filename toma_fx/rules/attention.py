@@ -39,6 +39,10 @@ def attention(call: Call) -> Outcome:
         if q is not None and layout is not None and q[0] != layout[0] and _share(q, layout):
             return call.no("queries and keys are batched differently")
     outer = token_dim(q)
+    if outer is None and any(
+        x is not None and token_dim(x) not in (None, len(x) - 2) for x in (k, v)
+    ):
+        return call.no("keys are batched over tokens, queries are not")
     if q is not None and outer is not None and q[-2] == FRAMES:
         return Transfer((*q[:-1], None), whole="each frame merges by its own pattern")
     if q is not None and outer is not None and outer < len(shape_of(query)) - 2:
@@ -58,8 +62,16 @@ def attention(call: Call) -> Outcome:
             if isinstance(label, Tokens) and label.length >= UNKNOWN:
                 return call.no("a mask over as many tokens as the data says")
             if isinstance(label, Tokens) and len(shape) >= -own and shape[own] != 1:
+                at = (layout or ()).index(BATCH) if BATCH in (layout or ()) else 0
                 lead = len(layout or ()) - len(shape)
-                batch = None if lead else 0
+                batch, lead = (at - lead, 0) if at >= lead else (None, lead - at)
+                mine = (call.layout(mask) or (None,) * len(shape))[own]
+                if isinstance(mine, Tokens) and mine.segments == label.segments:
+                    continue
+                labels = (x for x in call.layout(mask) or () if isinstance(x, Tokens))
+                held = [s.name for x in labels for s in x.segments if s.grid]
+                if batch or any(s.name in held for s in label.segments):
+                    return call.no("a mask that is laid out otherwise")
                 positionals.append(Positional(mask.name, len(shape) + own, label, batch, lead))
     return Transfer((*q[:-1], None) if q is not None else None, positionals=tuple(positionals))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from toma_fx.axis import (
     Tokens,
     Transfer,
     is_batch,
+    layout_of,
     token_dim,
     tokens_of,
 )
@@ -35,7 +37,22 @@ from toma_fx.rules.base import NOTHING, Call, Outcome, carries_tokens, rule, sha
 def pointwise(call: Call) -> Outcome:
     """Element-wise ops keep every axis; operands broadcast from the right."""
     operands = [n for n in call.node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
-    return broadcast(call, operands, additive=call.op in ("aten.add", "aten.sub"))
+    outcome = broadcast(call, operands, additive=call.op in ("aten.add", "aten.sub"))
+    layout = layout_of(outcome.fact) if isinstance(outcome, Transfer) else None
+    last = layout[-1] if layout else None
+    if isinstance(last, Keys) and last.normal and not _stays_average(call, operands):
+        assert isinstance(outcome, Transfer)
+        return replace(outcome, fact=(*(layout or ())[:-1], Keys(last.segments)))
+    return outcome
+
+
+def _stays_average(call: Call, operands: Sequence[fx.Node]) -> bool:
+    """Whether shares of the keys stay shares: (1 - p) @ v counts the keys, (g * p) @ v does not."""
+    shares = [n for n in operands if isinstance((call.layout(n) or (None,))[-1], Keys)]
+    if call.op in ("aten.add", "aten.sub"):  # differential attention
+        return len(shares) == 2
+    scaled = call.op == "aten.mul" or (call.op == "aten.div" and operands[0] in shares)
+    return call.op in ("aten.where", "aten.masked_fill") or (scaled and len(shares) == 1)
 
 
 def broadcast(call: Call, operands: Sequence[fx.Node], *, additive: bool = False) -> Outcome:
@@ -78,15 +95,26 @@ def broadcast(call: Call, operands: Sequence[fx.Node], *, additive: bool = False
             found = _positional(call, operand, tuple(labels), dim, additive and not scores)
             if found is None:
                 continue
+            if _holds_some(call, operand, label):
+                return call.no("the same tokens meet in another order")
             if isinstance(label, Flat):
                 whole = "a table over positions in the batch"
             elif label.length >= UNKNOWN:
                 whole = "a table over as many tokens as the data says"
+            elif found.batch or FRAMES in labels:
+                whole = "a table whose batch is not its first dimension"
             elif BATCH not in labels and _is_content(found.tokens):
                 whole = "a table over tokens whose batch is folded into another axis"
             else:
                 positionals.append(found)
     return Transfer(tuple(labels), positionals=tuple(positionals), whole=whole)
+
+
+def _holds_some(call: Call, operand: fx.Node, tokens: Tokens) -> bool:
+    """Whether an operand holds some of these tokens itself, laid out otherwise."""
+    names = {s.name for s in tokens.segments if s.grid}
+    held = (x for x in call.layout(operand) or () if isinstance(x, Tokens))
+    return any(s.name in names for x in held for s in x.segments)
 
 
 def _is_content(tokens: Tokens) -> bool:
@@ -112,7 +140,9 @@ def _batch_lost(call: Call, operands: Sequence[fx.Node], labels: Sequence[Label]
 
 def _same(label: Label, tokens: Tokens) -> bool:
     """Whether a label is about these tokens; scores before and after softmax are."""
-    return type(label) is type(tokens) and getattr(label, "segments", ()) == tokens.segments
+    if isinstance(label, Keys) and isinstance(tokens, Keys):
+        return label.segments == tokens.segments
+    return label == tokens
 
 
 def _outranks(label: Label, other: Label) -> bool:
@@ -121,7 +151,7 @@ def _outranks(label: Label, other: Label) -> bool:
     def rank(value: Label) -> int:
         if not isinstance(value, Tokens):
             return 0
-        return 1 + max(s.role in ("image", "sequence") for s in value.segments)
+        return 1 + any(s.role in ("image", "sequence") for s in value.segments)
 
     return rank(label) > rank(other) > 0
 
@@ -206,7 +236,8 @@ def norm(call: Call) -> Outcome:
     count = len(sizes)
     if any(isinstance(label, Tokens) for label in layout[len(layout) - count :]):
         return call.no("normalisation over the token axis")
-    return Transfer(layout)
+    # what it mixes is no batch (or frames) of tokens any more
+    return Transfer((*layout[: len(layout) - count], *(None,) * count))
 
 
 @rule("group_norm", "batch_norm", "instance_norm")

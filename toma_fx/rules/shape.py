@@ -274,14 +274,15 @@ def permute(call: Call) -> Outcome:
     return NOTHING if layout is None else Transfer(tuple(layout[d] for d in dims))
 
 
-@rule("transpose", "swapaxes", "t")
+@rule("transpose", "swapaxes", "swapdims", "t", "mT")
 def transpose(call: Call) -> Outcome:
     """Swap of two dimensions."""
     layout = call.layout(call.node.args[0])
     if layout is None:
         return NOTHING
     args: Any = call.node.args
-    a, b = (0, 1) if call.op == "aten.t" else (args[1], args[2])
+    named = {"aten.t": (0, 1), "aten.mT": (-2, -1)}.get(call.op)
+    a, b = named if named is not None else (args[1], args[2])
     labels = list(layout)
     if len(labels) > 1:
         labels[a], labels[b] = labels[b], labels[a]
@@ -656,7 +657,14 @@ def pad(call: Call) -> Outcome:
         label, (before, after) = layout[-1 - i], (int_size(w) for w in widths[2 * i : 2 * i + 2])
         if not before and not after:
             continue
-        if is_batch(label) or isinstance(label, (Keys, Flat)) or before < 0 or after < 0:
+        copied = call.arg(2, "mode", "constant") in ("reflect", "replicate", "circular")
+        if (
+            is_batch(label)
+            or isinstance(label, (Keys, Flat))
+            or before < 0
+            or after < 0
+            or (copied and isinstance(label, Tokens))
+        ):
             return call.no("padding of the token axis or its batch")
         if isinstance(label, Tokens):
             around = [Segment(f"{call.name}/{n}", w) for n, w in (("a", before), ("b", after)) if w]
