@@ -62,7 +62,7 @@ def merged(
     def run(x: Tensor, matrix: Tensor) -> Tensor:
         if lead:
             x = x.expand(matrix.shape[0], *x.shape)
-        elif x.shape[0] == 1:
+        elif x.shape[0] == 1 != matrix.shape[0]:
             x = x.expand(matrix.shape[0], *x.shape[1:])
         return span.replaced(x, merge_windows(span.image(x), matrix, setting.grid, setting.tile))
 
