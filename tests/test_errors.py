@@ -10,7 +10,7 @@ from torch import nn
 
 import toma_fx
 from tests import models
-from toma_fx.config import OVERRIDABLE, PRESETS, ToMAConfig
+from toma_fx.config import PRESETS, ToMAConfig, make_config
 from toma_fx.errors import (
     CaptureError,
     ConfigError,
@@ -49,8 +49,8 @@ def test_last_step_before_first() -> None:
 @pytest.mark.parametrize(
     ("make", "nearest"),
     [
-        (lambda: ToMAConfig.make("paper-sxdl"), "paper-sdxl"),
-        (lambda: ToMAConfig.make("default", ration=0.5), "ratio"),
+        (lambda: make_config("paper-sxdl"), "paper-sdxl"),
+        (lambda: make_config("default", options={"ration": 0.5}), "ratio"),
         (lambda: ToMAConfig(scope="blok"), "block"),
         (lambda: ToMAConfig(window="tiles"), "tile"),
         (lambda: ToMAConfig(branches=("attn",)), "attention"),
@@ -76,9 +76,9 @@ def test_configurations_are_values() -> None:
     assert hash(config) == hash(ToMAConfig(overrides={"a.*": {"ratio": 0.25}}, include=["a.*"]))
     assert config.at("a.b").ratio == 0.25
     assert config.at("c").ratio == 0.5
-    assert set(config.to_json()["overrides"]["a.*"]) <= set(OVERRIDABLE)
-    assert ToMAConfig.make(config, ratio=0.1).ratio == 0.1
-    assert ToMAConfig.make({"ratio": 0.3}).ratio == 0.3
+    assert set(config.to_json()["overrides"]["a.*"]) <= set(ToMAConfig.overridable)
+    assert make_config(config, options={"ratio": 0.1}).ratio == 0.1
+    assert make_config({"ratio": 0.3}).ratio == 0.3
     assert all(isinstance(p, ToMAConfig) for p in PRESETS.values())
 
 

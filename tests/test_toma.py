@@ -19,7 +19,6 @@ from toma_fx.methods.windows import (
     token_index,
     window_count,
 )
-from toma_fx.plan import resolve_tile
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "toma_reference.npz")
 SDXL_BUCKETS = [
@@ -175,7 +174,7 @@ def test_windows_round_trip(grid: tuple[int, int], tile: tuple[int, int]) -> Non
 def test_every_sdxl_bucket_has_a_dividing_tile(bucket: tuple[int, int], down: int) -> None:
     for height, width in (bucket, bucket[::-1]):
         grid = (height // down, width // down)
-        h, w = resolve_tile(ToMAConfig(), grid, "")
+        h, w = toma.resolve_tile(ToMAConfig(), grid, "")
         assert grid[0] % h == 0
         assert grid[1] % w == 0
         assert 8 <= h * w <= 32

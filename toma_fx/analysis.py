@@ -213,7 +213,13 @@ def _site(node: fx.Node, flow: Flow, lost: set[str]) -> Site:
     else:
         kind = "self" if set(q.segments) == set(k.segments) == set(images) else "joint"
     segment = images[0].name if images else ""
-    return Site(node.name, module_path(node), kind, str(q or ""), str(k or ""), segment)
+    fused = flow.ops[node.name] == ATTENTION
+    operands = tuple(str(a) for a in node.args[:3]) if fused else ()
+    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    masked = isinstance(mask, fx.Node) and flow.shapes[mask.name][-1] != 1
+    return Site(
+        node.name, module_path(node), kind, str(q or ""), str(k or ""), segment, operands, masked
+    )
 
 
 def _query_and_key(node: fx.Node, flow: Flow) -> tuple[Layout | None, Layout | None]:

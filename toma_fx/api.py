@@ -9,7 +9,7 @@ from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 
 from toma_fx.capture import check_model
-from toma_fx.config import ToMAConfig
+from toma_fx.config import MethodConfig, make_config
 from toma_fx.errors import ConfigError, ModelTypeError
 from toma_fx.guard import ModelGuard
 from toma_fx.report import Report, Summary, make_report, make_summary
@@ -24,8 +24,9 @@ one for late steps."""
 
 def optimize(
     model: T,
-    toma: bool | str | ToMAConfig | Mapping[str, Any] = True,
+    toma: bool | str | MethodConfig | Mapping[str, Any] = True,
     *,
+    method: str | MethodConfig | None = None,
     example_inputs: Any = None,
     max_signatures: int = 8,
     **options: Any,
@@ -35,14 +36,17 @@ def optimize(
     Args:
         model: a denoiser of diffusers (docs/denoisers.md lists those tested), any module with
             residual attention (docs/own-models.md), or a pipeline: its denoiser, or both of two.
-        toma: True for the default preset, a preset name ("default", "paper-sdxl", "paper-flux"), a
-            `ToMAConfig`, a mapping of its fields, or False to turn merging off (ratio 0).
+        toma: True for the method's defaults, a preset of ToMA ("default", "paper-sdxl",
+            "paper-flux"), a configuration, a mapping of its fields, or False to turn merging off.
+        method: "toma" (the default), "tomesd", "tofu", "todo", "ca-tome", "retom", the baselines
+            "random" and "grid", a method of your own by its name, or a configuration of one
+            (docs/methods.md).
         example_inputs: keyword arguments of a call (a dict), positional ones (a tuple), or a pair
             (args, kwargs). Given, the model is captured now and for this signature alone; else at
             the first call of each signature.
         max_signatures: graphs that are kept; one is made for every combination of input shapes,
             adapters and position grids, and the one unused longest makes room for a new one.
-        options: fields of `ToMAConfig`, replacing those of `toma`.
+        options: fields of the method's configuration, replacing those of `toma` or `method`.
 
     Returns:
         The optimized denoiser (a stand-in for the original, which is not modified); or the same
@@ -56,7 +60,7 @@ def optimize(
         CaptureError, CompanionError, NoMergeSites: with example inputs; otherwise they come at the
             first call.
     """
-    config = _config(toma, options)
+    config = make_config(toma, method, options)
     if type(max_signatures) is not int or max_signatures < 1:
         raise ConfigError(
             "max_signatures is out of range",
@@ -89,10 +93,10 @@ def restore(model: T) -> T:
     """
     if not isinstance(model, nn.Module):
         for name, inner in _components(model).items():
-            if _stand_in(inner) is not None:
+            if optimized_of(inner) is not None:
                 setattr(model, name, restore(inner))
         return model
-    found = _stand_in(model)
+    found = optimized_of(model)
     if found is None:
         return model
     hook = vars(found).get("_hf_hook")
@@ -113,14 +117,16 @@ def summary(model: Any) -> Summary:
     Raises:
         ModelTypeError: neither a module nor a pipeline with a denoiser.
     """
-    inner = _denoiser(model)
-    return make_summary(inner, _stand_in(inner))
+    inner = denoiser_of(model)
+    return make_summary(inner, optimized_of(inner))
 
 
 def explain(
     model: Any,
     example_inputs: Any,
-    toma: bool | str | ToMAConfig | Mapping[str, Any] = True,
+    toma: bool | str | MethodConfig | Mapping[str, Any] = True,
+    *,
+    method: str | MethodConfig | None = None,
     **options: Any,
 ) -> Report:
     """What `optimize` would do for these inputs.
@@ -131,28 +137,13 @@ def explain(
         NoMergeSites: nothing can be merged; its message lists every reason.
         CompanionError: another library acts inside the forward pass.
     """
-    config = _config(toma, options)
-    denoiser = _plain(_denoiser(model))
+    config = make_config(toma, method, options)
+    denoiser = _plain(denoiser_of(model))
     args, kwargs = call_of(example_inputs)
     guard = ModelGuard(denoiser)
     guard.check_merging(merging(config))
     with tracing(), guard.kernel():
         return make_report(Specialization.make(denoiser, args, kwargs, config))
-
-
-def _config(toma: Any, options: Mapping[str, Any]) -> ToMAConfig:
-    if toma is True:
-        return ToMAConfig.make("default", **options)
-    if toma is False:
-        return ToMAConfig.make("default", **{**options, "ratio": 0.0, "overrides": ()})
-    if isinstance(toma, (str, ToMAConfig, Mapping)):
-        return ToMAConfig.make(toma, **options)
-    raise ConfigError(
-        "toma= is not a configuration",
-        where="toma",
-        expected="True, False, a preset name, a ToMAConfig or a mapping of its fields",
-        got=type(toma).__name__,
-    )
 
 
 def _components(pipeline: Any) -> dict[str, nn.Module]:
@@ -169,13 +160,13 @@ def _components(pipeline: Any) -> dict[str, nn.Module]:
     )
 
 
-def _denoiser(model: Any) -> nn.Module:
+def denoiser_of(model: Any) -> nn.Module:
     """A module, or the first denoiser of a pipeline."""
     return model if isinstance(model, nn.Module) else next(iter(_components(model).values()))
 
 
-def _stand_in(model: nn.Module) -> OptimizedDenoiser | None:
-    """The optimized denoiser that a module is, compiled or not."""
+def optimized_of(model: Any) -> OptimizedDenoiser | None:
+    """The optimized denoiser that a module is, compiled or not; None for anything else."""
     inner = getattr(model, "_orig_mod", model) if type(model) is OptimizedModule else model
     return inner if type(inner) is OptimizedDenoiser else None
 

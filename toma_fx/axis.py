@@ -258,6 +258,8 @@ class Site:
         kind: "self", "joint", "cross", "temporal", "text" or "unknown".
         query, key: token labels of q and k, printed.
         segment: the image segment that its queries carry ("" if none).
+        operands: nodes of queries, keys and values; none if the attention is written out.
+        masked: whether it has a mask that differs from key to key.
     """
 
     node: str
@@ -266,6 +268,8 @@ class Site:
     query: str
     key: str
     segment: str
+    operands: tuple[str, ...] = ()
+    masked: bool = False
 
 
 @dataclass(frozen=True)

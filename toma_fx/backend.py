@@ -12,7 +12,7 @@ concrete shapes gets its own programs. Inference only: no gradients.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
 
 from toma_fx.axis import Raster
-from toma_fx.config import ToMAConfig
+from toma_fx.config import MethodConfig, ToMAConfig, make_config
 from toma_fx.dynamo import Argument, arguments_of, capture_dynamo, example_values
 from toma_fx.errors import ConfigError, NoMergeSites, UnknownNameError, nearest
 from toma_fx.passes.pipeline import copy_graph
@@ -46,7 +46,7 @@ class Options:
         allow_unmerged: whether a graph in which nothing can be merged is compiled as it is.
     """
 
-    config: ToMAConfig
+    config: MethodConfig
     patches: Mapping[str, Any]
     allow_unmerged: bool
 
@@ -76,7 +76,9 @@ class Options:
                 expected="True or False",
                 got=repr(allow),
             )
-        return cls(ToMAConfig.make(fields.pop("toma", "default"), **fields), patches, allow)
+        config = make_config(fields.pop("toma", True), fields.pop("method", None), fields)
+        config.check_static('torch.compile(backend="toma_fx")')
+        return cls(config, patches, allow)
 
 
 def _mode_patches(mode: str | None) -> Mapping[str, Any]:
@@ -99,9 +101,9 @@ def toma_backend(
         gm: the graph; parameters are inputs.
         example_inputs: one fake tensor or symbolic number per input.
         mode: a mode of `torch.compile`: its changes to Inductor's configuration.
-        options: fields of `ToMAConfig`; "toma", the preset they change; "inductor", changes to
-            Inductor's configuration; "allow_unmerged", True to compile a graph in which nothing can
-            be merged as it is.
+        options: fields of the method's configuration (`ToMAConfig`); "method" and "toma" as for
+            `toma_fx.optimize`; "inductor", changes to Inductor's configuration; "allow_unmerged",
+            True to compile a graph in which nothing can be merged as it is.
 
     Returns:
         A callable that takes the inputs of `gm` and returns its outputs as a tuple.
@@ -257,7 +259,7 @@ class MergedGraph:
             return Specialization.of(captured, config)
         except NoMergeSites as error:
             if self.options.allow_unmerged:
-                return Specialization.of(captured, replace(config, ratio=0.0, overrides=()))
+                return Specialization.of(captured, ToMAConfig(ratio=0.0))
             raise _no_sites(error) from error
 
     def _runner(self, specialization: Specialization, call: Call) -> Callable[..., Any]:

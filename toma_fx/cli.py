@@ -32,18 +32,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     explain.add_argument("--width", type=int, default=None, help="pixels (default: as height)")
     explain.add_argument("--batch", type=int, default=2)
+    explain.add_argument("--method", help="toma (default), tomesd, tofu, todo, ca-tome, retom, ...")
     explain.add_argument("--json", action="store_true", help="print JSON instead of tables")
     demo = commands.add_parser("demo", help="original against merged on the embedded models")
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for the pictures")
     for command in (explain, demo):
-        command.add_argument("--preset", default="default", help="default, paper-sdxl, paper-flux")
+        command.add_argument("--preset", help="of ToMA: default, paper-sdxl, paper-flux")
         command.add_argument(
-            "--set", action="append", default=[], metavar="FIELD=VALUE", help="any ToMAConfig field"
+            "--set",
+            action="append",
+            default=[],
+            metavar="FIELD=VALUE",
+            help="any field of the method's configuration",
         )
     args = parser.parse_args(argv)
     console = Console()
     try:
-        options = {"toma": args.preset, **dict(_field(text) for text in args.set)}
+        options = {"toma": args.preset or True, **dict(_field(text) for text in args.set)}
         if args.command == "explain":
             _explain(args, options, console)
         else:
@@ -85,7 +90,7 @@ def _explain(args: argparse.Namespace, options: dict[str, Any], console: Console
         model = AutoModel.from_pretrained(args.model, subfolder=args.subfolder).eval()
         height = args.height or 1024
         inputs = example_inputs(model, height, args.width or height, args.batch)
-    report = api.explain(model, inputs, **options)
+    report = api.explain(model, inputs, method=args.method, **options)
     if args.json:
         sys.stdout.write(report.to_json() + "\n")
     else:

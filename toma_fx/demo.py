@@ -19,6 +19,8 @@ from torch import Tensor
 
 from toma_fx import tiny
 from toma_fx.api import explain, optimize
+from toma_fx.config import ToMAConfig
+from toma_fx.methods.toma import ToMA
 from toma_fx.runtime import OptimizedDenoiser
 
 LABELS = (0, 2, 4, 10)
@@ -136,7 +138,7 @@ def _one_model(
 
 
 def _settings(merged: OptimizedDenoiser) -> str:
-    config = merged.config_toma
+    config = cast(ToMAConfig, merged.config_toma)
     last = STEPS - 1 if config.last_step is None else min(STEPS - 1, config.last_step)
     return (
         f"ratio {config.ratio}, scope {config.scope}, steps {config.first_step} to {last}"
@@ -191,7 +193,8 @@ def _token_map(image: Tensor, merged: OptimizedDenoiser, index: int) -> Image.Im
     """The picture with a line from every token to the destination it merged into most."""
     state = merged.states[0]
     group = merged.specializations[-1].plan.groups[0]
-    (height, width), (h, w) = group.setting.grid, group.setting.tile
+    setting = cast(ToMA, group.setting)
+    (height, width), (h, w) = setting.grid, setting.tile
     idx = state.patterns[f"pattern_{group.name}_idx"][index]
     share = state.patterns[f"pattern_{group.name}_unmerge"][index]
     target = torch.take_along_dim(idx, share.argmax(-1), -1)

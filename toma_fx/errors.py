@@ -37,6 +37,10 @@ class TileError(ConfigError):
     """The window does not fit the token grid."""
 
 
+class DynamicError(ConfigError):
+    """A method whose shapes depend on the data, where a static graph is asked for."""
+
+
 class ModelTypeError(TomaError, TypeError):
     """The object is neither a denoiser module nor a pipeline that holds one."""
 

@@ -123,6 +123,12 @@ class Flow:
             and layout[1].length < UNKNOWN
         )
 
+    def has_rows(self, name: str) -> bool:
+        """Whether the batch comes first and just one dimension after it enumerates tokens."""
+        first, *rest = self.layout(name) or (None,)
+        plain = [type(label) is Tokens for label in rest if isinstance(label, Tokens)]
+        return first == BATCH and plain == [True]
+
     def is_spatial(self, name: str) -> bool:
         """Whether the value holds an image, as tokens or laid out in height and width."""
         labels = [x for layout in layouts_of(self.facts.get(name)) for x in layout or ()]
@@ -159,6 +165,31 @@ class Flow:
             if name in before:
                 before.update(o for o in self.operands[name] if o in after)
         return tuple(n for n in self.order[first + 1 : last + 1] if n in after and n in before)
+
+    def side(
+        self, segment: str, ends: Iterable[str], reader: str, within: Iterable[str]
+    ) -> tuple[str, ...]:
+        """Carriers among `within` that lead to `ends` and to nothing but `reader`, which reads them
+
+        What other nodes use too is left out, and what comes before it.
+        """
+        allowed, front = set(within), list(ends)
+        found: set[str] = set()
+        while front:
+            name = front.pop()
+            if name in allowed and name not in found and self.carries(name, segment):
+                found.add(name)
+                front.extend(self.operands[name])
+        while True:
+            out = {
+                n
+                for n in found
+                if any(u not in found and u != reader for u in self.users[n])
+                or (self.ops[n] == "getitem" and self.operands[n][0] not in found)
+            }
+            if not out:
+                return tuple(sorted(found, key=self.position.__getitem__))
+            found -= out
 
     def with_readers(self, segment: str, inner: tuple[str, ...], end: str) -> tuple[str, ...]:
         """The region and what reads its tokens and ends in another's attention, as keys do.

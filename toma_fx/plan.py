@@ -9,43 +9,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
-from toma_fx.axis import BATCH, Analysis, Branch, Rejected, Segment, Stream, Tokens
-from toma_fx.config import ToMAConfig
-from toma_fx.errors import NoMergeSites, TileError, UnknownNameError, nearest
+from toma_fx.axis import BATCH, Analysis, Branch, Rejected, Segment, Site, Stream, Tokens
+from toma_fx.config import MethodConfig, Place, Setting
+from toma_fx.errors import NoMergeSites, UnknownNameError, nearest
 from toma_fx.flow import Flow
-from toma_fx.methods.windows import Size, dividing_tile, nearest_divisor, size_text, window_count
+from toma_fx.methods.windows import size_text
+from toma_fx.places import places_of
 
-WINDOW_TOKENS = 16
-"""Tokens a window when the configuration does not say."""
+Merged = TypeVar("Merged", "MergeSegment", "PatternGroup")
 NO_RULE = "no transfer rule for"
 _SMALLER = {"stack": "block", "block": "sublayer"}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How the tokens of a segment merge: everything that a shared pattern must agree on."""
-
-    grid: Size
-    tile: Size
-    keep: int
-    scale: float
-    unmerge: str
-
-    @property
-    def windows(self) -> int:
-        """Number of windows."""
-        return window_count(self.grid, self.tile)[0]
-
-    @property
-    def merged(self) -> int:
-        """Tokens after merging."""
-        return self.windows * self.keep
 
 
 @dataclass(frozen=True)
@@ -57,7 +36,7 @@ class MergeSegment:
         branches: indices of its branches in the stream; modules: their paths; kinds: their kinds.
         sites: attention nodes inside.
         entries: values merged on the way in. inner: nodes that run on merged tokens.
-        exit: value unmerged on the way out.
+        exit: value unmerged on the way out; "" in scope "keys", where nothing is.
         base: stream value x_a of `x_b = x_a + unmerge(x_b' - merge(x_a))`; "" unmerges the update
             of one branch itself.
         additions: adds inside of what comes from outside; it leaves the segment whole.
@@ -110,11 +89,19 @@ class MergePlan:
     segments: tuple[MergeSegment, ...]
     groups: tuple[PatternGroup, ...]
     rejections: tuple[Rejection, ...]
-    config: ToMAConfig
+    config: MethodConfig
 
     def group(self, name: str) -> PatternGroup:
         """Pattern group by name."""
         return next(g for g in self.groups if g.name == name)
+
+    def portable(self) -> MergePlan:
+        """The same plan with settings that every exporter knows."""
+        return dataclasses.replace(
+            self,
+            segments=tuple(map(_portable, self.segments)),
+            groups=tuple(map(_portable, self.groups)),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON-able values."""
@@ -122,69 +109,17 @@ class MergePlan:
             name: [dataclasses.asdict(x) for x in getattr(self, name)]
             for name in ("segments", "groups", "rejections")
         }
+        for name in ("segments", "groups"):
+            for shown, item in zip(out[name], getattr(self, name), strict=True):
+                shown["setting"] = {"method": type(item.setting).__name__, **shown["setting"]}
         return {**out, "config": self.config.to_json()}
 
 
-def resolve_tile(config: ToMAConfig, grid: Size, where: str) -> Size:
-    """The window for a grid: as asked, or the nearest size that divides the grid.
-
-    A window of a video is (t, h, w); it lies in one frame unless the configuration says otherwise.
-
-    Raises:
-        TileError: an explicit size larger than the grid, or three sides for a picture.
-    """
-    *frames, height, width = grid
-    if config.window == "global":
-        return grid
-    area = _window_area(config, grid, where)
-    asked = config.tile
-    if config.window == "stripe":
-        rows = asked[-2] if isinstance(asked, tuple) else asked
-        if rows is not None and rows > height:
-            raise _too_large((rows, width), grid, where)
-        wanted = rows if rows is not None else max(1, area / width)
-        return (*(1 for _ in frames), nearest_divisor(height, wanted), width)
-    if asked is None or config.tiles is not None:
-        return dividing_tile(grid, area)
-    sides = asked if isinstance(asked, tuple) else (asked, asked)
-    sides = (*(1 for _ in range(len(grid) - len(sides))), *sides)
-    if len(sides) > len(grid) or any(t > g for t, g in zip(sides, grid, strict=True)):
-        raise _too_large(sides, grid, where)
-    if not any(g % t for t, g in zip(sides, grid, strict=True)):
-        return sides
-    *depth, h, w = sides
-    time = (nearest_divisor(g, t) for t, g in zip(depth, frames, strict=True))
-    return (*time, *dividing_tile((height, width), h * w))
+def _portable(item: Merged) -> Merged:
+    return dataclasses.replace(item, setting=item.setting.portable())
 
 
-def _window_area(config: ToMAConfig, grid: Size, where: str) -> float:
-    """Tokens a window, if the sides are not given."""
-    tokens = math.prod(grid)
-    if config.tiles is None:
-        return WINDOW_TOKENS
-    if config.tiles > tokens:
-        raise TileError(
-            "more windows than tokens",
-            where=where,
-            expected=f"tiles of at most {tokens} for a {size_text(grid)} grid",
-            got=str(config.tiles),
-            hint="lower tiles=, or raise min_tokens=",
-        )
-    return tokens / config.tiles
-
-
-def _too_large(tile: Size, grid: Size, where: str) -> TileError:
-    return TileError(
-        "the tile is larger than the token grid",
-        where=where,
-        expected=f"at most {size_text(grid)} tokens",
-        got=size_text(tile),
-        hint="lower tile=, override it for this path, "
-        "or raise min_tokens= to leave this level alone",
-    )
-
-
-def make_plan(analysis: Analysis, flow: Flow, config: ToMAConfig) -> MergePlan:
+def make_plan(analysis: Analysis, flow: Flow, config: MethodConfig) -> MergePlan:
     """Choose segments and pattern groups.
 
     A ratio of 0 everywhere gives an empty plan: the model runs as captured.
@@ -197,17 +132,19 @@ def make_plan(analysis: Analysis, flow: Flow, config: ToMAConfig) -> MergePlan:
     _check_patterns(analysis, config)
     segments: list[MergeSegment] = []
     rejections: list[Rejection] = []
+    places = places_of(analysis, flow)
     for stream in analysis.streams:
-        for run, setting in _runs(stream, config, flow, rejections):
-            segments += _segments(stream, run, setting, config.scope, config, flow, rejections)
+        for run, setting in _runs(stream, config, places, rejections):
+            if config.keys_only:
+                segments += _keys_segments(stream, run, setting, analysis, flow, rejections)
+            else:
+                segments += _segments(stream, run, setting, config.scope, config, flow, rejections)
     segments = _disjoint(segments, rejections)
-    groups = _groups(segments, flow)
+    groups = _groups(segments, analysis, flow)
     merged_sites = {site for s in segments for site in s.sites}
     rejections.extend(_left_alone(analysis, flow, merged_sites, rejections))
     plan = MergePlan(tuple(segments), groups, tuple(rejections), config)
-    overrides: Any = config.overrides
-    off = config.ratio == 0 and not any(dict(v).get("ratio") for _, v in overrides)
-    if not segments and not off:
+    if not segments and config.merges:
         raise NoMergeSites(
             "no attention or MLP of this model can be merged with this configuration",
             [f"{r.module or r.node} ({r.kind}): {r.reason}" for r in rejections],
@@ -230,11 +167,11 @@ def _disjoint(segments: list[MergeSegment], rejections: list[Rejection]) -> list
             reason = f"overlaps with {other.modules[0]}"
         else:
             reason = f"two images in one sequence; {other.image} merges"
-        rejections.append(Rejection(s.exit, s.modules[0], "+".join(s.kinds), reason))
+        rejections.append(Rejection(s.exit or s.sites[0], s.modules[0], "+".join(s.kinds), reason))
     return [s for s in segments if s.name not in dropped]
 
 
-def _no_sites_hint(analysis: Analysis, config: ToMAConfig) -> str:
+def _no_sites_hint(analysis: Analysis, config: MethodConfig) -> str:
     tokens = [s.segment.length for s in analysis.streams]
     unruled = [r.reason for r in analysis.refusals.values() if r.reason.startswith(NO_RULE)]
     named = (r for r in unruled if "." in r.removeprefix(NO_RULE).split("(")[0])
@@ -252,7 +189,7 @@ def _no_sites_hint(analysis: Analysis, config: ToMAConfig) -> str:
     return "toma_fx.explain(model, example_inputs) lists every site"
 
 
-def _check_patterns(analysis: Analysis, config: ToMAConfig) -> None:
+def _check_patterns(analysis: Analysis, config: MethodConfig) -> None:
     paths = {b.module for s in analysis.streams for b in s.branches}
     paths |= {s.module for s in analysis.sites}
     for pattern in config.path_patterns():
@@ -271,13 +208,16 @@ def _rejection(branch: Branch, reason: str) -> Rejection:
 
 
 def _runs(
-    stream: Stream, config: ToMAConfig, flow: Flow, rejections: list[Rejection]
+    stream: Stream,
+    config: MethodConfig,
+    places: Mapping[tuple[str, int], Place],
+    rejections: list[Rejection],
 ) -> Iterator[tuple[list[int], Setting]]:
     """Consecutive branches with equal settings that the configuration lets merge."""
     run: list[int] = []
     current: Setting | None = None
     for i, branch in enumerate(stream.branches):
-        found = _setting(stream, branch, config, flow)
+        found = _setting(branch, places[stream.name, i], stream.segment.length, config)
         if isinstance(found, str):
             rejections.append(_rejection(branch, found))
         setting = None if isinstance(found, str) else found
@@ -291,35 +231,21 @@ def _runs(
         yield run, current
 
 
-def _setting(stream: Stream, branch: Branch, config: ToMAConfig, flow: Flow) -> Setting | str:
+def _setting(branch: Branch, place: Place, tokens: int, config: MethodConfig) -> Setting | str:
     """How a branch merges, or the reason why it does not."""
-    image, own = stream.segment, config.at(branch.module)
+    own = config.at(branch.module)
     if branch.rejected is not None:
         return f"{branch.rejected.node}: {branch.rejected.reason}"
     if not config.selects(branch.module):
         return "left out by include= or exclude="
+    if config.keys_only and "attention" not in branch.kinds:
+        return "only keys of self-attention are down-sampled"
     unwanted = [k for k in branch.kinds if k not in config.branches]
-    if unwanted:
+    if unwanted and not config.keys_only:
         return f"{' and '.join(unwanted)} not among branches="
-    if own.ratio == 0:
-        return "ratio is 0"
-    if image.length < own.min_tokens:
-        return f"{image.length} tokens, fewer than min_tokens={own.min_tokens}"
-    assert image.grid is not None
-    tile = resolve_tile(own, _unit(image), branch.module)
-    tokens = math.prod(tile)
-    keep = tokens - int(tokens * own.ratio + 1e-9)
-    if keep == tokens:
-        return f"ratio {own.ratio} merges no token of a {size_text(tile)} window"
-    return Setting(image.grid, tile, keep, float(own.scale), own.unmerge)
-
-
-def _unit(image: Segment) -> Size:
-    """The grid that windows must divide: of several images below each other, a common part."""
-    assert image.grid is not None
-    if len(image.grid) > 2 or not image.heights:
-        return image.grid
-    return math.gcd(*image.heights), image.grid[1]
+    if tokens < own.min_tokens:
+        return f"{tokens} tokens, fewer than min_tokens={own.min_tokens}"
+    return own.setting(place)
 
 
 def _segments(
@@ -327,7 +253,7 @@ def _segments(
     run: Sequence[int],
     setting: Setting,
     scope: str,
-    config: ToMAConfig,
+    config: MethodConfig,
     flow: Flow,
     rejections: list[Rejection],
 ) -> list[MergeSegment]:
@@ -389,7 +315,7 @@ def _segment(
     part: Sequence[int],
     setting: Setting,
     scope: str,
-    config: ToMAConfig,
+    config: MethodConfig,
     flow: Flow,
 ) -> MergeSegment | Rejected:
     branches = [stream.branches[i] for i in part]
@@ -438,6 +364,75 @@ def _segment(
     )
 
 
+def _keys_segments(
+    stream: Stream,
+    run: Sequence[int],
+    setting: Setting,
+    analysis: Analysis,
+    flow: Flow,
+    rejections: list[Rejection],
+) -> list[MergeSegment]:
+    """Segments of the keys and values alone; queries and what follows stay whole."""
+    sites = {s.node: s for s in analysis.sites}
+    out = []
+    for i in run:
+        for name in stream.branches[i].sites:
+            site = sites[name]
+            built = _keys_segment(stream, i, site, setting, flow)
+            if isinstance(built, MergeSegment):
+                out.append(built)
+            else:
+                reason = f"{built.node}: {built.reason}"
+                rejections.append(Rejection(name, site.module, site.kind, reason))
+    return out
+
+
+def _keys_segment(
+    stream: Stream, index: int, site: Site, setting: Setting, flow: Flow
+) -> MergeSegment | Rejected:
+    """From where keys and values part from the queries to the attention.
+
+    x --> q -----------------> attention        x --> q ------------------------> attention
+     \-> k, v linear, norm --/                   \-> merge -> k, v linear, norm --/
+    """
+    image, branch = stream.segment.name, stream.branches[index]
+    if site.kind not in ("self", "joint"):
+        return Rejected(site.node, f"its keys are no image tokens ({site.kind} attention)")
+    if not site.operands:
+        return Rejected(site.node, "attention is written out, not one fused operator")
+    if site.masked:
+        return Rejected(site.node, "its mask is laid out for all keys")
+    query, *keys = site.operands
+    inner = flow.side(image, keys, site.node, branch.nodes)
+    direct = {k for k in keys if k not in inner}
+    entries = tuple(sorted({*flow.entries(image, inner), *direct}, key=flow.position.__getitem__))
+    if query in direct:
+        return Rejected(site.node, "its keys are its queries")
+    whole = next((n for n in inner if n in flow.whole), None)
+    if whole is not None:
+        return Rejected(whole, flow.whole[whole])
+    odd = next((e for e in entries if not flow.has_rows(e)), None)
+    if odd is not None:
+        return Rejected(odd, "is not laid out with the batch first and one axis of tokens")
+    return MergeSegment(
+        name=f"{stream.name}/keys/{site.node}",
+        stream=stream.name,
+        image=stream.segment,
+        scope="keys",
+        branches=(index,),
+        modules=(branch.module,),
+        kinds=branch.kinds,
+        sites=(site.node,),
+        entries=entries,
+        inner=inner,
+        exit="",
+        base="",
+        additions=(),
+        setting=setting,
+        group=stream.name,
+    )
+
+
 def _without_copies(flow: Flow, inner: tuple[str, ...], base: str, end: str) -> tuple[str, ...]:
     """The region without casts of its base that others use too; they merge as the base does."""
     root, inside = flow.root(base), set(inner)
@@ -461,8 +456,11 @@ def _sink(flow: Flow, segment: str, exit_: str) -> str:
     return exit_
 
 
-def _groups(segments: list[MergeSegment], flow: Flow) -> tuple[PatternGroup, ...]:
+def _groups(
+    segments: list[MergeSegment], analysis: Analysis, flow: Flow
+) -> tuple[PatternGroup, ...]:
     """Pattern groups; segments whose settings differ never share one. Names them p0, p1, ..."""
+    streams = {s.name: s for s in analysis.streams}
     members: dict[tuple[str, Setting], list[int]] = {}
     for i, segment in enumerate(segments):
         members.setdefault((segment.group, segment.setting), []).append(i)
@@ -471,11 +469,22 @@ def _groups(segments: list[MergeSegment], flow: Flow) -> tuple[PatternGroup, ...
         name = f"p{n}"
         leader = min((segments[i] for i in indices), key=lambda s: flow.position[s.entries[0]])
         feature = leader.entries[0]
+        if setting.feature == "stream":
+            feature = _stream_value(leader, streams[leader.stream], flow) or feature
         batch = flow.shapes[feature][0]
         groups.append(PatternGroup(name, leader.name, feature, leader.image, batch, setting))
         for i in indices:
             segments[i] = dataclasses.replace(segments[i], group=name)
     return tuple(groups)
+
+
+def _stream_value(leader: MergeSegment, stream: Stream, flow: Flow) -> str | None:
+    """The value of the stream where the block of a segment begins."""
+    block = stream.branches[leader.branches[0]].block
+    first = next(i for i, b in enumerate(stream.branches) if b.block == block)
+    value = stream.values[first]
+    before = flow.position[value] <= flow.position[leader.entries[0]]
+    return value if before and flow.is_embedding(value) else None
 
 
 _SITE_REASONS = {

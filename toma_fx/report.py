@@ -43,7 +43,8 @@ class Row:
     Attributes:
         site: attention node, or the branch's output node. module: module path. kind: what it is.
         scope: residual adds its segment spans. tokens, merged: image tokens before and after.
-        grid, tile: in tokens. group: pattern group. flops_before, flops_after: of its nodes.
+        grid: in tokens. how: the method's window, cell or factor. group: pattern group.
+        flops_before, flops_after: of its nodes.
     """
 
     site: str
@@ -53,7 +54,7 @@ class Row:
     tokens: int
     merged: int
     grid: Size
-    tile: Size
+    how: str
     group: str
     flops_before: int
     flops_after: int
@@ -87,14 +88,14 @@ class Report(_Printed):
     def _parts(self) -> list[Any]:
         table = Table(title="merged", title_justify="left", box=SIMPLE)
         table.add_column("module, kind, scope", overflow="fold")
-        for name in ("tokens", "grid", "tile", "pattern", "MFLOP"):
+        for name in ("tokens", "grid", "window", "pattern", "MFLOP"):
             table.add_column(name, no_wrap=True)
         for row in self.rows:
             table.add_row(
                 f"{row.module}\n  {row.kind}, {row.scope}",
                 f"{row.tokens} -> {row.merged}",
                 size_text(row.grid),
-                size_text(row.tile),
+                row.how,
                 row.group,
                 f"{row.flops_before / 1e6:.1f} -> {row.flops_after / 1e6:.1f}",
             )
@@ -136,13 +137,15 @@ def make_report(specialization: Specialization) -> Report:
                     segment.image.length,
                     segment.setting.merged,
                     segment.setting.grid,
-                    segment.setting.tile,
+                    segment.setting.text(),
                     segment.group,
                     graph_flops(before, names),
                     graph_flops(after, names),
                 )
             )
-    refresh = specialization.graph_module("refresh").graph
+    refresh = after
+    if plan.config.patterned:
+        refresh = specialization.graph_module("refresh").graph
     return Report(
         tuple(rows), plan.rejections, graph_flops(before), graph_flops(after), graph_flops(refresh)
     )
@@ -191,7 +194,8 @@ class Summary(_Printed):
         if not self.active:
             return [Text(f"{self.denoiser}: not optimized, no token merging")]
         ran = ", ".join(f"{n} {call}" for call, n in self.steps.items()) or "none yet"
-        brief = ", ".join(f"{k}={self.config[k]}" for k in ("ratio", "scope", "window"))
+        named = (k for k in ("method", "ratio", "scope", "window") if k in self.config)
+        brief = ", ".join(f"{k}={self.config[k]}" for k in named)
         how = "compiled" if self.compiled else "eager"
         table = Table(box=SIMPLE)
         for name in ("inputs", "merged segments", "tokens", "steps"):

@@ -80,6 +80,7 @@ def batched(
         )
     if len(kinds) == 1:
         return calls[0], _joined(states)
+    plan.config.check_static("step(inputs, states) with states at different steps")
     like = next(s.patterns for s in states if s.patterns)
     device = next(iter(like.values())).device
     masks = {

@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 from toma_fx.axis import Raster
 from toma_fx.capture import check_model, flatten_call, raster
-from toma_fx.config import ToMAConfig
+from toma_fx.config import MethodConfig
 from toma_fx.errors import AdapterError, CaptureError, CompanionError, SignatureError
 from toma_fx.guard import STAND_IN, ModelGuard, check_wrapping
 from toma_fx.requests import batched, checked_states, fitting, following
@@ -138,10 +138,10 @@ class OptimizedDenoiser(nn.Module):
     """
 
     denoiser: nn.Module
-    config_toma: ToMAConfig
+    config_toma: MethodConfig
     cache: SpecializationCache
 
-    def __init__(self, model: nn.Module, config: ToMAConfig, max_signatures: int = 8) -> None:
+    def __init__(self, model: nn.Module, config: MethodConfig, max_signatures: int = 8) -> None:
         super(OptimizedDenoiser, self).__init__()  # noqa: UP008 - __class__ is a property here
         own = self.__dict__
         for shared in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
@@ -416,6 +416,14 @@ class OptimizedDenoiser(nn.Module):
 
         return key, self.cache.get(key, make)
 
+    def specialized(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Specialization, list[Any]]:
+        """What is made for a call, and the call's inputs in the order the graph takes them."""
+        given = self._arguments(*self._placed(tuple(args), dict(kwargs)))
+        rasters = tuple(raster(leaf) for leaf in given.leaves)
+        return self._specialization(given, rasters)[1], given.leaves
+
     def fix(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Capture for these inputs now and refuse every other signature from here on."""
         given = self._arguments(tuple(args), dict(kwargs))
@@ -516,7 +524,11 @@ class OptimizedDenoiser(nn.Module):
 
         One program per use: refresh, reuse, reweigh if weights are recomputed between refreshes,
         and the unmerged one if the schedule has unmerged steps. Returns self.
+
+        Raises:
+            DynamicError: the method's number of merged tokens depends on the data.
         """
+        self.config_toma.check_static("compile")
         names = list(inspect.signature(torch.compile).parameters)[1:]
         options = {"dynamic": False, **dict(zip(names, args, strict=False)), **kwargs}
         self.__dict__["_compile"] = options
@@ -592,23 +604,13 @@ class OptimizedDenoiser(nn.Module):
         return dict(self._totals)
 
 
-def merging(config: ToMAConfig) -> Callable[[str], bool]:
+def merging(config: MethodConfig) -> Callable[[str], bool]:
     """Whether a configuration merges attention at a module path; of "", whether it merges."""
-    overrides: Any = config.overrides
-    ratios = [config.ratio, *(dict(values).get("ratio", 0.0) for _, values in overrides)]
-    anything = any(ratio > 0 for ratio in ratios)
-    attention = not {"attention", "cross"}.isdisjoint(config.branches)
-
-    def merges(path: str) -> bool:
-        if not path:
-            return anything
-        return attention and config.selects(path) and config.at(path).ratio > 0
-
-    return merges
+    return lambda path: config.merges_attention(path) if path else config.merges
 
 
 def _rebuilt(
-    model: nn.Module, config: ToMAConfig, capacity: int, compile_: Any, fixed: Any
+    model: nn.Module, config: MethodConfig, capacity: int, compile_: Any, fixed: Any
 ) -> OptimizedDenoiser:
     """A copy: the same settings, no graphs and no state yet."""
     copied = OptimizedDenoiser(model, config, capacity)

@@ -18,7 +18,7 @@ from torch._dynamo import convert_frame
 from toma_fx.analysis import analyse
 from toma_fx.axis import Analysis
 from toma_fx.capture import Captured, capture, check_model
-from toma_fx.config import ToMAConfig
+from toma_fx.config import MethodConfig
 from toma_fx.flow import Flow
 from toma_fx.parity import Expected
 from toma_fx.passes.pipeline import Program, rewrite
@@ -90,7 +90,7 @@ class Specialization:
 
     @classmethod
     def make(
-        cls, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], config: ToMAConfig
+        cls, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], config: MethodConfig
     ) -> Specialization:
         """Capture, check, analyse and plan one call.
 
@@ -106,12 +106,17 @@ class Specialization:
         return cls.of(captured, config)
 
     @classmethod
-    def of(cls, captured: Captured, config: ToMAConfig) -> Specialization:
+    def of(cls, captured: Captured, config: MethodConfig) -> Specialization:
         """Analyse and plan a captured graph."""
         outputs = output_values(captured.graph_module.graph)
         verify(captured.graph_module, [i.name for i in captured.inputs], outputs, "capture")
         analysis, flow = analyse(captured, config.grid)
         return cls(captured, analysis, flow, make_plan(analysis, flow, config))
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether the number of merged tokens depends on the data."""
+        return any(g.setting.dynamic for g in self.plan.groups)
 
     @property
     def settings(self) -> Hashable:
@@ -140,7 +145,10 @@ class Specialization:
         if call not in self.runners:
             graph_module = self.graph_module(call)
             run: Callable[..., Any] = graph_module.forward
-            if options is not None:
+            if self.dynamic:
+                # under torch.compile too: compiled, it would keep the shapes it was traced with
+                run = torch._dynamo.disable(run)
+            elif options is not None:
                 run = torch.compile(graph_module, **options)
             self.runners[call] = run
         return self.runners[call]

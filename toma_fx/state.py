@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from toma_fx.config import ToMAConfig
+from toma_fx.config import MethodConfig
 from toma_fx.errors import SharedStateError, StateError
 
 Call = Literal["plain", "refresh", "reweigh", "reuse", "mixed"]
@@ -28,14 +28,13 @@ MAX_PASSES = 4
 """Calls at one timestep that count as passes of one step; more start over at the first."""
 
 
-def call_at(config: ToMAConfig, step: int, has_pattern: bool) -> Call:
+def call_at(config: MethodConfig, step: int, has_pattern: bool) -> Call:
     """Which program runs at `step` (from 0) of a generation."""
     if step < config.first_step or (config.last_step is not None and step > config.last_step):
         return "plain"
-    since = step - config.first_step
-    if not has_pattern or since % config.destinations_every == 0:
-        return "refresh"
-    return "reweigh" if since % config.weights_every == 0 else "reuse"
+    if not config.patterned:
+        return "reuse"
+    return config.renewal(step - config.first_step) if has_pattern else "refresh"
 
 
 @dataclass
@@ -72,8 +71,8 @@ class PassState:
         """Copy pattern outputs into the buffers."""
         with torch.inference_mode(False), torch.no_grad():
             for name, value in zip(names, values, strict=True):
-                if name not in self.patterns:
-                    shape = tuple(value.shape)
+                shape = tuple(value.shape)
+                if name not in self.patterns or self.patterns[name].shape != shape:
                     buffer = torch.empty(shape, dtype=value.dtype, device=value.device)
                     torch._dynamo.mark_static_address(buffer, guard=False)
                     self.patterns[name] = buffer

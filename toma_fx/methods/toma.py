@@ -12,7 +12,9 @@ into the denoiser's graph.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -20,15 +22,26 @@ from torch.nn import functional as F
 
 import toma_fx.ops  # noqa: F401 - registers the operator
 from toma_fx.errors import TileError
+from toma_fx.methods import base
+from toma_fx.methods.base import BRANCHES, MethodConfig, Place, Renewal, Scope, Setting, Share
 from toma_fx.methods.facility import facility_location
 from toma_fx.methods.windows import (
     Size,
+    dividing_tile,
     merge_windows,
+    nearest_divisor,
     size_text,
     to_windows,
+    token_index,
     unmerge_windows,
     window_count,
 )
+
+UNROLL = 4
+"""Destinations a window up to which the greedy loop is unrolled into the graph."""
+WINDOW_TOKENS = 16
+"""Tokens a window when the configuration does not say."""
+Window = Literal["tile", "stripe", "global"]
 
 
 @dataclass(frozen=True)
@@ -156,3 +169,215 @@ def merge(x: Tensor, pattern: Pattern) -> Tensor:
 def unmerge(y: Tensor, pattern: Pattern) -> Tensor:
     """Merged tokens [B, T*k, C] -> tokens [B, N, C]: x' = A^T y, or pinv(A_norm) y."""
     return unmerge_windows(y, pattern.unmerge, pattern.grid, pattern.tile)
+
+
+# -- the method -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ToMA(Setting):
+    """ToMA at one grid.
+
+    Attributes:
+        tile: window of as many sides as the grid. keep: destinations of a window.
+        scale, inverse: as `scale` and `unmerge` of `ToMAConfig`.
+        opaque: whether a long selection is one operator instead of `keep` unrolled steps.
+    """
+
+    tile: Size
+    keep: int
+    scale: float
+    inverse: str = "transpose"
+    opaque: bool = True
+
+    chosen: ClassVar[tuple[str, ...]] = ("idx",)
+    weighed: ClassVar[tuple[str, ...]] = ("merge", "unmerge")
+
+    @property
+    def windows(self) -> int:
+        """Number of windows."""
+        return window_count(self.grid, self.tile)[0]
+
+    @property
+    def merged(self) -> int:
+        """Tokens after merging."""
+        return self.windows * self.keep
+
+    def text(self) -> str:
+        """The window."""
+        return size_text(self.tile)
+
+    def select(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Destinations by facility location: see `toma.select`."""
+        opaque = self.opaque and self.keep > UNROLL
+        return (select(x, self.grid, self.tile, self.keep, opaque=opaque),)
+
+    def weights(self, x: Tensor, chosen: base.Pattern) -> tuple[Tensor, ...]:
+        """Merge and unmerge matrices: see `toma.weights`."""
+        made = weights(x, chosen["idx"], self.grid, self.tile, self.scale, unmerge=self.inverse)
+        return made.merge, made.unmerge
+
+    def merge(self, x: Tensor, pattern: base.Pattern) -> Tensor:
+        """y = A_norm x in every window."""
+        return merge_windows(x, pattern["merge"], self.grid, self.tile)
+
+    def unmerge(self, y: Tensor, pattern: base.Pattern) -> Tensor:
+        """x' = A^T y in every window."""
+        return unmerge_windows(y, pattern["unmerge"], self.grid, self.tile)
+
+    def kept(self, pattern: base.Pattern) -> Tensor:
+        """The destinations."""
+        return token_index(pattern["idx"], self.grid, self.tile)
+
+    def portable(self) -> Self:
+        """With the selection unrolled."""
+        return replace(self, opaque=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToMAConfig(MethodConfig):
+    """ToMA: token merge with attention (Lu et al., ICML 2025, arXiv 2509.10918).
+
+    Selects in every window the tokens that greedy facility location on cosine similarity chooses.
+    Merges every token into all destinations of its window, by attention weights. Unmerges with the
+    transpose of the weights. Cost: selection takes keep * n^2 comparisons a window of n tokens,
+    merge and unmerge are one small matrix product each. The variants of the paper: `window` "tile",
+    "stripe" or "global"; `scope="block"` merges once per block; `share` lets the layers of a block,
+    or of a whole stage, have one pattern. The default is chosen by measurement (docs/default.md).
+
+    Attributes:
+        ratio: share of the tokens that is merged away, in [0, 1); 0 turns merging off.
+        window: where similarity is searched: square "tile", "stripe" of whole rows, or "global".
+        tile: window size in tokens: side, (height, width) or, in a video, (frames, height, width)
+            of a tile, rows of a stripe. None chooses about 16 tokens a window, and windows of a
+            video lie in one frame. A size that does not divide the grid is replaced by
+            the nearest that does; the report shows which.
+        tiles: number of windows instead of their size.
+        scale: sharpness of the merge weights (softmax of scale * cosine similarity).
+        unmerge: "transpose" of the weights, or "pinv", the pseudo-inverse of the merge matrix.
+        weights_every: steps between recomputations of the weights for the current destinations.
+
+    The other fields are those of `MethodConfig`.
+    """
+
+    ratio: float = 0.5
+    window: Window = "tile"
+    tile: int | tuple[int, ...] | None = None
+    tiles: int | None = None
+    scale: float = 1000.0
+    unmerge: Literal["transpose", "pinv"] = "transpose"
+    destinations_every: int = 5
+    weights_every: int = 5
+    scope: Scope = "stack"
+    share: Share = "stream"
+    branches: tuple[str, ...] = BRANCHES
+    min_tokens: int = 256
+
+    name: ClassVar[str] = "toma"
+    overridable: ClassVar[tuple[str, ...]] = (
+        "ratio", "window", "tile", "tiles", "scale", "unmerge", "min_tokens"
+    )  # fmt: skip
+
+    def check(self) -> None:
+        """Check every field."""
+        super().check()
+        self.check_ratio()
+        self.choice("window", ("tile", "stripe", "global"))
+        self.choice("unmerge", ("transpose", "pinv"))
+        positive = base.is_number(self.scale) and self.scale > 0
+        self.require(positive, "scale", "a positive number")
+        self.count("weights_every")
+        if self.tiles is not None:
+            self.count("tiles")
+        one = type(self.tile) is int and self.tile >= 1
+        several = isinstance(self.tile, tuple) and len(self.tile) in (2, 3)
+        self.require(
+            self.tile is None or one or (several and base.whole_sides(self.tile)),
+            "tile",
+            "a side, (height, width) or (frames, height, width), whole numbers of at least 1",
+            TileError,
+        )
+
+    @property
+    def off(self) -> bool:
+        """Whether the ratio is 0."""
+        return self.ratio == 0
+
+    def renewal(self, since: int) -> Renewal:
+        """Weights may be recomputed between two selections."""
+        due = super().renewal(since)
+        return "reweigh" if due == "reuse" and since % self.weights_every == 0 else due
+
+    def setting(self, place: Place) -> ToMA | str:
+        """Windows that divide the grid, and how many of their tokens stay."""
+        if self.off:
+            return "ratio is 0"
+        tile = resolve_tile(self, place.unit, place.module)
+        tokens = math.prod(tile)
+        keep = tokens - int(tokens * self.ratio + 1e-9)
+        if keep == tokens:
+            return f"ratio {self.ratio} merges no token of a {size_text(tile)} window"
+        return self.at_grid(place.grid, tile, keep)
+
+    def at_grid(self, grid: Size, tile: Size, keep: int) -> ToMA:
+        """The setting for windows of `tile`; methods that only select otherwise replace this."""
+        return ToMA(grid, tile, keep, float(self.scale), self.unmerge)
+
+
+def resolve_tile(config: ToMAConfig, grid: Size, where: str) -> Size:
+    """The window for a grid: as asked, or the nearest size that divides the grid.
+
+    A window of a video is (t, h, w); it lies in one frame unless the configuration says otherwise.
+
+    Raises:
+        TileError: an explicit size larger than the grid, or three sides for a picture.
+    """
+    *frames, height, width = grid
+    if config.window == "global":
+        return grid
+    area = _window_area(config, grid, where)
+    asked = config.tile
+    if config.window == "stripe":
+        rows = asked[-2] if isinstance(asked, tuple) else asked
+        if rows is not None and rows > height:
+            raise _too_large((rows, width), grid, where)
+        wanted = rows if rows is not None else max(1, area / width)
+        return (*(1 for _ in frames), nearest_divisor(height, wanted), width)
+    if asked is None or config.tiles is not None:
+        return dividing_tile(grid, area)
+    sides = asked if isinstance(asked, tuple) else (asked, asked)
+    sides = (*(1 for _ in range(len(grid) - len(sides))), *sides)
+    if len(sides) > len(grid) or any(t > g for t, g in zip(sides, grid, strict=True)):
+        raise _too_large(sides, grid, where)
+    if not any(g % t for t, g in zip(sides, grid, strict=True)):
+        return sides
+    *depth, h, w = sides
+    time = (nearest_divisor(g, t) for t, g in zip(depth, frames, strict=True))
+    return (*time, *dividing_tile((height, width), h * w))
+
+
+def _window_area(config: ToMAConfig, grid: Size, where: str) -> float:
+    """Tokens a window, if the sides are not given."""
+    tokens = math.prod(grid)
+    if config.tiles is None:
+        return WINDOW_TOKENS
+    if config.tiles > tokens:
+        raise TileError(
+            "more windows than tokens",
+            where=where,
+            expected=f"tiles of at most {tokens} for a {size_text(grid)} grid",
+            got=str(config.tiles),
+            hint="lower tiles=, or raise min_tokens=",
+        )
+    return tokens / config.tiles
+
+
+def _too_large(tile: Size, grid: Size, where: str) -> TileError:
+    return TileError(
+        "the tile is larger than the token grid",
+        where=where,
+        expected=f"at most {size_text(grid)} tokens",
+        got=size_text(tile),
+        hint="lower tile=, override it for this path, "
+        "or raise min_tokens= to leave this level alone",
+    )

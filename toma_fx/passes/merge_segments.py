@@ -9,6 +9,11 @@ Block and stack (only the update is unmerged, every token keeps its own detail):
 
     x_a -> block -> ... -> x_b             x_a -> merge -> block -> ... -> x_b'
                                            x_b = x_a + unmerge(x_b' - merge(x_a))
+
+Keys (queries stay whole, nothing to unmerge):
+
+    norm --> q ----------> attention       norm --> q -------------------> attention
+       \--> k, v --------/                    \--> merge --> k, v --------/
 """
 
 from __future__ import annotations
@@ -16,15 +21,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 
-from torch import fx
+from torch import Tensor, fx
 
-from toma_fx.axis import Analysis, Positional, tokens_of
+from toma_fx.axis import Analysis, Patch, Positional, token_dim, tokens_of
 from toma_fx.errors import RewriteError
 from toma_fx.flow import Flow
 from toma_fx.passes import tokens
-from toma_fx.passes.provide_patterns import PatternNodes
 from toma_fx.passes.rewriter import Rewriter
-from toma_fx.passes.tokens import Span, span_of
+from toma_fx.passes.tokens import PatternNodes, Span, span_of
 from toma_fx.plan import MergePlan, MergeSegment
 
 
@@ -60,17 +64,20 @@ class _Work:
     made: dict[str, dict[tuple[str, ...], fx.Node]] = field(default_factory=dict)
 
     def rewrite(self, segment: MergeSegment) -> None:
-        inner = [self.nodes[n] for n in segment.inner]
+        inner, keys = [self.nodes[n] for n in segment.inner], segment.scope == "keys"
         inside = set(segment.inner)
+        sites = [self.nodes[n] for n in segment.sites] if keys else []
         for name in segment.entries:
-            entered = self.entered(name, segment)
-            for node in inner:
-                if self.nodes[name] in node.all_input_nodes:
-                    self.rewriter.replace_input(node, self.nodes[name], entered)
+            entered, old = self.entered(name, segment), self.nodes[name]
+            readers = [n for n in inner if old in n.all_input_nodes]
+            for node in (*readers, *(n for n in sites if old in n.args[1:3])):
+                self.rewriter.replace_input(node, old, entered)
         whole = {name: self.added(name, inside) for name in segment.additions}
         for node in self.touched(segment):
             self.patch(node, segment)
             self.rewriter.retype(node)
+        if keys:
+            return
         additions = [
             (old, self.added(name, inside), self.span(name, segment)) for name, old in whole.items()
         ]
@@ -93,9 +100,10 @@ class _Work:
         key, made = ("merge", segment.group), self.made.setdefault(name, {})
         if key not in made:
             node, pattern = self.nodes[name], self.task.patterns[segment.group]
-            with self.rewriter.after(node, pattern.merge):
+            dim = token_dim(self.task.flow.layout(name))
+            with self.rewriter.after(node, *pattern.nodes):
                 made[key] = tokens.merged(
-                    self.rewriter, node, self.span(name, segment), segment.setting, pattern.merge
+                    self.rewriter, node, self.span(name, segment), pattern, dim=dim or 1
                 )
         return made[key]
 
@@ -103,6 +111,8 @@ class _Work:
         """Inner nodes, and nodes that read them without carrying the image, in graph order."""
         flow, inner = self.task.flow, set(segment.inner)
         readers = {u for n in inner - {segment.exit} for u in flow.users[n]}
+        if segment.scope == "keys":
+            readers.difference_update(segment.sites)
         names = sorted(inner | readers, key=flow.position.__getitem__)
         return [self.nodes[n] for n in names]
 
@@ -111,10 +121,9 @@ class _Work:
         transfer = self.task.analysis.transfers.get(node.name)
         if transfer is None:
             return
-        lengths = {segment.image.name: segment.setting.merged}
         for patch in transfer.patches:
             if any(s.name == segment.image.name for s in patch.segments):
-                self.rewriter.set_literal(node, patch.path, patch.value(lengths))
+                self.rewriter.set_literal(node, patch.path, self.length(patch, segment))
         current: dict[str, fx.Node] = {}
         for positional in transfer.positionals:
             if all(s.name != segment.image.name for s in positional.tokens.segments):
@@ -123,11 +132,29 @@ class _Work:
             if positional.operand in current:
                 # a mask: its rows are done, and have given it a batch dimension
                 old = current[positional.operand]
-                lead = positional.lead if positional.batch is None else 0
-                positional = replace(positional, dim=positional.dim + lead, batch=0, lead=0)
+                dim = positional.dim + positional.lead
+                positional = replace(positional, dim=dim, batch=0, lead=0)
             new = self.aligned(old, positional, segment)
             self.rewriter.replace_input(node, old, new)
             current[positional.operand] = new
+
+    def length(self, patch: Patch, segment: MergeSegment) -> int | fx.Node:
+        """What a literal becomes: a number, or a node where it depends on the data."""
+        image, pattern = segment.image.name, self.task.patterns[segment.group]
+        value = patch.value({image: segment.setting.merged})
+        if not segment.setting.dynamic:
+            return value
+        rest = patch.value({image: 0})
+        key, made = (str(rest), str(value)), self.made.setdefault(segment.group, {})
+        if key not in made:
+            times = patch.times * sum(s.name == image for s in patch.segments)
+
+            def count(*parts: Tensor) -> int:
+                return rest + times * segment.setting.count(pattern.named(parts))
+
+            with self.rewriter.after(self.nodes[segment.entries[0]], *pattern.nodes):
+                (made[key],) = self.rewriter.splice(key, count, pattern.nodes, whole=True)
+        return made[key]
 
     def aligned(self, operand: fx.Node, positional: Positional, segment: MergeSegment) -> fx.Node:
         """A positional operand on merged tokens, made once per group.
@@ -135,27 +162,26 @@ class _Work:
         What is added to the stream merges as the stream does (merging is linear); tables that
         multiply, and masks, are gathered at the destinations.
         """
-        pattern, setting = self.task.patterns[segment.group], segment.setting
+        pattern = self.task.patterns[segment.group]
         span = span_of(positional.tokens, segment.image)
-        lead = positional.lead if positional.batch is None else 0
-        rank = operand.meta["val"].dim() + lead
-        content = positional.additive and positional.dim + lead == 1 and rank == 3
+        rank = operand.meta["val"].dim() + positional.lead
+        content = positional.additive and positional.dim + positional.lead == 1 and rank == 3
+        content = content and pattern.setting.linear
         key = (
             "content" if content else "gather",
             str(positional.dim),
-            str(lead),
+            str(positional.lead),
             str(span),
             segment.group,
         )
         made = self.made.setdefault(operand.name, {})
         if key not in made:
-            with self.rewriter.after(operand, pattern.idx, pattern.merge):
+            with self.rewriter.after(operand, *pattern.nodes):
                 if content:
-                    new = tokens.merged(self.rewriter, operand, span, setting, pattern.merge, lead)
+                    lead = bool(positional.lead)
+                    new = tokens.merged(self.rewriter, operand, span, pattern, lead=lead)
                 else:
-                    new = tokens.gathered(
-                        self.rewriter, operand, positional, span, setting, pattern.idx
-                    )
+                    new = tokens.gathered(self.rewriter, operand, positional, span, pattern)
             made[key] = new
         return made[key]
 
@@ -167,16 +193,16 @@ class _Work:
     ) -> None:
         """Unmerge at the exit and hand the result to everyone outside."""
         end, span = self.nodes[segment.exit], self.span(segment.exit, segment)
-        unmerge, setting = self.task.patterns[segment.group].unmerge, segment.setting
+        pattern = self.task.patterns[segment.group]
         with self.rewriter.after(end):
             if segment.base:
                 whole = (self.nodes[segment.base], self.span(segment.base, segment))
                 entered = self.entered(segment.base, segment)
                 result = tokens.updated(
-                    self.rewriter, whole, entered, (end, span), setting, unmerge, additions
+                    self.rewriter, whole, entered, (end, span), pattern, additions
                 )
             else:
-                result = tokens.unmerged(self.rewriter, end, span, setting, unmerge)
+                result = tokens.unmerged(self.rewriter, end, span, pattern)
         readers = {n for n in self.touched(segment) if n is not end}
         self.rewriter.replace_uses(end, result, keep=readers.union(self.rewriter.spliced))
         self.made.pop(end.name, None)

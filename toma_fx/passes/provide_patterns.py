@@ -1,41 +1,30 @@
 """Pass: give the graph one pattern per group.
 
-refresh:  feature -> select -> weights -> (idx, merge, unmerge), all three also outputs
-reweigh:  idx input;  feature -> weights -> (merge, unmerge), both also outputs
-reuse:    idx, merge, unmerge are inputs
-mixed:    all three are inputs, and two masks [B]; rows to select anew take
-          idx = where(select, fresh, given), rows to weigh anew likewise; all three also outputs
+refresh:  feature -> select -> chosen parts -> weights -> weighed parts; all are also outputs
+reweigh:  chosen parts are inputs;  feature -> weights -> weighed parts, also outputs
+reuse:    all parts are inputs
+mixed:    all parts are inputs, and two masks [B]; rows to select anew take
+          chosen = where(select, fresh, given), rows to weigh anew likewise; all are also outputs
+
+ToMA chooses idx and weighs merge and unmerge; which parts there are is the method's affair.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, fx
 
-from toma_fx.methods import toma
+from toma_fx.methods.base import Setting
 from toma_fx.passes.rewriter import Rewriter
-from toma_fx.passes.tokens import Span, image_part
+from toma_fx.passes.tokens import PatternNodes, Span, image_part
 from toma_fx.plan import MergePlan, PatternGroup
 
-UNROLL = 4
-"""Destinations a window up to which the greedy loop is unrolled into the graph."""
 Use = Literal["refresh", "reweigh", "reuse", "mixed"]
-PARTS = ("idx", "merge", "unmerge")
 MASKS = ("pattern_select", "pattern_weigh")
-
-
-@dataclass(frozen=True)
-class PatternNodes:
-    """Graph nodes of one pattern."""
-
-    idx: fx.Node
-    merge: fx.Node
-    unmerge: fx.Node
 
 
 @dataclass(frozen=True)
@@ -56,7 +45,12 @@ class ProvidePatterns:
         patterns = {
             g.name: self._provide(rewriter, g, nodes[g.feature], masks) for g in self.plan.groups
         }
-        outputs = [getattr(p, part) for p in patterns.values() for part in OUTPUTS[self.use]]
+        outputs = [
+            node
+            for p in patterns.values()
+            for part, node in zip(p.setting.parts, p.nodes, strict=True)
+            if part in parts_given(p.setting, self.use)
+        ]
         if outputs:
             rewriter.add_outputs(outputs)
         return patterns
@@ -70,23 +64,14 @@ class ProvidePatterns:
 
         return tuple(rewriter.placeholder(name, mask) for name in MASKS)
 
-    def _given(self, rewriter: Rewriter, group: PatternGroup, value: Tensor) -> list[fx.Node]:
+    def _given(self, rewriter: Rewriter, group: PatternGroup, image: Tensor) -> list[fx.Node]:
         """Inputs of a group's parts, those that the program takes."""
-        setting = group.setting
-        count, tokens = setting.windows, math.prod(setting.tile)
-        shapes = {
-            "idx": (group.batch, count, setting.keep),
-            "merge": (group.batch, count, setting.keep, tokens),
-            "unmerge": (group.batch, count, tokens, setting.keep),
-        }
-
-        def like(part: str) -> Tensor:
-            dtype = torch.int64 if part == "idx" else value.dtype
-            return torch.empty(shapes[part], dtype=dtype, device=value.device)
-
+        names = parts_taken(group.setting, self.use)
+        likes = rewriter.fake(("parts", group.setting), lambda x: parts_of(group.setting, x), image)
         return [
-            rewriter.placeholder(f"pattern_{group.name}_{part}", lambda part=part: like(part))  # type: ignore[misc]
-            for part in INPUTS[self.use]
+            rewriter.placeholder(f"pattern_{group.name}_{name}", lambda like=like: like.clone())  # type: ignore[misc]
+            for name, like in zip(group.setting.parts, likes, strict=True)
+            if name in names
         ]
 
     def _provide(
@@ -96,57 +81,77 @@ class ProvidePatterns:
         feature: fx.Node,
         masks: tuple[fx.Node, ...],
     ) -> PatternNodes:
-        setting = group.setting
-        grid, tile = setting.grid, setting.tile
-        opaque = setting.keep > UNROLL
-        given = self._given(rewriter, group, feature.meta["val"])
+        setting, span = group.setting, self.spans[group.name]
+        if not setting.parts:
+            return PatternNodes(setting, ())
+        given = self._given(rewriter, group, span.image(feature.meta["val"]))
         if self.use == "reuse":
-            return PatternNodes(*given)
+            return PatternNodes(setting, tuple(given))
+        number = len(setting.chosen)
 
-        def weigh(x: Tensor, idx: Tensor) -> tuple[Tensor, Tensor]:
-            pattern = toma.weights(x, idx, grid, tile, setting.scale, unmerge=setting.unmerge)
-            return pattern.merge, pattern.unmerge
+        def select(x: Tensor) -> tuple[Tensor, ...]:
+            return setting.select(x)
 
-        def chosen(mask: Tensor, fresh: Tensor, kept: Tensor) -> Tensor:
-            return torch.where(mask.view(-1, *[1] * (fresh.dim() - 1)), fresh, kept)
+        def weigh(x: Tensor, *chosen: Tensor) -> tuple[Tensor, ...]:
+            return setting.weights(x, dict(zip(setting.chosen, chosen, strict=True)))
 
         with rewriter.after(feature):
-            image = image_part(rewriter, feature, self.spans[group.name])
-            if self.use == "reweigh":
-                (idx,) = given
-            else:
-                (idx,) = rewriter.splice(
-                    ("select", setting),
-                    lambda x: toma.select(x, grid, tile, setting.keep, opaque=opaque),
-                    [image],
+            image = image_part(rewriter, feature, span)
+            chosen = given
+            if self.use != "reweigh":
+                chosen = rewriter.splice(
+                    ("select", setting), select, [image], whole=setting.dynamic
                 )
             if self.use == "mixed":
-                (idx,) = rewriter.splice("chosen", chosen, [masks[0], idx, given[0]])
-            weights = rewriter.splice(("weigh", setting), weigh, [image, idx])
+                chosen = _where(rewriter, masks[0], chosen, given[:number])
+            weights: list[fx.Node] = []
+            if setting.weighed:
+                weights = rewriter.splice(("weigh", setting), weigh, [image, *chosen])
             if self.use == "mixed":
-                weights = [
-                    rewriter.splice("chosen", chosen, [masks[1], fresh, kept])[0]
-                    for fresh, kept in zip(weights, given[1:], strict=True)
-                ]
-        return PatternNodes(idx, *weights)
+                weights = _where(rewriter, masks[1], weights, given[number:])
+        return PatternNodes(setting, (*chosen, *weights))
 
 
-INPUTS: Mapping[Use, tuple[str, ...]] = {
-    "refresh": (), "reweigh": ("idx",), "reuse": PARTS, "mixed": PARTS
-}  # fmt: skip
-"""Parts of a pattern that a program takes."""
-OUTPUTS: Mapping[Use, tuple[str, ...]] = {
-    "refresh": PARTS, "reweigh": ("merge", "unmerge"), "reuse": (), "mixed": PARTS
-}  # fmt: skip
-"""Parts of a pattern that a program gives."""
+def _where(
+    rewriter: Rewriter, mask: fx.Node, fresh: Iterable[fx.Node], kept: Iterable[fx.Node]
+) -> list[fx.Node]:
+    """Rows of `fresh` where the mask says so, of `kept` elsewhere."""
+
+    def chosen(mask: Tensor, fresh: Tensor, kept: Tensor) -> Tensor:
+        return torch.where(mask.view(-1, *[1] * (fresh.dim() - 1)), fresh, kept)
+
+    pairs = zip(fresh, kept, strict=True)
+    return [rewriter.splice("chosen", chosen, [mask, new, old])[0] for new, old in pairs]
+
+
+def parts_of(setting: Setting, x: Tensor) -> tuple[Tensor, ...]:
+    """The whole pattern of tokens [B, N, C]."""
+    chosen = setting.select(x)
+    return (*chosen, *setting.weights(x, dict(zip(setting.chosen, chosen, strict=True))))
+
+
+def parts_taken(setting: Setting, use: Use) -> tuple[str, ...]:
+    """Parts of a pattern that a program takes."""
+    taken = {"refresh": (), "reweigh": setting.chosen}
+    return taken.get(use, setting.parts)
+
+
+def parts_given(setting: Setting, use: Use) -> tuple[str, ...]:
+    """Parts of a pattern that a program gives."""
+    given = {"reuse": (), "reweigh": setting.weighed}
+    return given.get(use, setting.parts)
 
 
 def pattern_inputs(plan: MergePlan, use: Use) -> tuple[str, ...]:
     """Names of the pattern inputs of a program, in order."""
-    parts = tuple(f"pattern_{g.name}_{part}" for g in plan.groups for part in INPUTS[use])
+    parts = tuple(
+        f"pattern_{g.name}_{part}" for g in plan.groups for part in parts_taken(g.setting, use)
+    )
     return (*MASKS, *parts) if use == "mixed" else parts
 
 
 def pattern_outputs(plan: MergePlan, use: Use) -> tuple[str, ...]:
     """Names of the pattern outputs of a program, after the model's own, in order."""
-    return tuple(f"pattern_{g.name}_{part}" for g in plan.groups for part in OUTPUTS[use])
+    return tuple(
+        f"pattern_{g.name}_{part}" for g in plan.groups for part in parts_given(g.setting, use)
+    )

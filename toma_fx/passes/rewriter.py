@@ -6,6 +6,7 @@ which pass did what, and refuses name collisions.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,21 @@ from toma_fx.verify import fake_result
 
 Templates = dict[tuple[Hashable, Any], fx.GraphModule]
 """Traced snippets by key and input shapes."""
+
+
+class Opaque:
+    """A function as the target of one node: graphs with it run eagerly and can't be exported."""
+
+    __name__ = "opaque"
+    __module__ = __name__
+    __qualname__ = "Opaque"
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any) -> Any:
+        """Call the function."""
+        return self.function(*args)
 
 
 class Rewriter:
@@ -37,6 +53,7 @@ class Rewriter:
         self.changed: set[fx.Node] = set()
         self.spliced: list[fx.Node] = []
         self._templates: Templates = {} if templates is None else templates
+        self._fakes: dict[Hashable, Any] = {}
         self._pass = ""
         self._cursor: fx.Node | None = None
         self._last_input = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
@@ -80,31 +97,25 @@ class Rewriter:
         return node
 
     def splice(
-        self, key: Hashable, function: Callable[..., Any], inputs: Sequence[fx.Node]
+        self,
+        key: Hashable,
+        function: Callable[..., Any],
+        inputs: Sequence[fx.Node],
+        *,
+        whole: bool = False,
     ) -> list[fx.Node]:
         """Trace `function` on the fake values of `inputs` and insert its nodes at the cursor.
 
         Equal `key` promises an equal function, so that its trace may be used again for inputs of
-        the same shapes. Returns the nodes of its outputs (a tensor or tuple of tensors).
+        the same shapes. `whole` inserts one node that calls the function, for what can't be traced
+        because its shapes depend on the data. Returns the nodes of its outputs (a tensor, a number,
+        or a tuple of tensors).
         """
-        fakes = [n.meta["val"] for n in inputs]
-        like = tuple((tuple(f.shape), f.stride(), f.dtype, f.device) for f in fakes)
-        traced = self._templates.get((key, like))
-        if traced is None:
-            try:
-                with torch.no_grad(), self.mode:
-                    # spliced nodes share fake values, and tracing takes one value for one input
-                    own = [torch.empty_strided(*shape, dtype=d, device=v) for *shape, d, v in like]
-                    traced = make_fx(function, pre_dispatch=True)(*own)
-            except Exception as error:
-                raise RewriteError(
-                    "tokens can't be merged here",
-                    where=f"{self._pass}: {', '.join(n.name for n in inputs)}",
-                    got=f"{type(error).__name__}: {error}",
-                    hint="exclude= the module, and please report this model",
-                ) from error
-            self._templates[(key, like)] = traced
         self.spliced = []
+        fakes = [n.meta["val"] for n in inputs]
+        if whole:
+            return self._call(Opaque(function), tuple(inputs))
+        traced = self._traced(key, function, fakes)
         mapping: dict[fx.Node, Any] = dict(
             zip((n for n in traced.graph.nodes if n.op == "placeholder"), inputs, strict=True)
         )
@@ -118,13 +129,53 @@ class Rewriter:
                 break
             if node.op != "call_function":
                 raise RewriteError(
-                    "a method may only call functions",
+                    "a method may only call functions of torch",
                     where=self._pass,
                     got=node.format_node() or "",
+                    hint="make constant tensors with torch.arange and arithmetic, "
+                    "not with torch.tensor",
                 )
             args, kwargs = fx.map_arg((node.args, node.kwargs), mapping.__getitem__)
             mapping[node] = self._insert(node.target, args, kwargs, node.meta.get("val"))
         return results
+
+    def _call(self, target: Opaque, inputs: tuple[fx.Node, ...]) -> list[fx.Node]:
+        """One node that calls a function, and one for each of its results if it has several."""
+        node = self._insert(target, inputs, {}, None)
+        made = node.meta["val"]
+        if not isinstance(made, tuple):
+            return [node]
+        return [self._insert(operator.getitem, (node, i), {}, x) for i, x in enumerate(made)]
+
+    def fake(self, key: Hashable, function: Callable[[Tensor], Any], like: Tensor) -> Any:
+        """What `function` gives for a fake tensor like `like`; kept by `key` and shape."""
+        known = (key, (tuple(like.shape), like.dtype, like.device))
+        if known not in self._fakes:
+            with torch.no_grad(), self.mode:
+                self._fakes[known] = function(
+                    torch.empty(like.shape, dtype=like.dtype, device=like.device)
+                )
+        return self._fakes[known]
+
+    def _traced(
+        self, key: Hashable, function: Callable[..., Any], fakes: Sequence[Tensor]
+    ) -> fx.GraphModule:
+        like = tuple((tuple(f.shape), f.stride(), f.dtype, f.device) for f in fakes)
+        if (key, like) not in self._templates:
+            try:
+                with torch.no_grad(), self.mode:
+                    # spliced nodes share fake values, and tracing takes one value for one input
+                    own = [torch.empty_strided(*shape, dtype=d, device=v) for *shape, d, v in like]
+                    traced = make_fx(function, pre_dispatch=True)(*own)
+            except Exception as error:  # a method's functions are anybody's code
+                raise RewriteError(
+                    "tokens can't be merged here",
+                    where=f"{self._pass}: {key}",
+                    got=f"{type(error).__name__}: {error}",
+                    hint="exclude= the module, and please report this model",
+                ) from error
+            self._templates[key, like] = traced
+        return self._templates[key, like]
 
     def _insert(self, target: Any, args: Any, kwargs: Any, value: Any) -> fx.Node:
         if self._cursor is None:
@@ -156,8 +207,8 @@ class Rewriter:
             if user not in keep:
                 self.replace_input(user, old, new)
 
-    def set_literal(self, node: fx.Node, path: Sequence[int], value: int) -> None:
-        """Set the literal `node.args[path]`, which must be an int."""
+    def set_literal(self, node: fx.Node, path: Sequence[int], value: int | fx.Node) -> None:
+        """Set the literal `node.args[path]`, an int, to another or to a node that counts it."""
         args: list[Any] = list(node.args)
         if len(path) == 1:
             current, args[path[0]] = args[path[0]], value

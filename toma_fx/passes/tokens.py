@@ -9,9 +9,21 @@ import torch
 from torch import Tensor, fx
 
 from toma_fx.axis import Positional, Segment, Tokens
-from toma_fx.methods.windows import cast, merge_windows, token_index, unmerge_windows
+from toma_fx.methods.base import Pattern, Setting
+from toma_fx.methods.windows import cast
 from toma_fx.passes.rewriter import Rewriter
-from toma_fx.plan import Setting
+
+
+@dataclass(frozen=True)
+class PatternNodes:
+    """Graph nodes of one pattern: the setting's parts, in order."""
+
+    setting: Setting
+    nodes: tuple[fx.Node, ...]
+
+    def named(self, parts: Sequence[Tensor]) -> Pattern:
+        """The values of the nodes, by name."""
+        return dict(zip(self.setting.parts, parts, strict=True))
 
 
 @dataclass(frozen=True)
@@ -52,32 +64,46 @@ def image_part(rewriter: Rewriter, node: fx.Node, span: Span) -> fx.Node:
 
 
 def merged(
-    rewriter: Rewriter, node: fx.Node, span: Span, setting: Setting, merge: fx.Node, lead: int = 0
+    rewriter: Rewriter,
+    node: fx.Node,
+    span: Span,
+    pattern: PatternNodes,
+    *,
+    dim: int = 1,
+    lead: bool = False,
 ) -> fx.Node:
     """A sequence with its image tokens merged: [B, a + N + b, C] -> [B, a + M + b, C].
 
-    `lead` is 1 for a sequence [N, C] that all batch elements share.
+    `dim` is the dimension of the tokens, the batch being the first. `lead` says that it isn't: all
+    batch elements share a sequence [N, C].
     """
+    setting = pattern.setting
 
-    def run(x: Tensor, matrix: Tensor) -> Tensor:
+    def run(x: Tensor, *parts: Tensor) -> Tensor:
         if lead:
-            x = x.expand(matrix.shape[0], *x.shape)
-        elif x.shape[0] == 1 != matrix.shape[0]:
-            x = x.expand(matrix.shape[0], *x.shape[1:])
-        return span.replaced(x, merge_windows(span.image(x), matrix, setting.grid, setting.tile))
+            x = x.unsqueeze(0)
+        if parts and x.shape[0] == 1 != parts[0].shape[0]:
+            x = x.expand(parts[0].shape[0], *x.shape[1:])
+        rows = x if dim == 1 else x.movedim(dim, 1)
+        flat = rows if rows.dim() == 3 else rows.flatten(2)
+        image = setting.merge(span.image(flat), pattern.named(parts))
+        out = span.replaced(flat, image)
+        out = out if rows.dim() == 3 else out.unflatten(2, rows.shape[2:])
+        return out if dim == 1 else out.movedim(1, dim)
 
-    return rewriter.splice(("merge", span, setting, lead), run, [node, merge])[0]
+    key = ("merge", span, setting, dim, lead)
+    return rewriter.splice(key, run, [node, *pattern.nodes], whole=setting.dynamic)[0]
 
 
-def unmerged(
-    rewriter: Rewriter, node: fx.Node, span: Span, setting: Setting, unmerge: fx.Node
-) -> fx.Node:
+def unmerged(rewriter: Rewriter, node: fx.Node, span: Span, pattern: PatternNodes) -> fx.Node:
     """Inverse of `merged`: every image token receives its share of the merged update."""
+    setting = pattern.setting
 
-    def run(y: Tensor, matrix: Tensor) -> Tensor:
-        return span.replaced(y, unmerge_windows(span.image(y), matrix, setting.grid, setting.tile))
+    def run(y: Tensor, *parts: Tensor) -> Tensor:
+        return span.replaced(y, setting.unmerge(span.image(y), pattern.named(parts)))
 
-    return rewriter.splice(("unmerge", span, setting), run, [node, unmerge])[0]
+    key = ("unmerge", span, setting)
+    return rewriter.splice(key, run, [node, *pattern.nodes], whole=setting.dynamic)[0]
 
 
 def updated(
@@ -85,8 +111,7 @@ def updated(
     whole: tuple[fx.Node, Span],
     entered: fx.Node,
     left: tuple[fx.Node, Span],
-    setting: Setting,
-    unmerge: fx.Node,
+    pattern: PatternNodes,
     additions: Sequence[tuple[fx.Node, fx.Node, Span]] = (),
 ) -> fx.Node:
     """x_b = x_a + unmerge(x_b' - merge(x_a)): every token keeps its own detail.
@@ -103,18 +128,22 @@ def updated(
         many = x.dim() > 1 and x.shape[-2] > 1
         return span.image(x, x.dim() - 2) if many else x
 
-    def run(x: Tensor, small: Tensor, y: Tensor, matrix: Tensor, *added: Tensor) -> Tensor:
+    setting, outside = pattern.setting, 2 * len(additions)
+
+    def run(x: Tensor, small: Tensor, y: Tensor, *rest: Tensor) -> Tensor:
+        added, parts = rest[:outside], rest[outside:]
         start, entry = base_span.image(x), base_span.image(small)
         for full, merged_, span in zip(added[::2], added[1::2], spans, strict=True):
             start, entry = start + image_of(full, span), entry + image_of(merged_, span)
         update = end_span.image(y) - entry
-        image = start + unmerge_windows(update, matrix, setting.grid, setting.tile)
+        image = start + setting.unmerge(update, pattern.named(parts))
         # a stream may be summed in a higher precision than it is handed on in
         return end_span.replaced(y, cast(image, y))
 
     key = ("update", base_span, end_span, setting, tuple(spans))
     pairs = [node for full, merged_, _ in additions for node in (full, merged_)]
-    return rewriter.splice(key, run, [base, entered, end, unmerge, *pairs])[0]
+    nodes = [base, entered, end, *pairs, *pattern.nodes]
+    return rewriter.splice(key, run, nodes, whole=setting.dynamic)[0]
 
 
 def gathered(
@@ -122,20 +151,21 @@ def gathered(
     operand: fx.Node,
     positional: Positional,
     span: Span,
-    setting: Setting,
-    idx: fx.Node,
+    pattern: PatternNodes,
 ) -> fx.Node:
-    """A positional operand (rotary table, mask, gate) at the destinations.
+    """A positional operand (rotary table, mask, gate) at the tokens that stay.
 
-    Each batch element has its own destinations, so the result has a batch dimension of full size.
+    Each batch element has its own, so the result has a batch dimension of full size.
     """
-    lead = positional.lead if positional.batch is None else 0
+    setting, lead = pattern.setting, positional.lead
     at = positional.dim + lead
 
-    def run(table: Tensor, idx: Tensor) -> Tensor:
+    def run(table: Tensor, *parts: Tensor) -> Tensor:
         for _ in range(lead):
             table = table.unsqueeze(0)
-        kept = token_index(idx, setting.grid, setting.tile)
+        kept = setting.kept(pattern.named(parts)).to(table.device)
+        if kept.shape[0] == 1 != table.shape[0]:
+            kept = kept.expand(table.shape[0], -1)
         table = table.expand(kept.shape[0], *table.shape[1:])
         sizes = [1] * table.dim()
         sizes[0], sizes[at] = kept.shape[0], kept.shape[1]
@@ -143,4 +173,4 @@ def gathered(
         return span.replaced(table, image, at)
 
     key = ("gather", lead, at, span, setting)
-    return rewriter.splice(key, run, [operand, idx])[0]
+    return rewriter.splice(key, run, [operand, *pattern.nodes], whole=setting.dynamic)[0]

@@ -578,7 +578,7 @@ def _common(call: Call, labels: Sequence[Label], dim: int) -> Tokens | None:
 
 def _join(call: Call, operands: Any, layouts: list[Layout | None], dim: int) -> Outcome:
     segments: list[Segment] = []
-    row: int | None = None
+    rows: set[int] = set()
     labels: list[Label] = [None] * len(shape_of(call.node))
     for operand, layout in zip(operands, layouts, strict=True):
         label = layout[dim] if layout is not None else None
@@ -586,17 +586,19 @@ def _join(call: Call, operands: Any, layouts: list[Layout | None], dim: int) -> 
             continue
         if isinstance(label, (Keys, Flat)):
             return call.no("scores or flattened tokens are joined")
+        if isinstance(label, Row):
+            rows.add(label.row)
         if isinstance(label, Tokens):
             segments.extend(label.segments)
         else:
             segments.append(Segment(operand.name, shape_of(operand)[dim]))
-            if isinstance(label, Row):
-                row = label.row
         for d, other in enumerate(layout or ()):
             labels[d] = other if labels[d] is None else labels[d]
     if len({s.name for s in segments}) < len(segments):
         return call.no("the same tokens occur twice in one sequence")
-    labels[dim] = Tokens(tuple(segments)) if row is None else Row(tuple(segments), row)
+    if len(rows) > 1:
+        return call.no("rows of the batch are joined end to end")
+    labels[dim] = Row(tuple(segments), *rows) if rows else Tokens(tuple(segments))
     for operand, layout in zip(operands, layouts, strict=True):
         if layout is None or not isinstance(layout[dim], Tokens) or BATCH not in labels:
             continue

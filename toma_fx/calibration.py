@@ -1,0 +1,121 @@
+"""`calibrate`: a similarity threshold turned into a static ratio for every place that merges."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from statistics import fmean
+from typing import Any, Literal
+
+from torch import nn
+
+from toma_fx.api import call_of, denoiser_of, optimize, optimized_of
+from toma_fx.config import CAToMeConfig
+from toma_fx.errors import ConfigError
+from toma_fx.methods.base import check_choice
+from toma_fx.places import places_of
+from toma_fx.specialize import Specialization
+from toma_fx.state import State
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+_STATISTICS: dict[str, Callable[[Sequence[float]], float]] = {
+    "mean": fmean, "min": min, "max": max
+}  # fmt: skip
+
+
+def calibrate(
+    model: Any,
+    inputs: Any,
+    threshold: float = 0.7,
+    *,
+    statistic: Literal["mean", "min", "max"] = "mean",
+    **options: Any,
+) -> CAToMeConfig:
+    """CA-ToMe with static ratios: those that `threshold` leads to on the given inputs.
+
+    Runs CA-ToMe in its dynamic form (arXiv 2501.00946), counts for every transformer block the
+    tokens it merges, and returns the configuration that merges as many always. So the method
+    compiles and exports.
+
+    Args:
+        model: a denoiser, or a pipeline: its first denoiser.
+        inputs: a call of the denoiser, as for `optimize(example_inputs=...)`, or a list of calls:
+            several steps of a generation say more than one (`recorded` collects them).
+        threshold: cosine similarity in [-1, 1] from which tokens merge.
+        statistic: of the shares that the calls give for a block.
+        options: other fields of `CAToMeConfig`.
+
+    Returns:
+        The calibrated configuration: `toma_fx.optimize(model, method=configuration)`.
+
+    Raises:
+        ConfigError: a field out of its domain, no inputs, or no tokens as similar as that.
+        SignatureError, CaptureError: inputs that are no call of the denoiser.
+    """
+    check_choice("statistic", statistic, tuple(_STATISTICS))
+    config = CAToMeConfig(threshold=threshold).replaced(options)
+    every = config.replaced({"checkpoints": None, "destinations_every": 1, "first_step": 0})
+    calls = inputs if isinstance(inputs, list) else [inputs]
+    if not calls:
+        raise ConfigError(
+            "nothing to calibrate with", where="inputs", expected="at least one call", got="none"
+        )
+    denoiser = optimized_of(optimize(denoiser_of(model), method=every))
+    assert denoiser is not None
+    shares: dict[str, list[float]] = {}
+    for call in calls:
+        _, state = denoiser.step(call_of(call), State())
+        for path, share in _merged(denoiser.specializations[-1], state):
+            shares.setdefault(path, []).append(share)
+    ratios = {path: _STATISTICS[statistic](found) for path, found in shares.items()}
+    if not any(ratios.values()):
+        raise ConfigError(
+            "no tokens are as similar as that",
+            where="threshold",
+            expected="a threshold that pairs of tokens of the inputs reach",
+            got=repr(threshold),
+            hint="lower threshold=",
+        )
+    return config.replaced({"ratios": ratios})
+
+
+def _merged(specialization: Specialization, state: State) -> Iterator[tuple[str, float]]:
+    """(path of a block, share of tokens merged away) of every group of a dynamic step."""
+    plan = specialization.plan
+    places = places_of(specialization.analysis, specialization.flow)
+    segments = {s.name: s for s in plan.segments}
+    for group in plan.groups:
+        leader = segments[group.leader]
+        names = [f"pattern_{group.name}_{part}" for part in group.setting.parts]
+        pattern = {
+            part: state.patterns[name]
+            for part, name in zip(group.setting.parts, names, strict=True)
+        }
+        left = group.setting.count(pattern)
+        path = places[leader.stream, leader.branches[0]].group
+        yield path, 1 - left / group.image.length
+
+
+@contextmanager
+def recorded(model: Any) -> Iterator[list[Call]]:
+    """The calls that a denoiser, or a pipeline's first denoiser, gets inside the block.
+
+        with toma_fx.recorded(pipe) as calls:
+            pipe("a lighthouse in a storm")
+        pipe = toma_fx.optimize(pipe, method=toma_fx.calibrate(pipe, calls, threshold=0.7))
+
+    Every call is a pair (args, kwargs) of the tensors themselves; the list keeps them alive.
+
+    Raises:
+        ModelTypeError: neither a module nor a pipeline with a denoiser.
+    """
+    calls: list[Call] = []
+
+    def record(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        calls.append((args, dict(kwargs)))
+
+    handle = denoiser_of(model).register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()

@@ -1,0 +1,401 @@
+"""What a merging method is: a configuration that users write, and a setting for each token grid.
+
+    MethodConfig --setting(place)--> Setting     options and a token grid become tensor functions
+    Setting:  x [B, N, C] --select, weights--> pattern       who merges into whom, named tensors
+              x --merge--> y [B, M, C] --...--> --unmerge--> x' [B, N, C]
+
+Both are frozen values. A setting's functions take and give tensors of static shapes and hold no
+state: the rewrite traces them and splices them into the denoiser's graph, so that any method
+compiles and exports as the rest of the graph does. docs/methods.md shows how to write one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, Literal, Self
+
+from torch import Tensor
+
+from toma_fx.errors import ConfigError, DynamicError, TileError, UnknownNameError, nearest
+from toma_fx.methods.windows import Size
+
+Pattern = Mapping[str, Tensor]
+"""Tensors of one pattern by name; the first dimension of each is the batch."""
+Scope = Literal["sublayer", "block", "stack"]
+Share = Literal["stream", "block", "branch"]
+Renewal = Literal["refresh", "reweigh", "reuse"]
+BRANCHES = ("attention", "cross", "mlp")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a model tokens are to be merged.
+
+    Attributes:
+        grid: tokens (H, W), or (T, H, W) of a video. unit: what windows and cells must not cross:
+            the grid, or one of several equal images that lie below each other in it.
+        level: 0 where the model has the most tokens, 1 at the next smaller grid, and so on.
+        downsample: how many times coarser than level 0 a side of the grid is, rounded up.
+        depth: share of the model's transformer blocks that come before, in [0, 1).
+        module: path of the branch. group: path of the block's first branch.
+    """
+
+    grid: Size
+    unit: Size
+    level: int = 0
+    downsample: int = 1
+    depth: float = 0.0
+    module: str = ""
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Setting(ABC):
+    """A method with its options at one token grid: functions on tensors, and their static facts.
+
+    Equal settings may share a pattern; everything that a pattern depends on is a field.
+
+    Attributes:
+        grid: tokens (H, W) or (T, H, W), N in all.
+
+    Class attributes:
+        chosen: names of what `select` gives. weighed: names of what `weights` gives.
+        linear: whether `merge` is a linear map of the tokens.
+        feature: what `select` looks at: the segment's normalised "entry", or the residual "stream"
+            where the block begins.
+        dynamic: whether the number of merged tokens depends on the data. Such a setting runs
+            eagerly; `merged` is what its functions give for fake tensors.
+    """
+
+    grid: Size
+    chosen: ClassVar[tuple[str, ...]] = ()
+    weighed: ClassVar[tuple[str, ...]] = ()
+    linear: ClassVar[bool] = True
+    feature: ClassVar[Literal["entry", "stream"]] = "entry"
+    dynamic: ClassVar[bool] = False
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the tensors of a pattern."""
+        return self.chosen + self.weighed
+
+    @property
+    @abstractmethod
+    def merged(self) -> int:
+        """M, the tokens after merging."""
+
+    def count(self, pattern: Pattern) -> int:
+        """M for a pattern; a dynamic setting reads it off the pattern's shapes."""
+        return self.merged
+
+    @abstractmethod
+    def text(self) -> str:
+        """How it merges, in a few words for a table."""
+
+    def select(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The `chosen` parts of the pattern of tokens [B, N, C]."""
+        return ()
+
+    def weights(self, x: Tensor, chosen: Pattern) -> tuple[Tensor, ...]:
+        """The `weighed` parts, for the chosen ones."""
+        return ()
+
+    @abstractmethod
+    def merge(self, x: Tensor, pattern: Pattern) -> Tensor:
+        """Tokens [B, N, C] -> [B, M, C]."""
+
+    @abstractmethod
+    def unmerge(self, y: Tensor, pattern: Pattern) -> Tensor:
+        """Tokens [B, M, C] -> [B, N, C]."""
+
+    @abstractmethod
+    def kept(self, pattern: Pattern) -> Tensor:
+        """The token of the grid that each merged token stands for: [B, M] or [1, M] int64.
+
+        Positional operands (rotary tables, masks) are taken at these.
+        """
+
+    def portable(self) -> Self:
+        """The same setting, made of operators that every exporter knows."""
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig(ABC):
+    """Options that every merging method has. Each may be given to `toma_fx.optimize` by name.
+
+    Attributes:
+        scope: residual adds a merged segment spans: one "sublayer", one "block", the whole "stack".
+        share: branches that share one pattern: all of a residual "stream", of a "block", or none
+            ("branch").
+        branches: what to merge: "attention" (self and joint), "cross" (cross-attention), "mlp".
+        destinations_every: steps between selections of destinations.
+        select_at: steps (from 0, the first that merges) that select destinations, instead of
+            `destinations_every`; the first merged step always does.
+        first_step: first step (from 0) that merges.
+        last_step: last step that merges; None for the last of the generation.
+        min_tokens: image tokens below which a stream is left alone.
+        include: module path patterns (shell wildcards) to consider; empty for all.
+        exclude: module path patterns to leave alone.
+        overrides: {module path pattern: {field: value}} for the fields in `overridable`; of several
+            patterns that match, the later wins.
+        grid: token grid (H, W) or (T, H, W) of a packed input that nothing else tells: neither
+            position ids nor sizes among the arguments.
+
+    Class attributes:
+        name: what `optimize(model, method=name)` calls the method.
+        overridable: fields that `overrides` may set.
+        patterned: whether there is a pattern at all; if not, nothing is ever selected.
+        keys_only: whether only keys and values of self-attention merge; nothing is unmerged then.
+
+    Raises:
+        ConfigError: a value outside its domain. UnknownNameError: an unknown choice or field.
+    """
+
+    scope: Scope = "sublayer"
+    share: Share = "block"
+    branches: tuple[str, ...] = ("attention",)
+    destinations_every: int = 1
+    select_at: tuple[int, ...] | None = None
+    first_step: int = 0
+    last_step: int | None = None
+    min_tokens: int = 1
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    overrides: (
+        Mapping[str, Mapping[str, Any]] | tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]
+    ) = ()
+    grid: tuple[int, ...] | None = None
+
+    name: ClassVar[str] = ""
+    overridable: ClassVar[tuple[str, ...]] = ("min_tokens",)
+    patterned: ClassVar[bool] = True
+    keys_only: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for name in ("branches", "include", "exclude"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        for field in dataclasses.fields(self):
+            if isinstance(getattr(self, field.name), list):
+                object.__setattr__(self, field.name, tuple(getattr(self, field.name)))
+        self.check()
+        object.__setattr__(self, "overrides", self._frozen_overrides())
+
+    def check(self) -> None:
+        """Check every field; a method with fields of its own extends it.
+
+        Raises:
+            ConfigError: a value outside its domain.
+        """
+        self.choice("scope", ("sublayer", "block", "stack"))
+        self.choice("share", ("stream", "block", "branch"))
+        for branch in self.branches:
+            check_choice("branches", branch, BRANCHES)
+        self.require(bool(self.branches), "branches", f"some of {BRANCHES}")
+        self.count("destinations_every", "min_tokens")
+        self.count("first_step", least=0)
+        if self.last_step is not None:
+            self.count("last_step", least=0)
+            first = f"at least first_step ({self.first_step})"
+            self.require(self.last_step >= self.first_step, "last_step", first)
+        steps = self.select_at
+        if steps is not None:
+            whole = isinstance(steps, tuple) and all(type(s) is int and s >= 0 for s in steps)
+            self.require(whole, "select_at", "whole numbers of at least 0")
+        sides = isinstance(self.grid, tuple) and len(self.grid) in (2, 3)
+        self.require(
+            self.grid is None or (sides and whole_sides(self.grid)),
+            "grid",
+            "(height, width) or (frames, height, width), whole numbers of at least 1",
+            TileError,
+        )
+
+    @abstractmethod
+    def setting(self, place: Place) -> Setting | str:
+        """The method at a place, or the reason why it leaves the place alone."""
+
+    @property
+    def off(self) -> bool:
+        """Whether these fields, without their overrides, merge nothing anywhere."""
+        return False
+
+    @property
+    def static_form(self) -> str:
+        """"" if the method's shapes are static; else how to get a form whose shapes are."""
+        return ""
+
+    def check_static(self, purpose: str) -> None:
+        """Raise unless programs of static shapes can be made.
+
+        Raises:
+            DynamicError: the number of merged tokens depends on the data; names the static form.
+        """
+        if self.static_form:
+            raise DynamicError(
+                f"method {self.name!r} can't be used here in its dynamic form",
+                where=purpose,
+                expected="static shapes",
+                got="a number of merged tokens that depends on the data",
+                hint=self.static_form,
+            )
+
+    def renewal(self, since: int) -> Renewal:
+        """What a step does with the pattern, `since` steps after the first that merges."""
+        if self.select_at is not None:
+            return "refresh" if since in self.select_at else "reuse"
+        return "refresh" if since % self.destinations_every == 0 else "reuse"
+
+    # -- what holds where -----------------------------------------------------------------------
+
+    def at(self, path: str) -> Self:
+        """The configuration that holds for the module `path`, overrides applied."""
+        fields: dict[str, Any] = {}
+        for pattern, values in self._overrides():
+            if fnmatchcase(path, pattern):
+                fields.update(values)
+        return dataclasses.replace(self, overrides=(), **fields) if fields else self
+
+    def selects(self, path: str) -> bool:
+        """Whether `include` and `exclude` admit the module `path`."""
+        included = not self.include or any(fnmatchcase(path, p) for p in self.include)
+        return included and not any(fnmatchcase(path, p) for p in self.exclude)
+
+    def merges_attention(self, path: str) -> bool:
+        """Whether attention at the module `path` may merge."""
+        attention = not {"attention", "cross"}.isdisjoint(self.branches)
+        return attention and self.selects(path) and not self.at(path).off
+
+    @property
+    def merges(self) -> bool:
+        """Whether anything may merge, overrides included."""
+        variants = (
+            dataclasses.replace(self, overrides=(), **dict(values))
+            for _, values in self._overrides()
+        )
+        return not self.off or any(not variant.off for variant in variants)
+
+    def path_patterns(self) -> tuple[str, ...]:
+        """Every module path pattern that the configuration mentions."""
+        return (*self.include, *self.exclude, *(pattern for pattern, _ in self._overrides()))
+
+    def _overrides(self) -> Iterable[tuple[str, Any]]:
+        given: Any = self.overrides
+        return given.items() if isinstance(given, Mapping) else given
+
+    # -- making and showing ---------------------------------------------------------------------
+
+    def replaced(self, fields: Mapping[str, Any]) -> Self:
+        """The configuration with `fields` replaced.
+
+        Raises:
+            UnknownNameError: no such field, with the nearest, or the methods that have it.
+        """
+        known = [f.name for f in dataclasses.fields(self)]
+        for name in fields:
+            if name not in known:
+                raise UnknownNameError(
+                    f"unknown option {name!r}",
+                    where=f"method {self.name!r}",
+                    hint=_owners(name) or nearest(name, known),
+                )
+        return dataclasses.replace(self, **fields)
+
+    def to_json(self) -> dict[str, Any]:
+        """The method and its fields as JSON-able values."""
+        out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        out["overrides"] = {pattern: dict(values) for pattern, values in self._overrides()}
+        return {"method": self.name, **out}
+
+    # -- checking -------------------------------------------------------------------------------
+
+    def require(
+        self, ok: bool, name: str, expected: str, error: type[ConfigError] = ConfigError
+    ) -> None:
+        """Raise `error` about the field `name` unless `ok`."""
+        if not ok:
+            got = repr(getattr(self, name))
+            raise error(f"{name} is out of range", where=name, expected=expected, got=got)
+
+    def choice(self, name: str, choices: tuple[str, ...]) -> None:
+        """Check that a field is one of `choices`."""
+        check_choice(name, getattr(self, name), choices)
+
+    def count(self, *names: str, least: int = 1) -> None:
+        """Check that fields are whole numbers of at least `least`."""
+        for name in names:
+            value = getattr(self, name)
+            ok = type(value) is int and value >= least
+            self.require(ok, name, f"a whole number of at least {least}")
+
+    def check_ratio(self, name: str = "ratio") -> None:
+        """Check a share of tokens."""
+        value = getattr(self, name)
+        ok = is_number(value) and 0 <= value < 1
+        self.require(ok, name, "a number in [0, 1), the share of tokens merged away")
+
+    def _frozen_overrides(self) -> tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]:
+        """Overrides as nested tuples, each validated by building the configuration it leads to."""
+        frozen = []
+        for pattern, values in self._overrides():
+            for name in dict(values):
+                if name not in self.overridable:
+                    raise UnknownNameError(
+                        f"{name!r} cannot be overridden per path",
+                        where=f"overrides[{pattern!r}]",
+                        expected=", ".join(self.overridable),
+                        hint=nearest(name, self.overridable),
+                    )
+            dataclasses.replace(self, overrides=(), **dict(values))
+            frozen.append((pattern, tuple(sorted(dict(values).items()))))
+        return tuple(frozen)
+
+
+def methods() -> dict[str, type[MethodConfig]]:
+    """Every method there is by name: those here, and those that users have defined."""
+    found: dict[str, type[MethodConfig]] = {}
+    front = MethodConfig.__subclasses__()
+    while front:
+        found.update({cls.name: cls for cls in front if "name" in vars(cls)})
+        front = [sub for cls in front for sub in cls.__subclasses__()]
+    return found
+
+
+def _owners(option: str) -> str:
+    """Which methods have an option."""
+    owners = [
+        name
+        for name, cls in sorted(methods().items())
+        if any(f.name == option for f in dataclasses.fields(cls))
+    ]
+    return f"it is an option of {', '.join(owners)}" if owners else ""
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise unless `value` is one of `choices`.
+
+    Raises:
+        UnknownNameError: with the nearest choices.
+    """
+    if value not in choices:
+        raise UnknownNameError(
+            f"unknown value {value!r} of {name}",
+            where=name,
+            expected=" or ".join(choices),
+            got=repr(value),
+            hint=nearest(str(value), choices),
+        )
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is an int or a float, and no bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def whole_sides(sides: Any) -> bool:
+    """Whether every side is a whole number of at least 1."""
+    return all(type(side) is int and side >= 1 for side in sides)
