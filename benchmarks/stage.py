@@ -26,8 +26,7 @@ from diffusers import Transformer2DModel
 
 import toma_fx
 from toma_fx.methods import toma
-from toma_fx.passes.provide_patterns import UNROLL
-from toma_fx.plan import Setting
+from toma_fx.methods.toma import UNROLL, ToMA
 from toma_fx.report import make_report
 
 SIZES = {"640x4096": (640, 64, 2), "1280x1024": (1280, 32, 2)}
@@ -67,9 +66,7 @@ def summary(seconds: list[float]) -> dict[str, float]:
     return {"median_ms": middle * 1e3, "low_ms": low * 1e3, "high_ms": high * 1e3}
 
 
-def selection(
-    model: torch.nn.Module, inputs: dict[str, Any], setting: Setting
-) -> Callable[[], Any]:
+def selection(model: torch.nn.Module, inputs: dict[str, Any], setting: ToMA) -> Callable[[], Any]:
     """Selection and weights alone, compiled, on the features of the stage's first norm."""
     seen: list[torch.Tensor] = []
     hook = model.transformer_blocks[0].norm1.register_forward_hook(

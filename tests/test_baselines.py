@@ -143,14 +143,15 @@ def test_the_grid_is_more_even_than_chance(keep: int) -> None:
     chance = [
         unevenness(kept_mask(Random((8, 8), (8, 8), keep, 1000.0, seed=seed))) for seed in range(20)
     ]
-    assert even < min(chance)
+    assert even <= min(chance)
+    assert even < 0.8 * sum(chance) / len(chance)
 
 
 def test_windows_over_frames_and_rows() -> None:
     # a video's window: every frame and every row of it keeps about as many
     mask = kept_mask(Grid((4, 4, 4), (4, 4, 4), 32, 1000.0))
-    assert mask.sum((1, 2)).tolist() == pytest.approx([8.0] * 4, abs=1)
-    assert mask.sum((0, 1)).tolist() == pytest.approx([8.0] * 4, abs=1)
+    for others in ((1, 2), (0, 2), (0, 1)):
+        assert mask.sum(others).tolist() == pytest.approx([8.0] * 4, abs=2)
     # windows of one frame are those of a picture
     video = Grid((3, 4, 4), (1, 4, 4), 8, 1000.0)
     picture = kept_mask(Grid((4, 4), (4, 4), 8, 1000.0))
@@ -166,7 +167,7 @@ def test_windows_over_frames_and_rows() -> None:
 @pytest.mark.parametrize("config", CONFIGS, ids=ids)
 @pytest.mark.parametrize("window", ["tile", "stripe", "global"])
 def test_all_but_the_selection_is_as_in_toma(config: ToMAConfig, window: Any) -> None:
-    fields = dict(window=window, scale=50.0, unmerge="pinv", ratio=0.25)
+    fields = {"window": window, "scale": 50.0, "unmerge": "pinv", "ratio": 0.25}
     place = Place((8, 12), (8, 12))
     own, toma = (c.replaced(fields).setting(place) for c in (config, ToMAConfig()))
     assert isinstance(own, ToMA)
@@ -223,7 +224,7 @@ def test_config_errors_say_what_is_right(
 
 
 def test_the_grid_has_no_seed() -> None:
-    with pytest.raises(UnknownNameError, match="it is an option of random"):
+    with pytest.raises(UnknownNameError, match=r"it is an option of .*random"):
         GridConfig().replaced({"seed": 1})
 
 
@@ -242,7 +243,7 @@ def test_traces(setting: ToMA, dtype: torch.dtype) -> None:
     check_traces(Program(setting), torch.randn(2, math.prod(setting.grid), 8, dtype=dtype))
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+@pytest.mark.parametrize("setting", SETTINGS[::2], ids=str)
 def test_exports_to_onnx(setting: ToMA, tmp_path: Any) -> None:
     x = torch.randn(2, math.prod(setting.grid), 8)
     check_onnx(Program(setting), x, tmp_path / "baseline.onnx")

@@ -90,7 +90,7 @@ def test_tile_larger_than_the_grid_names_site_and_size() -> None:
     assert "down_blocks.2" in caught.value.where
     only_large = toma_fx.explain(models.sdxl(), models.sdxl_inputs(), tile=12, min_tokens=200)
     assert {row.grid for row in only_large.rows} == {(16, 16)}
-    assert {row.tile for row in only_large.rows} == {(8, 16)}, "nearest size that divides"
+    assert {row.how for row in only_large.rows} == {"8x16"}, "nearest size that divides"
 
 
 def test_path_pattern_that_matches_nothing() -> None:

@@ -116,4 +116,5 @@ def test_presets_follow_the_publication() -> None:
 def test_a_mean_tile_of_a_bucket_is_shown() -> None:
     report = toma_fx.explain(models.sdxl(), models.sdxl_inputs(52, 76, 1), min_tokens=60)
     assert {r.grid for r in report.rows} == {(26, 38), (13, 19)}
-    assert all(r.grid[0] % r.tile[0] == r.grid[1] % r.tile[1] == 0 for r in report.rows)
+    tiles = [(r.grid, tuple(map(int, r.how.split("x")))) for r in report.rows]
+    assert all(g[0] % t[0] == g[1] % t[1] == 0 for g, t in tiles)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import operator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -246,7 +248,7 @@ def test_drawn_destinations_are_uniform(grid: Grid, sy: int, sx: int) -> None:
     assert (share - 1 / area).abs().max() < 0.02
     neighbours = (draws[:, 1:] == draws[:, :-1]).float().mean()
     assert abs(neighbours - 1 / area) < 0.02
-    for first, second in zip(draws, draws[1:], strict=False):
+    for first, second in pairwise(draws):
         assert abs((first == second).float().mean() - 1 / area) < 0.08
 
 
@@ -320,18 +322,14 @@ def test_a_ratio_merges_sources_at_most() -> None:
         ({"sx": 1, "sy": 1}, place((8, 8)), "merges no token"),
     ],
 )
-def test_reasons_to_leave_a_place_alone(
-    fields: dict[str, Any], where: Place, reason: str
-) -> None:
+def test_reasons_to_leave_a_place_alone(fields: dict[str, Any], where: Place, reason: str) -> None:
     answer = ToMeSDConfig(**fields).setting(where)
     assert isinstance(answer, str)
     assert reason in answer
 
 
 def test_coarser_grids_on_request() -> None:
-    assert isinstance(
-        ToMeSDConfig(max_downsample=2).setting(place((8, 8), downsample=2)), ToMeSD
-    )
+    assert isinstance(ToMeSDConfig(max_downsample=2).setting(place((8, 8), downsample=2)), ToMeSD)
 
 
 def test_off_and_overrides() -> None:
@@ -376,8 +374,11 @@ class RoundTrip(torch.nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         parts = pattern(self.setting, x)
         merged = self.setting.merge(y, parts)
-        return *parts.values(), self.setting.kept(parts), merged, self.setting.unmerge(
-            merged, parts
+        return (
+            *parts.values(),
+            self.setting.kept(parts),
+            merged,
+            self.setting.unmerge(merged, parts),
         )
 
 
@@ -385,15 +386,17 @@ class RoundTrip(torch.nn.Module):
 def test_functions_trace_into_calls(setting: ToMeSD) -> None:
     with FakeTensorMode():
         x = torch.empty(2, math.prod(setting.grid), 8, dtype=torch.bfloat16)
-    graph = make_fx(RoundTrip(setting), pre_dispatch=True)(x, x).graph
+        graph = make_fx(RoundTrip(setting), pre_dispatch=True)(x, x).graph
     assert {n.op for n in graph.nodes} == {"placeholder", "call_function", "output"}
-    names = [str(n.target) for n in graph.nodes if n.op == "call_function"]
-    assert len(names) > 20
-    unwanted = ("scatter", "one_hot", "searchsorted", "unique", "nonzero", "rand", "copy_", "item")
-    assert not [name for name in names if any(word in name for word in unwanted)]
+    calls = [n.target for n in graph.nodes if n.op == "call_function"]
+    calls = [target for target in calls if target is not operator.getitem]
+    assert len(calls) > 20
+    assert not any(target._schema.is_mutable for target in calls)
+    unwanted = ("scatter", "one_hot", "searchsorted", "unique", "nonzero", "rand", "item", "sort")
+    assert not [t for t in calls if any(word in str(t) for word in unwanted)]
 
 
-@pytest.mark.parametrize("setting", STATIC, ids=str)
+@pytest.mark.parametrize("setting", STATIC[1:4], ids=str)
 def test_onnx_gives_the_same(setting: ToMeSD, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")

@@ -4,6 +4,7 @@ pipe.unet = toma_fx.optimize(pipe.unet, toma=True)
 pipe.unet = torch.compile(pipe.unet)
 """
 
+from toma_fx import export
 from toma_fx.api import explain, optimize, restore, summary
 from toma_fx.calibration import calibrate, recorded
 from toma_fx.config import (
@@ -81,6 +82,7 @@ __all__ = [
     "VerifyError",
     "calibrate",
     "explain",
+    "export",
     "optimize",
     "recorded",
     "restore",

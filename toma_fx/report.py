@@ -18,7 +18,7 @@ from toma_fx.methods.windows import Size, size_text
 from toma_fx.plan import Rejection
 from toma_fx.runtime import OptimizedDenoiser
 from toma_fx.specialize import Specialization
-from toma_fx.state import Call
+from toma_fx.state import Call, call_at
 
 
 class _Printed:
@@ -66,7 +66,8 @@ class Report(_Printed):
 
     Attributes:
         rows: merged branches. rejections: attention and branches left alone, with reasons.
-        flops_before, flops_after: of the whole model, a reuse step, merging included.
+        flops_before, flops_after: of the whole model, merging included, in the step after the
+            first: one that reuses the pattern, unless the method selects at every step.
         flops_refresh: of a step that selects destinations anew (comparisons not counted).
     """
 
@@ -78,7 +79,7 @@ class Report(_Printed):
 
     @property
     def ideal_speedup(self) -> float:
-        """FLOPs of the model over FLOPs of a reuse step."""
+        """FLOPs of the model over FLOPs of the step after the first that merges."""
         return self.flops_before / self.flops_after
 
     def to_json(self) -> str:
@@ -121,7 +122,8 @@ def make_report(specialization: Specialization) -> Report:
     if not plan.segments:
         total = graph_flops(before)
         return Report((), plan.rejections, total, total, total)
-    after = specialization.graph_module("reuse").graph
+    usual = call_at(plan.config, plan.config.first_step + 1, has_pattern=True)
+    after = specialization.graph_module("reuse" if usual == "plain" else usual).graph
     streams = {s.name: s for s in specialization.analysis.streams}
     rows = []
     for segment in plan.segments:

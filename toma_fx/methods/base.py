@@ -226,7 +226,7 @@ class MethodConfig(ABC):
 
     @property
     def static_form(self) -> str:
-        """"" if the method's shapes are static; else how to get a form whose shapes are."""
+        """ "" if the method's shapes are static; else how to get a form whose shapes are."""
         return ""
 
     def check_static(self, purpose: str) -> None:

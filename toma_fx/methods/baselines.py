@@ -1,7 +1,7 @@
 """Controls: ToMA with selections that never look at the tokens.
 
 A better selection has to beat these at the same windows, weights and number of destinations.
-`Random` keeps tokens drawn by a hash, `Grid` the most even spread over each window.
+`Random` keeps tokens drawn by a hash, `Grid` tokens spread evenly over each window.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Random(ToMA):
 
 @dataclass(frozen=True)
 class Grid(ToMA):
-    """ToMA whose destinations are spread as evenly as can be, alike in every window.
+    """ToMA whose destinations are spread evenly, alike in every window.
 
     Positions are ranked by an ordered dither: the fractional part of row * a + column * b, where
     the steps a, b are those of the R2 sequence, the generalised golden ratio (M. Roberts, "The

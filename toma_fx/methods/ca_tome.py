@@ -148,8 +148,8 @@ class CAToMeConfig(CellConfig):
         """The checkpoints in steps of this generation; None without checkpoints."""
         if self.checkpoints is None:
             return None
-        scale = self.steps / PUBLISHED_STEPS
-        scaled = {round(step * scale) for step in CHECKPOINTS[self.checkpoints]}
+        listed = CHECKPOINTS[self.checkpoints]
+        scaled = {round(step * self.steps / PUBLISHED_STEPS) for step in listed}
         return tuple(sorted({0} | {step for step in scaled if step < self.steps}))
 
     def renewal(self, since: int) -> Renewal:
