@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 PRIME = 2**31 - 1
@@ -24,7 +25,9 @@ def hashed(index: Tensor, seed: int) -> Tensor:
     Returns:
         int64 in [0, PRIME), the shape of `index`; a permutation of the residues for every seed.
     """
-    value = index
+    # a comparison ends Inductor's symbolic arithmetic on indices, which would write out the hash of
+    # an arange as one nested polynomial and take minutes
+    value = torch.where(index >= 0, index, 0)
     for factor, salt in _ROUNDS:
         # the seed enters every round: in one alone it would only shift or scale the sequence
         shift = (seed * salt + factor) % PRIME

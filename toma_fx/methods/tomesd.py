@@ -113,9 +113,6 @@ class Cells:
         if not self.random:
             return torch.zeros(shape, dtype=torch.int64, device=device)
         cell = torch.arange(math.prod(shape), device=device).view(shape)
-        # a comparison ends Inductor's symbolic arithmetic on indices, which would write out the
-        # hash as one nested polynomial and take minutes
-        cell = torch.where(cell >= 0, cell, 0)
         return hashed(cell, self.seed) % (self.sy * self.sx)
 
     def _inside(self, offset: Tensor) -> Tensor:
