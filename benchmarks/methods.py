@@ -1,12 +1,13 @@
 """All merging methods on the two embedded models: error against the unmerged run, FLOPs, time.
 
-    OMP_NUM_THREADS=1 python benchmarks/methods.py --no-time --out benchmarks/results/methods-cpu.json
-    OMP_NUM_THREADS=1 python benchmarks/methods.py --no-errors --resume --out (the same)
-    python benchmarks/methods.py --table FILE          # Markdown: rows, and pairs of methods
-    python benchmarks/methods.py --plot FILE PICTURE   # error against speed
+    python benchmarks/methods.py --out FILE --no-time             # errors
+    python benchmarks/methods.py --out FILE --no-errors --resume  # times
+    python benchmarks/methods.py --table FILE [--page docs/methods-compared.md]
+    python benchmarks/methods.py --plot FILE PNG                  # error against speed
 
-An entry is a method with options in a placement. `published` is each method as its authors place it.
-The other placements are alike for all methods, so that a selection can be told from where it acts.
+An entry is a method with options in a placement. `published` is each method as its authors place
+it. The other placements are alike for all methods, so that a selection can be told from where it
+acts.
 
 Error: all twelve prompts and `--seeds` noise seeds, drawn eagerly, each picture against that of the
 unmerged model from the same noise. Mean squared error and PSNR of pixels in [-1, 1], SSIM, and a
@@ -18,9 +19,9 @@ original, all entries in turn, round after round. `speedup` is of a mean step of
 schedule: every kind of step weighted with how often it runs. `_processor` values are of the
 processor time of this process instead of the clock: with one thread the steadier ones.
 
-Results are saved after every entry, and after every round of timing; `--resume` goes on with a file
-and adds what it lacks. One process a file at a time.
-"""  # noqa: E501
+Results are saved after every entry, and after every round of timing; `--resume` goes on with a
+file and adds what it lacks. One process a file at a time.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ from torch.nn import functional as F
 
 import toma_fx
 from toma_fx import tiny
+from toma_fx.config import make_config
 from toma_fx.methods.base import BRANCHES, MethodConfig
 from toma_fx.report import make_report
 from toma_fx.runtime import OptimizedDenoiser
@@ -60,7 +62,7 @@ RATIOS = (0.25, 0.75)
 FEATURE_TIME = 0.05
 """At which tiny-sdxl looks at finished pictures; 1 is pure noise."""
 CALIBRATION_SEED, CALIBRATION_STRIDE = 1000, 4
-"""CA-ToMe's ratios come from every fourth step of one picture a prompt, of noise used nowhere else."""  # noqa: E501
+"""CA-ToMe's ratios come from every fourth step of one picture a prompt, of other noise."""
 TIMED_BATCH = 4
 MEASURES = ("mse", "psnr", "ssim", "features")
 
@@ -97,21 +99,15 @@ class Entry:
         """The asked ratio, where it is what distinguishes the entry."""
         return self.options.get("ratio") if self.detail.startswith("ratio") else None
 
-    def config(self, model: tiny.TinyModel, steps: int) -> MethodConfig:
+    def config(self, bench: Bench) -> MethodConfig:
         """The configuration for a model; calibrates if need be."""
         options = {**PLACEMENTS[self.placement], **self.options}
         if self.threshold is not None:
-            calls = recorded(model, steps)
-            return toma_fx.calibrate(
-                model.denoiser, calls, threshold=self.threshold, steps=steps, **options
-            )
-        preset = options.pop("preset", None)
-        if preset is not None:
-            made = toma_fx.optimize(model.denoiser, preset, **options)
-        else:
-            made = toma_fx.optimize(model.denoiser, method=self.method, **options)
-        config: MethodConfig = made.config_toma
-        return config
+            options |= {"threshold": self.threshold, "steps": bench.steps}
+            return toma_fx.calibrate(bench.model.denoiser, bench.calibration, **options)
+        preset = options.pop("preset", True)
+        method = self.method if preset is True else None
+        return make_config(preset, method, options)
 
 
 _STACK = {
@@ -142,28 +138,36 @@ SDXL, FLUX = (tiny.NAMES[0],), (tiny.NAMES[1],)
 def entries() -> tuple[Entry, ...]:
     """All of them, what is told first of most interest."""
     return (
-        *_published(),
         *(_at_ratio("stack", method, 0.5) for method in SELECTIONS),
-        *(_at_ratio("attention", method, 0.5) for method in SELECTIONS),
+        *_published(),
+        *(
+            _at_ratio("attention", method, 0.5, timed=method in ("toma", "tomesd"))
+            for method in SELECTIONS
+        ),
         # where merging to the end leaves noise in the picture (docs/default.md)
-        *(_at_ratio("stack, first half", method, 0.5, FLUX) for method in SELECTIONS),
+        *(
+            _at_ratio("stack, first half", method, 0.5, FLUX, timed=False)
+            for method in ("toma", "random")
+        ),
         *_others(),
-        *(_at_ratio("stack", method, r) for r in RATIOS for method in SELECTIONS),
-        *(_at_ratio("attention", method, r) for r in RATIOS for method in SELECTIONS),
-        *(_one_level(method, r) for r in RATIOS for method in ("tomesd", "tofu")),
+        *(
+            _at_ratio("stack", method, ratio, timed=method == "toma")
+            for ratio in RATIOS
+            for method in ("toma", "random", "tomesd")
+        ),
     )
 
 
 def _at_ratio(
-    placement: str, method: str, ratio: float, models: tuple[str, ...] = tiny.NAMES
+    placement: str,
+    method: str,
+    ratio: float,
+    models: tuple[str, ...] = tiny.NAMES,
+    *,
+    timed: bool = True,
 ) -> Entry:
     options = {**SELECTIONS[method], "ratio": ratio}
-    return Entry(placement, method, f"ratio {ratio}", options, models)
-
-
-def _one_level(method: str, ratio: float) -> Entry:
-    """A method of ToMeSD's as published; tiny-flux has one level, where "attention" is the same."""
-    return Entry("published", method, f"ratio {ratio}", {"ratio": ratio}, SDXL)
+    return Entry(placement, method, f"ratio {ratio}", options, models, timed)
 
 
 def _published() -> tuple[Entry, ...]:
@@ -171,12 +175,12 @@ def _published() -> tuple[Entry, ...]:
     return (
         at("toma", "paper-sdxl", {"preset": "paper-sdxl"}, SDXL),
         at("toma", "paper-flux", {"preset": "paper-flux"}, FLUX),
-        _one_level("tomesd", 0.5),
-        _one_level("tofu", 0.5),
+        # on tiny-flux, which has one level, the placement "attention" is the same
+        *(at(method, "ratio 0.5", {"ratio": 0.5}, SDXL) for method in ("tomesd", "tofu")),
         at("todo", "nearest", {"factor": 2}),
         at("todo", "average", {"factor": 2, "downsample": "average"}),
         at("ca-tome", "threshold 0.7", threshold=0.7),
-        at("ca-tome", "threshold 0.9", threshold=0.9),
+        at("ca-tome", "threshold 0.9", timed=False, threshold=0.9),
         at("retom", "window 2", {"window": 2}),
     )
 
@@ -187,37 +191,23 @@ def _others() -> tuple[Entry, ...]:
     return (
         stack("toma", "stripe", {"window": "stripe"}),
         stack("toma", "global", {"window": "global"}),
-        *(stack("random", f"draw {i}", {"seed": i}, timed=False) for i in (1, 2)),
-        stack("tomesd", "hashed", {"max_downsample": 2, "random": True}, timed=False),
-        stack("retom", "ratio 0.5", {"window": 2, "ratio": 0.5}),
-        stack("retom", "window 2", {"window": 2}),
-        stack("retom", "window 2, mean", {"window": 2, "merge": "mean"}),
-        attention("tomesd", "hashed", {"max_downsample": 2, "random": True}, timed=False),
-        attention("retom", "ratio 0.5", {"window": 2, "ratio": 0.5}),
-        attention("todo", "nearest", {"factor": (2, 2)}, SDXL),
-        attention("todo", "average", {"factor": (2, 2), "downsample": "average"}, SDXL),
+        stack("retom", "window 2", {"window": 2}, timed=False),
+        attention("todo", "nearest", {"factor": (2, 2)}, SDXL, timed=False),
+        attention(
+            "todo", "average", {"factor": (2, 2), "downsample": "average"}, SDXL, timed=False
+        ),
     )
-
-
-def recorded(model: tiny.TinyModel, steps: int) -> list[Any]:
-    """Calls to calibrate with, of one picture each: in a batch the most similar one decides."""
-    calls: list[Any] = []
-    for label in LABELS:
-        with toma_fx.recorded(model.denoiser) as seen:
-            model.generate([label], seed=CALIBRATION_SEED + label, steps=steps)
-        calls += seen[::CALIBRATION_STRIDE]
-    return calls
 
 
 # -- error ----------------------------------------------------------------------------------------
 
 
 class Features:
-    """What tiny-sdxl's middle block makes of finished pictures: a stand-in for a pretrained network.
+    """What tiny-sdxl's middle block makes of finished pictures, for want of a pretrained network.
 
     The denoiser looks at the clean picture at time `FEATURE_TIME` under the empty prompt. It was
     trained on twelve photographs, and tiny-sdxl's pictures are its own: no neutral judge.
-    """  # noqa: E501
+    """
 
     def __init__(self) -> None:
         self.model = tiny.load(tiny.NAMES[0])
@@ -263,9 +253,9 @@ def differences(got: Tensor, want: Tensor, features: Features) -> dict[str, list
 
 def scale(plain: Sequence[Tensor], features: Features) -> dict[str, dict[str, float]]:
     """What the measures say of unmerged pictures that have nothing to do with each other."""
-    pairs = {"other prompt": (plain[0], plain[0].roll(1, 0))}
+    pairs = {"another prompt": (plain[0], plain[0].roll(1, 0))}
     if len(plain) > 1:
-        pairs["same prompt, other noise"] = (plain[0], plain[1])
+        pairs["the same prompt from other noise"] = (plain[0], plain[1])
     found = {}
     for name, (a, b) in pairs.items():
         found[name] = {k: statistics.mean(v) for k, v in differences(a, b, features).items()}
@@ -278,6 +268,16 @@ class Bench:
     def __init__(self, name: str, steps: int) -> None:
         self.model, self.steps = tiny.load(name), steps
         self.plain: dict[int, Tensor] = {}
+
+    @cached_property
+    def calibration(self) -> list[Any]:
+        """Calls to calibrate with, of one picture each: in a batch the most similar one decides."""
+        calls: list[Any] = []
+        for label in LABELS:
+            with toma_fx.recorded(self.model.denoiser) as seen:
+                self.model.generate([label], seed=CALIBRATION_SEED + label, steps=self.steps)
+            calls += seen[::CALIBRATION_STRIDE]
+        return calls
 
     def pictures(self, seed: int) -> Tensor:
         """The unmerged ones of a seed."""
@@ -422,7 +422,7 @@ def measure_times(
     clocked(lambda: original(**inputs[0]))
     ready: list[tuple[Entry, Timed]] = []
     for entry in wanted:
-        timed = Timed.of(entry.config(model, steps), model, steps)
+        timed = Timed.of(entry.config(bench), model, steps)
         # not `round`: capture and compilation count, whatever the kind of step
         timed.compile_s = clocked(lambda timed=timed: timed.round(inputs))[0]
         print(f"{model.name} {entry.title}: compiled in {timed.compile_s:.0f} s", flush=True)
@@ -477,7 +477,7 @@ def opened(args: argparse.Namespace) -> dict[str, Any]:
     """The result file to go on with, or a new one; this run is noted in it.
 
     Raises:
-        SystemExit: the file's pictures have another number of steps.
+        SystemExit: the file's pictures have another number of steps, or scikit-image is missing.
     """
     results: dict[str, Any] = {
         "steps": args.steps,
@@ -493,10 +493,11 @@ def opened(args: argparse.Namespace) -> dict[str, Any]:
         if results["steps"] != args.steps:
             raise SystemExit(f"{args.out} has pictures of {results['steps']} steps")
     found = versions()
-    try:
-        found["scikit-image"] = importlib.metadata.version("scikit-image")
-    except importlib.metadata.PackageNotFoundError:
-        raise missing("scikit-image") from None
+    if not args.no_errors:
+        try:
+            found["scikit-image"] = importlib.metadata.version("scikit-image")
+        except importlib.metadata.PackageNotFoundError:
+            raise missing("scikit-image") from None
     run = {
         "command": command_line(),
         "date": datetime.date.today().isoformat(),
@@ -524,7 +525,7 @@ def run_errors(args: argparse.Namespace, results: dict[str, Any], wanted: list[E
             seeds = range(len(errors["mse"]), args.seeds)
             if not seeds:
                 continue
-            config = entry.config(bench.model, args.steps)
+            config = entry.config(bench)
             optimized = toma_fx.optimize(bench.model.denoiser, method=config)
             for seed in seeds:
                 found, known = bench.errors(optimized, seed, features)
@@ -612,35 +613,35 @@ def milliseconds(results: dict[str, Any], row: dict[str, Any]) -> list[str]:
     ]
 
 
+BEGIN, END = "<!-- methods:begin -->", "<!-- methods:end -->"
 HEAD = [
     "", "method", "tokens", "FLOPs refresh / reuse / schedule", "step ms", "refresh / reuse ms",
-    "speed-up", "MSE mean ± sd", "of each seed", "median", "PSNR ± sd", "SSIM ± sd",
-    "features ± sd",
+    "speed-up", "MSE ± sd", "of each seed", "median", "PSNR ± sd", "SSIM ± sd", "features ± sd",
 ]  # fmt: skip
+"""MSE and features are in thousandths."""
 
 
 def cells(results: dict[str, Any], row: dict[str, Any]) -> list[str]:
     """The cells of a row, without its number."""
     gflop = row["gflop"]
     refresh, reuse = (gflop["original"] / gflop[k] for k in ("refresh", "reuse"))
-    shown = {m: every(row, m) for m in MEASURES}
 
-    def spread(measure: str, digits: int) -> str:
-        values = shown[measure]
+    def spread(measure: str, digits: int, unit: float = 1.0) -> str:
+        values = [value / unit for value in every(row, measure)]
         return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
-    seeds = ", ".join(f"{statistics.mean(s):.4f}" for s in row["errors"]["mse"])
+    seeds = ", ".join(f"{1e3 * statistics.mean(s):.2f}" for s in row["errors"]["mse"])
     return [
         f"{row['method']}, {row['detail']}",
         ", ".join(f"{n:,} → {m:,}" for n, m in row["tokens"]),
         f"{refresh:.2f}x / {reuse:.2f}x / {row['ideal']:.2f}x",
         *milliseconds(results, row),
-        spread("mse", 4),
+        spread("mse", 2, 1e-3),
         seeds,
-        f"{statistics.median(shown['mse']):.4f}",
+        f"{1e3 * statistics.median(every(row, 'mse')):.2f}",
         spread("psnr", 1),
         spread("ssim", 3),
-        spread("features", 4),
+        spread("features", 2, 1e-3),
     ]
 
 
@@ -711,14 +712,35 @@ def pairs_table(results: dict[str, Any], name: str) -> list[str]:
     return table(head, lines)
 
 
-def show(results: dict[str, Any]) -> None:
-    """Print every table."""
+def scale_text(found: dict[str, dict[str, float]]) -> list[str]:
+    """What the measures say of unmerged pictures that differ for another reason."""
+    lines = []
+    for name, of in found.items():
+        lines.append(
+            f"For comparison, unmerged pictures of {name}: MSE {1e3 * of['mse']:.0f}, "
+            f"PSNR {of['psnr']:.1f}, SSIM {of['ssim']:.3f}, features {1e3 * of['features']:.0f}."
+        )
+    return lines
+
+
+def shown(results: dict[str, Any]) -> str:
+    """Every table, in Markdown."""
+    lines: list[str] = []
     for name, found in results["models"].items():
-        print(f"### {name}\n")
-        print("\n".join(rows_table(results, name)))
-        print("\nScale: " + json.dumps(found.get("scale", {})))
-        print(f"\n#### {name}: ToMA's error over another method's\n")
-        print("\n".join(pairs_table(results, name)), end="\n\n")
+        lines += [f"### {name}", "", *rows_table(results, name), ""]
+        lines += [*scale_text(found.get("scale", {})), ""]
+        lines += [f"### {name}: the error of ToMA's selection over that of another", ""]
+        lines += [*pairs_table(results, name), ""]
+    return "\n".join(lines)
+
+
+def show(results: dict[str, Any], page: Path | None) -> None:
+    """Print every table, or put them between the marks of a page."""
+    if page is None:
+        print(shown(results))
+        return
+    before, rest = page.read_text().split(BEGIN)
+    page.write_text(f"{before}{BEGIN}\n\n{shown(results)}\n{END}{rest.split(END)[1]}")
 
 
 # -- picture --------------------------------------------------------------------------------------
@@ -859,11 +881,12 @@ def parse() -> argparse.Namespace:
     add("--seeds", type=int, default=2, help="noise seeds, each with all twelve prompts")
     add("--steps", type=int, default=20)
     add("--rounds", type=int, default=15, help="of timing")
-    add("--only", default="", help="entries whose title holds this")
+    add("--only", nargs="+", default=[""], help="entries whose title holds any of these")
     add("--models", nargs="+", choices=tiny.NAMES, default=list(tiny.NAMES))
     add("--no-time", action="store_true")
     add("--no-errors", action="store_true")
     add("--table", type=Path, metavar="FILE", help="print tables of a result file; run nothing")
+    add("--page", type=Path, help="with --table: put the tables there, between its marks")
     add("--plot", type=Path, nargs=2, metavar=("FILE", "PNG"), help="draw a result file")
     args = parser.parse_args()
     if not (args.out or args.table or args.plot):
@@ -876,13 +899,13 @@ def main() -> None:
     args = parse()
     torch.set_grad_enabled(False)
     if args.table:
-        show(json.loads(args.table.read_text()))
+        show(json.loads(args.table.read_text()), args.page)
     if args.plot:
         picture(json.loads(args.plot[0].read_text()), args.plot[1])
     if args.out is None:
         return
     results = opened(args)
-    wanted = [e for e in entries() if args.only in e.title]
+    wanted = [e for e in entries() if any(part in e.title for part in args.only)]
     if not args.no_errors:
         run_errors(args, results, wanted)
     if not args.no_time:

@@ -325,6 +325,21 @@ def test_calibration() -> None:
     assert dict(toma_fx.calibrate(model(), recorded, **fields).ratios) == mean
 
 
+@pytest.mark.parametrize("placement", [{"share": "stream"}, {"scope": "stack"}])
+@torch.no_grad()
+def test_calibration_of_blocks_that_share_a_pattern(placement: dict[str, Any]) -> None:
+    """Every block of the group gets the ratio, so that the group stays together."""
+    torch.manual_seed(0)
+    deep = lively(load_example("own_model").PictureDenoiser(GRID, width=16, heads=2, depth=3))
+    fields = {"checkpoints": None, "branches": ("attention", "mlp"), **placement}
+    dynamic = toma_fx.optimize(deep, method="ca-tome", threshold=0.5, **fields)
+    config = toma_fx.calibrate(deep, inputs(), 0.5, **fields)
+    assert len(config.ratios) == 3
+    want = dynamic(**inputs())
+    assert relative(want, deep(**inputs())) > 1e-3
+    assert relative(toma_fx.optimize(deep, method=config)(**inputs()), want) < 1e-5
+
+
 @pytest.mark.parametrize(
     ("given", "fields", "error"),
     [

@@ -40,7 +40,8 @@ def calibrate(
     Args:
         model: a denoiser, or a pipeline: its first denoiser.
         inputs: a call of the denoiser, as for `optimize(example_inputs=...)`, or a list of calls:
-            several steps of a generation say more than one (`recorded` collects them).
+            several steps of a generation say more than one (`recorded` collects them). In a call
+            with several pictures the one with the most similar tokens decides, as published.
         threshold: cosine similarity in [-1, 1] from which tokens merge.
         statistic: of the shares that the calls give for a block.
         options: other fields of `CAToMeConfig`.
@@ -80,20 +81,24 @@ def calibrate(
 
 
 def _merged(specialization: Specialization, state: State) -> Iterator[tuple[str, float]]:
-    """(path of a block, share of tokens merged away) of every group of a dynamic step."""
+    """(path of a block, share of tokens merged away) of every block of a dynamic step.
+
+    Blocks with one pattern get one share, so that they share it in the calibrated form, too.
+    """
     plan = specialization.plan
     places = places_of(specialization.analysis, specialization.flow)
-    segments = {s.name: s for s in plan.segments}
     for group in plan.groups:
-        leader = segments[group.leader]
         names = [f"pattern_{group.name}_{part}" for part in group.setting.parts]
         pattern = {
             part: state.patterns[name]
             for part, name in zip(group.setting.parts, names, strict=True)
         }
         left = group.setting.count(pattern)
-        path = places[leader.stream, leader.branches[0]].group
-        yield path, 1 - left / group.image.length
+        members = (
+            (s.stream, i) for s in plan.segments if s.group == group.name for i in s.branches
+        )
+        for path in sorted({places[member].group for member in members}):
+            yield path, 1 - left / group.image.length
 
 
 @contextmanager
