@@ -154,7 +154,7 @@ def test_include_and_exclude_name_module_paths() -> None:
 # -- running --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["sdxl", "flux"])
+@pytest.mark.parametrize("name", ["sdxl", pytest.param("flux", marks=pytest.mark.slow)])
 def test_every_step_equals_the_optimized_denoiser(
     name: str, compilations: list[dict[str, Any]]
 ) -> None:
@@ -171,7 +171,7 @@ def test_every_step_equals_the_optimized_denoiser(
     assert counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.parametrize("dynamic", [None, False])
+@pytest.mark.parametrize("dynamic", [None, pytest.param(False, marks=pytest.mark.slow)])
 def test_another_shape(dynamic: bool | None, compilations: list[dict[str, Any]]) -> None:
     model = small_flux()
     compiled, optimized = Compiled(model, dynamic=dynamic), toma_fx.optimize(model, **SMALL)
@@ -206,7 +206,7 @@ def test_models_of_one_class_keep_their_own_patterns() -> None:
     assert counters["stats"]["unique_graphs"] == 1, "Dynamo compiles them once"
 
 
-@pytest.mark.parametrize("kind", [int, float])
+@pytest.mark.parametrize("kind", [pytest.param(int, marks=pytest.mark.slow), float])
 def test_timesteps_that_are_python_numbers(kind: type, compilations: list[dict[str, Any]]) -> None:
     model = Timed().eval()
     compiled, optimized = Compiled(model), toma_fx.optimize(model, **SMALL)
@@ -317,7 +317,7 @@ def test_options_for_inductor(compilations: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"ratoi": 0.5}, "unknown option 'ratoi'\n  where: optimize\n  try: nearest: ratio"),
+        ({"ratoi": 0.5}, "unknown option 'ratoi'\n  where: method 'toma'\n  try: nearest: ratio"),
         ({"ratio": 2.0}, "ratio is out of range"),
         ({"inductor": {"max_autotun": True}}, "nearest: max_autotune"),
         ({"allow_unmerged": 1}, "expected: True or False"),

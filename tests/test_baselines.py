@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.test_todo import Program, check_onnx, check_traces
+from tests.tracing import Program, check_onnx, check_traces
 from toma_fx.errors import ConfigError, TileError, UnknownNameError
 from toma_fx.methods.base import Place
 from toma_fx.methods.baselines import Grid, GridConfig, Random, RandomConfig
@@ -243,6 +243,7 @@ def test_traces(setting: ToMA, dtype: torch.dtype) -> None:
     check_traces(Program(setting), torch.randn(2, math.prod(setting.grid), 8, dtype=dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS[::2], ids=str)
 def test_exports_to_onnx(setting: ToMA, tmp_path: Any) -> None:
     x = torch.randn(2, math.prod(setting.grid), 8)

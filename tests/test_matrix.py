@@ -42,9 +42,7 @@ def slow_but(*names: str) -> list[Any]:
     return [pytest.param(n, marks=[] if n in names else [pytest.mark.slow]) for n in CASES]
 
 
-MANY = slow_but(
-    "sdxl", "sdxl_pag", "sdxl_controlnet", "flux_true_cfg", "flux_ip_adapter", "flux_kontext"
-)
+MANY = slow_but("sdxl", "sdxl_pag", "flux_true_cfg", "flux_kontext")
 
 
 @pytest.mark.parametrize("name", MANY)
@@ -67,7 +65,7 @@ def test_stack(name: str) -> None:
     assert torch.equal(case.call(pipe), plain)
 
 
-SOME = slow_but("sdxl_pag", "flux_ip_adapter", "flux_img2img", "flux_controlnet", "flux_kontext")
+SOME = slow_but("flux_ip_adapter", "flux_controlnet")
 
 
 @pytest.mark.parametrize("scope", ["sublayer", "block"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.test_todo import Program, check_onnx, check_traces
+from tests.tracing import Program, check_onnx, check_traces
 from toma_fx.errors import ConfigError, UnknownNameError
 from toma_fx.methods.base import Place
 from toma_fx.methods.retom import PartialReToM, ReToM, ReToMConfig
@@ -269,6 +269,7 @@ def test_traces(setting: ReToM, dtype: torch.dtype) -> None:
     check_traces(Program(setting), x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS[1:], ids=str)
 def test_exports_to_onnx(setting: ReToM, tmp_path: Any) -> None:
     x = torch.randn(2, math.prod(setting.grid), 8)

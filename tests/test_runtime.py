@@ -155,8 +155,15 @@ def test_nan_in_gives_nan_out() -> None:
             assert optimized(**bad)[0].isnan().all() == model(**bad)[0].isnan().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["sdxl", "flux"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("sdxl", torch.bfloat16),
+        pytest.param("sdxl", torch.float16, marks=pytest.mark.slow),
+        pytest.param("flux", torch.bfloat16, marks=pytest.mark.slow),
+        ("flux", torch.float16),
+    ],
+)
 @torch.no_grad()
 def test_half_precision_models(name: str, dtype: torch.dtype) -> None:
     model = getattr(models, name)().to(dtype)

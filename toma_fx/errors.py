@@ -89,6 +89,18 @@ class VerifyError(TomaError, RuntimeError):
     """A rewritten graph failed verification; the original model is untouched."""
 
 
+class MissingPackageError(TomaError, ImportError):
+    """An optional package is not installed; names the extra that brings it."""
+
+
+class ArtifactError(TomaError, RuntimeError):
+    """An artifact is damaged, incomplete, or not for this machine; nothing of it was run."""
+
+
+class BuildError(TomaError, RuntimeError):
+    """An artifact could not be built; none was left behind, and an existing one is untouched."""
+
+
 class NoMergeSites(TomaError, RuntimeError):
     """Nothing in the model can be merged with this configuration.
 

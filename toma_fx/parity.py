@@ -50,7 +50,7 @@ class Expected:
         leaves = [*pytree.tree_leaves((args, kwargs)), *model.parameters()]
         if any(isinstance(x, FakeTensor) or getattr(x, "is_meta", False) for x in leaves):
             return None
-        fresh_args, fresh_kwargs = pytree.tree_map(_fresh, (tuple(args), dict(kwargs)))
+        fresh_args, fresh_kwargs = pytree.tree_map(fresh, (tuple(args), dict(kwargs)))
         plain = bare(model)
         try:
             outputs = _outputs(plain, fresh_args, fresh_kwargs)
@@ -134,11 +134,11 @@ def _outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return list(pytree.tree_leaves(model(*args, **kwargs)))
 
 
-def _fresh(value: Any) -> Any:
+def fresh(value: Any, seed: int = 0) -> Any:
     """Other values of the same kind: numbers a little smaller; position ids and indices stay."""
     if not isinstance(value, Tensor) or not value.is_floating_point() or raster(value) is not None:
         return value
-    g = torch.Generator(device=value.device).manual_seed(value.numel())
+    g = torch.Generator(device=value.device).manual_seed(value.numel() + seed)
     share = torch.rand(value.shape, generator=g, device=value.device, dtype=torch.float32)
     return (value * (1 - 0.1 * share)).to(value.dtype)
 

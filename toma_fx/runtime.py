@@ -418,11 +418,11 @@ class OptimizedDenoiser(nn.Module):
 
     def specialized(
         self, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> tuple[Specialization, list[Any]]:
-        """What is made for a call, and the call's inputs in the order the graph takes them."""
+    ) -> tuple[Specialization, Arguments]:
+        """What is made for a call, and the call in canonical form."""
         given = self._arguments(*self._placed(tuple(args), dict(kwargs)))
         rasters = tuple(raster(leaf) for leaf in given.leaves)
-        return self._specialization(given, rasters)[1], given.leaves
+        return self._specialization(given, rasters)[1], given
 
     def fix(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Capture for these inputs now and refuse every other signature from here on."""

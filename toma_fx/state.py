@@ -15,20 +15,35 @@ import threading
 import weakref
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from toma_fx.config import MethodConfig
 from toma_fx.errors import SharedStateError, StateError
+from toma_fx.methods.base import Renewal
 
 Call = Literal["plain", "refresh", "reweigh", "reuse", "mixed"]
 MAX_PASSES = 4
 """Calls at one timestep that count as passes of one step; more start over at the first."""
 
 
-def call_at(config: MethodConfig, step: int, has_pattern: bool) -> Call:
+class Scheduled(Protocol):
+    """What decides which program runs: a method's configuration, or the schedule of an artifact."""
+
+    @property
+    def first_step(self) -> int: ...  # noqa: D102
+
+    @property
+    def last_step(self) -> int | None: ...  # noqa: D102
+
+    @property
+    def patterned(self) -> bool: ...  # noqa: D102
+
+    def renewal(self, since: int) -> Renewal: ...  # noqa: D102
+
+
+def call_at(config: Scheduled, step: int, has_pattern: bool) -> Call:
     """Which program runs at `step` (from 0) of a generation."""
     if step < config.first_step or (config.last_step is not None and step > config.last_step):
         return "plain"

@@ -42,7 +42,7 @@ class Case:
         config: fields of ToMAConfig that the case needs.
         refused: (error type name, part of its message) if the model can't be merged.
         crop: see `Crop`.
-        quick: part of the third that `make test` runs.
+        quick: among those that `make test` runs, one for each mechanism.
     """
 
     name: str

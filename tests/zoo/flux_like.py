@@ -886,7 +886,6 @@ CASES: tuple[Case, ...] = (
         **FLUX_COUNTS,
         why=FLUX_WHY,
         crop=FLUX_CROP,
-        quick=True,
     ),
     Case(
         "flux_kontext",
@@ -949,7 +948,6 @@ CASES: tuple[Case, ...] = (
         why=FLUX_WHY + " Each double block adds a third branch: the joint attention's image queries"
         " look at the adapter's tokens.",
         crop=FLUX_CROP,
-        quick=True,
     ),
     Case(
         "chroma",
@@ -960,7 +958,6 @@ CASES: tuple[Case, ...] = (
         **FLUX_COUNTS,
         why=FLUX_WHY + " The mask is the outer product of the tokens' mask.",
         crop=Crop(CORNER, crop_chroma, corner),
-        quick=True,
     ),
     Case(
         "flux2",
@@ -1057,7 +1054,6 @@ CASES: tuple[Case, ...] = (
         grids=((H + 8, W),),
         **QWEN_COUNTS,
         why=QWEN_WHY + " Reference tokens are modulated for time 0, chosen by a mask over tokens.",
-        quick=True,
     ),
     Case(
         "qwen_image_layered",
@@ -1107,7 +1103,6 @@ CASES: tuple[Case, ...] = (
         mlp=2,
         why="2 blocks: image queries over keys of [text | image], a gated MLP.",
         crop=Crop(CORNER, crop_latent, corner_of_latent),
-        quick=True,
     ),
     Case(
         "kandinsky5_image",
@@ -1128,7 +1123,6 @@ CASES: tuple[Case, ...] = (
         **KANDINSKY_COUNTS,
         why=KANDINSKY_WHY,
         crop=crop_kandinsky((2, 4, 3)),
-        quick=True,
     ),
     Case(
         "kandinsky5_nabla",
@@ -1147,7 +1141,6 @@ CASES: tuple[Case, ...] = (
         **HUNYUAN_COUNTS,
         why=HUNYUAN_WHY,
         crop=PLAIN_CROP,
-        quick=True,
     ),
     Case(
         "hunyuan_image_refiner",
@@ -1182,7 +1175,6 @@ CASES: tuple[Case, ...] = (
         why="2 image blocks of self-attention beside an MLP, 2 joint blocks alike, one add each;"
         " 2 blocks over text alone.",
         crop=FLUX_CROP,
-        quick=True,
     ),
     Case(
         "flux3_edit",
@@ -1207,7 +1199,6 @@ CASES: tuple[Case, ...] = (
         why="2 blocks over [text | image]: attention with one key head for three, gated MLP."
         " 2 text blocks over feature layers, 2 over text tokens.",
         crop=Crop(CORNER, crop_krea2, corner),
-        quick=True,
     ),
     Case(
         "glm_image",
@@ -1229,7 +1220,6 @@ CASES: tuple[Case, ...] = (
         ernie_inputs,
         refused=("NoMergeSites", "the tokens come first"),
         why="The stream is laid out [tokens, batch, channels].",
-        quick=True,
     ),
     Case(
         "ideogram4",

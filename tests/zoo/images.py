@@ -749,7 +749,6 @@ CASES: tuple[Case, ...] = (
         mlp=2,
         why="2 joint blocks: joint attention and image MLP, one add each. The patches of latent and"
         " control picture are added before; every block's result is also an output.",
-        quick=True,
     ),
     Case(
         "sd35_large_controlnet",
@@ -796,7 +795,6 @@ CASES: tuple[Case, ...] = (
         grids=((H, W),),
         **BASIC_COUNTS,
         why=BASIC_WHY,
-        quick=True,
     ),
     Case(
         "dit",
@@ -892,7 +890,6 @@ CASES: tuple[Case, ...] = (
         mlp=2,
         why="2 blocks: joint attention, and one MLP over text and image joined; one add each.",
         crop=CROP,
-        quick=True,
     ),
     Case(
         "cogview4",
@@ -914,7 +911,6 @@ CASES: tuple[Case, ...] = (
         grids=((H, W),),
         **SANA_COUNTS,
         why=SANA_WHY,
-        quick=True,
     ),
     Case(
         "sana_sprint",
@@ -979,7 +975,6 @@ CASES: tuple[Case, ...] = (
         mlp=4,
         why="Two spatial transformers on the same picture, each with 2 blocks: self attention, "
         "cross attention and MLP, one add each.",
-        quick=True,
     ),
     Case(
         "vq_diffusion",

@@ -966,7 +966,6 @@ CASES: tuple[Case, ...] = (
             "8 transformers of 1 block, each 1 cross-attention and 1 MLP; the 4 of the innermost "
             "level also 1 self-attention, the others a norm outside any residual"
         ),
-        quick=True,
     ),
     Case(
         name="animatediff",
@@ -996,7 +995,6 @@ CASES: tuple[Case, ...] = (
             "4 transformers of 1 spatial block (self, cross, MLP) with the frames in the batch; "
             "their 4 temporal blocks (2 attentions, 2 MLPs) have the positions in the batch"
         ),
-        quick=True,
     ),
     Case(
         name="modelscope",
@@ -1050,7 +1048,6 @@ CASES: tuple[Case, ...] = (
             "2 blocks before and 2 after, each 2 cross-attentions and no MLP; 2 layers between "
             "them, each 1 self- and 1 cross-attention and 1 MLP"
         ),
-        quick=True,
     ),
     Case(
         name="kandinsky3",
@@ -1077,7 +1074,6 @@ CASES: tuple[Case, ...] = (
             "down 1 + 2 and up 2 + 1 attentions, queries from the image, keys from image and CLIP "
             "embeddings; the residual blocks convolve and normalise over all positions"
         ),
-        quick=True,
     ),
     Case(
         name="stable_cascade_decoder",
@@ -1097,6 +1093,5 @@ CASES: tuple[Case, ...] = (
         sites={"text": 2},
         why="2 blocks of attention over text tokens and embeddings; there is no picture",
         refused=("NoMergeSites", "no image tokens"),
-        quick=True,
     ),
 )

@@ -567,7 +567,6 @@ WAN_CASES = (
         build=seeded(lambda: WanTransformer3DModel(**WAN)),
         inputs=wan_ti2v_inputs,
         crop=crop(lambda inputs: {"timestep": packed_corner(inputs["timestep"])}),
-        quick=True,
         **WAN_COUNTS,
     ),
     Case(
@@ -797,7 +796,6 @@ HUNYUAN_CASES = (
         build=seeded(hunyuan),
         inputs=hunyuan_inputs,
         crop=crop(),
-        quick=True,
         **HUNYUAN_COUNTS,
     ),
     Case(
@@ -992,7 +990,6 @@ OTHER_CASES = (
             "3 blocks: joint attention (one call for each of the 2 prompts, padding left out) and "
             "video MLP, an add each. One attention pools the text."
         ),
-        quick=True,
     ),
     Case(
         name="allegro",
@@ -1156,7 +1153,6 @@ FRAME_CASES = (
         build=seeded(cosmos),
         inputs=cosmos_inputs,
         crop=crop(crop_mask),
-        quick=True,
         **COSMOS_COUNTS,
     ),
     Case(

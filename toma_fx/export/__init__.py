@@ -1,5 +1,5 @@
 """Programs that leave the process: exported graphs of static shapes."""
 
-from toma_fx.export.programs import Exported, export_programs
+from toma_fx.export.programs import Exported, Programs, export_programs
 
-__all__ = ["Exported", "export_programs"]
+__all__ = ["Exported", "Programs", "export_programs"]

@@ -243,6 +243,20 @@ class Rewriter:
         output.args = ((*results, *nodes),)
         self._record("add outputs", output)
 
+    def erase_inputs(self, names: Collection[str]) -> None:
+        """Erase inputs that no node uses (constants, which a graph has inside).
+
+        Raises:
+            RewriteError: one of them is used.
+        """
+        for node in self.graph.find_nodes(op="placeholder"):
+            if node.name not in names:
+                continue
+            if node.users:
+                raise RewriteError("an input is in use", where=self._pass, got=node.name)
+            self.graph.erase_node(node)
+        self.graph_module.recompile()
+
     def erase_dead(self) -> None:
         """Erase nodes without users."""
         before = len(self.graph.nodes)
