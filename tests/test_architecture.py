@@ -36,7 +36,11 @@ ROOMS = [
     ["report"],
     ["api"],
     ["calibration"],
-    ["export.programs"],
+    ["export.manifest"],
+    ["export.artifact", "export.programs", "export.coverage"],
+    ["export.targets"],
+    ["export.to_onnx", "export.to_aoti", "export.builder"],
+    ["export.entry", "export.loader"],
     ["tiny", "inputs"],
     ["demo"],
     ["cli"],
@@ -70,7 +74,7 @@ def test_imports_go_one_way() -> None:
 
 
 def test_only_the_rewriter_mutates_graphs_after_capture() -> None:
-    doors = {"passes/rewriter.py", "canonical.py"}
+    doors = {"passes/rewriter.py", "canonical.py", "export/to_onnx.py"}  # the last: of ONNX
     calls = {"erase_node", "replace_all_uses_with", "replace_input_with", "call_function"}
     for path in ROOT.rglob("*.py"):
         if str(path.relative_to(ROOT)) in doors:

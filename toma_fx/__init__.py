@@ -23,10 +23,13 @@ from toma_fx.config import (
 )
 from toma_fx.errors import (
     AdapterError,
+    ArtifactError,
+    BuildError,
     CaptureError,
     CompanionError,
     ConfigError,
     DynamicError,
+    MissingPackageError,
     ModelTypeError,
     NoMergeSites,
     OffloadError,
@@ -41,6 +44,7 @@ from toma_fx.errors import (
     UnknownNameError,
     VerifyError,
 )
+from toma_fx.export.loader import ArtifactDenoiser, load
 from toma_fx.report import Report, Summary
 from toma_fx.rules import tokenwise
 from toma_fx.state import State
@@ -49,6 +53,9 @@ __version__ = "0.1.0"
 __all__ = [
     "PRESETS",
     "AdapterError",
+    "ArtifactDenoiser",
+    "ArtifactError",
+    "BuildError",
     "CAToMeConfig",
     "CaptureError",
     "CompanionError",
@@ -56,6 +63,7 @@ __all__ = [
     "DynamicError",
     "GridConfig",
     "MethodConfig",
+    "MissingPackageError",
     "ModelTypeError",
     "NoMergeSites",
     "OffloadError",
@@ -83,6 +91,7 @@ __all__ = [
     "calibrate",
     "explain",
     "export",
+    "load",
     "optimize",
     "recorded",
     "restore",

@@ -424,6 +424,11 @@ class OptimizedDenoiser(nn.Module):
         rasters = tuple(raster(leaf) for leaf in given.leaves)
         return self._specialization(given, rasters)[1], given
 
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """Names of the arguments of a call, in order."""
+        return tuple(self._forward_signature.parameters)
+
     def fix(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Capture for these inputs now and refuse every other signature from here on."""
         given = self._arguments(tuple(args), dict(kwargs))

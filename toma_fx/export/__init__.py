@@ -1,5 +1,7 @@
-"""Programs that leave the process: exported graphs of static shapes."""
+"""Programs that leave the process: exported graphs, and artifacts made of them."""
 
+from toma_fx.export.builder import build
+from toma_fx.export.entry import aoti, onnx
 from toma_fx.export.programs import Exported, Programs, export_programs
 
-__all__ = ["Exported", "Programs", "export_programs"]
+__all__ = ["Exported", "Programs", "aoti", "build", "export_programs", "onnx"]

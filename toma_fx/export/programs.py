@@ -151,7 +151,9 @@ def _exported(
         pairs = zip(captured.inputs, leaves, strict=True)
         constants = [spec.name for spec, leaf in pairs if not _is_tensor(leaf)]
         Rewriter(graph_module).erase_inputs(constants)
-        example = (*filter(_is_tensor, leaves), *(patterns[name] for name in taken))
+        tensors = (*filter(_is_tensor, leaves), *(patterns[name] for name in taken))
+        # programs of static shapes have static strides too, and runtimes hand over contiguous ones
+        example = tuple(x.contiguous() for x in tensors)
         if given:
             results = graph_module(*example)
             patterns.update(zip(given, results[len(results) - len(given) :], strict=True))

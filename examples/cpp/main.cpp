@@ -1,0 +1,377 @@
+// Runs the steps of a generation from an AOTInductor artifact of toma_fx, without Python.
+//
+//     denoise ARTIFACT INPUTS.safetensors OUTPUT
+//
+// INPUTS holds the model's inputs of every step: "0/sample", "0/timestep", "1/sample", ... The
+// schedule in ARTIFACT/manifest.json says which program runs at which step. The first output of
+// step i is written to OUTPUT.i as raw values; a line for each step goes to standard output.
+
+#include <ATen/ATen.h>
+#include <c10/core/InferenceMode.h>
+#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
+#include <torch/headeronly/version.h>
+
+#include <algorithm>
+#include <cctype>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <iostream>
+#include <map>
+#include <memory>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <variant>
+#include <vector>
+
+namespace {
+
+// -- JSON: as much as manifests and the headers of safetensors files need ---------------------
+
+struct Json {
+  using Array = std::vector<Json>;
+  using Object = std::vector<std::pair<std::string, Json>>;  // in the order of the file
+  std::variant<std::nullptr_t, bool, double, std::string, Array, Object> value = nullptr;
+
+  const std::string& text() const { return std::get<std::string>(value); }
+  int64_t integer() const { return static_cast<int64_t>(std::get<double>(value)); }
+  bool truth() const { return std::get<bool>(value); }
+  bool null() const { return std::holds_alternative<std::nullptr_t>(value); }
+  const Array& array() const { return std::get<Array>(value); }
+  const Object& object() const { return std::get<Object>(value); }
+
+  const Json* find(const std::string& key) const {
+    for (const auto& [name, inner] : object()) {
+      if (name == key) return &inner;
+    }
+    return nullptr;
+  }
+  const Json& operator[](const std::string& key) const {
+    if (const Json* inner = find(key)) return *inner;
+    throw std::runtime_error("JSON has no field " + key);
+  }
+  std::vector<int64_t> integers() const {
+    std::vector<int64_t> found;
+    for (const Json& x : array()) found.push_back(x.integer());
+    return found;
+  }
+};
+
+class JsonReader {
+ public:
+  static Json read(const std::string& text) {
+    JsonReader reader(text);
+    Json found = reader.value();
+    if (reader.peek() != '\0') reader.fail();
+    return found;
+  }
+
+ private:
+  explicit JsonReader(const std::string& text) : text_(text) {}
+
+  [[noreturn]] void fail() const {
+    throw std::runtime_error("not JSON at character " + std::to_string(at_));
+  }
+  char peek() {
+    while (at_ < text_.size() && std::isspace(static_cast<unsigned char>(text_[at_]))) ++at_;
+    return at_ < text_.size() ? text_[at_] : '\0';
+  }
+  bool accept(char c) {
+    if (peek() != c) return false;
+    ++at_;
+    return true;
+  }
+  void expect(char c) {
+    if (!accept(c)) fail();
+  }
+  bool word(const char* expected) {
+    const size_t size = std::strlen(expected);
+    if (text_.compare(at_, size, expected) != 0) return false;
+    at_ += size;
+    return true;
+  }
+
+  Json value() {
+    switch (peek()) {
+      case '{': return {object()};
+      case '[': return {array()};
+      case '"': return {string()};
+    }
+    if (word("null")) return {nullptr};
+    if (word("true")) return {true};
+    if (word("false")) return {false};
+    char* end = nullptr;
+    const double number = std::strtod(text_.c_str() + at_, &end);
+    const size_t stop = end - text_.c_str();
+    if (stop == at_) fail();
+    at_ = stop;
+    return {number};
+  }
+  Json::Object object() {
+    Json::Object found;
+    expect('{');
+    if (accept('}')) return found;
+    do {
+      peek();
+      std::string key = string();
+      expect(':');
+      found.emplace_back(std::move(key), value());
+    } while (accept(','));
+    expect('}');
+    return found;
+  }
+  Json::Array array() {
+    Json::Array found;
+    expect('[');
+    if (accept(']')) return found;
+    do found.push_back(value());
+    while (accept(','));
+    expect(']');
+    return found;
+  }
+  std::string string() {
+    std::string found;
+    expect('"');
+    while (at_ < text_.size() && text_[at_] != '"') {
+      const char c = text_[at_++];
+      found += c == '\\' && at_ < text_.size() ? escaped(text_[at_++]) : c;
+    }
+    expect('"');
+    return found;
+  }
+
+  char escaped(char c) {
+    if (c == 'n') return '\n';
+    if (c == 't') return '\t';
+    if (c != 'u') return c;
+    at_ += 4;  // names are ASCII
+    return '?';
+  }
+
+  const std::string& text_;
+  size_t at_ = 0;
+};
+
+std::string slurp(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  if (!file) throw std::runtime_error("can't read " + path);
+  std::ostringstream text;
+  text << file.rdbuf();
+  return text.str();
+}
+
+// -- safetensors: 8 bytes of length, a JSON header, then the tensors' memory --------------------
+
+struct Tensors {
+  std::map<std::string, at::Tensor> tensors;
+  std::map<std::string, std::string> metadata;
+};
+
+at::ScalarType dtype_of(const std::string& name) {
+  static const std::map<std::string, at::ScalarType> known = {
+      {"F64", at::kDouble}, {"F32", at::kFloat},   {"F16", at::kHalf}, {"BF16", at::kBFloat16},
+      {"I64", at::kLong},   {"I32", at::kInt},     {"I16", at::kShort}, {"I8", at::kChar},
+      {"U8", at::kByte},    {"BOOL", at::kBool},
+  };
+  const auto found = known.find(name);
+  if (found == known.end()) throw std::runtime_error("tensors of dtype " + name);
+  return found->second;
+}
+
+// Maps the file into memory: tensors are views of it, and copied only to another device.
+Tensors read_tensors(const std::string& path, at::Device device) {
+  std::ifstream stream(path, std::ios::binary | std::ios::ate);
+  if (!stream) throw std::runtime_error("can't read " + path);
+  const uint64_t total = stream.tellg();
+  uint64_t header_size = 0;  // little-endian, as every machine that torch runs on
+  stream.seekg(0);
+  stream.read(reinterpret_cast<char*>(&header_size), sizeof header_size);
+  if (!stream || header_size > total - sizeof header_size) {
+    throw std::runtime_error("damaged: " + path);
+  }
+  std::string text(header_size, ' ');
+  stream.read(text.data(), static_cast<std::streamsize>(header_size));
+  const uint64_t begin = sizeof header_size + header_size;
+
+  const at::Tensor bytes = at::from_file(
+      path, /*shared=*/false, static_cast<int64_t>(total), at::TensorOptions(at::kByte));
+  const Json header = JsonReader::read(text);
+  Tensors found;
+  if (const Json* metadata = header.find("__metadata__")) {
+    for (const auto& [key, value] : metadata->object()) found.metadata[key] = value.text();
+  }
+  for (const auto& [name, entry] : header.object()) {
+    if (name == "__metadata__") continue;
+    const auto offsets = entry["data_offsets"].integers();
+    if (offsets.at(0) > offsets.at(1) || begin + offsets.at(1) > total) {
+      throw std::runtime_error("damaged: " + path);
+    }
+    const int64_t start = static_cast<int64_t>(begin) + offsets[0];
+    at::Tensor x = at::from_blob(
+        static_cast<char*>(bytes.data_ptr()) + start, entry["shape"].integers(),
+        [bytes](void*) {}, at::TensorOptions(dtype_of(entry["dtype"].text())));
+    // what is not contiguous is stored as its memory lies
+    if (const auto strided = found.metadata.find("strided/" + name);
+        strided != found.metadata.end()) {
+      const Json form = JsonReader::read(strided->second);
+      x = x.as_strided(form.array().at(0).integers(), form.array().at(1).integers());
+    }
+    found.tensors[name] = found.metadata.count("host/" + name) ? x : x.to(device);
+  }
+  return found;
+}
+
+// -- the artifact ------------------------------------------------------------------------------
+
+std::vector<std::string> texts(const Json& list) {
+  std::vector<std::string> found;
+  for (const Json& x : list.array()) found.push_back(x.text());
+  return found;
+}
+
+// A program with all its constants: AOTInductor reads whatever memory they point to, so that a
+// package that runs without them ends the process. There is no other way to run one in here.
+class Program {
+ public:
+  Program(const std::string& package, const Json& spec, const Tensors& weights)
+      : entry_(spec["entry"].text()),
+        takes_(texts(spec["patterns_in"])),
+        gives_(texts(spec["patterns_out"])),
+        loader_(std::make_unique<torch::inductor::AOTIModelPackageLoader>(package, entry_)) {
+    std::unordered_map<std::string, at::Tensor> constants;
+    for (const std::string& name : loader_->get_constant_fqns()) {
+      const auto alias = weights.metadata.find("alias/" + entry_ + "/" + name);
+      const auto stored = weights.tensors.find(
+          alias == weights.metadata.end() ? name : alias->second);
+      if (stored == weights.tensors.end()) {
+        throw std::runtime_error("the weights file has no constant " + name);
+      }
+      constants.emplace(name, stored->second);
+    }
+    // pointers into `weights`, which outlives the programs and which all of them share
+    loader_->load_constants(
+        constants, /*use_inactive=*/false, /*check_full_update=*/true, /*user_managed=*/true);
+  }
+
+  // Replaces the patterns that this kind of step makes anew, and returns the model's outputs.
+  std::vector<at::Tensor> run(
+      const std::vector<at::Tensor>& inputs, std::map<std::string, at::Tensor>& patterns) {
+    std::vector<at::Tensor> given;
+    for (const at::Tensor& x : inputs) given.push_back(x.contiguous());
+    for (const std::string& name : takes_) given.push_back(patterns.at(name).contiguous());
+    std::vector<at::Tensor> results = loader_->run(given);
+    const size_t own = results.size() - gives_.size();
+    for (size_t i = 0; i < gives_.size(); ++i) patterns[gives_[i]] = results[own + i].clone();
+    results.resize(own);
+    return results;
+  }
+
+ private:
+  std::string entry_;
+  std::vector<std::string> takes_, gives_;
+  std::unique_ptr<torch::inductor::AOTIModelPackageLoader> loader_;
+};
+
+class Artifact {
+ public:
+  explicit Artifact(const std::string& folder)
+      : manifest_(JsonReader::read(slurp(folder + "/manifest.json"))),
+        device_(manifest_["device"]["type"].text()) {
+    if (manifest_["version"].integer() != 1 || manifest_["target"]["name"].text() != "aoti") {
+      throw std::runtime_error("no AOTInductor artifact of version 1: " + folder);
+    }
+    // libtorch says "2.13.0", the artifact "2.13.0+cpu" (or "+cu130")
+    const std::string made_with = manifest_["versions"]["torch"].text();
+    if (made_with.substr(0, made_with.find('+')) != TORCH_VERSION) {
+      throw std::runtime_error("made with torch " + made_with + ", not " + TORCH_VERSION);
+    }
+    weights_ = read_tensors(folder + "/weights.safetensors", device_);
+    for (const auto& [call, spec] : manifest_["programs"].object()) {
+      programs_.try_emplace(call, folder + "/" + spec["file"].text(), spec, weights_);
+    }
+    for (const Json& input : manifest_["inputs"].array()) inputs_.push_back(input["tensor"]);
+  }
+
+  // One step of a generation, from 0; patterns are kept from step to step.
+  std::vector<at::Tensor> step(
+      int64_t index, const std::map<std::string, at::Tensor>& given,
+      std::map<std::string, at::Tensor>& patterns) {
+    std::vector<at::Tensor> inputs;
+    for (const Json& spec : inputs_) {
+      const std::string& name = spec["name"].text();
+      const at::Tensor& x = given.at(std::to_string(index) + "/" + name);
+      if (x.sizes() != at::IntArrayRef(spec["shape"].integers())) {
+        throw std::runtime_error("another shape than the artifact was built for: " + name);
+      }
+      inputs.push_back(x);
+    }
+    return programs_.at(call(index, !patterns.empty())).run(inputs, patterns);
+  }
+
+  // Which program runs at a step.
+  std::string call(int64_t index, bool has_patterns) const {
+    const Json& schedule = manifest_["schedule"];
+    const int64_t since = index - schedule["first_step"].integer();
+    const Json& last = schedule["last_step"];
+    if (since < 0 || (!last.null() && index > last.integer())) return "plain";
+    if (!schedule["patterned"].truth()) return "reuse";
+    if (!has_patterns) return "refresh";
+    const auto begin = texts(schedule["begin"]), cycle = texts(schedule["cycle"]);
+    const size_t i = static_cast<size_t>(since);
+    return i < begin.size() ? begin[i] : cycle[(i - begin.size()) % cycle.size()];
+  }
+
+  at::Device device() const { return device_; }
+
+ private:
+  Json manifest_;
+  at::Device device_;
+  Tensors weights_;  // before the programs, which point into it
+  std::map<std::string, Program> programs_;
+  std::vector<Json> inputs_;
+};
+
+void write(const std::string& path, const at::Tensor& x) {
+  const at::Tensor plain = x.cpu().contiguous();
+  std::ofstream file(path, std::ios::binary);
+  file.write(static_cast<const char*>(plain.data_ptr()), static_cast<std::streamsize>(plain.nbytes()));
+  if (!file.flush()) throw std::runtime_error("can't write " + path);
+}
+
+void generate(const std::string& folder, const std::string& given, const std::string& out) {
+  Artifact artifact(folder);
+  const Tensors inputs = read_tensors(given, artifact.device());
+  int64_t steps = 0;
+  for (const auto& [name, x] : inputs.tensors) {
+    steps = std::max<int64_t>(steps, std::stoll(name.substr(0, name.find('/'))) + 1);
+  }
+  std::map<std::string, at::Tensor> patterns;
+  for (int64_t i = 0; i < steps; ++i) {
+    const std::string call = artifact.call(i, !patterns.empty());
+    const at::Tensor output = artifact.step(i, inputs.tensors, patterns).at(0);
+    write(out + "." + std::to_string(i), output);
+    std::cout << "step " << i << " " << call << " " << output.sizes() << " mean of magnitudes "
+              << output.to(at::kDouble).abs().mean().item<double>() << std::endl;
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 4) {
+    std::cerr << "usage: denoise ARTIFACT INPUTS.safetensors OUTPUT\n";
+    return 2;
+  }
+  const c10::InferenceMode guard;
+  std::cout.precision(9);
+  try {
+    generate(argv[1], argv[2], argv[3]);
+  } catch (const std::exception& error) {
+    std::cerr << "denoise: " << error.what() << "\n";
+    return 1;
+  }
+  return 0;
+}

@@ -1,0 +1,227 @@
+"""The folder of an artifact: made all or nothing, verified before anything in it is used.
+
+    .NAME.building/   stages of a build that is under way, or was interrupted
+    NAME/             manifest.json and the files that it lists
+
+A build that is interrupted leaves the first; the next build of the same thing goes on with its
+finished stages. Only a build that came to its end makes, or replaces, the second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from toma_fx.errors import ArtifactError, BuildError
+from toma_fx.export.manifest import FileSpec, Manifest
+
+MANIFEST = "manifest.json"
+STAGES = "stages.json"
+_CHUNK = 2**22
+
+
+def file_spec(path: Path) -> FileSpec:
+    """Size and SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_CHUNK):
+            digest.update(piece)
+    return FileSpec(path.stat().st_size, digest.hexdigest())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of an artifact; no other file is looked at.
+
+    Raises:
+        ArtifactError: there is none, or it is damaged or of another version.
+    """
+    path = folder / MANIFEST
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArtifactError(
+            "no artifact",
+            where=str(folder),
+            expected=f"a folder with a {MANIFEST}",
+            got=f"{type(error).__name__}: {error}",
+            hint="give the folder that `toma-fx build` wrote",
+        ) from error
+    return Manifest.of(text, str(path))
+
+
+def verify(folder: Path) -> Manifest:
+    """The manifest of an artifact whose files are all there and unchanged.
+
+    Raises:
+        ArtifactError: naming the first file that is missing, a link, or has changed.
+    """
+    manifest = read_manifest(folder)
+    for name, spec in manifest.files.items():
+        path = folder / name
+        if path.is_symlink() or not path.is_file():
+            raise _changed(path, "a file", "a link" if path.is_symlink() else "nothing")
+        if path.stat().st_size != spec.size:
+            raise _changed(path, f"{spec.size} bytes", f"{path.stat().st_size} bytes")
+        if (found := file_spec(path).sha256) != spec.sha256:
+            raise _changed(path, f"SHA-256 {spec.sha256}", found)
+    return manifest
+
+
+def _changed(path: Path, expected: str, got: str) -> ArtifactError:
+    return ArtifactError(
+        "the artifact is damaged",
+        where=str(path),
+        expected=expected,
+        got=got,
+        hint="copy it again, or build it anew",
+    )
+
+
+class Build:
+    """An artifact under construction.
+
+    Attributes:
+        out: where it will be. folder: where it is being made.
+    """
+
+    def __init__(self, out: Path, key: str, report: Callable[[str], Any]) -> None:
+        """Use `building` instead."""
+        self.out, self.folder = out, out.parent / f".{out.name}.building"
+        self._old = out.parent / f".{out.name}.old"
+        self._key, self._report = key, report
+        self._done: dict[str, dict[str, Any]] = {}
+
+    def stage(self, name: str, make: Callable[[Path], Any], *files: str) -> None:
+        """Make `files`: `make` gets the folder. Skipped if an earlier build of the same did it.
+
+        Raises:
+            BuildError: the disk is full or can't be written.
+        """
+        if self.has(name, *files):
+            self._report(f"{name}: done before")
+            return
+        self._report(name)
+        with _disk(self.folder):
+            make(self.folder)
+            self._done[name] = {f: _spec_json(file_spec(self.folder / f)) for f in files}
+            _write(self.folder / STAGES, json.dumps({"key": self._key, "done": self._done}))
+
+    def has(self, name: str, *files: str) -> bool:
+        """Whether an earlier build of the same finished this stage."""
+        known = self._done.get(name)
+        return known is not None and all(self._unchanged(file, known) for file in files)
+
+    def finish(self, manifest: Manifest) -> Manifest:
+        """Write the manifest with the checksums of all files; the artifact is then complete."""
+        names = sorted(
+            str(path.relative_to(self.folder))
+            for path in self.folder.rglob("*")
+            if path.is_file() and path.name not in (STAGES, MANIFEST)
+        )
+        files = {name: file_spec(self.folder / name) for name in names}
+        manifest = replace(manifest, files=files)
+        with _disk(self.folder):
+            _write(self.folder / MANIFEST, manifest.to_json())
+        return manifest
+
+    def start(self) -> None:
+        """Make the folder, or go on with the one that an interrupted build of the same left."""
+        left = self.folder / STAGES
+        try:
+            known = json.loads(left.read_text(encoding="utf-8"))
+            self._done = known["done"] if known["key"] == self._key else {}
+        except (OSError, ValueError, KeyError, TypeError):
+            self._done = {}
+        with _disk(self.out.parent):
+            if self._old.exists() and not self.out.exists():
+                os.replace(self._old, self.out)  # a build ended between taking away and putting
+            if not self._done and self.folder.exists():
+                shutil.rmtree(self.folder)
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def discard(self) -> None:
+        """Forget the finished stages: what was made is wrong, not unfinished."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def publish(self) -> None:
+        """Put the finished folder in place, instead of what is there."""
+        with _disk(self.out.parent):
+            (self.folder / STAGES).unlink(missing_ok=True)
+            if self.out.exists():
+                shutil.rmtree(self._old, ignore_errors=True)
+                os.replace(self.out, self._old)
+            os.replace(self.folder, self.out)
+            shutil.rmtree(self._old, ignore_errors=True)
+
+    def _unchanged(self, file: str, known: dict[str, Any]) -> bool:
+        path = self.folder / file
+        return path.is_file() and _spec_json(file_spec(path)) == known.get(file)
+
+
+@contextmanager
+def building(
+    out: Path, key: str, *, overwrite: bool = False, report: Callable[[str], Any] = print
+) -> Iterator[Build]:
+    """Make an artifact at `out`.
+
+    Inside, run stages, then `finish`. An exception leaves the finished stages for the next build
+    with the same `key`, and whatever is at `out` as it was.
+
+    Raises:
+        BuildError: `out` is no folder or not empty, or the disk is full or can't be written.
+    """
+    if out.exists() and not out.is_dir():
+        raise BuildError(
+            "the output is no folder", where=str(out), expected="a folder to make", got="a file"
+        )
+    if out.exists() and any(out.iterdir()):
+        artifact = (out / MANIFEST).is_file()
+        if not (overwrite and artifact):
+            raise BuildError(
+                "the output folder is not empty",
+                where=str(out),
+                expected="an empty folder, or none",
+                got="an artifact" if artifact else "other files",
+                hint="overwrite=True (--overwrite) replaces an artifact once the new one is done"
+                if artifact
+                else "choose another folder",
+            )
+    build = Build(out, key, report)
+    build.start()
+    yield build
+    if not (build.folder / MANIFEST).is_file():
+        raise BuildError("the build did not come to its end", where=str(out))
+    build.publish()
+
+
+@contextmanager
+def _disk(folder: Path) -> Iterator[None]:
+    """Errors of the disk as typed ones."""
+    try:
+        yield
+    except OSError as error:
+        raise BuildError(
+            "the artifact can't be written",
+            where=str(error.filename or folder),
+            expected="a folder that can be written, on a disk with room",
+            got=f"{type(error).__name__}: {error.strerror or error}",
+            hint="free space, or choose another folder; finished stages are kept",
+        ) from error
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file all or nothing."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def _spec_json(spec: FileSpec) -> dict[str, Any]:
+    return {"size": spec.size, "sha256": spec.sha256}

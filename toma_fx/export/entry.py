@@ -1,0 +1,61 @@
+"""`toma_fx.export.aoti` and `toma_fx.export.onnx`: an optimized denoiser becomes a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from toma_fx.export.builder import build
+from toma_fx.export.manifest import Manifest
+
+
+def aoti(
+    optimized: Any,
+    example_inputs: Any,
+    out: str | Path,
+    *,
+    max_autotune: bool = False,
+    inductor: tuple[tuple[str, Any], ...] = (),
+    overwrite: bool = False,
+    licence: str = "",
+    report: Callable[[str], Any] = lambda text: None,
+) -> Manifest:
+    """Compile an optimized denoiser with AOTInductor into the folder `out`.
+
+    Args as for `toma_fx.export.build`, and as for `AOTITarget`.
+
+    Raises:
+        BuildError, DynamicError, ModelTypeError, SignatureError: see `toma_fx.export.build`.
+    """
+    from toma_fx.export.to_aoti import AOTITarget
+
+    target = AOTITarget(max_autotune, inductor)
+    how: dict[str, Any] = {"overwrite": overwrite, "licence": licence, "report": report}
+    return build(optimized, example_inputs, out, target, **how)
+
+
+def onnx(
+    optimized: Any,
+    example_inputs: Any,
+    out: str | Path,
+    *,
+    form: Literal["cached", "stateless"] = "cached",
+    opset: int | None = None,
+    overwrite: bool = False,
+    licence: str = "",
+    report: Callable[[str], Any] = lambda text: None,
+) -> Manifest:
+    """Write an optimized denoiser as ONNX models into the folder `out`.
+
+    Args as for `toma_fx.export.build`, and as for `ONNXTarget`; `opset` None is its default.
+
+    Raises:
+        MissingPackageError: the extra `[onnx]` is not installed. BuildError, DynamicError,
+            ModelTypeError, SignatureError: see `toma_fx.export.build`.
+    """
+    from toma_fx.export.to_onnx import ONNXTarget
+
+    target = ONNXTarget(form) if opset is None else ONNXTarget(form, opset)
+    how: dict[str, Any] = {"overwrite": overwrite, "licence": licence, "report": report}
+    return build(optimized, example_inputs, out, target, **how)

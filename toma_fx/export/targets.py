@@ -1,0 +1,88 @@
+"""What a target must do: lower programs to files, and open the files to run them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from toma_fx.export.artifact import Build
+from toma_fx.export.manifest import Device, Manifest, ProgramSpec, TargetSpec
+from toma_fx.export.programs import Programs
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """What a target made of the programs.
+
+    Attributes:
+        target, device: for the manifest. programs: by kind of step. versions: of what it used.
+    """
+
+    target: TargetSpec
+    device: Device
+    programs: Mapping[str, ProgramSpec]
+    versions: Mapping[str, str]
+
+
+class Runtime(ABC):
+    """The programs of an artifact, ready to run."""
+
+    @abstractmethod
+    def run(
+        self, call: str, inputs: Sequence[Tensor], patterns: Mapping[str, Tensor]
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """One step.
+
+        Args:
+            call: which program. inputs: the model's own, in the order of the manifest, with the
+                shapes and dtypes it says, on the artifact's device. patterns: those that the
+                program takes, by name.
+
+        Returns:
+            The model's outputs, and the patterns that the program gives, by name. They may live in
+            memory that the next run writes to.
+        """
+
+
+class Target(ABC):
+    """A kind of artifact. Its fields are its options.
+
+    Attributes:
+        name: as in `toma-fx build --target`.
+    """
+
+    name: str
+
+    @abstractmethod
+    def check(self, programs: Programs) -> None:
+        """Raise, before anything is made, if the programs can't be lowered here.
+
+        Raises:
+            MissingPackageError: a package is not installed. BuildError: an option or program that
+                the target can't have.
+        """
+
+    @abstractmethod
+    def lower(self, programs: Programs, build: Build) -> Lowered:
+        """Write the files of the artifact, in stages of `build`."""
+
+    @staticmethod
+    @abstractmethod
+    def open(
+        folder: Path, manifest: Manifest, device: torch.device, options: Mapping[str, Any]
+    ) -> Runtime:
+        """Open a verified artifact.
+
+        Args:
+            folder, manifest: of the artifact. device: to run on. options: of `toma_fx.load`, such
+                as ONNX Runtime's `providers`.
+
+        Raises:
+            MissingPackageError: a package is not installed. ArtifactError: not for this machine.
+        """
