@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent / "toma_fx"
 ROOMS = [
-    ["errors"],
+    ["errors", "printed"],
     ["methods.windows", "methods.facility", "methods.hashing", "ops"],
     ["methods.base"],
     ["methods.toma", "methods.tomesd", "methods.todo"],

@@ -57,7 +57,7 @@ class InProcess(Target):
             specs[call] = ProgramSpec(file, call, made.pattern_inputs, made.pattern_outputs)
         return Lowered(TargetSpec("in-process", "", None, {}), Device("cpu", "", ""), specs, {})
 
-    def open(  # type: ignore[override]
+    def open(  # type: ignore[override]  # of an instance: it knows the programs
         self, folder: Path, manifest: Manifest, device: torch.device, options: Mapping[str, Any]
     ) -> Runtime:
         programs, error = self.programs, self.error

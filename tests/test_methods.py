@@ -3,13 +3,11 @@ the package. What each computes is tested by itself and in test_methods_referenc
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,6 +18,7 @@ from torch._dynamo.utils import counters
 
 import toma_fx
 from tests import models
+from tests.examples import load_example
 from tests.models import relative
 from tests.zoo.base import lively, randn
 from toma_fx.config import PRESETS, make_config
@@ -39,18 +38,6 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "methods.md"
 BUILT_IN = ("ca-tome", "grid", "random", "retom", "todo", "tofu", "toma", "tomesd")
 GRID = (8, 12)
-
-
-def load_example(name: str) -> ModuleType:
-    """A file of examples/, imported once."""
-    full = f"examples.{name}"
-    if full not in sys.modules:
-        spec = importlib.util.spec_from_file_location(full, ROOT / "examples" / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[full] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[full])
-    return sys.modules[full]
 
 
 own_method = load_example("own_method")

@@ -9,14 +9,12 @@ attention is joint, and two branches a block.
 from __future__ import annotations
 
 import copy
-import importlib.util
 import math
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -25,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import toma_fx
+from tests.examples import load_example
 from tests.models import relative
 from tests.reference import Pattern, Settings, make_pattern
 from tests.zoo.base import Case, lively, randn
@@ -39,19 +38,7 @@ ODD = [(9, 15), (13, 17)]
 """Token grids that no power of two divides; the sides of the second are prime."""
 
 
-def load_example() -> ModuleType:
-    """The example under the name by which the page imports it; its operator exists once."""
-    name = "examples.own_model"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / "own_model.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-own = load_example()
+own = load_example("own_model")
 RULE = own.OPERATOR.replace("::", ".")
 
 

@@ -55,7 +55,8 @@ def calibrate(
     """
     check_choice("statistic", statistic, tuple(_STATISTICS))
     config = CAToMeConfig(threshold=threshold).replaced(options)
-    every = config.replaced({"checkpoints": None, "destinations_every": 1, "first_step": 0})
+    # a new state selects at its first step, whatever the checkpoints
+    every = config.replaced({"first_step": 0})
     calls = inputs if isinstance(inputs, list) else [inputs]
     if not calls:
         raise ConfigError(
@@ -88,11 +89,7 @@ def _merged(specialization: Specialization, state: State) -> Iterator[tuple[str,
     plan = specialization.plan
     places = places_of(specialization.analysis, specialization.flow)
     for group in plan.groups:
-        names = [f"pattern_{group.name}_{part}" for part in group.setting.parts]
-        pattern = {
-            part: state.patterns[name]
-            for part, name in zip(group.setting.parts, names, strict=True)
-        }
+        pattern = {part: state.patterns[group.tensor(part)] for part in group.setting.parts}
         left = group.setting.count(pattern)
         members = (
             (s.stream, i) for s in plan.segments if s.group == group.name for i in s.branches

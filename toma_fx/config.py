@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from toma_fx.errors import ConfigError, UnknownNameError, nearest
-from toma_fx.methods.base import BRANCHES, MethodConfig, Place, Scope, Setting, Share, methods
+from toma_fx.methods.base import BRANCHES, MethodConfig, Place, Setting, methods
 from toma_fx.methods.baselines import GridConfig, RandomConfig
 from toma_fx.methods.ca_tome import CAToMeConfig
 from toma_fx.methods.retom import ReToMConfig
@@ -24,9 +24,7 @@ __all__ = [
     "Place",
     "RandomConfig",
     "ReToMConfig",
-    "Scope",
     "Setting",
-    "Share",
     "ToDoConfig",
     "ToFuConfig",
     "ToMAConfig",

@@ -195,8 +195,8 @@ def _token_map(image: Tensor, merged: OptimizedDenoiser, index: int) -> Image.Im
     group = merged.specializations[-1].plan.groups[0]
     setting = cast(ToMA, group.setting)
     (height, width), (h, w) = setting.grid, setting.tile
-    idx = state.patterns[f"pattern_{group.name}_idx"][index]
-    share = state.patterns[f"pattern_{group.name}_unmerge"][index]
+    idx = state.patterns[group.tensor("idx")][index]
+    share = state.patterns[group.tensor("unmerge")][index]
     target = torch.take_along_dim(idx, share.argmax(-1), -1)
     picture = Image.blend(_picture(image), Image.new("RGB", (CELL, CELL), "white"), 0.35)
     draw = ImageDraw.Draw(picture)

@@ -71,6 +71,10 @@ class PatternGroup:
     batch: int
     setting: Setting
 
+    def tensor(self, part: str) -> str:
+        """Name of a part of the pattern among the inputs and outputs of programs."""
+        return f"pattern_{self.name}_{part}"
+
 
 @dataclass(frozen=True)
 class Rejection:

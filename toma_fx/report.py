@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from io import StringIO
 from typing import Any
 
 from rich.box import SIMPLE
-from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Table
 from rich.text import Text
 from torch import nn
@@ -16,24 +14,10 @@ from torch import nn
 from toma_fx.flops import graph_flops
 from toma_fx.methods.windows import Size, size_text
 from toma_fx.plan import Rejection
+from toma_fx.printed import Printed
 from toma_fx.runtime import OptimizedDenoiser
 from toma_fx.specialize import Specialization
 from toma_fx.state import Call, call_at
-
-
-class _Printed:
-    """Prints what `_parts` gives."""
-
-    def _parts(self) -> list[Any]:
-        raise NotImplementedError
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield Group(*self._parts())
-
-    def __str__(self) -> str:
-        out = StringIO()
-        Console(file=out, width=140, color_system=None).print(self)
-        return out.getvalue()
 
 
 @dataclass(frozen=True)
@@ -61,7 +45,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Report(_Printed):
+class Report(Printed):
     """What `explain` returns; prints as a table, converts to JSON.
 
     Attributes:
@@ -169,7 +153,7 @@ class Live:
 
 
 @dataclass(frozen=True)
-class Summary(_Printed):
+class Summary(Printed):
     """What `summary` returns; prints as a table, converts to JSON.
 
     Attributes:

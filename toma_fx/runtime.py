@@ -57,6 +57,11 @@ class Arguments:
     timestep: float | None
     conditioning: Tensor | None
 
+    @property
+    def rasters(self) -> tuple[Raster | None, ...]:
+        """What the position ids among the leaves enumerate; on a GPU reading waits for it."""
+        return tuple(raster(leaf) for leaf in self.leaves)
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -421,8 +426,7 @@ class OptimizedDenoiser(nn.Module):
     ) -> tuple[Specialization, Arguments]:
         """What is made for a call, and the call in canonical form."""
         given = self._arguments(*self._placed(tuple(args), dict(kwargs)))
-        rasters = tuple(raster(leaf) for leaf in given.leaves)
-        return self._specialization(given, rasters)[1], given
+        return self._specialization(given, given.rasters)[1], given
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
@@ -432,7 +436,7 @@ class OptimizedDenoiser(nn.Module):
     def fix(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Capture for these inputs now and refuse every other signature from here on."""
         given = self._arguments(tuple(args), dict(kwargs))
-        self._specialization(given, tuple(raster(leaf) for leaf in given.leaves))
+        self._specialization(given, given.rasters)
         leaves = _named_leaves(given.args, given.kwargs)
         self.__dict__["_fixed"] = (given.signature, leaves)
 
@@ -487,9 +491,7 @@ class OptimizedDenoiser(nn.Module):
         self._check_own_hooks()
         args, kwargs = _call_of(inputs)
         given = self._arguments(*self._placed(args, kwargs, step=True))
-        _, specialization = self._specialization(
-            given, tuple(raster(leaf) for leaf in given.leaves)
-        )
+        _, specialization = self._specialization(given, given.rasters)
         model = (given.guard.key, given.signature[1])  # with its dtype and device
         states = [fitting(s, specialization, model) for s in states]
         call, patterns = batched(states, specialization)

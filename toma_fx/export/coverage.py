@@ -19,19 +19,18 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import torch
 from rich.box import SIMPLE
-from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from toma_fx.errors import BuildError
+from toma_fx.printed import Printed
 
 if TYPE_CHECKING:
     import onnx
@@ -93,7 +92,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Coverage:
+class Coverage(Printed):
     """What TensorRT takes of a program; prints as a table, converts to JSON.
 
     Attributes:
@@ -121,14 +120,6 @@ class Coverage:
     def to_json(self) -> str:
         """The coverage as JSON text."""
         return json.dumps({**asdict(self), "complete": self.complete}, indent=2)
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield Group(*self._parts())
-
-    def __str__(self) -> str:
-        out = StringIO()
-        Console(file=out, width=140, color_system=None).print(self)
-        return out.getvalue()
 
     def _parts(self) -> list[Any]:
         table = Table(title=f"operators for {self.target}", title_justify="left", box=SIMPLE)

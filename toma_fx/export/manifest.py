@@ -305,10 +305,12 @@ def _decoded(kind: Any, data: Any, where: str) -> Any:
 
 
 def _one_of(kinds: Sequence[Any], data: Any, where: str) -> Any:
+    if data is None and type(None) in kinds:
+        return None
     for kind in kinds:
-        if (kind is type(None)) == (data is None):
+        if kind is not type(None):
             try:
-                return _decoded(kind, data, where) if data is not None else None
+                return _decoded(kind, data, where)
             except ArtifactError:
                 continue
     raise _broken(where, " or ".join(map(str, kinds)), repr(data)[:80])

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
@@ -40,6 +41,11 @@ class Exported:
     example: tuple[Tensor, ...]
     pattern_inputs: tuple[str, ...]
     pattern_outputs: tuple[str, ...]
+
+    @cached_property
+    def module(self) -> fx.GraphModule:
+        """The program to call in this process; making it copies the graph."""
+        return self.program.module()
 
 
 @dataclass(frozen=True)
@@ -83,9 +89,7 @@ class Programs(Mapping[Call, Exported]):
         """One step in this process: (the model's outputs, patterns that the program gives)."""
         made = self.by_call[call]
         with torch.no_grad():
-            results = list(
-                made.program.module()(*inputs, *(patterns[name] for name in made.pattern_inputs))
-            )
+            results = list(made.module(*inputs, *(patterns[name] for name in made.pattern_inputs)))
         own = len(results) - len(made.pattern_outputs)
         return results[:own], dict(zip(made.pattern_outputs, results[own:], strict=True))
 

@@ -182,7 +182,7 @@ class AOTITarget(Target):
             assert isinstance(files, list)
         except OSError:
             raise
-        except Exception as error:
+        except Exception as error:  # its passes and the compiler raise whatever they like
             raise BuildError(
                 "Inductor could not compile a program",
                 where=call,

@@ -186,7 +186,7 @@ class ONNXTarget(Target):
                     optimize=False,  # its rewriting takes minutes on unrolled selections
                     verbose=False,
                 )
-            except Exception as error:
+            except Exception as error:  # the exporter's translations raise whatever they like
                 raise _inexpressible(call, error) from error
             assert program is not None
             model = program.model
@@ -560,7 +560,7 @@ def _check(path: Path, opset: int, names: _Names, call: str) -> None:
     onnx = imported("onnx")
     try:
         onnx.checker.check_model(str(path), full_check=True)
-    except Exception as error:
+    except Exception as error:  # protobuf's and the checker's errors have no base of their own
         raise _wrong(call, "a valid ONNX model", str(error)[:500]) from error
     model = onnx.load(str(path), load_external_data=False)
     opsets = {entry.domain: entry.version for entry in model.opset_import}
@@ -573,7 +573,7 @@ def _check(path: Path, opset: int, names: _Names, call: str) -> None:
         value.type.tensor_type.ClearField("shape")
     try:
         inferred = onnx.shape_inference.infer_shapes(bare, strict_mode=True)
-    except Exception as error:
+    except Exception as error:  # as above
         raise _wrong(call, "shapes that can be inferred", str(error)[:500]) from error
     for kind, values, specs in (
         ("input", model.graph.input, names.inputs),
@@ -661,7 +661,7 @@ class ORTRuntime(Runtime):
             said.add_initializer(name, value)
         try:
             session = ort.InferenceSession(str(path), said, providers=list(providers))
-        except Exception as error:
+        except Exception as error:  # ONNX Runtime's errors have no base of their own
             raise ArtifactError(
                 "ONNX Runtime can't open a model",
                 where=str(path),

@@ -31,6 +31,7 @@ from toma_fx.methods.windows import (
     dividing_tile,
     from_windows,
     size_text,
+    take,
     to_windows,
     token_index,
     window_count,
@@ -79,7 +80,7 @@ class ReToM(Setting):
         """Tokens [B, N, C] -> one a window [B, T, C]."""
         if self.how == "mean":
             return to_windows(x, self.grid, self.window).mean(2)
-        return _take(x, pattern["places"])
+        return take(x, pattern["places"])
 
     def unmerge(self, y: Tensor, pattern: Pattern) -> Tensor:
         """Each token of a window gets its merged token: [B, T, C] -> [B, N, C]."""
@@ -150,16 +151,16 @@ class PartialReToM(ReToM):
         """Tokens [B, N, C] -> [B, N - r, C]: those that stay, then one a window."""
         places = pattern["places"]
         if self.how == "representative":
-            return _take(x, places)
+            return take(x, places)
         joined = (pattern["joins"] >= self.staying).float().unsqueeze(-1)
         share = to_windows(joined, self.grid, self.window)
         share = cast(share / share.sum(2, keepdim=True), x)
         means = share.transpose(-1, -2) @ to_windows(x, self.grid, self.window)
-        return torch.cat([_take(x, places[:, : self.staying]), means.squeeze(2)], 1)
+        return torch.cat([take(x, places[:, : self.staying]), means.squeeze(2)], 1)
 
     def unmerge(self, y: Tensor, pattern: Pattern) -> Tensor:
         """Each token gets the merged token that it joined: [B, N - r, C] -> [B, N, C]."""
-        return _take(y, pattern["joins"])
+        return take(y, pattern["joins"])
 
     def _keys(self, unit: Tensor, local: Tensor) -> Tensor:
         """Unique numbers that rank tokens by similarity to their representative, [B, N] int64.
@@ -189,11 +190,6 @@ def _representatives(unit: Tensor) -> Tensor:
     """
     others = unit.sum(2, keepdim=True) - unit
     return torch.round((unit * others).sum(-1) * (1 / TIE)).argmax(-1)
-
-
-def _take(x: Tensor, tokens: Tensor) -> Tensor:
-    """Gather tokens: [B, N, C], [B, M] -> [B, M, C]."""
-    return torch.take_along_dim(x, tokens.unsqueeze(-1), dim=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from toma_fx.methods.base import Pattern, Place, is_number
 from toma_fx.methods.tomesd import ToMeSD, ToMeSDConfig
-from toma_fx.methods.windows import cast
+from toma_fx.methods.windows import cast, take
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class ToFu(ToMeSD):
     def merge(self, x: Tensor, pattern: Pattern) -> Tensor:
         """Sources that stay, then destinations, or what their group becomes."""
         if self.prune:
-            return torch.take_along_dim(x, pattern["places"].unsqueeze(-1), 1)
+            return take(x, pattern["places"])
         return super().merge(x, pattern)
 
     def groups(self, x: Tensor, pattern: Pattern) -> Tensor:

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from toma_fx.methods.base import MethodConfig, Pattern, Place, Setting
 from toma_fx.methods.hashing import hashed
-from toma_fx.methods.windows import Size, cast, size_text
+from toma_fx.methods.windows import Size, cast, size_text, take
 
 STEPS = 2**23
 """Steps a unit of cosine similarity by which sources are ordered; equal ones go by their index."""
@@ -224,7 +224,7 @@ class ToMeSD(Setting):
         groups = self.groups(x, pattern).flatten(1, 2)
         if not staying:
             return groups
-        kept = torch.take_along_dim(x, pattern["places"][:, :staying].unsqueeze(-1), 1)
+        kept = take(x, pattern["places"][:, :staying])
         return torch.cat([kept, groups], 1)
 
     def groups(self, x: Tensor, pattern: Pattern) -> Tensor:
@@ -254,7 +254,7 @@ class ToMeSD(Setting):
 
     def unmerge(self, y: Tensor, pattern: Pattern) -> Tensor:
         """Every token receives a copy of what it belongs to."""
-        return torch.take_along_dim(y, pattern["joins"].unsqueeze(-1), 1)
+        return take(y, pattern["joins"])
 
     def kept(self, pattern: Pattern) -> Tensor:
         """`places`."""

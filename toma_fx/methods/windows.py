@@ -75,6 +75,11 @@ def cast(x: Tensor, like: Tensor) -> Tensor:
     return x if x.dtype == like.dtype else x.to(like.dtype)
 
 
+def take(x: Tensor, tokens: Tensor) -> Tensor:
+    """Tokens by index: [B, N, C], [B, M] -> [B, M, C]."""
+    return torch.take_along_dim(x, tokens.unsqueeze(-1), dim=1)
+
+
 def token_index(idx: Tensor, grid: Size, tile: Size) -> Tensor:
     """Window-local indices [B, T, k] -> indices into the raster of all tokens, [B, T*k]."""
     grid, tile = _simplest(grid, tile)

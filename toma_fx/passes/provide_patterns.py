@@ -69,7 +69,7 @@ class ProvidePatterns:
         names = parts_taken(group.setting, self.use)
         likes = rewriter.fake(("parts", group.setting), lambda x: parts_of(group.setting, x), image)
         return [
-            rewriter.placeholder(f"pattern_{group.name}_{name}", lambda like=like: like.clone())  # type: ignore[misc]
+            rewriter.placeholder(group.tensor(name), like.clone)
             for name, like in zip(group.setting.parts, likes, strict=True)
             if name in names
         ]
@@ -144,14 +144,10 @@ def parts_given(setting: Setting, use: Use) -> tuple[str, ...]:
 
 def pattern_inputs(plan: MergePlan, use: Use) -> tuple[str, ...]:
     """Names of the pattern inputs of a program, in order."""
-    parts = tuple(
-        f"pattern_{g.name}_{part}" for g in plan.groups for part in parts_taken(g.setting, use)
-    )
+    parts = tuple(g.tensor(part) for g in plan.groups for part in parts_taken(g.setting, use))
     return (*MASKS, *parts) if use == "mixed" else parts
 
 
 def pattern_outputs(plan: MergePlan, use: Use) -> tuple[str, ...]:
     """Names of the pattern outputs of a program, after the model's own, in order."""
-    return tuple(
-        f"pattern_{g.name}_{part}" for g in plan.groups for part in parts_given(g.setting, use)
-    )
+    return tuple(g.tensor(part) for g in plan.groups for part in parts_given(g.setting, use))

@@ -228,7 +228,7 @@ class Rewriter:
         try:
             with self.mode:
                 node.meta["val"] = fake_result(node)
-        except Exception as error:
+        except Exception as error:  # any operator of torch may run here
             raise RewriteError(
                 "a node does not run on merged tokens",
                 where=f"{self._pass}: {node.format_node()}",
