@@ -40,9 +40,11 @@ ROOMS = [
     ["export.artifact", "export.programs", "export.coverage"],
     ["export.targets"],
     ["export.to_onnx", "export.to_aoti", "export.builder"],
+    ["export.to_tensorrt"],
     ["export.entry", "export.loader"],
     ["tiny", "inputs"],
     ["demo"],
+    ["artifact_commands"],
     ["cli"],
 ]  # fmt: skip
 LEVEL = {name: i for i, room in enumerate(ROOMS) for name in room}

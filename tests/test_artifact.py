@@ -18,7 +18,7 @@ from tests.models import relative
 from tests.test_methods import inputs, model
 from toma_fx.errors import ArtifactError, BuildError, ModelTypeError, SignatureError
 from toma_fx.export import artifact
-from toma_fx.export.artifact import Build, verify
+from toma_fx.export.artifact import Build, Stage, verify
 from toma_fx.export.builder import build
 from toma_fx.export.loader import ArtifactDenoiser, load
 from toma_fx.export.manifest import Device, Manifest, ProgramSpec, Schedule, TargetSpec
@@ -38,6 +38,9 @@ class InProcess(Target):
 
     def __repr__(self) -> str:
         return "InProcess"
+
+    def check_installed(self) -> None:
+        pass
 
     def check(self, programs: Programs) -> None:
         self.programs = programs
@@ -220,10 +223,20 @@ def test_an_interrupted_build_goes_on(tmp_path: Path, optimized: Any, target: In
         build(optimized, inputs(), tmp_path / "a", target)
     assert not (tmp_path / "a").exists()
     assert target.made == ["refresh.txt", "reweigh.txt"]
-    target.fail_at, said = "", list[str]()
+    target.fail_at, said = "", list[Stage]()
     build(optimized, inputs(), tmp_path / "a", target, report=said.append)
     assert target.made == ["refresh.txt", "reweigh.txt", "reuse.txt"], "nothing is made twice"
-    assert "refresh: done before" in said
+    assert [(s.name, s.state) for s in said] == [
+        ("export", "begun"),
+        ("export", "done"),
+        ("refresh", "kept"),
+        ("reweigh", "kept"),
+        ("reuse", "begun"),
+        ("reuse", "done"),
+        ("compare with the process", "begun"),
+        ("compare with the process", "done"),
+    ]
+    assert [s.size for s in said if s.name == "reuse"] == [0, len("reuse.txt")]
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
@@ -262,10 +275,15 @@ def test_folders_of_others_are_left_alone(
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "thesis.tex").write_text("all my work")
     (tmp_path / "b").write_text("a file")
-    for name in ("a", "b"):
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "manifest.json").write_text('{"name": "a web site"}')
+    build(optimized, inputs(), tmp_path / "d", target)
+    (tmp_path / "d" / "notes.txt").write_text("beside an artifact")
+    for name in "abcd":
         with pytest.raises(BuildError):
             build(optimized, inputs(), tmp_path / name, target, overwrite=True)
     assert (tmp_path / "a" / "thesis.tex").read_text() == "all my work"
+    assert (tmp_path / "d" / "notes.txt").exists()
 
 
 def test_a_full_disk(

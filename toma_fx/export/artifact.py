@@ -13,11 +13,12 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from toma_fx.errors import ArtifactError, BuildError
 from toma_fx.export.manifest import FileSpec, Manifest
@@ -25,6 +26,38 @@ from toma_fx.export.manifest import FileSpec, Manifest
 MANIFEST = "manifest.json"
 STAGES = "stages.json"
 _CHUNK = 2**22
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Something that happened to a stage of a build.
+
+    Attributes:
+        name: of the stage. state: "begun", "done", or "kept", if an earlier build has done it.
+        seconds: that it took. size: of its files, in bytes.
+    """
+
+    name: str
+    state: Literal["begun", "done", "kept"]
+    seconds: float = 0.0
+    size: int = 0
+
+
+Report = Callable[[Stage], Any]
+"""Is told of every stage of a build."""
+
+
+def silent(stage: Stage) -> None:
+    """A report that nobody reads."""
+
+
+@contextmanager
+def reported(name: str, report: Report) -> Iterator[None]:
+    """Report a stage without files: its beginning, and its end if it comes to one."""
+    report(Stage(name, "begun"))
+    start = time.perf_counter()
+    yield
+    report(Stage(name, "done", time.perf_counter() - start))
 
 
 def file_spec(path: Path) -> FileSpec:
@@ -91,7 +124,7 @@ class Build:
         out: where it will be. folder: where it is being made.
     """
 
-    def __init__(self, out: Path, key: str, report: Callable[[str], Any]) -> None:
+    def __init__(self, out: Path, key: str, report: Report) -> None:
         """Use `building` instead."""
         self.out, self.folder = out, out.parent / f".{out.name}.building"
         self._old = out.parent / f".{out.name}.old"
@@ -105,13 +138,16 @@ class Build:
             BuildError: the disk is full or can't be written.
         """
         if self.has(name, *files):
-            self._report(f"{name}: done before")
+            self._report(Stage(name, "kept", size=self._size(name)))
             return
-        self._report(name)
+        self._report(Stage(name, "begun"))
+        start = time.perf_counter()
         with _disk(self.folder):
             make(self.folder)
-            self._done[name] = {f: _spec_json(file_spec(self.folder / f)) for f in files}
+            self._done.pop(name, None)  # the latest stage is the last
+            self._done[name] = {f: asdict(file_spec(self.folder / f)) for f in files}
             _write(self.folder / STAGES, json.dumps({"key": self._key, "done": self._done}))
+        self._report(Stage(name, "done", time.perf_counter() - start, self._size(name)))
 
     def has(self, name: str, *files: str) -> bool:
         """Whether an earlier build of the same finished this stage."""
@@ -119,13 +155,9 @@ class Build:
         return known is not None and all(self._unchanged(file, known) for file in files)
 
     def finish(self, manifest: Manifest) -> Manifest:
-        """Write the manifest with the checksums of all files; the artifact is then complete."""
-        names = sorted(
-            str(path.relative_to(self.folder))
-            for path in self.folder.rglob("*")
-            if path.is_file() and path.name not in (STAGES, MANIFEST)
-        )
-        files = {name: file_spec(self.folder / name) for name in names}
+        """Write the manifest with the checksums of what stages made; the artifact is complete."""
+        made = {file: spec for files in self._done.values() for file, spec in files.items()}
+        files = {f: FileSpec(**made[f]) for f in sorted(made) if (self.folder / f).is_file()}
         manifest = replace(manifest, files=files)
         with _disk(self.folder):
             _write(self.folder / MANIFEST, manifest.to_json())
@@ -162,27 +194,24 @@ class Build:
 
     def _unchanged(self, file: str, known: dict[str, Any]) -> bool:
         path = self.folder / file
-        return path.is_file() and _spec_json(file_spec(path)) == known.get(file)
+        return path.is_file() and asdict(file_spec(path)) == known.get(file)
+
+    def _size(self, name: str) -> int:
+        return sum(spec["size"] for spec in self._done[name].values())
 
 
-@contextmanager
-def building(
-    out: Path, key: str, *, overwrite: bool = False, report: Callable[[str], Any] = print
-) -> Iterator[Build]:
-    """Make an artifact at `out`.
-
-    Inside, run stages, then `finish`. An exception leaves the finished stages for the next build
-    with the same `key`, and whatever is at `out` as it was.
+def check_place(out: Path, overwrite: bool) -> None:
+    """Passes if an artifact can be put at `out`.
 
     Raises:
-        BuildError: `out` is no folder or not empty, or the disk is full or can't be written.
+        BuildError: it is no folder, or not empty and nothing that may be replaced.
     """
     if out.exists() and not out.is_dir():
         raise BuildError(
             "the output is no folder", where=str(out), expected="a folder to make", got="a file"
         )
     if out.exists() and any(out.iterdir()):
-        artifact = (out / MANIFEST).is_file()
+        artifact = _is_artifact_alone(out)
         if not (overwrite and artifact):
             raise BuildError(
                 "the output folder is not empty",
@@ -193,6 +222,30 @@ def building(
                 if artifact
                 else "choose another folder",
             )
+
+
+def _is_artifact_alone(folder: Path) -> bool:
+    """Whether a folder holds nothing that replacing an artifact would lose."""
+    try:
+        known = {MANIFEST, *read_manifest(folder).files}
+    except ArtifactError:
+        return False
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if not p.is_dir()} <= known
+
+
+@contextmanager
+def building(
+    out: Path, key: str, *, overwrite: bool = False, report: Report = silent
+) -> Iterator[Build]:
+    """Make an artifact at `out`.
+
+    Inside, run stages, then `finish`. An exception leaves the finished stages for the next build
+    with the same `key`, and whatever is at `out` as it was.
+
+    Raises:
+        BuildError: as of `check_place`, or the disk is full or can't be written.
+    """
+    check_place(out, overwrite)
     build = Build(out, key, report)
     build.start()
     yield build
@@ -221,7 +274,3 @@ def _write(path: Path, text: str) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
-
-
-def _spec_json(spec: FileSpec) -> dict[str, Any]:
-    return {"size": spec.size, "sha256": spec.sha256}

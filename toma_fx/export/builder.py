@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from toma_fx.axis import Raster
 from toma_fx.errors import BuildError
-from toma_fx.export.artifact import building
+from toma_fx.export.artifact import Report, building, check_place, reported, silent
 from toma_fx.export.manifest import (
     VERSION,
     Constant,
@@ -48,7 +48,7 @@ def build(
     *,
     overwrite: bool = False,
     licence: str = "",
-    report: Callable[[str], Any] = lambda text: None,
+    report: Report = silent,
 ) -> Manifest:
     """Make an artifact of an optimized denoiser.
 
@@ -67,20 +67,22 @@ def build(
             process (nothing is left of it then). MissingPackageError: the target needs a package.
             DynamicError, ModelTypeError, SignatureError: see `export_programs`.
     """
-    report("export")
-    programs = export_programs(optimized, example_inputs)
+    check_place(Path(out), overwrite)
+    target.check_installed()
+    with reported("export", report):
+        programs = export_programs(optimized, example_inputs)
     target.check(programs)
     key = _key(programs, target)
     with building(Path(out), key, overwrite=overwrite, report=report) as work, torch.no_grad():
         lowered = target.lower(programs, work)
         manifest = manifest_of(programs, lowered, licence)
-        report("compare with the process")
-        runtime = target.open(work.folder, manifest, programs.device, {})
-        try:
-            figures = tuple(_compare(programs, manifest, runtime))
-        except BuildError:
-            work.discard()
-            raise
+        with reported("compare with the process", report):
+            runtime = target.open(work.folder, manifest, programs.device, {})
+            try:
+                figures = tuple(_compare(programs, manifest, runtime))
+            except BuildError:
+                work.discard()
+                raise
         return work.finish(replace(manifest, parity=figures))
 
 

@@ -254,8 +254,12 @@ def target_of(name: str) -> type[Target]:
         from toma_fx.export.to_onnx import ONNXTarget
 
         return ONNXTarget
+    if name == "tensorrt":
+        from toma_fx.export.to_tensorrt import TensorRTTarget
+
+        return TensorRTTarget
     raise ArtifactError(
-        "unknown target", where="manifest.json", expected="aoti or onnx", got=repr(name)
+        "unknown target", where="manifest.json", expected="aoti, onnx or tensorrt", got=repr(name)
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,13 @@ class Runtime(ABC):
         """
 
 
+def apart(given: Iterable[Tensor], outputs: Iterable[Tensor]) -> list[Tensor]:
+    """Inputs of a run, contiguous, and none in memory that the run writes to."""
+    places = {x.data_ptr() for x in outputs}
+    # an output of the last step may be an input of this one
+    return [x.clone() if x.data_ptr() in places else x.contiguous() for x in given]
+
+
 class Target(ABC):
     """A kind of artifact. Its fields are its options.
 
@@ -60,12 +67,19 @@ class Target(ABC):
     name: str
 
     @abstractmethod
+    def check_installed(self) -> None:
+        """Raise, before anything is exported, if this machine lacks what the target needs.
+
+        Raises:
+            MissingPackageError: a package is not installed. BuildError: something else is missing.
+        """
+
+    @abstractmethod
     def check(self, programs: Programs) -> None:
         """Raise, before anything is made, if the programs can't be lowered here.
 
         Raises:
-            MissingPackageError: a package is not installed. BuildError: an option or program that
-                the target can't have.
+            BuildError: an option, device or program that the target can't have.
         """
 
     @abstractmethod

@@ -61,15 +61,23 @@ class AOTITarget(Target):
 
     name = "aoti"
 
+    def check_installed(self) -> None:
+        """Raise, before anything is exported, for a wrong option or without a C++ compiler.
+
+        Raises:
+            BuildError: no C++ compiler. UnknownNameError: no such option of Inductor.
+            ConfigError: an option that is the target's own.
+        """
+        self._check_options()
+        _check_compiler()
+
     def check(self, programs: Programs) -> None:
         """Raise, before anything is made, if the programs can't be compiled here.
 
         Raises:
-            BuildError: no C++ compiler, a device that can't be compiled for, quantised weights
-                kept as tensor subclasses. UnknownNameError: no such option of Inductor.
-            ConfigError: an option that is the target's own.
+            BuildError: a device that can't be compiled for, quantised weights kept as tensor
+                subclasses.
         """
-        self._check_options()
         device = programs.device
         if device.type not in ("cpu", "cuda"):
             raise BuildError(
@@ -78,7 +86,6 @@ class AOTITarget(Target):
                 expected="a model on cpu or cuda",
                 got=str(device),
             )
-        _check_compiler()
         for name, x in programs.denoiser.denoiser.state_dict().items():
             if type(x.data) is not Tensor or x.is_mkldnn:
                 raise BuildError(
