@@ -1,4 +1,4 @@
-"""The files of examples/, as modules."""
+"""The files of examples/ and tools/, as modules."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from types import ModuleType
 ROOT = Path(__file__).parent.parent
 
 
-def load_example(name: str) -> ModuleType:
+def load_example(name: str, folder: str = "examples") -> ModuleType:
     """A file by the name under which the pages import it, once: its operators exist once."""
-    full = f"examples.{name}"
+    full = f"{folder}.{name}"
     if full not in sys.modules:
-        spec = importlib.util.spec_from_file_location(full, ROOT / "examples" / f"{name}.py")
+        spec = importlib.util.spec_from_file_location(full, ROOT / folder / f"{name}.py")
         assert spec is not None
         assert spec.loader is not None
         sys.modules[full] = importlib.util.module_from_spec(spec)

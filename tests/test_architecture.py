@@ -42,8 +42,8 @@ ROOMS = [
     ["export.to_onnx", "export.to_aoti", "export.builder"],
     ["export.to_tensorrt"],
     ["export.entry", "export.loader"],
-    ["tiny", "inputs"],
-    ["demo"],
+    ["tiny"],
+    ["inputs", "demo"],
     ["artifact_commands"],
     ["cli"],
 ]  # fmt: skip

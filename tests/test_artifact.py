@@ -14,6 +14,7 @@ from torch import Tensor
 
 import toma_fx
 from tests import models
+from tests.examples import ROOT, load_example
 from tests.models import relative
 from tests.test_methods import inputs, model
 from toma_fx.errors import ArtifactError, BuildError, ModelTypeError, SignatureError
@@ -307,6 +308,20 @@ def test_a_folder_that_cannot_be_written(optimized: Any, target: InProcess) -> N
 def test_only_optimized_models_are_built(tmp_path: Path, target: InProcess) -> None:
     with pytest.raises(ModelTypeError):
         build(model(), inputs(), tmp_path / "a", target)
+
+
+def test_the_published_schema(tmp_path: Path, optimized: Any, target: InProcess) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    written = load_example("write_schema", "tools")
+    assert written.PATH.read_text() == written.text(), "python tools/write_schema.py"
+    assert '"export/*.json"' in (ROOT / "pyproject.toml").read_text(), "it is in the package"
+    build(optimized, inputs(), tmp_path / "a", target)
+    data = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    check = jsonschema.Draft202012Validator(json.loads(written.text())).validate
+    check(data)
+    for wrong in ({"version": 2}, {"files": {"a": 3}}, {"schedule": {}}, {"more": 1}):
+        with pytest.raises(jsonschema.ValidationError):
+            check({**data, **wrong})
 
 
 # -- damage ---------------------------------------------------------------------------------------

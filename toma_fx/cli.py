@@ -1,4 +1,4 @@
-"""Command line: `toma-fx explain` and `toma-fx demo`."""
+"""Command line: `toma-fx explain`, `demo`, and the commands on artifacts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from typing import Any
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from toma_fx.artifact_commands import add_commands
 from toma_fx.errors import ConfigError, TomaError
 
 
@@ -36,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     explain.add_argument("--json", action="store_true", help="print JSON instead of tables")
     demo = commands.add_parser("demo", help="original against merged on the embedded models")
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for the pictures")
-    for command in (explain, demo):
+    explain.set_defaults(function=_explain)
+    demo.set_defaults(function=_demo)
+    for command in (explain, demo, *add_commands(commands)):
         command.add_argument("--preset", help="of ToMA: default, paper-sdxl, paper-flux")
         command.add_argument(
             "--set",
@@ -48,13 +52,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     console = Console()
     try:
-        options = {"toma": args.preset or True, **dict(_field(text) for text in args.set)}
-        if args.command == "explain":
-            _explain(args, options, console)
-        else:
-            _demo(args, options, console)
+        options = {}
+        if hasattr(args, "set"):
+            options = {"toma": args.preset or True, **dict(_field(text) for text in args.set)}
+        args.function(args, options, console)
     except TomaError as error:
-        Console(stderr=True).print(f"[red]{type(error).__name__}[/red]: {error}", highlight=False)
+        said = Text.assemble((type(error).__name__, "red"), f": {error}")
+        Console(stderr=True).print(said, soft_wrap=True)
         return 1
     return 0
 
@@ -71,25 +75,11 @@ def _field(text: str) -> tuple[str, Any]:
 
 
 def _explain(args: argparse.Namespace, options: dict[str, Any], console: Console) -> None:
-    from toma_fx import api, tiny
-    from toma_fx.inputs import example_inputs
+    from toma_fx import api
+    from toma_fx.inputs import example
 
-    if args.model in tiny.NAMES:
-        import torch
-
-        loaded = tiny.load(args.model)
-        size = args.height or tiny.SIZE
-        labels = torch.zeros(args.batch, dtype=torch.int64)
-        tokens, pooled = loaded.conditioning(labels)
-        images = torch.randn(args.batch, 3, size, args.width or size)
-        inputs = tiny.denoiser_inputs(args.model, images, torch.ones(args.batch), tokens, pooled)
-        model = loaded.denoiser
-    else:
-        from diffusers import AutoModel
-
-        model = AutoModel.from_pretrained(args.model, subfolder=args.subfolder).eval()
-        height = args.height or 1024
-        inputs = example_inputs(model, height, args.width or height, args.batch)
+    size = args.height, args.width, args.batch
+    model, inputs = example(args.model, *size, subfolder=args.subfolder)
     report = api.explain(model, inputs, method=args.method, **options)
     if args.json:
         sys.stdout.write(report.to_json() + "\n")

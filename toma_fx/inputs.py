@@ -1,13 +1,94 @@
-"""Example inputs for the two denoiser families, from their configuration alone."""
+"""Denoisers by name, and example inputs for the two families from their configuration alone."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from toma_fx import tiny
 from toma_fx.errors import ModelTypeError
+
+PARTS = ("unet", "transformer")
+"""Folders of a pipeline that hold its denoiser."""
+
+
+def example(
+    name: str,
+    height: int | None = None,
+    width: int | None = None,
+    batch: int = 2,
+    *,
+    subfolder: str | None = None,
+    text: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A denoiser in evaluation mode, and keyword inputs of one of its steps.
+
+    Args:
+        name: "tiny-sdxl", "tiny-flux", or a folder or hub id of a UNet or Flux transformer, or of a
+            pipeline with one.
+        height, width: pixels; by default 1024, of tiny models 64, and square. batch: rows.
+        subfolder: of the pipeline; found if not given. text: text tokens, as of `example_inputs`.
+        dtype, device: of the model and its inputs.
+
+    Raises:
+        ModelTypeError: there is no such model, or no example inputs for it.
+    """
+    if name in tiny.NAMES:
+        loaded = tiny.load(name)
+        size = height or tiny.SIZE
+        tokens, pooled = (x.to(dtype) for x in loaded.conditioning(torch.zeros(batch).long()))
+        images = torch.randn(batch, 3, size, width or size).to(dtype)
+        inputs = tiny.denoiser_inputs(name, images, torch.ones(batch), tokens, pooled)
+        model = loaded.denoiser if dtype == torch.float32 else loaded.denoiser.to(dtype)
+        return model.to(device), _moved(inputs, device)
+    model = _loaded(name, subfolder, dtype).eval().to(device)
+    height = height or 1024
+    return model, example_inputs(model, height, width or height, batch, text=text)
+
+
+def _loaded(name: str, subfolder: str | None, dtype: torch.dtype) -> Any:
+    from diffusers import AutoModel
+
+    errors = []
+    for part in (None, *PARTS) if subfolder is None else (subfolder,):
+        try:
+            return AutoModel.from_pretrained(name, subfolder=part, torch_dtype=dtype)
+        except (OSError, ValueError) as error:
+            errors.append(str(error).splitlines()[0])
+    raise ModelTypeError(
+        "the model can't be loaded",
+        where=name,
+        expected="tiny-sdxl, tiny-flux, or a folder or hub id with a denoiser of diffusers",
+        got=errors[0],
+        hint="--subfolder names the denoiser's folder inside a pipeline",
+    )
+
+
+def _moved(value: Any, device: str | torch.device) -> Any:
+    if isinstance(value, dict):
+        return {name: _moved(inner, device) for name, inner in value.items()}
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def licence_of(name: str) -> str:
+    """What is known of a model's licence: its model card's word, "" without one."""
+    if name in tiny.NAMES:
+        return "Apache-2.0; for the training pictures see toma_fx/weights/LICENSES.md"
+    from huggingface_hub import ModelCard
+
+    card = Path(name) / "README.md"
+    if Path(name).is_dir() and not card.is_file():
+        return ""
+    try:
+        data = ModelCard.load(card if card.is_file() else name).data
+    except Exception:  # a note is not worth a failed build, whatever the hub or its parser raise
+        return ""
+    return str(data.get("license_name") or data.get("license") or "")
 
 
 def example_inputs(
@@ -49,7 +130,7 @@ def _unet_inputs(
     """`put` holds the dtype and device of the model."""
     inputs: dict[str, Any] = {
         "sample": torch.randn(batch, config.in_channels, height // 8, width // 8, **put),
-        "timestep": torch.tensor(500, device=put["device"]),
+        "timestep": torch.tensor(500.0, device=put["device"]),  # as Euler's scheduler gives it
         "encoder_hidden_states": torch.randn(batch, text, config.cross_attention_dim, **put),
         "return_dict": False,
     }

@@ -155,12 +155,8 @@ def _compare(programs: Programs, manifest: Manifest, runtime: Runtime) -> Iterat
 
 def _checked_calls(manifest: Manifest) -> list[Call]:
     """Programs of the first merged steps, and those that no such step runs."""
-    schedule, stateless = manifest.schedule, manifest.target.form == "stateless"
-    first = schedule.first_step
-    calls: list[Call] = [
-        schedule.call(step, step > first and not stateless)
-        for step in range(first, first + CHECKED_STEPS)
-    ]
+    first = manifest.schedule.first_step
+    calls = manifest.calls(first + CHECKED_STEPS)[first:]
     order: tuple[Call, ...] = ("refresh", "reweigh", "reuse", "plain")
     return calls + [c for c in order if c in manifest.programs and c not in calls]
 

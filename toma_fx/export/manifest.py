@@ -1,8 +1,8 @@
 """`manifest.json`: what an artifact holds, what it was made for, and what must be true of it.
 
 Plain data, checked when read: nothing else of an artifact is opened before its manifest has the
-right version and form and every file the right checksum. The published schema is
-`manifest.schema.json` beside this file.
+right version and form and every file the right checksum. `manifest.schema.json` beside this file is
+the published schema, which tools/write_schema.py writes from the classes here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from toma_fx.state import Call, call_at
 NAME = "manifest.json"
 VERSION = 1
 """Version of the form of the manifest; readers refuse others."""
-SCHEMA = f"https://github.com/toma-fx/toma-fx/schemas/manifest-{VERSION}.json"
+SCHEMA = f"urn:toma-fx:manifest:{VERSION}"
+"""Identifier of the schema that `manifest.schema.json` beside this file holds."""
 LONGEST = 1000
 """Steps of a generation that a schedule is written down for."""
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -227,6 +228,11 @@ class Manifest:
     versions: Mapping[str, str]
     parity: tuple[Parity, ...]
     files: Mapping[str, FileSpec]
+
+    def calls(self, steps: int) -> list[Call]:
+        """Programs of the first steps of a generation."""
+        first, keeps = self.schedule.first_step, self.target.form != "stateless"
+        return [self.schedule.call(step, keeps and step > first) for step in range(steps)]
 
     def to_json(self) -> str:
         """As JSON text."""

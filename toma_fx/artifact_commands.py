@@ -1,0 +1,476 @@
+"""Commands on artifacts: `toma-fx build`, `info`, `verify` and `run`."""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor
+
+from toma_fx import export
+from toma_fx.api import optimize
+from toma_fx.capture import raster
+from toma_fx.errors import ArtifactError, BuildError, ConfigError
+from toma_fx.export.artifact import Report, Stage, check_place, reported
+from toma_fx.export.artifact import verify as verified
+from toma_fx.export.loader import load
+from toma_fx.export.manifest import InputSpec, Manifest
+from toma_fx.inputs import example, licence_of
+
+DTYPES = ("float32", "float16", "bfloat16")
+OPTIONS = {
+    "aoti": ("max_autotune",),
+    "onnx": ("form", "opset"),
+    "tensorrt": ("route", "optimization_level"),
+}
+"""Options of each target; they keep its default where they are not given."""
+
+
+def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
+    """Add the commands to a parser; returns those that also take options of merging."""
+    build = commands.add_parser("build", help="make an artifact: a folder that runs by itself")
+    build.add_argument("--model", required=True, help="tiny-sdxl, tiny-flux, a folder or a hub id")
+    build.add_argument("--subfolder", default=None, help="unet or transformer, inside a pipeline")
+    build.add_argument("--target", required=True, choices=tuple(OPTIONS))
+    build.add_argument("--height", type=int, help="pixels (default 1024, tiny models 64)")
+    build.add_argument("--width", type=int, help="pixels (default: as height)")
+    build.add_argument("--batch", type=int, default=2, help="rows of a call (default 2: with CFG)")
+    build.add_argument("--text", type=int, help="text tokens (default 77, Flux 512)")
+    build.add_argument("--dtype", default="float32", choices=DTYPES)
+    build.add_argument("--device", help="default: cuda if there is one, else cpu")
+    build.add_argument("--method", help="toma (default), tomesd, tofu, todo, ca-tome, retom, ...")
+    build.add_argument("--out", type=Path, help="folder to make")
+    build.add_argument("--overwrite", action="store_true", help="replace an artifact there")
+    build.add_argument("--licence", help="note on the model's licence (default: its model card's)")
+    build.add_argument("--max-autotune", action="store_true", default=None, help="of aoti")
+    build.add_argument("--form", choices=("cached", "stateless"), help="of onnx")
+    build.add_argument("--opset", type=int, help="of onnx")
+    build.add_argument("--route", choices=("torch", "onnx"), help="of tensorrt")
+    build.add_argument("--optimization-level", type=int, help="of tensorrt")
+    build.add_argument(
+        "--dry-run", action="store_true", help="of tensorrt: print what it takes, build nothing"
+    )
+    info = commands.add_parser("info", help="what an artifact says of itself")
+    info.add_argument("--json", action="store_true", help="print the manifest")
+    verify = commands.add_parser("verify", help="check that the files of an artifact are unchanged")
+    run = commands.add_parser("run", help="time the steps of an artifact")
+    run.add_argument("--steps", type=int, default=20, help="of a generation (default 20)")
+    run.add_argument("--inputs", type=Path, help=".npz or .safetensors with inputs by name")
+    run.add_argument(
+        "--outputs", type=Path, help=".npz or .safetensors for the last step's outputs"
+    )
+    run.add_argument("--device", help="default: what it was built for")
+    run.add_argument("--providers", help="of ONNX Runtime, separated by commas")
+    run.add_argument("--threads", type=int, help="of ONNX Runtime, on a CPU")
+    for command in (info, verify, run):
+        command.add_argument("path", type=Path, help="folder of the artifact")
+    for command, function in ((build, _build), (info, _info), (verify, _verify), (run, _run)):
+        command.set_defaults(function=function)
+    return [build]
+
+
+# -- build ----------------------------------------------------------------------------------------
+
+
+class ShownStages:
+    """Shows the stages of a build: a clock while one runs, a line when it has ended."""
+
+    def __init__(self, console: Console) -> None:
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        self._progress = Progress(*columns, console=console, transient=True)
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> ShownStages:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, stage: Stage) -> None:
+        """Show what happened."""
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+            self._task = None
+        if stage.state == "begun":
+            self._task = self._progress.add_task(stage.name, total=None)
+            return
+        took = "done before" if stage.state == "kept" else f"{stage.seconds:.1f} s"
+        size = size_text(stage.size) if stage.size else ""
+        line = f"{stage.name:<40} {took:>12} {size:>12}"
+        self._progress.console.print(line.rstrip(), highlight=False, soft_wrap=True)
+
+
+def _build(args: argparse.Namespace, options: dict[str, Any], console: Console) -> None:
+    chosen = _target_options(args)
+    if args.out is None and not args.dry_run:
+        raise ConfigError("where to?", where="--out", expected="a folder to make", got="nothing")
+    if args.out is not None:
+        check_place(args.out, args.overwrite)
+    start = time.perf_counter()
+    with ShownStages(console) as show:
+        with reported("load the model", show):
+            model, inputs = example(
+                args.model,
+                args.height,
+                args.width,
+                args.batch,
+                subfolder=args.subfolder,
+                text=args.text,
+                dtype=getattr(torch, args.dtype),
+                device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            )
+        optimized = optimize(model, method=args.method, **options)
+        if args.dry_run:
+            _print_coverage(optimized, inputs, chosen.get("route", "torch"), show, console)
+            return
+        licence = licence_of(args.model) if args.licence is None else args.licence
+        make = getattr(export, args.target)
+        how = {"overwrite": args.overwrite, "licence": licence, "report": show}
+        manifest: Manifest = make(optimized, inputs, args.out, **chosen, **how)
+    took, size = time.perf_counter() - start, sum(f.size for f in manifest.files.values())
+    worst = max((p.relative for p in manifest.parity), default=0.0)
+    console.print(
+        f"{args.out}: {size_text(size)} in {took:.0f} s, largest difference from the process "
+        f"{worst:.1e} of the largest value",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _target_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Options of the target that were given.
+
+    Raises:
+        ConfigError: one of another target.
+    """
+    if args.dry_run and args.target != "tensorrt":
+        raise ConfigError(
+            "only TensorRT has a dry run",
+            where="--dry-run",
+            expected="--target tensorrt",
+            got=f"--target {args.target}",
+            hint="toma-fx explain says what would merge",
+        )
+    given = {}
+    for target, names in OPTIONS.items():
+        for name in names:
+            if (value := getattr(args, name)) is None:
+                continue
+            if target != args.target:
+                raise ConfigError(
+                    "an option of another target",
+                    where=f"--{name.replace('_', '-')}",
+                    expected=f"--target {target}",
+                    got=f"--target {args.target}",
+                )
+            given[name] = value
+    return given
+
+
+def _print_coverage(
+    optimized: Any, inputs: Any, route: Any, report: Report, console: Console
+) -> None:
+    """Print what TensorRT takes of every program.
+
+    Raises:
+        BuildError: it does not take all.
+    """
+    with reported("export and look up", report):
+        found = export.tensorrt_coverage(optimized, inputs, route=route)
+    for call, coverage in found.items():
+        console.rule(f"program {call}", align="left")
+        console.print(coverage)
+    if lacking := [call for call, coverage in found.items() if not coverage.complete]:
+        raise BuildError(
+            "TensorRT does not take the whole program",
+            where=", ".join(lacking),
+            hint="see the tables above; another method or route, or another target",
+        )
+
+
+def size_text(size: int) -> str:
+    """Bytes in the unit that suits them."""
+    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size} B"
+
+
+# -- info and verify ------------------------------------------------------------------------------
+
+
+def _info(args: argparse.Namespace, options: dict[str, Any], console: Console) -> None:
+    from toma_fx.export.artifact import read_manifest
+
+    manifest = read_manifest(args.path)
+    if args.json:
+        sys.stdout.write(manifest.to_json())
+        return
+    table = Table(box=SIMPLE, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in _described(manifest):
+        table.add_row(name, text)
+    console.print(table, highlight=False)
+
+
+def _described(manifest: Manifest) -> list[tuple[str, str]]:
+    """What to show of a manifest."""
+    target, device, schedule = manifest.target, manifest.device, manifest.schedule
+    words = [target.name, target.form, f"opset {target.opset}" if target.opset else ""]
+    words += [f"{k} {v}" for k, v in target.options.items()]
+    patterns = sum(_bytes(p.shape, p.dtype) for p in manifest.patterns)
+    last = "the last" if schedule.last_step is None else schedule.last_step
+    merged = f"steps {schedule.first_step} to {last}"
+    order = " ".join((*schedule.begin, f"({' '.join(schedule.cycle)}) ..."))
+    rows = [
+        ("target", ", ".join(w for w in words if w)),
+        ("built for", " ".join(w for w in (device.type, device.name, device.arch) if w)),
+        ("model", f"{manifest.model}, {manifest.dtype}"),
+        ("licence", manifest.licence or "not stated"),
+        ("method", _method(manifest.plan)),
+        ("merges", f"{merged}: {order}" if schedule.patterned else f"{merged}, without patterns"),
+        ("patterns", f"{len(manifest.patterns)} tensors, {size_text(patterns)}"),
+    ]
+    rows += [
+        (f"program {call}", program.file + (f": {program.entry}" if program.entry else ""))
+        for call, program in manifest.programs.items()
+    ]
+    rows += [
+        (f"input {s.tensor.name}", f"{list(s.tensor.shape)} {s.tensor.dtype}")
+        for s in manifest.inputs
+    ]
+    rows += [(f"constant {'_'.join(c.path)}", repr(c.value)) for c in manifest.constants]
+    rows += [(f"output {s.name}", f"{list(s.shape)} {s.dtype}") for s in manifest.outputs]
+    rows += [(f"file {name}", size_text(spec.size)) for name, spec in manifest.files.items()]
+    rows += [(f"made with {name}", text) for name, text in manifest.versions.items()]
+    worst = {p.call: p for p in sorted(manifest.parity, key=lambda p: p.relative)}
+    rows += [
+        (f"difference, {call}", f"{p.relative:.1e} (at most {p.tolerance:.0e})")
+        for call, p in worst.items()
+    ]
+    return rows
+
+
+def _method(plan: Mapping[str, Any]) -> str:
+    """The configuration of a plan in words."""
+    config = plan.get("config")
+    if not isinstance(config, dict):
+        return "none"
+    said = {name: value for name, value in config.items() if value not in (None, [], {})}
+    return ", ".join(f"{name} {value}" for name, value in said.items())
+
+
+def _bytes(shape: tuple[int, ...], dtype: str) -> int:
+    return torch.Size(shape).numel() * torch.empty((), dtype=getattr(torch, dtype)).element_size()
+
+
+def _verify(args: argparse.Namespace, options: dict[str, Any], console: Console) -> None:
+    manifest = verified(args.path)
+    size = size_text(sum(f.size for f in manifest.files.values()))
+    text = f"{args.path}: {len(manifest.files)} files, {size}, unchanged"
+    console.print(text, highlight=False, soft_wrap=True)
+
+
+# -- run ------------------------------------------------------------------------------------------
+
+
+def _run(args: argparse.Namespace, options: dict[str, Any], console: Console) -> None:
+    given = _read_tensors(args.inputs) if args.inputs else {}
+    how: dict[str, Any] = {}
+    if args.providers is not None:
+        how["providers"] = args.providers.split(",")
+    if args.threads is not None:
+        how["threads"] = args.threads
+    start = time.perf_counter()
+    denoiser = load(args.path, device=args.device, **how)
+    loaded = time.perf_counter() - start
+    call = call_of(denoiser.manifest, given)
+    timestep = call.get("timestep") if not args.inputs else None
+    times, outputs = defaultdict[str, list[float]](list), None
+    calls = denoiser.manifest.calls(args.steps)
+    for rounds in range(2):  # the first round warms up
+        for step, program in enumerate(calls):
+            if timestep is not None:
+                call["timestep"] = timestep * (1 - step / args.steps)
+            start = time.perf_counter()
+            outputs = denoiser(**call)
+            if denoiser.device.type == "cuda":
+                torch.cuda.synchronize(denoiser.device)
+            if rounds:
+                times[program].append(1000 * (time.perf_counter() - start))
+        denoiser.reset()
+    if args.outputs:
+        _write_tensors(args.outputs, _named_outputs(outputs))
+    _print_times(times, loaded, denoiser.device, console)
+
+
+def call_of(manifest: Manifest, given: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Keyword arguments of a step, nested as the model takes them.
+
+    Args:
+        manifest: of an artifact. given: inputs by their names in the programs; random values, and
+            the positions that the programs were made for, stand in for all if there are none.
+
+    Raises:
+        ConfigError: some inputs are given, but not all, or others.
+    """
+    names = [spec.tensor.name for spec in manifest.inputs]
+    if given and set(given) != set(names):
+        raise ConfigError(
+            "the inputs are not those of the artifact",
+            where="--inputs",
+            expected=", ".join(names),
+            got=", ".join(sorted(given)),
+        )
+    random = torch.Generator().manual_seed(0)
+    call: dict[str, Any] = {}
+    for spec in manifest.inputs:
+        value = given[spec.tensor.name] if given else _random(spec, random)
+        _put(call, spec.path, value)
+    for constant in manifest.constants:
+        _put(call, constant.path, constant.value)
+    return call
+
+
+def _put(call: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    *outer, last = path
+    for key in outer:
+        call = call.setdefault(key, {})
+    call[last] = value
+
+
+def _random(spec: InputSpec, random: torch.Generator) -> Tensor:
+    """A value for an input."""
+    shape, dtype = spec.tensor.shape, getattr(torch, spec.tensor.dtype)
+    if spec.raster is not None:
+        return _positions(spec).to(dtype)
+    if spec.path == ("timestep",):
+        return torch.full(shape, 999 if not dtype.is_floating_point else 1.0).to(dtype)
+    if dtype.is_floating_point:
+        return torch.randn(shape, generator=random).to(dtype)
+    return torch.ones(shape, dtype=dtype)
+
+
+def _positions(spec: InputSpec) -> Tensor:
+    """Position ids that enumerate the grid of an input.
+
+    Raises:
+        ArtifactError: they have a form that is not known here.
+    """
+    assert spec.raster is not None
+    heights, width, rest, before = spec.raster
+    rows = [
+        (i + 1, y, x)
+        for i, height in enumerate(heights)
+        for y in range(height)
+        for x in range(width)
+    ]
+    every = [(0, 0, 0)] * before + rows + [(0, 0, 0)] * rest
+    columns = spec.tensor.shape[-1]
+    ids = torch.zeros(spec.tensor.shape)
+    if ids.shape[-2:] == (len(every), columns) and columns >= 3:
+        ids[..., :3] = torch.tensor(every, dtype=ids.dtype)
+        found = raster(ids)
+        if found and (found.heights, found.width, found.rest, found.before) == spec.raster:
+            return ids
+    raise ArtifactError(
+        "no position ids can be made up for this artifact",
+        where="_".join(spec.path),
+        expected=f"ids of a grid {spec.raster}",
+        hint="give your own with --inputs",
+    )
+
+
+def _print_times(
+    times: Mapping[str, list[float]], loaded: float, device: torch.device, console: Console
+) -> None:
+    table = Table(title="time a step", title_justify="left", box=SIMPLE)
+    for name in ("program", "steps", "median", "fastest", "slowest"):
+        table.add_column(name, justify="left" if name == "program" else "right")
+    for program, ms in times.items():
+        figures = (f"{f(ms):.1f} ms" for f in (statistics.median, min, max))
+        table.add_row(program, str(len(ms)), *figures)
+    console.print(table)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    text = f"loaded in {loaded:.1f} s; peak memory of this process {size_text(memory)}"
+    if device.type == "cuda":
+        text += f", of torch on the GPU {size_text(torch.cuda.max_memory_allocated(device))}"
+    console.print(text, highlight=False, soft_wrap=True)
+
+
+# -- files of tensors -----------------------------------------------------------------------------
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors by name.
+
+    Raises:
+        ConfigError: the file can't be read.
+    """
+    import numpy as np
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    _check_kind(path)
+    try:
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise ConfigError(
+            "the inputs can't be read",
+            where=str(path),
+            expected="tensors by name",
+            got=f"{type(error).__name__}: {error}",
+        ) from error
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    import numpy as np
+    from safetensors.torch import save_file
+
+    _check_kind(path)
+    try:
+        if path.suffix == ".safetensors":
+            save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, path)
+        else:
+            named: dict[str, Any] = {name: x.float().cpu().numpy() for name, x in tensors.items()}
+            np.savez(path, **named)
+    except OSError as error:
+        raise ConfigError(
+            "the outputs can't be written", where=str(path), got=f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _check_kind(path: Path) -> None:
+    if path.suffix not in (".npz", ".safetensors"):
+        raise ConfigError(
+            "unknown kind of file",
+            where=str(path),
+            expected="a name that ends in .npz or .safetensors",
+            got=path.suffix or "no ending",
+        )
+
+
+def _named_outputs(outputs: Any) -> dict[str, Tensor]:
+    values = [outputs] if isinstance(outputs, Tensor) else list(_values(outputs))
+    return {f"output_{i}": x for i, x in enumerate(values)}
+
+
+def _values(outputs: Any) -> Any:
+    return outputs.values() if isinstance(outputs, Mapping) else outputs
