@@ -112,6 +112,21 @@ def test_steps_of_generations(tmp_path: Path, optimized: Any, target: InProcess)
     assert loaded.dtype == torch.float32
 
 
+@pytest.mark.parametrize("options", [{"ratio": 0.0}, {"toma": False}])
+def test_a_model_that_does_not_merge(
+    tmp_path: Path, target: InProcess, options: dict[str, Any]
+) -> None:
+    """The counterpart to compare a merged artifact with."""
+    plain = model()
+    made = build(toma_fx.optimize(plain, min_tokens=1, **options), inputs(), tmp_path / "a", target)
+    assert list(made.programs) == ["plain"]
+    assert made.calls(3) == ["plain"] * 3
+    assert {p.call for p in made.parity} == {"plain"}
+    with torch.no_grad():
+        got = opened(target, tmp_path / "a")(**inputs())
+        assert torch.equal(got, plain(**inputs()))
+
+
 def test_manifest_reads_back(tmp_path: Path, optimized: Any, target: InProcess) -> None:
     manifest = build(optimized, inputs(), tmp_path / "a", target, licence="mine")
     assert verify(tmp_path / "a") == manifest
@@ -366,7 +381,12 @@ def test_damage_is_found_before_anything_runs(
         load(tmp_path / "a")
 
 
-def test_another_device(tmp_path: Path, optimized: Any, target: InProcess) -> None:
+@pytest.mark.parametrize("name", ["aoti", "onnx"])
+def test_another_device(tmp_path: Path, optimized: Any, target: InProcess, name: str) -> None:
+    """Every target says which devices it is for, before it opens a program."""
+    if name == "onnx":
+        pytest.importorskip("onnxruntime")
     build(optimized, inputs(), tmp_path / "a", target)
+    edited(tmp_path / "a", {"target": {**TARGET, "name": name}})
     with pytest.raises(ArtifactError, match="another device"):
         load(tmp_path / "a", device="meta")

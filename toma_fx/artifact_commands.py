@@ -26,7 +26,7 @@ from toma_fx.errors import ArtifactError, BuildError, ConfigError
 from toma_fx.export.artifact import Report, Stage, check_place, reported
 from toma_fx.export.artifact import verify as verified
 from toma_fx.export.loader import load
-from toma_fx.export.manifest import InputSpec, Manifest
+from toma_fx.export.manifest import InputSpec, Manifest, Schedule
 from toma_fx.inputs import example, licence_of
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -229,20 +229,17 @@ def _info(args: argparse.Namespace, options: dict[str, Any], console: Console) -
 
 def _described(manifest: Manifest) -> list[tuple[str, str]]:
     """What to show of a manifest."""
-    target, device, schedule = manifest.target, manifest.device, manifest.schedule
+    target, device = manifest.target, manifest.device
     words = [target.name, target.form, f"opset {target.opset}" if target.opset else ""]
     words += [f"{k} {v}" for k, v in target.options.items()]
     patterns = sum(_bytes(p.shape, p.dtype) for p in manifest.patterns)
-    last = "the last" if schedule.last_step is None else schedule.last_step
-    merged = f"steps {schedule.first_step} to {last}"
-    order = " ".join((*schedule.begin, f"({' '.join(schedule.cycle)}) ..."))
     rows = [
         ("target", ", ".join(w for w in words if w)),
         ("built for", " ".join(w for w in (device.type, device.name, device.arch) if w)),
         ("model", f"{manifest.model}, {manifest.dtype}"),
         ("licence", manifest.licence or "not stated"),
         ("method", _method(manifest.plan)),
-        ("merges", f"{merged}: {order}" if schedule.patterned else f"{merged}, without patterns"),
+        ("merges", _merged_steps(manifest.schedule)),
         ("patterns", f"{len(manifest.patterns)} tensors, {size_text(patterns)}"),
     ]
     rows += [
@@ -263,6 +260,16 @@ def _described(manifest: Manifest) -> list[tuple[str, str]]:
         for call, p in worst.items()
     ]
     return rows
+
+
+def _merged_steps(schedule: Schedule) -> str:
+    """Which steps merge, and how their patterns come and go."""
+    first, last = schedule.first_step, schedule.last_step
+    if last is not None and last < first:
+        return "nothing"
+    order = " ".join((*schedule.begin, f"({' '.join(schedule.cycle)}) ..."))
+    steps = f"steps {first} to {'the last' if last is None else last}"
+    return f"{steps}: {order}" if schedule.patterned else f"{steps}, without patterns"
 
 
 def _method(plan: Mapping[str, Any]) -> str:

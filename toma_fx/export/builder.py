@@ -111,7 +111,7 @@ def manifest_of(programs: Programs, lowered: Lowered, licence: str) -> Manifest:
         dtype=_dtype(next(denoiser.denoiser.parameters()).dtype),
         licence=licence,
         plan=_jsonable(programs.plan.to_json()),
-        schedule=Schedule.of(programs.plan.config),
+        schedule=Schedule.of(programs.plan.config) if programs.plan.segments else Schedule.plain(),
         parameters=denoiser.parameter_names,
         inputs=inputs,
         constants=constants,

@@ -43,6 +43,9 @@ class ArtifactDenoiser(nn.Module):
         inside = manifest.model_config.get("projection_class_embeddings_input_dim")
         if inside is not None:  # SDXL's pipelines compare it with what they made
             self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=inside))
+        adapters = sum("ip_adapter_image_embeds" in spec.path for spec in manifest.inputs)
+        if adapters:  # Flux's pipelines compare it with the pictures they were given
+            self.encoder_hid_proj = SimpleNamespace(num_ip_adapters=adapters)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -143,6 +146,30 @@ class ArtifactDenoiser(nn.Module):
 
     # -- standing in ----------------------------------------------------------------------------
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            raise AttributeError(
+                f"an artifact has no {name!r}: only programs are left of the model. Adapters and "
+                "attention processors (LoRA, IP-Adapter, PAG) go into the model before the build"
+            ) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse the hooks of offloading, which would look for parameters.
+
+        Raises:
+            ArtifactError: the attribute is what accelerate sets for its hooks.
+        """
+        if name == "_old_forward":
+            raise ArtifactError(
+                "an artifact can't be offloaded",
+                where="enable_model_cpu_offload()",
+                expected="weights that stay on the artifact's device",
+                hint="leave offloading out, or move the pipeline's other components yourself",
+            )
+        super().__setattr__(name, value)
+
     @contextmanager
     def cache_context(self, name: str) -> Iterator[None]:
         """Keep separate patterns for the calls inside ("cond", "uncond" of true CFG)."""
@@ -218,7 +245,8 @@ def load(
 
     Args:
         path: the folder that a build made.
-        device: to run on; what the artifact was built for if not given.
+        device: to run on; what the artifact was built on if not given. Compiled artifacts are for
+            devices of that kind alone, ONNX models for the CPU and for CUDA.
         options: of the target: `providers=` for ONNX Runtime.
 
     Returns:
@@ -232,14 +260,6 @@ def load(
     folder = Path(path)
     manifest = verify(folder)
     wanted = torch.device(manifest.device.type if device is None else device)
-    if wanted.type != manifest.device.type:
-        raise ArtifactError(
-            "the artifact was built for another device",
-            where=str(folder),
-            expected=manifest.device.type,
-            got=str(wanted),
-            hint="build it for that device",
-        )
     target = target_of(manifest.target.name)
     return ArtifactDenoiser(manifest, target.open(folder, manifest, wanted, options), wanted)
 

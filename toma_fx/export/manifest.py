@@ -119,6 +119,11 @@ class Schedule:
         begin, cycle = _periodic(calls)
         return cls(config.first_step, config.last_step, config.patterned, begin, cycle)
 
+    @classmethod
+    def plain(cls) -> Self:
+        """That of a model of which nothing merges: every step comes after the last that would."""
+        return cls(0, -1, False, (), ("reuse",))
+
     def call(self, step: int, has_pattern: bool) -> Call:
         """The program of a step (from 0): the same as `state.call_at` of the configuration."""
         return call_at(self, step, has_pattern)

@@ -645,7 +645,7 @@ class ORTRuntime(Runtime):
         chosen = options.get("providers")
         providers = default_providers(device) if chosen is None else list(chosen)
         self.providers = _known(ort, providers)
-        _check_device(self.providers, device)
+        _check_device(self.providers, device, manifest)
         shared = _shared(folder / WEIGHTS, device, self.providers)
         # ONNX Runtime keeps pointers to these
         self._weights = {name: _ort_value(ort, x) for name, x in shared.items()}
@@ -783,12 +783,36 @@ def _known(ort: Any, providers: Sequence[Any]) -> list[str]:
     return names
 
 
-def _check_device(providers: Sequence[str], device: torch.device) -> None:
-    """Raise if no provider computes on the device that tensors are on."""
-    if device.type != "cuda" or "CUDAExecutionProvider" in providers:
-        return
-    if "TensorrtExecutionProvider" not in providers:
+def _check_device(providers: Sequence[str], device: torch.device, manifest: Manifest) -> None:
+    """Raise unless the models can run on the device that tensors are on.
+
+    Raises:
+        ArtifactError: neither a CPU nor a GPU of this machine, or bfloat16 on a CPU.
+        MissingPackageError: a GPU, and an ONNX Runtime without CUDA.
+    """
+    trouble = ""
+    if device.type not in ("cpu", "cuda"):
+        trouble = "ONNX models run on cpu and cuda, not on another device"
+    elif device.type == "cuda" and not torch.cuda.is_available():
+        trouble = "torch finds no GPU on this machine"
+    elif device.type == "cpu" and "bfloat16" in _dtypes(manifest):
+        trouble = "ONNX Runtime has no bfloat16 kernels for CPUs"
+    if trouble:
+        raise ArtifactError(
+            trouble,
+            where="device",
+            got=str(device),
+            hint='load(..., device="cpu") or device="cuda", as the machine and the dtype allow',
+        )
+    on_gpu = {"CUDAExecutionProvider", "TensorrtExecutionProvider"} & set(providers)
+    if device.type == "cuda" and not on_gpu:
         raise _missing("onnxruntime-gpu", "onnx-gpu")
+
+
+def _dtypes(manifest: Manifest) -> set[str]:
+    """Of weights, inputs, outputs and patterns."""
+    specs = (*(spec.tensor for spec in manifest.inputs), *manifest.outputs, *manifest.patterns)
+    return {manifest.dtype, *(spec.dtype for spec in specs)}
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
