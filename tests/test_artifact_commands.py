@@ -184,6 +184,28 @@ def test_bad_builds(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_interrupted_build_goes_on(
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from toma_fx.export import builder
+
+    def interrupt(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    args = ("--model", model_folder, "--target", "onnx", "--form", "stateless")
+    with monkeypatch.context() as patch:
+        patch.setattr(builder, "_compare", interrupt)
+        assert build(*args, "--out", tmp_path / "a") == 130
+    assert "goes on" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+    assert build(*args, "--out", tmp_path / "a") == 0
+    assert "onnx refresh" in capsys.readouterr().out.split("done before")[0]
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
 def test_a_folder_in_use_is_refused_before_the_model_is_loaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

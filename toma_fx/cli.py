@@ -60,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         said = Text.assemble((type(error).__name__, "red"), f": {error}")
         Console(stderr=True).print(said, soft_wrap=True)
         return 1
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; a build goes on where it was when started again")
+        return 130
     return 0
 
 

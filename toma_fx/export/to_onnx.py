@@ -214,7 +214,7 @@ class ONNXTarget(Target):
             options: "providers": execution providers as ONNX Runtime takes them, first choice
                 first; by default TensorRT and CUDA where they are installed, on a CUDA device.
                 "threads": of one operator, on a CPU. "prepack": whether ONNX Runtime may rearrange
-                matrices for its CPU kernels, which costs memory: each model gets its own.
+                weights for its CPU kernels, which costs memory: each model gets its own.
 
         Raises:
             MissingPackageError: ONNX Runtime is not installed. UnknownNameError: an unknown option
@@ -681,6 +681,8 @@ class ORTRuntime(Runtime):
             said.intra_op_num_threads = options["threads"]
         if not options.get("prepack", False):
             said.add_session_config_entry("session.disable_prepacking", "1")
+            # the levels above arrange the weights of convolutions anew
+            said.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         for name, value in self._weights.items():
             said.add_initializer(name, value)
         try:
