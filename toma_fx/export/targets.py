@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from toma_fx.errors import UnknownNameError
 from toma_fx.export.artifact import Build
 from toma_fx.export.manifest import Device, Manifest, ProgramSpec, TargetSpec
 from toma_fx.export.programs import Programs
@@ -55,6 +56,21 @@ def apart(given: Iterable[Tensor], outputs: Iterable[Tensor]) -> list[Tensor]:
     places = {x.data_ptr() for x in outputs}
     # an output of the last step may be an input of this one
     return [x.clone() if x.data_ptr() in places else x.contiguous() for x in given]
+
+
+def refuse_options(target: str, options: Mapping[str, Any]) -> None:
+    """Passes if a target that has no options of `load` is given none.
+
+    Raises:
+        UnknownNameError: names them.
+    """
+    if options:
+        raise UnknownNameError(
+            f"artifacts of the target {target} have no options",
+            where="load",
+            expected="none",
+            got=", ".join(sorted(options)),
+        )
 
 
 class Target(ABC):

@@ -35,7 +35,7 @@ from toma_fx.errors import ArtifactError, BuildError, ConfigError, UnknownNameEr
 from toma_fx.export.artifact import Build
 from toma_fx.export.manifest import Device, Manifest, ProgramSpec, TargetSpec
 from toma_fx.export.programs import Exported, Programs
-from toma_fx.export.targets import Lowered, Runtime, Target
+from toma_fx.export.targets import Lowered, Runtime, Target, refuse_options
 
 PACKAGE = "programs.pt2"
 WEIGHTS = "weights.safetensors"
@@ -134,13 +134,7 @@ class AOTITarget(Target):
             ArtifactError: made with another version of torch, for another device or processor, or
                 a package and weights that don't belong together. UnknownNameError: any option.
         """
-        if options:
-            raise UnknownNameError(
-                "AOTInductor artifacts have no options",
-                where="load",
-                expected="none",
-                got=", ".join(sorted(options)),
-            )
+        refuse_options("aoti", options)
         _check_machine(manifest, device)
         return _Programs(folder, manifest, device)
 

@@ -35,7 +35,7 @@ from toma_fx.export.artifact import Build, silent
 from toma_fx.export.coverage import Coverage, aten_coverage, load_table, onnx_coverage, require
 from toma_fx.export.manifest import Device, Manifest, ProgramSpec, TargetSpec, TensorSpec
 from toma_fx.export.programs import Exported, Programs, export_programs
-from toma_fx.export.targets import Lowered, Runtime, Target, apart
+from toma_fx.export.targets import Lowered, Runtime, Target, apart, refuse_options
 from toma_fx.export.to_onnx import ONNXTarget, file_of, imported
 
 Route = Literal["torch", "onnx"]
@@ -165,13 +165,7 @@ class TensorRTTarget(Target):
             MissingPackageError: TensorRT is not installed. ArtifactError: engines for another
                 version of TensorRT, or another kind of GPU. UnknownNameError: any option.
         """
-        if options:
-            raise UnknownNameError(
-                "TensorRT artifacts have no options",
-                where="load",
-                expected="none",
-                got=", ".join(sorted(options)),
-            )
+        refuse_options("tensorrt", options)
         trt = _package("tensorrt")
         _check_machine(manifest, device, str(trt.__version__))
         return _Engines(trt, folder, manifest, device)
