@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -19,9 +21,11 @@ from torch import Tensor, nn
 import toma_fx
 from tests import models
 from tests.test_methods import BUILT_IN, inputs, model, static
+from tests.tracing import Program
 from toma_fx.config import make_config
 from toma_fx.errors import BuildError
 from toma_fx.export import Exported, export_programs
+from toma_fx.export.builder import build
 from toma_fx.export.coverage import (
     TABLES,
     TRAPS,
@@ -33,22 +37,43 @@ from toma_fx.export.coverage import (
     onnx_coverage,
     require,
 )
+from toma_fx.export.to_onnx import ONNXTarget
+from toma_fx.methods.base import Setting
+from toma_fx.methods.baselines import Grid, Random
+from toma_fx.methods.retom import PartialReToM, ReToM
+from toma_fx.methods.todo import ToDo
+from toma_fx.methods.tofu import ToFu
+from toma_fx.methods.toma import ToMA
+from toma_fx.methods.tomesd import ToMeSD
 
 ROOT = Path(__file__).parent.parent
-GAPS: dict[tuple[str, str], set[str]] = {
-    (name, "refresh"): {"aten.exp2.default", "aten.max.dim"} for name in ("ca-tome", "tomesd")
-} | {
-    ("ca-tome", "reuse"): {"aten.exp2.default"},
-    ("tomesd", "reuse"): {"aten.exp2.default"},
-    ("tofu", "refresh"): {"aten.max.dim"},
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "tomesd-random-cells": ("tomesd", {"sx": 3, "random": True, "ratio": 0.6}),
+    "tomesd-all": ("tomesd", {"ratio": 0.9}),
+    "tofu-merged": ("tofu", {"prune_depth": 0}),
+    "retom-ratio": ("retom", {"ratio": 0.5}),
+    "retom-ratio-mean": ("retom", {"ratio": 0.3, "merge": "mean"}),
+    "todo-area": ("todo", {"downsample": "area", "factor": 3}),
+    "toma-global": ("toma", {"window": "global", "ratio": 0.9}),
 }
-"""What Torch-TensorRT does not take of the programs of each method. To be emptied."""
+"""Forms of methods that compute with other operators than the defaults."""
+PROGRAMS = (*BUILT_IN, *FORMS)
+QUICK = ("toma", "tomesd")
+
+
+def slow_but(quick: tuple[str, ...], names: tuple[str, ...]) -> list[Any]:
+    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
+
+
+def optimized(name: str) -> Any:
+    """The smallest model with a method, or a form of one."""
+    method, options = FORMS.get(name, (name, {}))
+    return toma_fx.optimize(model(), method=replace(static(method), **options))
 
 
 @cache
 def programs(name: str) -> dict[str, Exported]:
-    optimized = toma_fx.optimize(model(), method=static(name))
-    return dict(export_programs(optimized, inputs()))
+    return dict(export_programs(optimized(name), inputs()))
 
 
 def covered(function: Callable[..., Any], *args: Tensor, **options: Any) -> Coverage:
@@ -119,16 +144,60 @@ def test_signatures_of_what_an_engine_is_built_with() -> None:
 # -- programs of torch.export ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name",
-    [n if n in ("toma", "tomesd") else pytest.param(n, marks=pytest.mark.slow) for n in BUILT_IN],
-)
+def settled(found: Coverage) -> None:
+    """Everything is taken, and nothing is left to a rule that is not here."""
+    require(found)
+    assert all(row.verdict != "conditional" for row in found.ops)
+    assert not found.findings
+
+
+@pytest.mark.parametrize("name", slow_but(QUICK, PROGRAMS))
 def test_programs_of_every_method(name: str) -> None:
-    for call, exported in programs(name).items():
-        found = aten_coverage(exported.program)
-        assert {row.name for row in found.uncovered} == GAPS.get((name, call), set())
-        assert all(row.verdict != "conditional" for row in found.ops)
-        assert not found.findings
+    for exported in programs(name).values():
+        settled(aten_coverage(exported.program))
+
+
+SETTINGS: dict[str, Setting] = {
+    "tomesd": ToMeSD((6, 8), (6, 8), 2, 2, 20),
+    "tomesd-all": ToMeSD((6, 8), (6, 8), 2, 2, 36),
+    "tomesd-frames": ToMeSD((2, 5, 7), (5, 7), 2, 3, 30, True, 1),
+    "tofu": ToFu((7, 6), (7, 6), 2, 2, 20),
+    "tofu-pruned": ToFu((6, 8), (6, 8), 2, 2, 20, prune=True),
+    "retom": ReToM((2, 4, 6), (1, 2, 3)),
+    "retom-ratio": PartialReToM((64, 64), (2, 2), r=2048),
+    "retom-ratio-mean": PartialReToM((4, 8), (2, 4), "mean", r=9),
+    "todo": ToDo((2, 7, 8), (2, 7, 8), 2),
+    "todo-average": ToDo((7, 8), (7, 8), 2, "average"),
+    "todo-area": ToDo((14, 8), (7, 8), 3, "area"),
+    "toma-frames": ToMA((2, 4, 4), (1, 4, 4), 5, 1000.0),
+    "toma-global": ToMA((4, 8), (4, 8), 5, 1000.0),
+    "random": Random((4, 8), (2, 4), 4, 1000.0),
+    "grid": Grid((4, 8), (2, 4), 4, 1000.0),
+}
+
+
+def covered_setting(setting: Setting, dtype: torch.dtype = torch.float32) -> Coverage:
+    """Coverage of all functions of a setting; no values are computed, however large the grid."""
+    program = Program(setting, unmerges=not isinstance(setting, ToDo))
+    return covered(program, torch.empty(2, math.prod(setting.grid), 8, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", slow_but(("tofu", "retom-ratio"), tuple(SETTINGS)))
+def test_functions_of_every_method(name: str, dtype: torch.dtype) -> None:
+    """In every dtype: sums of float16 tokens are scaled."""
+    settled(covered_setting(SETTINGS[name].portable(), dtype))
+
+
+def test_grids_that_are_too_large() -> None:
+    """4,096 of 16,384 tokens stay, more than are picked; of 64x64 they are 1,024."""
+    large = covered_setting(ToMeSD((128, 128), (128, 128), 2, 2, 8192))
+    (row,) = large.uncovered
+    assert row.name == "aten.topk.default"
+    assert row.note == "picks 4096 values, at most 3840 are possible"
+    settled(covered_setting(ToMeSD((64, 64), (64, 64), 2, 2, 2048)))
+    sorts = covered_setting(SETTINGS["retom-ratio"])
+    assert {row.name for row in sorts.uncovered} == {"aten.sort.default"}
 
 
 def test_pseudo_inverse_has_no_converter() -> None:
@@ -273,17 +342,24 @@ def test_error_names_operators_and_modules() -> None:
 # -- ONNX models ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["toma", "tomesd"])
-def test_onnx_models(name: str) -> None:
-    found = onnx_coverage(to_onnx(programs(name)["refresh"]))
-    assert found.complete, str(found)
-    assert all(row.verdict != "conditional" for row in found.ops)
-    require(found)
+@pytest.mark.parametrize("name", slow_but(("toma",), PROGRAMS))
+def test_onnx_artifacts_of_every_method(name: str, tmp_path: Path) -> None:
+    """The models as they are deployed, which know the type of every value."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    manifest = build(optimized(name), inputs(), tmp_path / "out", ONNXTarget(opset=23))
+    assert len(manifest.programs) == (1 if name.startswith("todo") else 2)
+    for program in manifest.programs.values():
+        made = onnx.load(tmp_path / "out" / program.file, load_external_data=False)
+        typed = {value.name for value in (*made.graph.value_info, *made.graph.output)}
+        assert {name for node in made.graph.node for name in node.output} <= typed
+        settled(onnx_coverage(made))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_onnx_models_of_every_method(name: str) -> None:
+    """As the exporter of torch writes them."""
     for exported in programs(name).values():
         for opset in (18, 20, 23, 24):
             found = onnx_coverage(to_onnx(exported, opset))

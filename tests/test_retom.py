@@ -101,6 +101,21 @@ def test_merges_as_described(
         torch.testing.assert_close(unmerged.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("share", [0.1, 0.4])
+@pytest.mark.parametrize(("grid", "window"), SHAPES)
+def test_comparisons_rank_as_sorts_do(
+    grid: tuple[int, ...], window: tuple[int, ...], share: float
+) -> None:
+    r = max(1, int(share * math.prod(grid)))
+    sorts = PartialReToM(grid, window, r=r)
+    compares = sorts.portable()
+    assert (sorts.compared, compares.compared) == (False, True)
+    noise = torch.randn(2, math.prod(grid), 6, generator=torch.Generator().manual_seed(r))
+    for x in (noise, noise.sign(), torch.ones_like(noise)):
+        for one, other in zip(sorts.select(x), compares.select(x), strict=True):
+            assert torch.equal(one, other)
+
+
 def test_another_window_gives_another_result() -> None:
     x = torch.randn(1, 64, 8)
     results = [
@@ -259,6 +274,7 @@ SETTINGS = [
     ReToM((2, 4, 6), (1, 2, 3), "mean"),
     PartialReToM((6, 4), (3, 2), r=9),
     PartialReToM((4, 8), (2, 4), "mean", r=9),
+    PartialReToM((6, 4), (3, 2), r=9, compared=True),
 ]
 
 

@@ -285,6 +285,22 @@ def test_large_groups_do_not_overflow() -> None:
     assert torch.equal(setting.merge(x, parts), torch.full((1, 400, 1), 100.0).half())
 
 
+def test_scaling_needs_no_exact_powers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of 1 to hundreds of tokens, and a back end whose powers are off by a rounding."""
+    setting = ToMeSD((24, 24), (24, 24), 2, 2, 400)
+    x = kinds((24, 24), channels=8).half() * torch.linspace(1, 2, 576)[:, None].half()
+    parts = pattern(setting, x)
+    exact, power, used = setting.merge(x, parts), torch.pow, []
+
+    def off(base: float, exponent: Tensor) -> Tensor:
+        used.append(exponent)
+        return power(base, exponent) * (1 + 2**-22)
+
+    monkeypatch.setattr(torch, "pow", off)
+    assert torch.equal(setting.merge(x, parts), exact)
+    assert used
+
+
 # -- configuration --------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import pytest
@@ -39,6 +40,8 @@ def check_traces(program: Program, x: Tensor) -> None:
     calls = [node for node in traced.graph.nodes if node.op not in ("placeholder", "output")]
     assert {node.op for node in calls} == {"call_function"}
     for node in calls:
+        if node.target is operator.getitem:
+            continue
         assert not any(name in str(node.target) for name in UNPORTABLE), node
         assert not node.target._schema.is_mutable, node
     for got, expected in zip(traced(x), program(x), strict=True):

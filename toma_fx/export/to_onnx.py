@@ -316,6 +316,7 @@ def _simplify(model: Any) -> None:
     common.RemoveUnusedNodesPass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     _transpose_weights(model)
+    _give_constants_a_node(model)
     common.RemoveUnusedNodesPass()(model)
     common.DeduplicateInitializersPass()(model)
     common.CommonSubexpressionEliminationPass()(model)
@@ -330,6 +331,20 @@ def _foldable(node: Any) -> bool | None:
     if node.op_type == "Transpose" and node.inputs[0].const_value is not None:
         return bool(node.inputs[0].const_value.nbytes < INLINE)
     return None
+
+
+def _give_constants_a_node(model: Any) -> None:
+    """Copy outputs that are constants: nothing infers the shape of an initializer as an output.
+
+    Patterns are such where every source merges, whatever the tokens are.
+    """
+    ir = imported("onnx_ir")
+    for i, value in enumerate(model.graph.outputs):
+        if value.is_initializer():
+            node = ir.node("Identity", [value])
+            node.outputs[0].dtype, node.outputs[0].shape = value.dtype, value.shape
+            model.graph.append(node)
+            model.graph.outputs[i] = node.outputs[0]
 
 
 def _transpose_weights(model: Any) -> None:

@@ -191,8 +191,9 @@ class ToMeSD(Setting):
         x = x.unflatten(1, (cut.pictures, cut.tokens))
         unit = F.normalize(torch.take_along_dim(x, order, 2).float(), dim=-1)
         sources, destinations = unit[:, :, : cut.sources], unit[:, :, cut.sources :]
-        best, match = (sources @ destinations.transpose(-1, -2)).max(-1)
-        return best, match
+        likeness = sources @ destinations.transpose(-1, -2)
+        # Torch-TensorRT has no maximum that also says where it is; Inductor makes both in one pass
+        return likeness.amax(-1), likeness.argmax(-1)
 
     def arranged(self, best: Tensor, match: Tensor, r: int) -> tuple[Tensor, Tensor]:
         """The pattern in which the `r` best of the matches merge: `places` and `joins`."""
@@ -243,14 +244,20 @@ class ToMeSD(Setting):
         """Sums over groups as matrix products, which are deterministic where a scatter is not.
 
         Returns:
-            float32: sums [B, pictures, cells, C], scaled; how many tokens each is of,
-            [B, pictures, cells, 1]; what to divide the sum by for the mean, of that shape.
+            float32: sums [B, pictures, cells, C], of float16 tokens scaled; how many tokens each
+            is of, [B, pictures, cells, 1]; what to divide the sum by for the mean, of that shape.
         """
         number = members.sum(-1, keepdim=True, dtype=torch.float32)
-        # the sum of thousands of tokens may overflow in float16: powers of two scale exactly
-        scale = torch.exp2(-torch.floor(torch.log2(number)))
-        total = (members * cast(scale, x)) @ x.unflatten(1, (members.shape[1], members.shape[3]))
-        return total.float(), number, number * scale
+        scale, share = x.new_ones(()), number
+        if x.dtype == torch.float16:
+            # the sum of thousands of tokens may overflow: powers of two scale exactly, and the
+            # cast makes one of what a back end's pow gives
+            scale = cast(torch.pow(2.0, -torch.floor(torch.log2(number))), x)
+            share = number * scale.float()
+        # chosen, because Inductor's CPU code for a cast from bool to bfloat16 is half as fast
+        weight = torch.where(members, scale, x.new_zeros(()))
+        total = weight @ x.unflatten(1, (members.shape[1], members.shape[3]))
+        return total.float(), number, share
 
     def unmerge(self, y: Tensor, pattern: Pattern) -> Tensor:
         """Every token receives a copy of what it belongs to."""
