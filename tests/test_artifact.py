@@ -157,7 +157,8 @@ def test_nested_inputs_constants_and_structure(tmp_path: Path, target: InProcess
     ("change", "where"),
     [
         ({"sample": torch.zeros(1, 4, 16, 24)}, "sample"),
-        ({"timestep": torch.zeros(2, dtype=torch.float64)}, "timestep"),
+        ({"sample": torch.zeros(2, 4, 16, 16, dtype=torch.float64)}, "sample"),
+        ({"timestep": torch.full((2,), 0.1, dtype=torch.float64)}, "timestep"),
         ({"sample": None}, "sample"),
         ({"mask": torch.zeros(1)}, "mask"),
     ],
@@ -173,6 +174,18 @@ def test_other_calls_are_refused(
 
 def _rest(change: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in {**inputs(), **change}.items() if k != "sample"}
+
+
+@torch.no_grad()
+def test_numbers_come_in_any_dtype_that_holds_them(
+    tmp_path: Path, optimized: Any, target: InProcess
+) -> None:
+    build(optimized, inputs(), tmp_path / "a", target)
+    loaded, call = opened(target, tmp_path / "a"), inputs(timestep=800.0)
+    want = loaded(**call)
+    for dtype in (torch.int64, torch.float64, torch.float16):
+        loaded.reset()
+        assert torch.equal(loaded(**{**call, "timestep": call["timestep"].to(dtype)}), want)
 
 
 def test_positions_of_another_grid_are_refused(tmp_path: Path, target: InProcess) -> None:

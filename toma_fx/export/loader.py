@@ -19,6 +19,10 @@ from toma_fx.export.manifest import Manifest
 from toma_fx.export.targets import Runtime, Target
 from toma_fx.state import Generation, PassState
 
+NUMBERS = ("timestep", "_ids")
+"""Ends of the names of inputs that may come in any dtype that holds their values: schedulers count
+timesteps in integers or not, pipelines number positions in the dtype of their embeddings."""
+
 
 class ArtifactDenoiser(nn.Module):
     """A denoiser that runs from an artifact. Made by `toma_fx.load`.
@@ -107,6 +111,8 @@ class ArtifactDenoiser(nn.Module):
             want = f"{spec.tensor.shape} {spec.tensor.dtype}"
             if not isinstance(value, Tensor):
                 raise _misfit(spec.path, want, repr(value))
+            if spec.path[-1].endswith(NUMBERS):
+                value = _exactly(value, getattr(torch, spec.tensor.dtype))
             got = f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
             if got != want:
                 raise _misfit(spec.path, want, got)
@@ -151,8 +157,8 @@ class ArtifactDenoiser(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             raise AttributeError(
-                f"an artifact has no {name!r}: only programs are left of the model. Adapters and "
-                "attention processors (LoRA, IP-Adapter, PAG) go into the model before the build"
+                f"an artifact has no {name!r}: only programs are left of the model. LoRA and "
+                "IP-Adapters go into the model before the build; nothing can change it later"
             ) from None
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -293,6 +299,14 @@ def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
             yield from _leaves(inner, (*path, str(i)))
     else:
         yield path, value
+
+
+def _exactly(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in another dtype, if that changes no value."""
+    if value.dtype == dtype:
+        return value
+    cast = value.to(dtype)
+    return cast if torch.equal(cast.to(value.dtype), value) else value
 
 
 def _number(value: Any) -> float | None:
