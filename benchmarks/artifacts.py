@@ -41,6 +41,7 @@ from toma_fx.report import make_report
 ARTIFACTS = ("aoti", "onnx")
 RUNTIMES = ("eager", "compiled", *ARTIFACTS)
 MERGES = ("original", "merged")
+KINDS = ("original", "refresh", "reuse")
 
 
 def load_model(args: argparse.Namespace) -> tuple[Any, Any, Any]:
@@ -296,11 +297,32 @@ def measure(args: argparse.Namespace, work: Path) -> None:
         publish(results, None)
 
 
+def print_table(paths: list[Path]) -> None:
+    """Results as tables of Markdown; times are of the processor."""
+    for path in paths:
+        found = json.loads(path.read_text())
+        print(f"\n{found['model']}, ideal {found['ideal']:.2f}x (`{path.name}`)\n")
+        print(
+            "| runtime | original | refresh | reuse | speed-up | quotient "
+            "| build | size | load | peak |"
+        )
+        print("|---" * 10 + "|")
+        for runtime, times in found["times"].items():
+            cells = [f"{times[k]['processor_median_ms']:,.0f} ms" for k in KINDS]
+            cells += [f"{times['processor_speedup']:.2f}x", f"{times['processor_quotient']:.2f}"]
+            row = found["runtimes"][f"{runtime} merged"]
+            build, size = row.get("build_s"), row.get("size_mib")
+            cells += [f"{build:.0f} s" if build else "", f"{size:,.1f} MiB" if size else ""]
+            cells += [f"{row['load_s']:.1f} s", f"{row['peak_mib']:,.0f} MiB"]
+            print(f"| {runtime} | {' | '.join(cells)} |")
+
+
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--model", choices=(*tiny.NAMES, "sdxl", "flux"), required=True)
+    add("--table", type=Path, nargs="+", metavar="RESULTS", help="print results, measure nothing")
+    add("--model", choices=(*tiny.NAMES, "sdxl", "flux"), default="tiny-flux")
     add("--layers", type=int, nargs="+", help="fewer than the real model, as in denoiser.py")
     add("--size", type=int, default=512, help="pixels a side (tiny models: 64)")
     add("--batch", type=int, default=1)
@@ -318,7 +340,9 @@ def main() -> None:
     args = parser.parse_args()
     args.device = "cpu"
     torch.set_grad_enabled(False)
-    if args.build or args.probe:
+    if args.table:
+        print_table(args.table)
+    elif args.build or args.probe:
         print(json.dumps(build(args) if args.build else probe(args)))
     elif args.work is not None:
         args.work.mkdir(parents=True, exist_ok=True)

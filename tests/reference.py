@@ -65,8 +65,9 @@ class Settings:
 
 
 def greedy(similarity: Tensor, keep: int) -> list[int]:
-    """Facility location by plain loops; gains compared in steps of 2^-14, ties to the lowest."""
+    """Facility location by plain loops on similarities in steps of 2^-16, ties to the lowest."""
     n = len(similarity)
+    similarity = torch.round(similarity.double() * 2**16)
     chosen: list[int] = []
     covered = None
     for _ in range(keep):
@@ -75,7 +76,7 @@ def greedy(similarity: Tensor, keep: int) -> list[int]:
             gains = similarity.sum(1)
         else:
             gains = torch.clamp(similarity - covered[None], min=0).sum(1)
-        steps = torch.round(gains * 2**14).tolist()
+        steps = gains.tolist()
         for j in range(n):
             if j not in chosen and (best < 0 or steps[j] > best_gain):
                 best, best_gain = j, steps[j]

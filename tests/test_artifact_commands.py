@@ -56,6 +56,7 @@ def test_what_was_built(artifact: Path) -> None:
     assert manifest.plan["config"]["min_tokens"] == 16
 
 
+@pytest.mark.slow
 def test_what_a_build_says(
     artifact: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -168,7 +169,6 @@ def test_inputs_that_are_pickled_or_not_all(
         (["--target", "tensorrt", "--out", "OUT"], "toma_fx[tensorrt]"),
         (["--target", "onnx", "--out", "OUT", "--opset", 17], "18 to 25"),
         (["--target", "onnx", "--out", "OUT", "--set", "ration=0.5"], "ration"),
-        (["--target", "onnx", "--out", "/proc/here"], "can't be written"),
     ],
 )
 def test_bad_builds(
@@ -202,7 +202,15 @@ def test_an_interrupted_build_goes_on(
     assert "goes on" in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
     assert build(*args, "--out", tmp_path / "a") == 0
-    assert "onnx refresh" in capsys.readouterr().out.split("done before")[0]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[:4]] == [
+        "load the model",
+        "export",
+        "onnx refresh",
+        "compare with the process",
+    ]
+    assert "done before" in lines[2]
+    assert "largest difference" in lines[-1]
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import importlib
+import json
+import shutil
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -229,6 +231,29 @@ def test_a_model_that_cannot_be_read(cached: Any, tmp_path: Path) -> None:
     (tmp_path / "reuse.onnx").write_bytes(b"no model")
     with pytest.raises(ArtifactError, match=r"reuse\.onnx"):
         ONNXTarget.open(tmp_path, manifest, CPU, {})
+
+
+def elsewhere(folder: Path, out: Path, **changes: Any) -> Path:
+    """A copy of an artifact whose manifest says other things."""
+    data = json.loads((shutil.copytree(folder, out) / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps({**data, **changes}))
+    return out
+
+
+def test_an_artifact_built_on_a_gpu_runs_on_a_cpu(cached: Any, tmp_path: Path) -> None:
+    moved = elsewhere(cached[0], tmp_path / "a", device={"type": "cuda", "name": "", "arch": ""})
+    denoiser = load(moved, device="cpu")
+    assert denoiser.device == CPU
+    for a, b in zip(steps(denoiser, 2), steps(load(cached[0]), 2), strict=True):
+        assert torch.equal(a, b)
+    if not torch.cuda.is_available():
+        with pytest.raises(ArtifactError, match="no GPU"):
+            load(moved)
+
+
+def test_bfloat16_can_not_be_moved_to_a_cpu(cached: Any, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="bfloat16"):
+        load(elsewhere(cached[0], tmp_path / "a", dtype="bfloat16"))
 
 
 # -- stateless ------------------------------------------------------------------------------------

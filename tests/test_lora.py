@@ -53,7 +53,8 @@ SEQUENCE: list[tuple[str, Callable[[Any], Any], bool]] = [
 ]
 
 
-@pytest.mark.parametrize("through", ["stand-in", pytest.param("original", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("through", ["stand-in", "original"])
 @torch.no_grad()
 def test_every_operation_shows_and_is_captured_once(through: str) -> None:
     model, call = model_and_call("flux")

@@ -42,7 +42,7 @@ def slow_but(*names: str) -> list[Any]:
     return [pytest.param(n, marks=[] if n in names else [pytest.mark.slow]) for n in CASES]
 
 
-MANY = slow_but("sdxl", "sdxl_pag", "flux_true_cfg", "flux_kontext")
+MANY = slow_but("sdxl", "flux_true_cfg", "flux_kontext")
 
 
 @pytest.mark.parametrize("name", MANY)

@@ -158,7 +158,7 @@ def test_nan_in_gives_nan_out() -> None:
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        ("sdxl", torch.bfloat16),
+        pytest.param("sdxl", torch.bfloat16, marks=pytest.mark.slow),
         pytest.param("sdxl", torch.float16, marks=pytest.mark.slow),
         pytest.param("flux", torch.bfloat16, marks=pytest.mark.slow),
         ("flux", torch.float16),

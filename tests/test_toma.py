@@ -12,6 +12,7 @@ from torch import Tensor
 from toma_fx.config import ToMAConfig
 from toma_fx.errors import TileError
 from toma_fx.methods import toma
+from toma_fx.methods.facility import facility_location
 from toma_fx.methods.windows import (
     dividing_tile,
     from_windows,
@@ -78,6 +79,16 @@ def test_eager_opaque_and_compiled_choose_the_same_tokens() -> None:
     assert torch.equal(eager, toma.select(x, (16, 16), (8, 8), 5, opaque=True))
     compiled = torch.compile(lambda x: toma.select(x, (16, 16), (8, 8), 5))
     assert torch.equal(eager, compiled(x))
+
+
+@pytest.mark.parametrize(("windows", "tokens", "keep"), [(2**14, 16, 8), (8, 300, 50)])
+def test_choices_do_not_hang_on_the_rounding_of_sums(windows: int, tokens: int, keep: int) -> None:
+    """Mutual neighbours have equal gains: in float32 they are equal as well."""
+    x = torch.randn(windows, tokens, 24, generator=torch.Generator().manual_seed(0))
+    similarity = toma.cosine_similarity(x)
+    exact = facility_location(similarity.double(), keep)
+    assert torch.equal(facility_location(similarity, keep), exact)
+    assert torch.equal(facility_location(similarity.mT, keep), exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

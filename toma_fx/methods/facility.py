@@ -6,23 +6,29 @@ import torch
 from torch import Tensor
 
 TIE = 2.0**-14
-"""Gains are compared in steps of this size. Mutual nearest neighbours have mathematically equal
-gains whose rounding differs between back ends; on this grid they tie, and ties go to the lowest
-index, so that eager, compiled and exported programs choose the same tokens."""
+"""Sums of cosines are compared in steps of this size, so that mathematically equal ones tie."""
+BITS = 16
+"""Similarities are whole multiples of 2^-BITS."""
+_EXACT = 24
+"""Bits of the whole numbers that float32 adds without rounding."""
 
 
 def facility_location(similarity: Tensor, keep: int) -> Tensor:
-    """Choose `keep` rows of each matrix greedily: [..., n, n] -> [..., keep] int64.
+    """Choose `keep` rows of each symmetric matrix greedily: [..., n, n] -> [..., keep] int64.
 
     First the row with the largest sum, then repeatedly the row j with the largest gain
-    sum_i max(0, S[j, i] - m[i]), m being the running maximum of the chosen rows. Gains equal to
-    within `TIE` go to the lowest index; no row is chosen twice.
+    sum_i max(0, S[j, i] - m[i]), m being the running maximum of the chosen rows. S is rounded to
+    steps of 2^-`BITS` first. Of equal gains the lowest index wins; no row is chosen twice.
+
+    Args:
+        similarity: float32 in [-1, 1].
     """
+    similarity = _steps(similarity)
     slots = torch.arange(similarity.shape[-1], device=similarity.device)
-    best = _steps(similarity.sum(-1)).argmax(-1, keepdim=True)
+    best = similarity.sum(-1).argmax(-1, keepdim=True)
     covered, taken, chosen = _row(similarity, best), slots == best, [best]
     for _ in range(keep - 1):
-        gain = _steps((similarity - covered.unsqueeze(-2)).relu().sum(-1))
+        gain = (similarity - covered.unsqueeze(-2)).relu().sum(-1)
         best = gain.masked_fill(taken, -1.0).argmax(-1, keepdim=True)
         chosen.append(best)
         covered = torch.maximum(covered, _row(similarity, best))
@@ -30,11 +36,18 @@ def facility_location(similarity: Tensor, keep: int) -> Tensor:
     return torch.cat(chosen, -1)
 
 
+def _steps(similarity: Tensor) -> Tensor:
+    """Similarities as whole numbers of steps, of which no sum of n is rounded.
+
+    Mutual nearest neighbours have mathematically equal gains. In whole numbers they are equal in
+    every back end, however it rounds and in whatever order it adds, and so all choose the same
+    tokens; in fractions rounding would decide, and a picture would change with the back end.
+    """
+    bits = min(BITS, _EXACT - (similarity.shape[-1] - 1).bit_length())
+    # a product need not be symmetric to the last bit
+    return torch.round(torch.maximum(similarity, similarity.mT) * 2.0**bits)
+
+
 def _row(similarity: Tensor, j: Tensor) -> Tensor:
     """Row j [..., 1] of each matrix, [..., n]."""
     return torch.take_along_dim(similarity, j.unsqueeze(-1), dim=-2).squeeze(-2)
-
-
-def _steps(gain: Tensor) -> Tensor:
-    """Gains in whole multiples of `TIE`."""
-    return torch.round(gain * (1 / TIE))

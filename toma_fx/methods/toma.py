@@ -95,9 +95,9 @@ def select(x: Tensor, grid: Size, tile: Size, keep: int, *, opaque: bool = False
 
     The first destination has the largest row sum of the cosine similarity S; each next one is the
     token j with the largest gain sum_i max(0, S[j, i] - m[i]), m being the running maximum of the
-    chosen rows. Similarity is float32 whatever the dtype of `x`; of gains equal to within
-    `facility.TIE` the lowest index wins; a token is never chosen twice. Cost: keep * n^2
-    comparisons a window.
+    chosen rows. Similarity is float32 whatever the dtype of `x`, in steps of 2^-`facility.BITS`; of
+    equal gains the lowest index wins; a token is never chosen twice. Cost: keep * n^2 comparisons a
+    window.
 
     Args:
         x: tokens [B, N, C], any float dtype.
