@@ -109,7 +109,7 @@ class ShownStages:
             return
         took = "done before" if stage.state == "kept" else f"{stage.seconds:.1f} s"
         size = size_text(stage.size) if stage.size else ""
-        line = f"{stage.name:<40} {took:>12} {size:>12}"
+        line = f"{stage.name:<48} {took:>12} {size:>12}"
         self._progress.console.print(line.rstrip(), highlight=False, soft_wrap=True)
 
 
