@@ -403,3 +403,64 @@ def test_another_device(tmp_path: Path, optimized: Any, target: InProcess, name:
     edited(tmp_path / "a", {"target": {**TARGET, "name": name}})
     with pytest.raises(ArtifactError, match="another device"):
         load(tmp_path / "a", device="meta")
+
+
+# -- choices that hang on rounding ----------------------------------------------------------------
+
+
+class Weighing(InProcess):
+    """Gives other weights than the process, and computes with them."""
+
+    def open(self, *args: Any) -> Runtime:  # type: ignore[override]
+        programs = self.programs
+
+        class Run(Runtime):
+            def run(
+                self, call: Any, inputs: Sequence[Tensor], patterns: Mapping[str, Tensor]
+            ) -> tuple[list[Tensor], dict[str, Tensor]]:
+                outputs, made = programs.run(call, inputs, patterns)
+                if made:
+                    made = {n: 1.2 * x if x.is_floating_point() else x for n, x in made.items()}
+                    outputs, _ = programs.run("reuse", inputs, {**patterns, **made})
+                return outputs, made
+
+        return Run()
+
+
+def test_wrong_weights_are_a_fault(tmp_path: Path, optimized: Any) -> None:
+    with pytest.raises(BuildError, match="merged alike"):
+        build(optimized, inputs(), tmp_path / "a", Weighing())
+
+
+class Choosing(InProcess):
+    """Keeps in some windows one token that the process merges away."""
+
+    def __init__(self, windows: int) -> None:
+        super().__init__()
+        self.windows = windows
+
+    def open(self, *args: Any) -> Runtime:  # type: ignore[override]
+        programs, windows = self.programs, self.windows
+
+        class Run(Runtime):
+            def run(
+                self, call: Any, inputs: Sequence[Tensor], patterns: Mapping[str, Tensor]
+            ) -> tuple[list[Tensor], dict[str, Tensor]]:
+                outputs, made = programs.run(call, inputs, patterns)
+                if call != "refresh":
+                    return outputs, made
+                ((name, idx),) = ((n, x.clone()) for n, x in made.items() if n.endswith("idx"))
+                every = torch.arange(made[name.replace("idx", "merge")].shape[-1])
+                for row in idx.flatten(0, 1)[:windows]:
+                    row[0] = every[~torch.isin(every, row)][0]
+                outputs, weights = programs.run("reweigh", inputs, {**made, name: idx})
+                return outputs, {name: idx, **weights}
+
+        return Run()
+
+
+def test_choices_that_hang_on_rounding_are_no_fault(tmp_path: Path, optimized: Any) -> None:
+    made = build(optimized, inputs(), tmp_path / "a", Choosing(1))
+    assert 0.95 < made.parity[0].alike < 1 == made.parity[1].alike
+    with pytest.raises(BuildError, match="merged alike"):
+        build(optimized, inputs(), tmp_path / "b", Choosing(1000))

@@ -440,9 +440,10 @@ def test_whole_models(name: str, form: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_half_precision(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["tomesd", "toma"])
+def test_half_precision(method: str, tmp_path: Path) -> None:
     """SDXL joins float16 and float32 in its time embedding, which ONNX must be told to."""
-    denoiser = toma_fx.optimize(models.sdxl().half(), method="tomesd", min_tokens=200)
+    denoiser = toma_fx.optimize(models.sdxl().half(), method=method, min_tokens=200)
     manifest = build(denoiser, half(models.sdxl_inputs()), tmp_path / "out", ONNXTarget())
     assert manifest.dtype == "float16"
     assert parity(manifest) < 2e-2

@@ -154,11 +154,13 @@ class Parity:
     Attributes:
         call: which program. relative: largest difference over the largest value of the outputs.
         tolerance: what it may be.
+        alike: share of the tokens that the patterns it made treat as the process's do; 1 if none.
     """
 
     call: str
     relative: float
     tolerance: float
+    alike: float
 
 
 @dataclass(frozen=True)
