@@ -187,10 +187,11 @@ def _alike(programs: Programs, a: Mapping[str, Tensor], b: Mapping[str, Tensor])
         setting = group.setting
         size = group.batch, prod(setting.grid), PROBES
         random = torch.Generator().manual_seed(0)
-        x = torch.randn(size, generator=random).to(programs.device, dtype)
+        x = torch.randn(size, generator=random).to(dtype)
         passed = []
         for tensors in (a, b):
             parts = {part: tensors[group.tensor(part)] for part in setting.parts}
+            x = x.to(next(iter(parts.values())).device)
             passed.append(setting.unmerge(setting.merge(x, parts), parts))
         apart = (passed[0] - passed[1]).abs().amax(-1)
         shares.append(float((apart <= NEAR * x.abs().max()).float().mean()))
