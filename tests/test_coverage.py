@@ -3,7 +3,6 @@ the tables. TensorRT itself is neither needed nor imported."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import zipfile
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 import toma_fx
 from tests import models
+from tests.examples import ROOT, load_example
 from tests.test_methods import BUILT_IN, inputs, model, static
 from tests.tracing import Program
 from toma_fx.config import make_config
@@ -46,7 +46,6 @@ from toma_fx.methods.tofu import ToFu
 from toma_fx.methods.toma import ToMA
 from toma_fx.methods.tomesd import ToMeSD
 
-ROOT = Path(__file__).parent.parent
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "tomesd-random-cells": ("tomesd", {"sx": 3, "random": True, "ratio": 0.6}),
     "tomesd-all": ("tomesd", {"ratio": 0.9}),
@@ -472,15 +471,8 @@ def test_whole_models(make: Any, call: Any) -> None:
 # -- the script -----------------------------------------------------------------------------------
 
 
-@cache
 def renew() -> ModuleType:
-    path = ROOT / "tools" / "renew_tables.py"
-    spec = importlib.util.spec_from_file_location("renew_tables", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_example("renew_tables", "tools")
 
 
 CONVERTERS = """
