@@ -34,6 +34,7 @@ from denoiser import Variant, random_model, step_inputs, summary, time_in_turn
 
 import toma_fx
 from toma_fx import tiny
+from toma_fx.artifact_commands import call_of
 from toma_fx.export.artifact import Stage
 from toma_fx.inputs import example
 from toma_fx.report import make_report
@@ -105,7 +106,7 @@ def probe(args: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     if runtime in ARTIFACTS:
         run = toma_fx.load(folder, **load_options(runtime))
-        inputs = call_of(run)
+        inputs = call_of(run.manifest, {})
         seconds, early, late = time.perf_counter() - start, inputs, inputs
     else:
         model, early, late = load_model(args)
@@ -122,13 +123,6 @@ def probe(args: argparse.Namespace) -> dict[str, Any]:
 def load_options(runtime: str) -> dict[str, Any]:
     """As many threads as torch has."""
     return {"threads": torch.get_num_threads()} if runtime == "onnx" else {}
-
-
-def call_of(artifact: Any) -> dict[str, Any]:
-    """Inputs of an artifact, made up."""
-    from toma_fx.artifact_commands import call_of
-
-    return call_of(artifact.manifest, {})
 
 
 # -- all in turn ----------------------------------------------------------------------------------
@@ -181,17 +175,17 @@ def ort_profile(folder: Path, inputs: Any) -> dict[str, dict[str, float]]:
     """Milliseconds of each operator in one run of each model, the longest first."""
     import onnxruntime
 
-    found = {}
+    found, flat = {}, dict(flattened(inputs))
     for path in sorted(folder.glob("*.onnx")):
         options = onnxruntime.SessionOptions()
         options.enable_profiling = True
         options.intra_op_num_threads = torch.get_num_threads()
         options.profile_file_prefix = str(folder.parent / f"profile-{path.stem}")
         session = onnxruntime.InferenceSession(str(path), options)
-        given = {}
-        for x in session.get_inputs():
-            flat = dict(flattened(inputs))
-            given[x.name] = flat[x.name].numpy() if x.name in flat else zeros(x)
+        given = {
+            x.name: flat[x.name].numpy() if x.name in flat else zeros(x)
+            for x in session.get_inputs()
+        }
         for _ in range(3):
             session.run(None, given)
         events = json.loads(Path(session.end_profiling()).read_text())
@@ -274,11 +268,9 @@ def measure(args: argparse.Namespace, work: Path) -> None:
             run = runner(runtime, merges, model, work / f"{runtime}-{merges}", args)
             rows[name] = variant(run, merges, early, late, results["runtimes"][name])
             print(f"  {name}: ready after {rows[name].row['first_s']:.1f} s", flush=True)
-    report = make_report(
-        toma_fx.optimize(model, **merging(args, "merged")).specialized((), early)[0]
-    )
-    reuse_steps = toma_fx.optimize(model, **merging(args, "merged")).config_toma
-    count = reuse_steps.destinations_every - 1
+    optimized = toma_fx.optimize(model, **merging(args, "merged"))
+    report = make_report(optimized.specialized((), early)[0])
+    count = optimized.config_toma.destinations_every - 1
     mean = (report.flops_refresh + count * report.flops_after) / (count + 1)
     results["ideal"] = report.flops_before / mean
 

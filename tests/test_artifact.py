@@ -64,16 +64,17 @@ class InProcess(Target):
     def open(  # type: ignore[override]  # of an instance: it knows the programs
         self, folder: Path, manifest: Manifest, device: torch.device, options: Mapping[str, Any]
     ) -> Runtime:
-        programs, error = self.programs, self.error
+        target = self
 
         class Run(Runtime):
-            def run(
-                self, call: Any, inputs: Sequence[Tensor], patterns: Mapping[str, Tensor]
-            ) -> tuple[list[Tensor], dict[str, Tensor]]:
-                outputs, made = programs.run(call, inputs, patterns)
-                return [x * (1 + error) for x in outputs], made
+            def run(self, call: Any, inputs: Any, patterns: Any) -> Any:
+                return target.step(call, inputs, patterns)
 
         return Run()
+
+    def step(self, call: Any, inputs: Sequence[Tensor], patterns: Mapping[str, Tensor]) -> Any:
+        outputs, made = self.programs.run(call, inputs, patterns)
+        return [x * (1 + self.error) for x in outputs], made
 
 
 @pytest.fixture(scope="module")
@@ -411,20 +412,12 @@ def test_another_device(tmp_path: Path, optimized: Any, target: InProcess, name:
 class Weighing(InProcess):
     """Gives other weights than the process, and computes with them."""
 
-    def open(self, *args: Any) -> Runtime:  # type: ignore[override]
-        programs = self.programs
-
-        class Run(Runtime):
-            def run(
-                self, call: Any, inputs: Sequence[Tensor], patterns: Mapping[str, Tensor]
-            ) -> tuple[list[Tensor], dict[str, Tensor]]:
-                outputs, made = programs.run(call, inputs, patterns)
-                if made:
-                    made = {n: 1.2 * x if x.is_floating_point() else x for n, x in made.items()}
-                    outputs, _ = programs.run("reuse", inputs, {**patterns, **made})
-                return outputs, made
-
-        return Run()
+    def step(self, call: Any, inputs: Sequence[Tensor], patterns: Mapping[str, Tensor]) -> Any:
+        outputs, made = self.programs.run(call, inputs, patterns)
+        if made:
+            made = {n: 1.2 * x if x.is_floating_point() else x for n, x in made.items()}
+            outputs, _ = self.programs.run("reuse", inputs, {**patterns, **made})
+        return outputs, made
 
 
 def test_wrong_weights_are_a_fault(tmp_path: Path, optimized: Any) -> None:
@@ -439,24 +432,16 @@ class Choosing(InProcess):
         super().__init__()
         self.windows = windows
 
-    def open(self, *args: Any) -> Runtime:  # type: ignore[override]
-        programs, windows = self.programs, self.windows
-
-        class Run(Runtime):
-            def run(
-                self, call: Any, inputs: Sequence[Tensor], patterns: Mapping[str, Tensor]
-            ) -> tuple[list[Tensor], dict[str, Tensor]]:
-                outputs, made = programs.run(call, inputs, patterns)
-                if call != "refresh":
-                    return outputs, made
-                ((name, idx),) = ((n, x.clone()) for n, x in made.items() if n.endswith("idx"))
-                every = torch.arange(made[name.replace("idx", "merge")].shape[-1])
-                for row in idx.flatten(0, 1)[:windows]:
-                    row[0] = every[~torch.isin(every, row)][0]
-                outputs, weights = programs.run("reweigh", inputs, {**made, name: idx})
-                return outputs, {name: idx, **weights}
-
-        return Run()
+    def step(self, call: Any, inputs: Sequence[Tensor], patterns: Mapping[str, Tensor]) -> Any:
+        outputs, made = self.programs.run(call, inputs, patterns)
+        if call != "refresh":
+            return outputs, made
+        ((name, idx),) = ((n, x.clone()) for n, x in made.items() if n.endswith("idx"))
+        every = torch.arange(made[name.replace("idx", "merge")].shape[-1])
+        for row in idx.flatten(0, 1)[: self.windows]:
+            row[0] = every[~torch.isin(every, row)][0]
+        outputs, weights = self.programs.run("reweigh", inputs, {**made, name: idx})
+        return outputs, {name: idx, **weights}
 
 
 def test_choices_that_hang_on_rounding_are_no_fault(tmp_path: Path, optimized: Any) -> None:

@@ -22,6 +22,7 @@ from toma_fx.export.artifact import verify
 from toma_fx.export.manifest import Manifest
 from toma_fx.inputs import example, licence_of
 
+STAGES = ["load the model", "export", "onnx refresh", "compare with the process"]
 CARD = "---\nlicense: other\nlicense_name: flux-1-dev\n---\n# A model\n"
 
 
@@ -65,12 +66,7 @@ def test_what_a_build_says(
     shutil.copytree(artifact, tmp_path / "a")
     assert build("--model", model_folder, *target, *more, "--out", tmp_path / "a") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[0] for line in lines[:4]] == [
-        "load the model",
-        "export",
-        "onnx refresh",
-        "compare with the process",
-    ]
+    assert [line.split("  ")[0] for line in lines[:4]] == STAGES
     assert lines[2].split()[-1] in ("kB", "MB"), "size of what the stage wrote"
     assert "largest difference" in lines[-1]
     manifest = verify(tmp_path / "a")
@@ -203,12 +199,7 @@ def test_an_interrupted_build_goes_on(
     assert not (tmp_path / "a").exists()
     assert build(*args, "--out", tmp_path / "a") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[0] for line in lines[:4]] == [
-        "load the model",
-        "export",
-        "onnx refresh",
-        "compare with the process",
-    ]
+    assert [line.split("  ")[0] for line in lines[:4]] == STAGES
     assert "done before" in lines[2]
     assert "largest difference" in lines[-1]
     assert [p.name for p in tmp_path.iterdir()] == ["a"]

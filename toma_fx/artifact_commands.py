@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
 import sys
 import time
@@ -23,10 +22,10 @@ from toma_fx import export
 from toma_fx.api import optimize
 from toma_fx.capture import raster
 from toma_fx.errors import ArtifactError, BuildError, ConfigError
-from toma_fx.export.artifact import Report, Stage, check_place, reported
+from toma_fx.export.artifact import Report, Stage, check_place, read_manifest, reported
 from toma_fx.export.artifact import verify as verified
 from toma_fx.export.loader import load
-from toma_fx.export.manifest import InputSpec, Manifest, Schedule
+from toma_fx.export.manifest import InputSpec, Manifest, Schedule, raster_spec
 from toma_fx.inputs import example, licence_of
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -213,8 +212,6 @@ def size_text(size: int) -> str:
 
 
 def _info(args: argparse.Namespace, options: dict[str, Any], console: Console) -> None:
-    from toma_fx.export.artifact import read_manifest
-
     manifest = read_manifest(args.path)
     if args.json:
         sys.stdout.write(manifest.to_json())
@@ -312,7 +309,7 @@ def _run(args: argparse.Namespace, options: dict[str, Any], console: Console) ->
     for rounds in range(2):  # the first round warms up
         for step, program in enumerate(calls):
             if timestep is not None:
-                call["timestep"] = timestep * (1 - step / args.steps)
+                call["timestep"] = (timestep * (1 - step / args.steps)).to(timestep.dtype)
             start = time.perf_counter()
             outputs = denoiser(**call)
             if denoiser.device.type == "cuda":
@@ -391,8 +388,7 @@ def _positions(spec: InputSpec) -> Tensor:
     ids = torch.zeros(spec.tensor.shape)
     if ids.shape[-2:] == (len(every), columns) and columns >= 3:
         ids[..., :3] = torch.tensor(every, dtype=ids.dtype)
-        found = raster(ids)
-        if found and (found.heights, found.width, found.rest, found.before) == spec.raster:
+        if raster_spec(raster(ids)) == spec.raster:
             return ids
     raise ArtifactError(
         "no position ids can be made up for this artifact",
@@ -412,6 +408,8 @@ def _print_times(
         figures = (f"{f(ms):.1f} ms" for f in (statistics.median, min, max))
         table.add_row(program, str(len(ms)), *figures)
     console.print(table)
+    import resource  # which Windows lacks; the other commands work there
+
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     text = f"loaded in {loaded:.1f} s; peak memory of this process {size_text(memory)}"
     if device.type == "cuda":
@@ -475,9 +473,7 @@ def _check_kind(path: Path) -> None:
 
 
 def _named_outputs(outputs: Any) -> dict[str, Tensor]:
-    values = [outputs] if isinstance(outputs, Tensor) else list(_values(outputs))
+    if isinstance(outputs, Tensor):
+        outputs = (outputs,)
+    values = outputs.values() if isinstance(outputs, Mapping) else outputs
     return {f"output_{i}": x for i, x in enumerate(values)}
-
-
-def _values(outputs: Any) -> Any:
-    return outputs.values() if isinstance(outputs, Mapping) else outputs

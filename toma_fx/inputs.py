@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from toma_fx import tiny
 from toma_fx.errors import ModelTypeError
@@ -44,8 +45,10 @@ def example(
         tokens, pooled = (x.to(dtype) for x in loaded.conditioning(torch.zeros(batch).long()))
         images = torch.randn(batch, 3, size, width or size).to(dtype)
         inputs = tiny.denoiser_inputs(name, images, torch.ones(batch), tokens, pooled)
+        inputs = pytree.tree_map_only(torch.Tensor, lambda x: x.to(device), inputs)
+        # diffusers warns of any cast of Flux, though nothing changes
         model = loaded.denoiser if dtype == torch.float32 else loaded.denoiser.to(dtype)
-        return model.to(device), _moved(inputs, device)
+        return model.to(device), inputs
     model = _loaded(name, subfolder, dtype).eval().to(device)
     height = height or 1024
     return model, example_inputs(model, height, width or height, batch, text=text)
@@ -67,12 +70,6 @@ def _loaded(name: str, subfolder: str | None, dtype: torch.dtype) -> Any:
         got=errors[0],
         hint="--subfolder names the denoiser's folder inside a pipeline",
     )
-
-
-def _moved(value: Any, device: str | torch.device) -> Any:
-    if isinstance(value, dict):
-        return {name: _moved(inner, device) for name, inner in value.items()}
-    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 def licence_of(name: str) -> str:

@@ -25,7 +25,6 @@ from toma_fx.export.manifest import FileSpec, Manifest
 
 MANIFEST = "manifest.json"
 STAGES = "stages.json"
-_CHUNK = 2**22
 
 
 @dataclass(frozen=True)
@@ -62,11 +61,8 @@ def reported(name: str, report: Report) -> Iterator[None]:
 
 def file_spec(path: Path) -> FileSpec:
     """Size and SHA-256 of a file."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while piece := file.read(_CHUNK):
-            digest.update(piece)
-    return FileSpec(path.stat().st_size, digest.hexdigest())
+        return FileSpec(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from toma_fx.axis import Raster
 from toma_fx.errors import BuildError
 from toma_fx.export.artifact import Report, building, check_place, reported, silent
 from toma_fx.export.manifest import (
@@ -27,12 +26,12 @@ from toma_fx.export.manifest import (
     Schedule,
     Structure,
     TensorSpec,
+    raster_spec,
 )
 from toma_fx.export.programs import Programs, export_programs
 from toma_fx.export.targets import Lowered, Runtime, Target
 from toma_fx.parity import fresh
 from toma_fx.state import Call
-from toma_fx.verify import output_values
 
 TOLERANCE = {"float16": 2e-2, "bfloat16": 5e-2}
 """Largest difference relative to the largest value of an output, by dtype; else `EXACT`."""
@@ -100,15 +99,13 @@ def manifest_of(programs: Programs, lowered: Lowered, licence: str) -> Manifest:
     captured = specialization.captured
     leaves = list(zip(programs.paths, programs.leaves, captured.inputs, strict=True))
     inputs = tuple(
-        InputSpec(path, tensor_spec("_".join(path), leaf), _raster(spec.raster))
+        InputSpec(path, TensorSpec.of("_".join(path), leaf), raster_spec(spec.raster))
         for path, leaf, spec in leaves
         if isinstance(leaf, Tensor)
     )
     constants = tuple(
         Constant(path, leaf) for path, leaf, _ in leaves if not isinstance(leaf, Tensor)
     )
-    fakes = output_values(captured.graph_module.graph)
-    outputs = tuple(tensor_spec(f"output_{i}", x) for i, x in enumerate(fakes))
     used = {n for p in lowered.programs.values() for n in (*p.patterns_in, *p.patterns_out)}
     return Manifest(
         version=VERSION,
@@ -116,17 +113,17 @@ def manifest_of(programs: Programs, lowered: Lowered, licence: str) -> Manifest:
         device=lowered.device,
         model=type(denoiser.denoiser).__name__,
         model_config=_jsonable(dict(getattr(denoiser, "config", {}))),
-        dtype=_dtype(next(denoiser.denoiser.parameters()).dtype),
+        dtype=TensorSpec.of("", next(denoiser.denoiser.parameters())).dtype,
         licence=licence,
         plan=_jsonable(programs.plan.to_json()),
         schedule=Schedule.of(programs.plan.config) if programs.plan.segments else Schedule.plain(),
         parameters=denoiser.parameter_names,
         inputs=inputs,
         constants=constants,
-        outputs=outputs,
+        outputs=tuple(TensorSpec.of(name, x) for name, x in programs.outputs.items()),
         structure=_structure(captured.out_spec),
         patterns=tuple(
-            tensor_spec(name, x) for name, x in programs.patterns.items() if name in used
+            TensorSpec.of(name, x) for name, x in programs.patterns.items() if name in used
         ),
         programs=lowered.programs,
         versions={"toma_fx": version("toma_fx"), "torch": torch.__version__, **lowered.versions},
@@ -212,21 +209,6 @@ def difference(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max()) / (float(b.abs().max()) or 1.0)
 
 
-def tensor_spec(name: str, x: Tensor) -> TensorSpec:
-    """What the manifest says of a tensor."""
-    return TensorSpec(name, tuple(x.shape), _dtype(x.dtype))
-
-
-def _dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _raster(raster: Raster | None) -> tuple[tuple[int, ...], int, int, int] | None:
-    if raster is None:
-        return None
-    return raster.heights, raster.width, raster.rest, raster.before
-
-
 def _structure(spec: pytree.TreeSpec) -> Structure:
     """How the outputs are returned."""
     if spec.is_leaf():
@@ -245,7 +227,7 @@ def _jsonable(value: Any) -> Any:
 def _key(programs: Programs, target: Target) -> str:
     """What decides whether finished stages of an interrupted build can be used."""
     digest = hashlib.sha256()
-    specs = [tensor_spec(name, x) for name, x in programs.inputs.items()]
+    specs = [TensorSpec.of(name, x) for name, x in programs.inputs.items()]
     said = (version("toma_fx"), torch.__version__, repr(target), specs, programs.plan.to_json())
     digest.update(repr(said).encode())
     for name, x in programs.denoiser.denoiser.state_dict().items():

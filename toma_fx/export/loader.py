@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from toma_fx.capture import raster
 from toma_fx.errors import ArtifactError, SignatureError
 from toma_fx.export.artifact import verify
-from toma_fx.export.manifest import Manifest
+from toma_fx.export.manifest import Manifest, TensorSpec, raster_spec
 from toma_fx.export.targets import Runtime, Target
 from toma_fx.state import Generation, PassState
 
@@ -113,7 +113,8 @@ class ArtifactDenoiser(nn.Module):
                 raise _misfit(spec.path, want, repr(value))
             if spec.path[-1].endswith(NUMBERS):
                 value = _exactly(value, getattr(torch, spec.tensor.dtype))
-            got = f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+            found = TensorSpec.of(spec.tensor.name, value)
+            got = f"{found.shape} {found.dtype}"
             if got != want:
                 raise _misfit(spec.path, want, got)
             inputs.append(value.to(self._device))
@@ -135,8 +136,7 @@ class ArtifactDenoiser(nn.Module):
         for spec in self.manifest.inputs:
             if spec.raster is None:
                 continue
-            found = raster(leaves[spec.path])
-            got = found and (found.heights, found.width, found.rest, found.before)
+            got = raster_spec(raster(leaves[spec.path]))
             if got != spec.raster:
                 raise _misfit(spec.path, f"positions of a grid {spec.raster}", str(got))
 

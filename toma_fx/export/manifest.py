@@ -17,18 +17,20 @@ from pathlib import PurePosixPath
 from types import UnionType
 from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
+from torch import Tensor
+
+from toma_fx.axis import Raster
 from toma_fx.config import MethodConfig
 from toma_fx.errors import ArtifactError
 from toma_fx.methods.base import Renewal
 from toma_fx.state import Call, call_at
 
-NAME = "manifest.json"
 VERSION = 1
 """Version of the form of the manifest; readers refuse others."""
 SCHEMA = f"urn:toma-fx:manifest:{VERSION}"
 """Identifier of the schema that `manifest.schema.json` beside this file holds."""
 LONGEST = 1000
-"""Steps of a generation that a schedule is written down for."""
+"""Steps of a generation that a schedule is written down for, and that are exported."""
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -44,6 +46,21 @@ class TensorSpec:
     shape: tuple[int, ...]
     dtype: str
 
+    @classmethod
+    def of(cls, name: str, x: Tensor) -> Self:
+        """That of a tensor, which may be a fake one."""
+        return cls(name, tuple(x.shape), str(x.dtype).removeprefix("torch."))
+
+
+RasterSpec = tuple[tuple[int, ...], int, int, int]
+
+
+def raster_spec(raster: Raster | None) -> RasterSpec | None:
+    """A raster as plain data: (heights, width, tokens after, tokens before)."""
+    if raster is None:
+        return None
+    return raster.heights, raster.width, raster.rest, raster.before
+
 
 @dataclass(frozen=True)
 class InputSpec:
@@ -58,7 +75,7 @@ class InputSpec:
 
     path: tuple[str, ...]
     tensor: TensorSpec
-    raster: tuple[tuple[int, ...], int, int, int] | None = None
+    raster: RasterSpec | None = None
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,14 @@ from torch.utils import _pytree as pytree
 
 from toma_fx.api import call_of, optimized_of
 from toma_fx.errors import ModelTypeError
+from toma_fx.export.manifest import LONGEST
 from toma_fx.passes.pipeline import copy_graph, rewrite
 from toma_fx.passes.rewriter import Rewriter
 from toma_fx.plan import MergePlan
 from toma_fx.runtime import OptimizedDenoiser
 from toma_fx.specialize import Specialization, tracing
 from toma_fx.state import Call, call_at
-
-LONGEST = 1000
-"""Steps of a generation that are looked at for the kinds of programs that it runs."""
+from toma_fx.verify import output_values
 
 
 @dataclass(frozen=True)
@@ -90,14 +89,27 @@ class Programs(Mapping[Call, Exported]):
         made = self.by_call[call]
         with torch.no_grad():
             results = list(made.module(*inputs, *(patterns[name] for name in made.pattern_inputs)))
-        own = len(results) - len(made.pattern_outputs)
-        return results[:own], dict(zip(made.pattern_outputs, results[own:], strict=True))
+        return parted(results, made.pattern_outputs)
 
     @property
     def inputs(self) -> dict[str, Tensor]:
         """Tensors of the example call by their names: paths joined by "_"."""
         pairs = zip(self.paths, self.leaves, strict=True)
         return {"_".join(path): leaf for path, leaf in pairs if isinstance(leaf, Tensor)}
+
+    @property
+    def outputs(self) -> dict[str, Tensor]:
+        """What the model returns, as fake tensors, by the names that artifacts give them."""
+        fakes = output_values(self.specialization.captured.graph_module.graph)
+        return {f"output_{i}": x for i, x in enumerate(fakes)}
+
+
+def parted(
+    results: Sequence[Tensor], patterns: Sequence[str]
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """What a program gives: the model's own outputs, and the patterns after them by their names."""
+    own = len(results) - len(patterns)
+    return list(results[:own]), dict(zip(patterns, results[own:], strict=True))
 
 
 def export_programs(optimized: Any, example_inputs: Any) -> Programs:

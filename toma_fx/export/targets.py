@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toma_fx.errors import UnknownNameError
+from toma_fx.errors import UnknownNameError, nearest
 from toma_fx.export.artifact import Build
 from toma_fx.export.manifest import Device, Manifest, ProgramSpec, TargetSpec
 from toma_fx.export.programs import Programs
@@ -58,19 +58,22 @@ def apart(given: Iterable[Tensor], outputs: Iterable[Tensor]) -> list[Tensor]:
     return [x.clone() if x.data_ptr() in places else x.contiguous() for x in given]
 
 
-def refuse_options(target: str, options: Mapping[str, Any]) -> None:
-    """Passes if a target that has no options of `load` is given none.
+def check_options(target: str, options: Mapping[str, Any], known: Sequence[str] = ()) -> None:
+    """Passes if a target knows all options that `load` was given.
 
     Raises:
-        UnknownNameError: names them.
+        UnknownNameError: names the first that it does not know.
     """
-    if options:
-        raise UnknownNameError(
-            f"artifacts of the target {target} have no options",
-            where="load",
-            expected="none",
-            got=", ".join(sorted(options)),
-        )
+    for name in options:
+        if name not in known:
+            raise UnknownNameError(
+                f"artifacts of the target {target} have "
+                + ("no such option" if known else "no options"),
+                where="load",
+                expected=", ".join(known) or "none",
+                got=name,
+                hint=nearest(name, known) if known else "",
+            )
 
 
 class Target(ABC):

@@ -34,8 +34,8 @@ from torch import Tensor
 from toma_fx.errors import ArtifactError, BuildError, ConfigError, UnknownNameError, nearest
 from toma_fx.export.artifact import Build
 from toma_fx.export.manifest import Device, Manifest, ProgramSpec, TargetSpec
-from toma_fx.export.programs import Exported, Programs
-from toma_fx.export.targets import Lowered, Runtime, Target, refuse_options
+from toma_fx.export.programs import Exported, Programs, parted
+from toma_fx.export.targets import Lowered, Runtime, Target, check_options
 
 PACKAGE = "programs.pt2"
 WEIGHTS = "weights.safetensors"
@@ -134,7 +134,7 @@ class AOTITarget(Target):
             ArtifactError: made with another version of torch, for another device or processor, or
                 a package and weights that don't belong together. UnknownNameError: any option.
         """
-        refuse_options("aoti", options)
+        check_options("aoti", options)
         _check_machine(manifest, device)
         return _Programs(folder, manifest, device)
 
@@ -435,8 +435,7 @@ class _Programs(Runtime):
         spec = self._specs[call]
         given = (*inputs, *(patterns[name] for name in spec.patterns_in))
         results = self._runners[call].run([x.contiguous() for x in given])
-        own = len(results) - len(spec.patterns_out)
-        return results[:own], dict(zip(spec.patterns_out, results[own:], strict=True))
+        return parted(results, spec.patterns_out)
 
     def _complete(self, runners: Mapping[str, Any], entry: str) -> Any:
         """The loader of a program that has been given all its constants."""

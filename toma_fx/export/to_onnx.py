@@ -42,8 +42,9 @@ from toma_fx.errors import (
 )
 from toma_fx.export.artifact import Build
 from toma_fx.export.manifest import Device, Manifest, ProgramSpec, TargetSpec, TensorSpec
-from toma_fx.export.programs import Exported, Programs
-from toma_fx.export.targets import Lowered, Runtime, Target, apart
+from toma_fx.export.programs import Exported, Programs, parted
+from toma_fx.export.targets import Lowered, Runtime, Target, apart, check_options
+from toma_fx.methods.base import check_choice
 
 Form = Literal["cached", "stateless"]
 OPSETS = range(18, 26)
@@ -89,15 +90,7 @@ class ONNXTarget(Target):
     name = "onnx"
 
     def __post_init__(self) -> None:
-        forms = get_args(Form)
-        if self.form not in forms:
-            raise UnknownNameError(
-                "unknown form of an ONNX artifact",
-                where="form",
-                expected=" or ".join(map(repr, forms)),
-                got=repr(self.form),
-                hint=nearest(str(self.form), forms),
-            )
+        check_choice("form", self.form, get_args(Form))
         if type(self.opset) is not int or self.opset not in OPSETS:
             raise ConfigError(
                 "unsupported ONNX opset",
@@ -396,18 +389,16 @@ class _Names:
     @classmethod
     def of(cls, programs: Programs, made: Exported) -> _Names:
         """Names of the manifest."""
-        inputs = [_spec(name, x) for name, x in programs.inputs.items()]
-        inputs += [_spec(name, programs.patterns[name]) for name in made.pattern_inputs]
-        values = _outputs(made.program)
-        # a stateless program has outputs for patterns that it does not give
-        own = len(_outputs(programs[next(iter(programs))].program))
-        own -= len(programs[next(iter(programs))].pattern_outputs)
-        outputs = [_spec(f"output_{i}", x) for i, x in enumerate(values[:own])]
-        outputs += [_spec(name, programs.patterns[name]) for name in made.pattern_outputs]
-        return cls(tuple(inputs), tuple(outputs))
+        patterns = programs.patterns
+        inputs = {**programs.inputs, **{name: patterns[name] for name in made.pattern_inputs}}
+        outputs = {**programs.outputs, **{name: patterns[name] for name in made.pattern_outputs}}
+        return cls(
+            tuple(TensorSpec.of(name, x) for name, x in inputs.items()),
+            tuple(TensorSpec.of(name, x) for name, x in outputs.items()),
+        )
 
     def keep_outputs(self, model: Any) -> None:
-        """Drop outputs that have no name."""
+        """Drop outputs that have no name: patterns, of a stateless program."""
         del model.graph.outputs[len(self.outputs) :]
 
     def give(self, model: Any, call: str) -> None:
@@ -434,16 +425,6 @@ class _Names:
             (*graph.inputs, *graph.outputs), (*self.inputs, *self.outputs), strict=True
         ):
             value.name = spec.name
-
-
-def _spec(name: str, x: Any) -> TensorSpec:
-    return TensorSpec(name, tuple(x.shape), str(x.dtype).removeprefix("torch."))
-
-
-def _outputs(program: Any) -> list[Any]:
-    """Fake tensors of a program's outputs."""
-    node = next(iter(program.graph.find_nodes(op="output")))
-    return [x.meta["val"] for x in node.args[0]]
 
 
 def _wrong(call: str, expected: str, got: str) -> BuildError:
@@ -655,7 +636,7 @@ class ORTRuntime(Runtime):
     ) -> None:
         """See `ONNXTarget.open`."""
         ort = imported("onnxruntime")
-        _check_options(options)
+        check_options("onnx", options, OPTIONS)
         self._device = device
         chosen = options.get("providers")
         providers = default_providers(device) if chosen is None else list(chosen)
@@ -672,7 +653,7 @@ class ORTRuntime(Runtime):
             session = self._session(ort, folder / program.file, options, providers)
             self.sessions[call] = session
             outputs = [specs[x.name] for x in session.get_outputs()]
-            self._programs[call] = _Bound(session, outputs, len(manifest.outputs), device)
+            self._programs[call] = _Bound(session, outputs, program.patterns_out, device)
 
     def run(
         self, call: str, inputs: Sequence[Tensor], patterns: Mapping[str, Tensor]
@@ -724,9 +705,13 @@ class _Bound:
     """A session with outputs that have their places."""
 
     def __init__(
-        self, session: Any, outputs: Sequence[TensorSpec], own: int, device: torch.device
+        self,
+        session: Any,
+        outputs: Sequence[TensorSpec],
+        patterns: Sequence[str],
+        device: torch.device,
     ) -> None:
-        self._session, self._own, self._device = session, own, device
+        self._session, self._patterns = session, patterns
         self._names = [x.name for x in session.get_inputs()]
         self._outputs = {
             spec.name: torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=device)
@@ -745,8 +730,7 @@ class _Bound:
         for name, x in self._outputs.items():
             binding.bind_output(name, *self._place(x))
         self._session.run_with_iobinding(binding)
-        values = list(self._outputs.items())
-        return [x for _, x in values[: self._own]], dict(values[self._own :])
+        return parted(list(self._outputs.values()), self._patterns)
 
     def _place(self, x: Tensor) -> tuple[str, int, Any, list[int], int]:
         """Where a tensor is and what it is, as ONNX Runtime wants to hear it."""
@@ -830,18 +814,6 @@ def _dtypes(manifest: Manifest) -> set[str]:
     """Of weights, inputs, outputs and patterns."""
     specs = (*(spec.tensor for spec in manifest.inputs), *manifest.outputs, *manifest.patterns)
     return {manifest.dtype, *(spec.dtype for spec in specs)}
-
-
-def _check_options(options: Mapping[str, Any]) -> None:
-    for name in options:
-        if name not in OPTIONS:
-            raise UnknownNameError(
-                "ONNX artifacts have no such option",
-                where="load",
-                expected=", ".join(OPTIONS),
-                got=name,
-                hint=nearest(name, OPTIONS),
-            )
 
 
 def _shared(path: Path, device: torch.device, providers: Sequence[str]) -> dict[str, Tensor]:

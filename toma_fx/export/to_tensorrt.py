@@ -34,8 +34,8 @@ from toma_fx.errors import (
 from toma_fx.export.artifact import Build, silent
 from toma_fx.export.coverage import Coverage, aten_coverage, load_table, onnx_coverage, require
 from toma_fx.export.manifest import Device, Manifest, ProgramSpec, TargetSpec, TensorSpec
-from toma_fx.export.programs import Exported, Programs, export_programs
-from toma_fx.export.targets import Lowered, Runtime, Target, apart, refuse_options
+from toma_fx.export.programs import Exported, Programs, export_programs, parted
+from toma_fx.export.targets import Lowered, Runtime, Target, apart, check_options
 from toma_fx.export.to_onnx import ONNXTarget, file_of, imported
 
 Route = Literal["torch", "onnx"]
@@ -165,7 +165,7 @@ class TensorRTTarget(Target):
             MissingPackageError: TensorRT is not installed. ArtifactError: engines for another
                 version of TensorRT, or another kind of GPU. UnknownNameError: any option.
         """
-        refuse_options("tensorrt", options)
+        check_options("tensorrt", options)
         trt = _package("tensorrt")
         _check_machine(manifest, device, str(trt.__version__))
         return _Engines(trt, folder, manifest, device)
@@ -343,7 +343,7 @@ class _Engines(Runtime):
         Raises:
             ArtifactError: TensorRT can't, or an engine has other tensors than the manifest says.
         """
-        self._device = device
+        self._programs = manifest.programs
         self._logger = trt.Logger(trt.Logger.WARNING)  # the runtime keeps no reference
         self._runtime = trt.Runtime(self._logger)
         self._stream = torch.cuda.Stream(device)
@@ -362,15 +362,13 @@ class _Engines(Runtime):
             )
             for call, program in manifest.programs.items()
         }
-        self._own = len(manifest.outputs)
 
     def run(
         self, call: str, inputs: Sequence[Tensor], patterns: Mapping[str, Tensor]
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """One step; see `Runtime.run`."""
-        outputs = self._engines[call].run(inputs, patterns, self._stream)
-        values = list(outputs.items())
-        return [x for _, x in values[: self._own]], dict(values[self._own :])
+        results = self._engines[call].run(inputs, patterns, self._stream)
+        return parted(results, self._programs[call].patterns_out)
 
 
 class _Engine:
@@ -400,22 +398,22 @@ class _Engine:
         self._context = self._engine.create_execution_context()
         if self._context is None:
             raise self._unfit("memory for its steps", "TensorRT gives no context")
-        self._outputs: dict[str, Tensor] = {}
+        self._outputs: list[Tensor] = []
         for name, spec in names.items():
-            dtype = getattr(torch, spec.dtype)
-            self._outputs[spec.name] = torch.empty(spec.shape, dtype=dtype, device=device)
-            self._context.set_tensor_address(name, self._outputs[spec.name].data_ptr())
+            place = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=device)
+            self._context.set_tensor_address(name, place.data_ptr())
+            self._outputs.append(place)
 
     def run(
         self, inputs: Sequence[Tensor], patterns: Mapping[str, Tensor], stream: torch.cuda.Stream
-    ) -> dict[str, Tensor]:
-        """One step; outputs by the manifest's names, which live until the next.
+    ) -> list[Tensor]:
+        """One step; outputs live until the next.
 
         Raises:
             ArtifactError: TensorRT could not run it.
         """
         names = self._inputs[len(inputs) :]
-        given = apart([*inputs, *(patterns[name] for name in names)], self._outputs.values())
+        given = apart([*inputs, *(patterns[name] for name in names)], self._outputs)
         for name, x in zip(self._inputs, given, strict=True):
             if name in self._bound:
                 self._context.set_tensor_address(name, x.data_ptr())

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-TIE = 2.0**-14
-"""Sums of cosines are compared in steps of this size, so that mathematically equal ones tie."""
 BITS = 16
 """Similarities are whole multiples of 2^-BITS."""
 _EXACT = 24

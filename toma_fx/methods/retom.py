@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from toma_fx.methods.base import MethodConfig, Pattern, Place, Setting, whole_sides
-from toma_fx.methods.facility import TIE
 from toma_fx.methods.tomesd import STEPS
 from toma_fx.methods.windows import (
     Size,
@@ -38,6 +37,8 @@ from toma_fx.methods.windows import (
 )
 
 How = Literal["representative", "mean"]
+TIE = 2.0**-14
+"""Sums of cosines are compared in steps of this size, so that mathematically equal ones tie."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,7 @@ def _representatives(unit: Tensor) -> Tensor:
     """The unit vector of the highest mean cosine with the others: [B, T, n, C] -> [B, T] int64.
 
     The sum of cosines with the others is one product with the sum of the others. Sums equal to
-    within `facility.TIE` go to the lowest index: those of a window of two tokens always are.
+    within `TIE` go to the lowest index: those of a window of two tokens always are.
     """
     others = unit.sum(2, keepdim=True) - unit
     return torch.round((unit * others).sum(-1) * (1 / TIE)).argmax(-1)
