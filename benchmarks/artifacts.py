@@ -33,11 +33,11 @@ from common import command_line, device_name, publish, resident, save, versions
 from denoiser import Variant, random_model, step_inputs, summary, time_in_turn
 
 import toma_fx
-from toma_fx import tiny
-from toma_fx.artifact_commands import call_of
+from toma_fx.cli.run import call_of
 from toma_fx.export.artifact import Stage
-from toma_fx.inputs import example
-from toma_fx.report import make_report
+from toma_fx.models import tiny
+from toma_fx.models.named import example
+from toma_fx.run.report import make_report
 
 ARTIFACTS = ("aoti", "onnx")
 RUNTIMES = ("eager", "compiled", *ARTIFACTS)

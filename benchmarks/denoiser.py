@@ -43,8 +43,8 @@ from torch._inductor.utils import fresh_cache
 
 import toma_fx
 from toma_fx.errors import NoMergeSites
-from toma_fx.inputs import example_inputs
-from toma_fx.report import make_report
+from toma_fx.models.named import example_inputs
+from toma_fx.run.report import make_report
 
 SCOPES = ("sublayer", "block", "stack")
 RATIOS = (0.25, 0.5, 0.75)

@@ -49,12 +49,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import toma_fx
-from toma_fx import tiny
-from toma_fx.config import make_config
 from toma_fx.methods.base import BRANCHES, MethodConfig
-from toma_fx.report import make_report
-from toma_fx.runtime import OptimizedDenoiser
-from toma_fx.state import Call, call_at
+from toma_fx.methods.config import make_config
+from toma_fx.models import tiny
+from toma_fx.run.denoiser import OptimizedDenoiser
+from toma_fx.run.report import make_report
+from toma_fx.run.schedule import Call, call_at
 
 LABELS = tuple(range(len(tiny.CLASSES)))
 RATIOS = (0.25, 0.75)

@@ -18,11 +18,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import toma_fx.report
 import torch
 
 import toma_fx
-import toma_fx.report
-from toma_fx import tiny
+from toma_fx.models import tiny
 
 BASE: dict[str, Any] = {
     "scope": "sublayer",

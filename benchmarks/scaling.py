@@ -35,13 +35,13 @@ from rich.console import Console
 from rich.table import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from toma_fx.analysis import analyse
-from toma_fx.capture import capture
-from toma_fx.config import ToMAConfig
-from toma_fx.inputs import example_inputs
-from toma_fx.plan import make_plan
-from toma_fx.specialize import Specialization
-from toma_fx.verify import output_values, verify
+from toma_fx.analysis.propagate import analyse
+from toma_fx.capture.model import capture
+from toma_fx.graph.verify import output_values, verify
+from toma_fx.methods.toma import ToMAConfig
+from toma_fx.models.named import example_inputs
+from toma_fx.plan.planner import make_plan
+from toma_fx.run.programs import Specialization
 
 DEPTHS = (0.125, 0.25, 0.5, 1.0, 2.0)
 SCOPES = ("sublayer", "block", "stack")

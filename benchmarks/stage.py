@@ -27,7 +27,7 @@ from diffusers import Transformer2DModel
 import toma_fx
 from toma_fx.methods import toma
 from toma_fx.methods.toma import UNROLL, ToMA
-from toma_fx.report import make_report
+from toma_fx.run.report import make_report
 
 SIZES = {"640x4096": (640, 64, 2), "1280x1024": (1280, 32, 2)}
 """Channels, tokens a side, layers."""

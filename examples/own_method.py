@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import toma_fx
-from toma_fx.methods.base import Pattern
+from toma_fx.methods.setting import Pattern
 from toma_fx.methods.windows import (
     Size,
     dividing_tile,
@@ -99,7 +99,7 @@ class SalientConfig(toma_fx.MethodConfig):
 
 def main() -> None:
     """Merge an embedded model by the method above."""
-    from toma_fx import tiny
+    from toma_fx.models import tiny
 
     model = tiny.load("tiny-sdxl")
     labels = [tiny.CLASSES.index("cat")]

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from toma_fx import tiny
+from toma_fx.models import tiny
 
 VARIANTS = 64
 """Random crops prepared per photograph."""

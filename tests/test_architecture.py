@@ -1,89 +1,147 @@
-"""The way through the house: imports go one way; importing does nothing but register operators."""
+"""The layout of the package: a folder imports only those named before it."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent / "toma_fx"
-ROOMS = [
-    ["errors", "printed"],
-    ["methods.windows", "methods.facility", "methods.hashing", "ops"],
-    ["methods.base"],
-    ["methods.toma", "methods.tomesd", "methods.todo"],
-    ["methods.tofu", "methods.ca_tome", "methods.retom", "methods.baselines"],
-    ["config", "axis"],
-    ["rules.base"],
-    ["rules.compute", "rules.shape", "rules.attention", "rules.quantised"],
-    ["rules", "guard"],
-    ["canonical"],
-    ["capture", "dynamo"],
-    ["flow"],
-    ["parity"],
-    ["analysis"],
-    ["places"],
-    ["plan", "flops"],
-    ["verify"],
-    ["passes.rewriter", "passes.tokens", "passes.provide_patterns", "passes.merge_segments",
-     "passes.pipeline"],
-    ["state"],
-    ["specialize"],
-    ["requests"],
-    ["runtime"],
-    ["backend"],
-    ["report"],
-    ["api"],
-    ["calibration"],
-    ["export.manifest"],
-    ["export.artifact", "export.programs", "export.coverage"],
-    ["export.targets"],
-    ["export.to_onnx", "export.to_aoti", "export.builder"],
-    ["export.to_tensorrt"],
-    ["export.entry", "export.loader"],
-    ["tiny"],
-    ["inputs", "demo"],
-    ["artifact_commands"],
-    ["cli"],
-]  # fmt: skip
-LEVEL = {name: i for i, room in enumerate(ROOMS) for name in room}
+ORDER = (
+    "errors", "compat", "methods", "models", "graph", "capture", "analysis", "plan", "passes",
+    "run", "export", "api", "calibration", "cli",
+)  # fmt: skip
+"""Folders and files of the package in the order of the pipeline. `toma_fx/__init__.py` is last."""
+LONGEST = 400
+"""Lines of a file."""
+REWRITER = "graph/rewriter.py"
+MUTATORS = {
+    "erase_node", "replace_all_uses_with", "replace_input_with", "call_function", "placeholder",
+    "create_node", "graph_copy", "node_copy", "inserting_before", "inserting_after", "get_attr",
+    "call_module", "eliminate_dead_code", "set_codegen", "update_arg", "insert_arg", "update_kwarg",
+}  # fmt: skip
+FIELDS = {"args", "kwargs", "target", "meta"}
 
 
-def imports(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("toma_fx."):
-            module = node.module.removeprefix("toma_fx.")
-            if module in ("methods", "passes"):
-                found.update(f"{module}.{alias.name}" for alias in node.names)
-            else:
-                found.add(module)
-        elif isinstance(node, ast.Import):
-            for alias in node.names:
-                if alias.name.startswith("toma_fx."):
-                    found.add(alias.name.removeprefix("toma_fx."))
-    return found
+def files() -> list[Path]:
+    return sorted(ROOT.rglob("*.py"))
 
 
-def test_imports_go_one_way() -> None:
-    modules = [p for p in ROOT.rglob("*.py") if p.name != "__init__.py"]
-    assert len(modules) > 15
-    for path in modules:
-        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        for other in imports(path):
-            assert LEVEL[other] <= LEVEL[name], f"{name} imports {other}, a later room"
+def name_of(path: Path) -> str:
+    """Dotted name inside the package; a package is called by its folder."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def test_only_the_rewriter_mutates_graphs_after_capture() -> None:
-    doors = {"passes/rewriter.py", "canonical.py", "export/to_onnx.py"}  # the last: of ONNX
-    calls = {"erase_node", "replace_all_uses_with", "replace_input_with", "call_function"}
-    for path in ROOT.rglob("*.py"):
-        if str(path.relative_to(ROOT)) in doors:
+MODULES = {name_of(path) for path in files()}
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Dotted names, inside the package, of the modules that a file imports anywhere in it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            module = node.module or ""
+            full = [f"{module}.{alias.name}" for alias in node.names]
+            found = [f if f.removeprefix("toma_fx.") in MODULES else module for f in full]
+        else:
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-                assert node.func.attr not in calls, f"{path.name} calls {node.func.attr}"
+        for name in found:
+            if name == "toma_fx":
+                yield ""
+            elif name.startswith("toma_fx."):
+                yield name.removeprefix("toma_fx.")
+
+
+IMPORTS = {name_of(p): set(imported(ast.parse(p.read_text()))) for p in files()}
+
+
+def room(module: str) -> str:
+    return module.partition(".")[0]
+
+
+@pytest.mark.xfail(strict=True, reason="the moves alone come first")
+def test_the_order_names_every_folder() -> None:
+    assert len(MODULES) > 80
+    assert {room(m) for m in MODULES if m} == set(ORDER)
+
+
+def test_a_folder_imports_only_those_before_it() -> None:
+    place = {name: i for i, name in enumerate(ORDER)}
+    for module, others in IMPORTS.items():
+        for other in others if module else ():
+            assert other, f"{module} imports the package itself, which imports everything"
+            assert place[room(other)] <= place[room(module)], f"{module} imports {other}"
+
+
+def test_the_files_of_a_folder_form_no_circle() -> None:
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, f"a circle of imports: {' -> '.join((*path, module))}"
+        if module not in done:
+            for other in IMPORTS[module]:
+                visit(other, (*path, module))
+            done.add(module)
+
+    for module in MODULES:
+        visit(module, ())
+
+
+def test_packages_hold_no_code() -> None:
+    for path in ROOT.rglob("__init__.py"):
+        if path.parent == ROOT:
+            continue
+        allowed = (ast.Expr, ast.Import, ast.ImportFrom, ast.Assign)
+        for node in ast.parse(path.read_text()).body:
+            assert isinstance(node, allowed), f"{path}: {ast.unparse(node)[:60]}"
+
+
+@pytest.mark.xfail(strict=True, reason="the moves alone come first")
+def test_files_are_short() -> None:
+    long = {name_of(p): n for p in files() if (n := len(p.read_text().splitlines())) > LONGEST}
+    assert not long
+
+
+def _written_field(target: ast.AST) -> str:
+    """`node.args = ...` and `node.meta[...] = ...`: the name of the field of a node."""
+    if isinstance(target, ast.Subscript):
+        target = target.value
+        return "meta" if isinstance(target, ast.Attribute) and target.attr == "meta" else ""
+    named = isinstance(target, ast.Attribute) and target.attr in FIELDS
+    return target.attr if named and isinstance(target, ast.Attribute) else ""
+
+
+def mutations(tree: ast.AST) -> Iterator[str]:
+    """What a file does to graphs: calls of FX's mutators, and writes to the fields of nodes."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            if node.func.attr in MUTATORS:
+                yield node.func.attr
+        elif isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            for target in targets:
+                own = (
+                    isinstance(target, ast.Attribute) and getattr(target.value, "id", "") == "self"
+                )
+                if not own and (field := _written_field(target)):
+                    yield f"{field} ="
+
+
+@pytest.mark.xfail(strict=True, reason="the moves alone come first")
+def test_only_the_rewriter_changes_graphs() -> None:
+    assert set(mutations(ast.parse((ROOT / REWRITER).read_text()))) >= {"erase_node", "meta ="}
+    for path in files():
+        inside = str(path.relative_to(ROOT))
+        if inside == REWRITER or inside.startswith("export/to_onnx/"):  # the latter: of ONNX
+            continue
+        assert not list(mutations(ast.parse(path.read_text()))), inside
 
 
 def test_importing_needs_no_optional_package_and_no_diffusers() -> None:

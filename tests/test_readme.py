@@ -29,8 +29,8 @@ from transformers import (
 )
 
 import toma_fx
-from tests import models
-from tests.pipelines import vae
+from tests import denoisers
+from tests.diffusers_pipelines import vae
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -78,7 +78,7 @@ def save_sdxl(folder: Path, work: Path) -> None:
         text_encoder_2=clip(CLIPTextModelWithProjection, len(tokenizer), 12),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
-        unet=models.sdxl(),
+        unet=denoisers.sdxl(),
         scheduler=DDIMScheduler(),
         add_watermarker=False,
     ).save_pretrained(folder)
@@ -94,7 +94,7 @@ def save_flux(folder: Path, work: Path) -> None:
         tokenizer=tokenizer,
         text_encoder_2=T5EncoderModel(t5).eval(),
         tokenizer_2=T5TokenizerFast(),
-        transformer=models.flux(in_channels=16, num_layers=1, num_single_layers=1),
+        transformer=denoisers.flux(in_channels=16, num_layers=1, num_single_layers=1),
         scheduler=FlowMatchEulerDiscreteScheduler(),
     ).save_pretrained(folder)
 

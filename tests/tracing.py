@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from toma_fx.methods.base import Setting
+from toma_fx.methods.setting import Setting
 
 UNPORTABLE = ("scatter", "unique", "nonzero", "searchsorted", "one_hot", "rand", "index_put")
 

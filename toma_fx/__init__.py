@@ -5,22 +5,9 @@ pipe.unet = torch.compile(pipe.unet)
 """
 
 from toma_fx import export
+from toma_fx.analysis.rules.base import tokenwise
 from toma_fx.api import explain, optimize, restore, summary
 from toma_fx.calibration import calibrate, recorded
-from toma_fx.config import (
-    PRESETS,
-    CAToMeConfig,
-    GridConfig,
-    MethodConfig,
-    Place,
-    RandomConfig,
-    ReToMConfig,
-    Setting,
-    ToDoConfig,
-    ToFuConfig,
-    ToMAConfig,
-    ToMeSDConfig,
-)
 from toma_fx.errors import (
     AdapterError,
     ArtifactError,
@@ -45,11 +32,22 @@ from toma_fx.errors import (
     VerifyError,
 )
 from toma_fx.export.loader import ArtifactDenoiser, load
-from toma_fx.report import Report, Summary
-from toma_fx.rules import tokenwise
-from toma_fx.state import State
+from toma_fx.methods.base import MethodConfig
+from toma_fx.methods.baselines import GridConfig, RandomConfig
+from toma_fx.methods.ca_tome import CAToMeConfig
+from toma_fx.methods.config import PRESETS
+from toma_fx.methods.retom import ReToMConfig
+from toma_fx.methods.setting import Place, Setting
+from toma_fx.methods.todo import ToDoConfig
+from toma_fx.methods.tofu import ToFuConfig
+from toma_fx.methods.toma import ToMAConfig
+from toma_fx.methods.tomesd import ToMeSDConfig
+from toma_fx.run.batching import State
+from toma_fx.run.report import Report, Summary
 
 __version__ = "0.1.0"
+
+
 __all__ = [
     "PRESETS",
     "AdapterError",

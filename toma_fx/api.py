@@ -8,15 +8,19 @@ from typing import Any, TypeVar, cast
 from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 
-from toma_fx.capture import check_model
-from toma_fx.config import MethodConfig, make_config
+from toma_fx.capture.guard import ModelGuard
+from toma_fx.capture.model import check_model
 from toma_fx.errors import ConfigError, ModelTypeError
-from toma_fx.guard import ModelGuard
-from toma_fx.report import Report, Summary, make_report, make_summary
-from toma_fx.runtime import OptimizedDenoiser, merging
-from toma_fx.specialize import Specialization, tracing
+from toma_fx.methods.base import MethodConfig
+from toma_fx.methods.config import make_config
+from toma_fx.run.calls import call_of
+from toma_fx.run.denoiser import OptimizedDenoiser, merging, optimized_of
+from toma_fx.run.programs import Specialization, tracing
+from toma_fx.run.report import Report, Summary, make_report, make_summary
 
 T = TypeVar("T")
+
+
 COMPONENTS = ("unet", "transformer", "transformer_2")
 """Names under which diffusers pipelines hold their denoisers; Wan 2.2 has one for early steps and
 one for late steps."""
@@ -165,12 +169,6 @@ def denoiser_of(model: Any) -> nn.Module:
     return model if isinstance(model, nn.Module) else next(iter(_components(model).values()))
 
 
-def optimized_of(model: Any) -> OptimizedDenoiser | None:
-    """The optimized denoiser that a module is, compiled or not; None for anything else."""
-    inner = getattr(model, "_orig_mod", model) if type(model) is OptimizedModule else model
-    return inner if type(inner) is OptimizedDenoiser else None
-
-
 def _plain(model: nn.Module) -> nn.Module:
     """The original of `model`, which must be in evaluation mode and not compiled."""
     model = restore(model)
@@ -195,20 +193,3 @@ def _plain(model: nn.Module) -> nn.Module:
                 "back: for m in model.modules(): m._compiled_call_impl = None",
             )
     return model
-
-
-def call_of(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """(args, kwargs) of example inputs given as dict, tuple, or pair of both."""
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, (tuple, list)):
-        pair = len(example_inputs) == 2 and isinstance(example_inputs[0], (tuple, list))
-        if pair and isinstance(example_inputs[1], Mapping):
-            return tuple(example_inputs[0]), dict(example_inputs[1])
-        return tuple(example_inputs), {}
-    raise ConfigError(
-        "example_inputs= is not a call",
-        where="example_inputs",
-        expected="a dict of keyword arguments, a tuple of positional ones, or a pair of both",
-        got=type(example_inputs).__name__,
-    )

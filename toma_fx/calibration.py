@@ -9,15 +9,19 @@ from typing import Any, Literal
 
 from torch import nn
 
-from toma_fx.api import call_of, denoiser_of, optimize, optimized_of
-from toma_fx.config import CAToMeConfig
+from toma_fx.api import denoiser_of, optimize
 from toma_fx.errors import ConfigError
-from toma_fx.methods.base import check_choice
-from toma_fx.places import places_of
-from toma_fx.specialize import Specialization
-from toma_fx.state import State
+from toma_fx.methods.ca_tome import CAToMeConfig
+from toma_fx.methods.checks import check_choice
+from toma_fx.plan.places import places_of
+from toma_fx.run.batching import State
+from toma_fx.run.calls import call_of
+from toma_fx.run.denoiser import optimized_of
+from toma_fx.run.programs import Specialization
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
 _STATISTICS: dict[str, Callable[[Sequence[float]], float]] = {
     "mean": fmean, "min": min, "max": max
 }  # fmt: skip

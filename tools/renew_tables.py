@@ -1,4 +1,4 @@
-"""Renews the tables of toma_fx/export/tables from what NVIDIA publishes, importing none of it.
+"""Renews toma_fx/export/to_tensorrt/tables from what NVIDIA publishes, importing none of it.
 
 Three tables, each from its own source; only those whose source is named are written:
 
@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 MADE_WITH = "tools/renew_tables.py"
-TABLES = Path(__file__).parent.parent / "toma_fx" / "export" / "tables"
+TABLES = Path(__file__).parent.parent / "toma_fx" / "export" / "to_tensorrt" / "tables"
 PACKAGE = "torch_tensorrt/"
 CONVERSION = PACKAGE + "dynamo/conversion/"
 LOWERING = PACKAGE + "dynamo/lowering/"

@@ -16,14 +16,15 @@ from torch.utils import _pytree as pytree
 
 import toma_fx
 from tests.zoo.base import Case, Crop
-from toma_fx.analysis import analyse
-from toma_fx.axis import Analysis
-from toma_fx.capture import Captured, capture, flatten_call
-from toma_fx.config import ToMAConfig
-from toma_fx.flow import Flow
+from toma_fx.analysis.dataflow import Flow
+from toma_fx.analysis.facts import Analysis
+from toma_fx.analysis.propagate import analyse
+from toma_fx.capture.model import Captured, capture, flatten_call
+from toma_fx.methods.toma import ToMAConfig
 from toma_fx.passes.pipeline import rewrite
 from toma_fx.passes.provide_patterns import Use
-from toma_fx.plan import MergePlan, make_plan
+from toma_fx.plan.plan import MergePlan
+from toma_fx.plan.planner import make_plan
 
 CAPTURED, FRESH = 1, 2
 """Seeds of the inputs that a graph is captured with, and of those that it is checked on."""

@@ -3,7 +3,7 @@
 from toma_fx.export.builder import build
 from toma_fx.export.entry import aoti, onnx, tensorrt
 from toma_fx.export.programs import Exported, Programs, export_programs
-from toma_fx.export.to_tensorrt import tensorrt_coverage
+from toma_fx.export.to_tensorrt.target import tensorrt_coverage
 
 __all__ = [
     "Exported",

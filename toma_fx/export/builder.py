@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from toma_fx.capture.parity import fresh
 from toma_fx.errors import BuildError
 from toma_fx.export.artifact import Report, building, check_place, reported, silent
 from toma_fx.export.manifest import (
@@ -23,26 +24,34 @@ from toma_fx.export.manifest import (
     InputSpec,
     Manifest,
     Parity,
-    Schedule,
     Structure,
     TensorSpec,
     raster_spec,
 )
 from toma_fx.export.programs import Programs, export_programs
 from toma_fx.export.targets import Lowered, Runtime, Target
-from toma_fx.parity import fresh
-from toma_fx.state import Call
+from toma_fx.run.schedule import Call, Schedule
 
 TOLERANCE = {"float16": 2e-2, "bfloat16": 5e-2}
 """Largest difference relative to the largest value of an output, by dtype; else `EXACT`."""
+
+
 EXACT = 1e-4
+
+
 ALIKE = {"float16": 0.85, "bfloat16": 0.7}
 """Least share of tokens that an artifact's patterns treat as the process's do, by dtype of the
 model; else `EXACTLY_ALIKE`."""
+
+
 EXACTLY_ALIKE = 0.95
+
+
 PROBES, NEAR = 8, 0.05
 """Random channels that tell whether a token is treated alike, and how near their values must be,
 relative to the largest."""
+
+
 CHECKED_STEPS = 4
 """Steps of the comparison, of the schedule from its first merged step."""
 

@@ -28,7 +28,7 @@ def aoti(
     Raises:
         BuildError, DynamicError, ModelTypeError, SignatureError: see `toma_fx.export.build`.
     """
-    from toma_fx.export.to_aoti import AOTITarget
+    from toma_fx.export.to_aoti.target import AOTITarget
 
     target = AOTITarget(max_autotune, inductor)
     how: dict[str, Any] = {"overwrite": overwrite, "licence": licence, "report": report}
@@ -54,7 +54,7 @@ def onnx(
         MissingPackageError: the extra `[onnx]` is not installed. BuildError, DynamicError,
             ModelTypeError, SignatureError: see `toma_fx.export.build`.
     """
-    from toma_fx.export.to_onnx import ONNXTarget
+    from toma_fx.export.to_onnx.target import ONNXTarget
 
     target = ONNXTarget(form) if opset is None else ONNXTarget(form, opset)
     how: dict[str, Any] = {"overwrite": overwrite, "licence": licence, "report": report}
@@ -82,7 +82,7 @@ def tensorrt(
         MissingPackageError: TensorRT is not installed; names packages and versions. BuildError,
             DynamicError, ModelTypeError, SignatureError: see `toma_fx.export.build`.
     """
-    from toma_fx.export.to_tensorrt import TensorRTTarget
+    from toma_fx.export.to_tensorrt.target import TensorRTTarget
 
     target = TensorRTTarget(route, optimization_level, workspace)
     how: dict[str, Any] = {"overwrite": overwrite, "licence": licence, "report": report}

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toma_fx.capture import raster
+from toma_fx.capture.grids import raster
 from toma_fx.errors import ArtifactError, SignatureError
 from toma_fx.export.artifact import verify
 from toma_fx.export.manifest import Manifest, TensorSpec, raster_spec
 from toma_fx.export.targets import Runtime, Target
-from toma_fx.state import Generation, PassState
+from toma_fx.run.generation import Generation, PassState
 
 NUMBERS = ("timestep", "_ids")
 """Ends of the names of inputs that may come in any dtype that holds their values: schedulers count
@@ -273,15 +273,15 @@ def load(
 def target_of(name: str) -> type[Target]:
     """The class of a target; its packages are imported when it is used."""
     if name == "aoti":
-        from toma_fx.export.to_aoti import AOTITarget
+        from toma_fx.export.to_aoti.target import AOTITarget
 
         return AOTITarget
     if name == "onnx":
-        from toma_fx.export.to_onnx import ONNXTarget
+        from toma_fx.export.to_onnx.target import ONNXTarget
 
         return ONNXTarget
     if name == "tensorrt":
-        from toma_fx.export.to_tensorrt import TensorRTTarget
+        from toma_fx.export.to_tensorrt.target import TensorRTTarget
 
         return TensorRTTarget
     raise ArtifactError(

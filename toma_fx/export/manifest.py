@@ -7,31 +7,25 @@ the published schema, which tools/write_schema.py writes from the classes here.
 
 from __future__ import annotations
 
-import collections.abc
 import dataclasses
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import PurePosixPath
-from types import UnionType
-from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+from typing import Any, Self
 
 from torch import Tensor
 
-from toma_fx.axis import Raster
-from toma_fx.config import MethodConfig
+from toma_fx.capture.grids import Raster
 from toma_fx.errors import ArtifactError
-from toma_fx.methods.base import Renewal
-from toma_fx.state import Call, call_at
+from toma_fx.export.decode import _broken, _check_name, _decoded
+from toma_fx.run.schedule import Call, Schedule
 
 VERSION = 1
 """Version of the form of the manifest; readers refuse others."""
+
+
 SCHEMA = f"urn:toma-fx:manifest:{VERSION}"
 """Identifier of the schema that `manifest.schema.json` beside this file holds."""
-LONGEST = 1000
-"""Steps of a generation that a schedule is written down for, and that are exported."""
-_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
@@ -108,60 +102,6 @@ class ProgramSpec:
     entry: str
     patterns_in: tuple[str, ...]
     patterns_out: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Which program runs when.
-
-    Attributes:
-        first_step, last_step: the steps that merge, from 0; others run "plain".
-        patterned: whether there are patterns at all; if not, merged steps run "reuse".
-        begin: programs of the first merged steps. cycle: what follows them, over and over. A step
-            without a pattern refreshes in any case.
-    """
-
-    first_step: int
-    last_step: int | None
-    patterned: bool
-    begin: tuple[Renewal, ...]
-    cycle: tuple[Renewal, ...]
-
-    @classmethod
-    def of(cls, config: MethodConfig) -> Self:
-        """The schedule of a configuration."""
-        calls: list[Renewal] = ["reuse"]
-        if config.patterned:
-            calls = [config.renewal(i) for i in range(LONGEST)]
-        begin, cycle = _periodic(calls)
-        return cls(config.first_step, config.last_step, config.patterned, begin, cycle)
-
-    @classmethod
-    def plain(cls) -> Self:
-        """That of a model of which nothing merges: every step comes after the last that would."""
-        return cls(0, -1, False, (), ("reuse",))
-
-    def call(self, step: int, has_pattern: bool) -> Call:
-        """The program of a step (from 0): the same as `state.call_at` of the configuration."""
-        return call_at(self, step, has_pattern)
-
-    def renewal(self, since: int) -> Renewal:
-        """What a step does with the pattern, `since` steps after the first that merges."""
-        if since < len(self.begin):
-            return self.begin[since]
-        return self.cycle[(since - len(self.begin)) % len(self.cycle)]
-
-
-def _periodic(calls: Sequence[Renewal]) -> tuple[tuple[Renewal, ...], tuple[Renewal, ...]]:
-    """The shortest (begin, cycle) that continue to give `calls`."""
-    for period in range(1, len(calls) // 2):
-        start = len(calls)
-        while start > period and calls[start - 1] == calls[start - 1 - period]:
-            start -= 1
-        start -= period
-        if start + 2 * period <= len(calls) and start <= len(calls) // 2:
-            return tuple(calls[:start]), tuple(calls[start : start + period])
-    return tuple(calls[:-1]), (calls[-1],)
 
 
 @dataclass(frozen=True)
@@ -291,75 +231,3 @@ class Manifest:
             if program.file not in manifest.files:
                 raise _broken(where, "programs in files that are listed", program.file)
         return manifest
-
-
-def _check_name(name: str, where: str) -> None:
-    """Refuse names that lead out of the folder."""
-    parts = PurePosixPath(name).parts
-    if not parts or "/".join(parts) != name or not all(_FILE.fullmatch(part) for part in parts):
-        raise ArtifactError(
-            "a file of the manifest lies outside its folder",
-            where=where,
-            expected="plain names of letters, digits, '.', '_', '-', below the folder",
-            got=repr(name),
-            hint="this artifact was not made by toma_fx: don't load it",
-        )
-
-
-def _decoded(kind: Any, data: Any, where: str) -> Any:
-    """JSON data as a value of the type `kind`, checked throughout."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if kind is Any:
-        return data
-    if origin is Literal:
-        if data in arguments:
-            return data
-        raise _broken(where, " or ".join(map(repr, arguments)), repr(data)[:80])
-    if dataclasses.is_dataclass(kind):
-        return _object(kind, data, where)
-    if origin in (Union, UnionType):
-        return _one_of(arguments, data, where)
-    if origin is tuple and isinstance(data, (list, tuple)):
-        if arguments[-1:] == (Ellipsis,):
-            arguments = arguments[:1] * len(data)
-        if len(arguments) == len(data):
-            pairs = enumerate(zip(arguments, data, strict=True))
-            return tuple(_decoded(a, x, f"{where}[{i}]") for i, (a, x) in pairs)
-    elif origin is collections.abc.Mapping and isinstance(data, dict):
-        return {k: _decoded(arguments[1], v, f"{where}.{k}") for k, v in data.items()}
-    elif kind is float and type(data) in (int, float):
-        return float(data)
-    elif origin is None and type(data) is kind:
-        return data
-    raise _broken(where, str(kind), repr(data)[:80])
-
-
-def _one_of(kinds: Sequence[Any], data: Any, where: str) -> Any:
-    if data is None and type(None) in kinds:
-        return None
-    for kind in kinds:
-        if kind is not type(None):
-            try:
-                return _decoded(kind, data, where)
-            except ArtifactError:
-                continue
-    raise _broken(where, " or ".join(map(str, kinds)), repr(data)[:80])
-
-
-def _object(kind: Any, data: Any, where: str) -> Any:
-    hints = get_type_hints(kind)
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    if not isinstance(data, dict) or set(data) != set(fields):
-        got = sorted(data) if isinstance(data, dict) else repr(data)[:80]
-        raise _broken(where, f"the fields {sorted(fields)}", str(got))
-    return kind(**{name: _decoded(hints[name], data[name], f"{where}.{name}") for name in fields})
-
-
-def _broken(where: str, expected: str, got: str) -> ArtifactError:
-    return ArtifactError(
-        "the manifest is not of the form that its version has",
-        where=where,
-        expected=expected,
-        got=got,
-        hint="the artifact is damaged or was edited: build it anew",
-    )

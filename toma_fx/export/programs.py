@@ -12,16 +12,15 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from toma_fx.api import call_of, optimized_of
 from toma_fx.errors import ModelTypeError
-from toma_fx.export.manifest import LONGEST
+from toma_fx.graph.rewriter import Rewriter
+from toma_fx.graph.verify import output_values
 from toma_fx.passes.pipeline import copy_graph, rewrite
-from toma_fx.passes.rewriter import Rewriter
-from toma_fx.plan import MergePlan
-from toma_fx.runtime import OptimizedDenoiser
-from toma_fx.specialize import Specialization, tracing
-from toma_fx.state import Call, call_at
-from toma_fx.verify import output_values
+from toma_fx.plan.plan import MergePlan
+from toma_fx.run.calls import call_of
+from toma_fx.run.denoiser import OptimizedDenoiser, optimized_of
+from toma_fx.run.programs import Specialization, tracing
+from toma_fx.run.schedule import LONGEST, Call, call_at
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Merging methods as pure functions on tensors."""
+"""Merging methods as pure functions on tensors, and their configurations."""

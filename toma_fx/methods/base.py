@@ -18,110 +18,20 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal, Self
 
-from torch import Tensor
-
 from toma_fx.errors import ConfigError, DynamicError, TileError, UnknownNameError, nearest
-from toma_fx.methods.windows import Size
+from toma_fx.methods.checks import check_choice, is_number, whole_sides
+from toma_fx.methods.setting import Place, Setting
 
-Pattern = Mapping[str, Tensor]
-"""Tensors of one pattern by name; the first dimension of each is the batch."""
 Scope = Literal["sublayer", "block", "stack"]
+
+
 Share = Literal["stream", "block", "branch"]
+
+
 Renewal = Literal["refresh", "reweigh", "reuse"]
+
+
 BRANCHES = ("attention", "cross", "mlp")
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where in a model tokens are to be merged.
-
-    Attributes:
-        grid: tokens (H, W), or (T, H, W) of a video. unit: what windows and cells must not cross:
-            the grid, or one of several equal images that lie below each other in it.
-        level: 0 where the model has the most tokens, 1 at the next smaller grid, and so on.
-        downsample: how many times coarser than level 0 a side of the grid is, rounded up.
-        depth: share of the model's transformer blocks that come before, in [0, 1).
-        module: path of the branch. group: path of the block's first branch.
-    """
-
-    grid: Size
-    unit: Size
-    level: int = 0
-    downsample: int = 1
-    depth: float = 0.0
-    module: str = ""
-    group: str = ""
-
-
-@dataclass(frozen=True)
-class Setting(ABC):
-    """A method with its options at one token grid: functions on tensors, and their static facts.
-
-    Equal settings may share a pattern; everything that a pattern depends on is a field.
-
-    Attributes:
-        grid: tokens (H, W) or (T, H, W), N in all.
-
-    Class attributes:
-        chosen: names of what `select` gives. weighed: names of what `weights` gives.
-        linear: whether `merge` is a linear map of the tokens.
-        feature: what `select` looks at: the segment's normalised "entry", or the residual "stream"
-            where the block begins.
-        dynamic: whether the number of merged tokens depends on the data. Such a setting runs
-            eagerly; `merged` is what its functions give for fake tensors.
-    """
-
-    grid: Size
-    chosen: ClassVar[tuple[str, ...]] = ()
-    weighed: ClassVar[tuple[str, ...]] = ()
-    linear: ClassVar[bool] = True
-    feature: ClassVar[Literal["entry", "stream"]] = "entry"
-    dynamic: ClassVar[bool] = False
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """Names of the tensors of a pattern."""
-        return self.chosen + self.weighed
-
-    @property
-    @abstractmethod
-    def merged(self) -> int:
-        """M, the tokens after merging."""
-
-    def count(self, pattern: Pattern) -> int:
-        """M for a pattern; a dynamic setting reads it off the pattern's shapes."""
-        return self.merged
-
-    @abstractmethod
-    def text(self) -> str:
-        """How it merges, in a few words for a table."""
-
-    def select(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The `chosen` parts of the pattern of tokens [B, N, C]."""
-        return ()
-
-    def weights(self, x: Tensor, chosen: Pattern) -> tuple[Tensor, ...]:
-        """The `weighed` parts, for the chosen ones."""
-        return ()
-
-    @abstractmethod
-    def merge(self, x: Tensor, pattern: Pattern) -> Tensor:
-        """Tokens [B, N, C] -> [B, M, C]."""
-
-    @abstractmethod
-    def unmerge(self, y: Tensor, pattern: Pattern) -> Tensor:
-        """Tokens [B, M, C] -> [B, N, C]."""
-
-    @abstractmethod
-    def kept(self, pattern: Pattern) -> Tensor:
-        """The token of the grid that each merged token stands for: [B, M] or [1, M] int64.
-
-        Positional operands (rotary tables, masks) are taken at these.
-        """
-
-    def portable(self) -> Self:
-        """The same setting, made of operators that every exporter knows."""
-        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -373,29 +283,3 @@ def _owners(option: str) -> str:
         if any(f.name == option for f in dataclasses.fields(cls))
     ]
     return f"it is an option of {', '.join(owners)}" if owners else ""
-
-
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Raise unless `value` is one of `choices`.
-
-    Raises:
-        UnknownNameError: with the nearest choices.
-    """
-    if value not in choices:
-        raise UnknownNameError(
-            f"unknown value {value!r} of {name}",
-            where=name,
-            expected=" or ".join(choices),
-            got=repr(value),
-            hint=nearest(str(value), choices),
-        )
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value is an int or a float, and no bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def whole_sides(sides: Any) -> bool:
-    """Whether every side is a whole number of at least 1."""
-    return all(type(side) is int and side >= 1 for side in sides)

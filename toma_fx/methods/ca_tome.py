@@ -18,12 +18,17 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from toma_fx.methods.base import Pattern, Place, Renewal, check_choice, is_number
-from toma_fx.methods.tomesd import CellConfig, ToMeSD
+from toma_fx.methods.base import Renewal
+from toma_fx.methods.cells import CellConfig
+from toma_fx.methods.checks import check_choice, is_number
+from toma_fx.methods.setting import Pattern, Place
+from toma_fx.methods.tomesd import ToMeSD
 from toma_fx.methods.windows import size_text
 
 PUBLISHED_STEPS = 50
 """Steps of a generation that the published checkpoints are made for."""
+
+
 CHECKPOINTS: Mapping[str, tuple[int, ...]] = MappingProxyType(
     {
         "config-1": (0, 1, 2, 3, 5, 10, 15, 25, 35),

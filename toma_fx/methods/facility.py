@@ -7,6 +7,8 @@ from torch import Tensor
 
 BITS = 16
 """Similarities are whole multiples of 2^-BITS."""
+
+
 _EXACT = 24
 """Bits of the whole numbers that float32 adds without rounding."""
 

@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from toma_fx.methods.base import MethodConfig, Pattern, Place, Setting, whole_sides
+from toma_fx.methods.base import MethodConfig
+from toma_fx.methods.checks import whole_sides
+from toma_fx.methods.setting import Pattern, Place, Setting
 from toma_fx.methods.tomesd import STEPS
 from toma_fx.methods.windows import (
     Size,
@@ -37,6 +39,8 @@ from toma_fx.methods.windows import (
 )
 
 How = Literal["representative", "mean"]
+
+
 TIE = 2.0**-14
 """Sums of cosines are compared in steps of this size, so that mathematically equal ones tie."""
 

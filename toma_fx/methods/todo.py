@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from toma_fx.errors import RewriteError
-from toma_fx.methods.base import MethodConfig, Pattern, Place, Setting, whole_sides
+from toma_fx.methods.base import MethodConfig
+from toma_fx.methods.checks import whole_sides
+from toma_fx.methods.setting import Pattern, Place, Setting
 from toma_fx.methods.windows import Size, size_text
 
 How = Literal["nearest", "average", "area"]

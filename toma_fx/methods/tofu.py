@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from toma_fx.methods.base import Pattern, Place, is_number
+from toma_fx.methods.checks import is_number
+from toma_fx.methods.setting import Pattern, Place
 from toma_fx.methods.tomesd import ToMeSD, ToMeSDConfig
 from toma_fx.methods.windows import cast, take
 

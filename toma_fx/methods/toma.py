@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import toma_fx.ops  # noqa: F401 - registers the operator
+import toma_fx.methods.ops  # noqa: F401 - registers the operator
 from toma_fx.errors import TileError
-from toma_fx.methods import base
-from toma_fx.methods.base import BRANCHES, MethodConfig, Place, Renewal, Scope, Setting, Share
+from toma_fx.methods import checks, setting
+from toma_fx.methods.base import BRANCHES, MethodConfig, Renewal, Scope, Share
 from toma_fx.methods.facility import facility_location
+from toma_fx.methods.setting import Place, Setting
 from toma_fx.methods.windows import (
     Size,
     dividing_tile,
@@ -39,8 +40,12 @@ from toma_fx.methods.windows import (
 
 UNROLL = 4
 """Destinations a window up to which the greedy loop is unrolled into the graph."""
+
+
 WINDOW_TOKENS = 16
 """Tokens a window when the configuration does not say."""
+
+
 Window = Literal["tile", "stripe", "global"]
 
 
@@ -212,20 +217,20 @@ class ToMA(Setting):
         opaque = self.opaque and self.keep > UNROLL
         return (select(x, self.grid, self.tile, self.keep, opaque=opaque),)
 
-    def weights(self, x: Tensor, chosen: base.Pattern) -> tuple[Tensor, ...]:
+    def weights(self, x: Tensor, chosen: setting.Pattern) -> tuple[Tensor, ...]:
         """Merge and unmerge matrices: see `toma.weights`."""
         made = weights(x, chosen["idx"], self.grid, self.tile, self.scale, unmerge=self.inverse)
         return made.merge, made.unmerge
 
-    def merge(self, x: Tensor, pattern: base.Pattern) -> Tensor:
+    def merge(self, x: Tensor, pattern: setting.Pattern) -> Tensor:
         """y = A_norm x in every window."""
         return merge_windows(x, pattern["merge"], self.grid, self.tile)
 
-    def unmerge(self, y: Tensor, pattern: base.Pattern) -> Tensor:
+    def unmerge(self, y: Tensor, pattern: setting.Pattern) -> Tensor:
         """x' = A^T y in every window."""
         return unmerge_windows(y, pattern["unmerge"], self.grid, self.tile)
 
-    def kept(self, pattern: base.Pattern) -> Tensor:
+    def kept(self, pattern: setting.Pattern) -> Tensor:
         """The destinations."""
         return token_index(pattern["idx"], self.grid, self.tile)
 
@@ -284,7 +289,7 @@ class ToMAConfig(MethodConfig):
         self.check_ratio()
         self.choice("window", ("tile", "stripe", "global"))
         self.choice("unmerge", ("transpose", "pinv"))
-        positive = base.is_number(self.scale) and self.scale > 0
+        positive = checks.is_number(self.scale) and self.scale > 0
         self.require(positive, "scale", "a positive number")
         self.count("weights_every")
         if self.tiles is not None:
@@ -292,7 +297,7 @@ class ToMAConfig(MethodConfig):
         one = type(self.tile) is int and self.tile >= 1
         several = isinstance(self.tile, tuple) and len(self.tile) in (2, 3)
         self.require(
-            self.tile is None or one or (several and base.whole_sides(self.tile)),
+            self.tile is None or one or (several and checks.whole_sides(self.tile)),
             "tile",
             "a side, (height, width) or (frames, height, width), whole numbers of at least 1",
             TileError,

@@ -1,1 +1,1 @@
-"""Graph passes that carry out a plan."""
+"""Passes that carry out a plan."""

@@ -23,13 +23,14 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, fx
 
-from toma_fx.axis import Analysis, Patch, Positional, token_dim, tokens_of
+from toma_fx.analysis.dataflow import Flow
+from toma_fx.analysis.facts import Analysis, Patch, Positional
+from toma_fx.analysis.labels import token_dim, tokens_of
 from toma_fx.errors import RewriteError
-from toma_fx.flow import Flow
-from toma_fx.passes import tokens
-from toma_fx.passes.rewriter import Rewriter
-from toma_fx.passes.tokens import PatternNodes, Span, span_of
-from toma_fx.plan import MergePlan, MergeSegment
+from toma_fx.graph.rewriter import Rewriter
+from toma_fx.passes import snippets as tokens
+from toma_fx.passes.snippets import PatternNodes, Span, span_of
+from toma_fx.plan.plan import MergePlan, MergeSegment
 
 
 @dataclass(frozen=True)

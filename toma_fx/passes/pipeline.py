@@ -7,21 +7,17 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from toma_fx.axis import Analysis, tokens_of
-from toma_fx.capture import Captured
+from toma_fx.analysis.dataflow import Flow
+from toma_fx.analysis.facts import Analysis
+from toma_fx.analysis.labels import tokens_of
+from toma_fx.capture.model import Captured
 from toma_fx.errors import RewriteError
-from toma_fx.flow import Flow
+from toma_fx.graph.rewriter import Rewriter, Templates
+from toma_fx.graph.verify import output_values, verify
 from toma_fx.passes.merge_segments import MergeSegments
-from toma_fx.passes.provide_patterns import (
-    ProvidePatterns,
-    Use,
-    pattern_inputs,
-    pattern_outputs,
-)
-from toma_fx.passes.rewriter import Rewriter, Templates
-from toma_fx.passes.tokens import Span, span_of
-from toma_fx.plan import MergePlan, PatternGroup
-from toma_fx.verify import output_values, verify
+from toma_fx.passes.provide_patterns import ProvidePatterns, Use, pattern_inputs, pattern_outputs
+from toma_fx.passes.snippets import Span, span_of
+from toma_fx.plan.plan import MergePlan, PatternGroup
 
 
 @dataclass(frozen=True)

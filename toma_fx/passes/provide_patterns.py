@@ -18,12 +18,14 @@ from typing import Literal
 import torch
 from torch import Tensor, fx
 
-from toma_fx.methods.base import Setting
-from toma_fx.passes.rewriter import Rewriter
-from toma_fx.passes.tokens import PatternNodes, Span, image_part
-from toma_fx.plan import MergePlan, PatternGroup
+from toma_fx.graph.rewriter import Rewriter
+from toma_fx.methods.setting import Setting
+from toma_fx.passes.snippets import PatternNodes, Span, image_part
+from toma_fx.plan.plan import MergePlan, PatternGroup
 
 Use = Literal["refresh", "reweigh", "reuse", "mixed"]
+
+
 MASKS = ("pattern_select", "pattern_weigh")
 
 

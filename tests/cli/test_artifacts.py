@@ -1,0 +1,283 @@
+"""`toma-fx build`, `info`, `verify` and `run`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import toma_fx
+from tests import denoisers
+from toma_fx.capture.grids import raster
+from toma_fx.cli.artifacts import size_text
+from toma_fx.cli.main import main
+from toma_fx.cli.run import call_of
+from toma_fx.errors import ModelTypeError
+from toma_fx.export.artifact import verify
+from toma_fx.export.manifest import Manifest
+from toma_fx.models import tiny
+from toma_fx.models.named import example, licence_of
+
+STAGES = ["load the model", "export", "onnx refresh", "compare with the process"]
+CARD = "---\nlicense: other\nlicense_name: flux-1-dev\n---\n# A model\n"
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    denoisers.flux().save_pretrained(folder / "transformer")
+    (folder / "README.md").write_text(CARD)
+    return folder
+
+
+def build(*args: Any) -> int:
+    given = ["--height", 128, "--batch", 1, "--text", 8, "--set", "min_tokens=16"]
+    return main(["build", *map(str, given), *map(str, args)])
+
+
+@pytest.fixture(scope="module")
+def artifact(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("onnxscript")
+    out = tmp_path_factory.mktemp("artifact") / "a"
+    assert build("--model", model_folder, "--target", "onnx", "--form", "cached", "--out", out) == 0
+    return out
+
+
+def test_what_was_built(artifact: Path) -> None:
+    manifest = verify(artifact)
+    assert manifest.model == "FluxTransformer2DModel", "found inside the pipeline's folder"
+    assert manifest.licence == "flux-1-dev", "from the model card"
+    assert manifest.target.form == "cached"
+    hidden = next(s for s in manifest.inputs if s.path == ("hidden_states",))
+    assert hidden.tensor.shape[:2] == (1, 64)
+    assert manifest.plan["config"]["min_tokens"] == 16
+
+
+@pytest.mark.slow
+def test_what_a_build_says(
+    artifact: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = ("--target", "onnx", "--form", "stateless", "--opset", 20)
+    more = ("--licence", "mine", "--overwrite")
+    shutil.copytree(artifact, tmp_path / "a")
+    assert build("--model", model_folder, *target, *more, "--out", tmp_path / "a") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[:4]] == STAGES
+    assert lines[2].split()[-1] in ("kB", "MB"), "size of what the stage wrote"
+    assert "largest difference" in lines[-1]
+    manifest = verify(tmp_path / "a")
+    assert (manifest.licence, manifest.target.opset) == ("mine", 20)
+
+
+def test_info_and_verify(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(artifact)]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for words in ("onnx, cached, opset 23", "refresh.onnx", "(refresh reuse reuse reuse reuse)"):
+        assert words in text
+    assert main(["info", str(artifact), "--json"]) == 0
+    assert Manifest.of(capsys.readouterr().out, "printed") == verify(artifact)
+    assert main(["verify", str(artifact)]) == 0
+    assert "3 files" in capsys.readouterr().out
+
+
+def test_damage_is_an_error(
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = tmp_path / "a"
+    shutil.copytree(artifact, damaged)
+    with (damaged / "weights.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x7f")
+    for command in ("verify", "run"):
+        assert main([command, str(damaged)]) == 1
+        assert "weights.safetensors" in capsys.readouterr().err
+    assert main(["info", str(damaged)]) == 0, "the manifest can still be read"
+
+
+@pytest.mark.parametrize("kind", ["npz", "safetensors"])
+def test_run(artifact: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(artifact), "--steps", "3", "--threads", "1"]) == 0
+    text = capsys.readouterr().out
+    counts = [line.split()[:2] for line in text.splitlines() if " ms" in line]
+    assert counts == [["refresh", "1"], ["reuse", "2"]]
+
+    manifest = verify(artifact)
+    call = call_of(manifest, {})
+    given = {spec.tensor.name: call[spec.path[0]] for spec in manifest.inputs}
+    path = tmp_path / f"inputs.{kind}"
+    if kind == "npz":
+        np.savez(path, **{name: x.numpy() for name, x in given.items()})
+    else:
+        from safetensors.torch import save_file
+
+        save_file(given, path)
+    out = tmp_path / f"outputs.{kind}"
+    files = ("--inputs", str(path), "--outputs", str(out))
+    assert main(["run", str(artifact), "--steps", "1", *files]) == 0
+    want = toma_fx.load(artifact)(**call)[0]
+    if kind == "npz":
+        got = torch.from_numpy(np.load(out)["output_0"])
+    else:
+        from safetensors.torch import load_file
+
+        got = load_file(out)["output_0"]
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--inputs", "nosuch.npz"], "can't be read"),
+        (["--inputs", "x.pickle"], "ends in .npz or .safetensors"),
+        (["--device", "cuda:7"], ""),
+        (["--providers", "NoSuchProvider"], "has no such provider"),
+    ],
+)
+def test_bad_runs(
+    artifact: Path, args: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", str(artifact), *args]) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_inputs_that_are_pickled_or_not_all(
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "x.npz"
+    np.savez(path, hidden_states=np.array([{"code": "never run"}], dtype=object))
+    assert main(["run", str(artifact), "--inputs", str(path)]) == 1
+    assert "allow_pickle" in capsys.readouterr().err
+    np.savez(path, hidden_states=np.zeros(3))
+    assert main(["run", str(artifact), "--inputs", str(path)]) == 1
+    assert "encoder_hidden_states" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--target", "aoti", "--opset", 20], "another target"),
+        (["--target", "onnx", "--dry-run"], "only TensorRT"),
+        (["--target", "onnx"], "--out"),
+        (["--target", "tensorrt", "--out", "OUT"], "toma_fx[tensorrt]"),
+        (["--target", "onnx", "--out", "OUT", "--opset", 17], "18 to 25"),
+        (["--target", "onnx", "--out", "OUT", "--set", "ration=0.5"], "ration"),
+    ],
+)
+def test_bad_builds(
+    model_folder: Path,
+    tmp_path: Path,
+    args: list[Any],
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    args = [str(tmp_path / "a") if a == "OUT" else a for a in args]
+    assert build("--model", model_folder, *args) == 1
+    assert words in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_build_goes_on(
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from toma_fx.export import builder
+
+    def interrupt(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    args = ("--model", model_folder, "--target", "onnx", "--form", "stateless")
+    with monkeypatch.context() as patch:
+        patch.setattr(builder, "_compare", interrupt)
+        assert build(*args, "--out", tmp_path / "a") == 130
+    assert "goes on" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+    assert build(*args, "--out", tmp_path / "a") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[:4]] == STAGES
+    assert "done before" in lines[2]
+    assert "largest difference" in lines[-1]
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_folder_in_use_is_refused_before_the_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.tex").write_text("all my work")
+    assert build("--model", "nosuch", "--target", "aoti", "--out", tmp_path) == 1
+    assert "not empty" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", tiny.NAMES)
+@pytest.mark.parametrize("route", ["torch", "onnx"])
+def test_dry_run(name: str, route: str, capsys: pytest.CaptureFixture[str]) -> None:
+    merge = ("--set", "min_tokens=64")
+    args = ("--target", "tensorrt", "--dry-run", "--route", route, *merge)
+    assert main(["build", "--model", name, *args]) == 0
+    text = capsys.readouterr().out
+    assert text.count("every operator is taken") == 2
+    assert "program reuse" in text
+
+
+@pytest.mark.slow
+def test_dry_run_says_what_is_not_taken(
+    model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    merge = ("--set", "unmerge=pinv", "--set", "destinations_every=2")
+    args = ("--target", "tensorrt", "--dry-run", *merge)
+    assert build("--model", model_folder, *args) == 1
+    found = capsys.readouterr()
+    assert "aten._linalg_solve_ex" in found.out
+    assert "does not take the whole program" in found.err
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_example_calls_run(name: str, dtype: torch.dtype) -> None:
+    model, inputs = example(name, 32, 64, 1, dtype=dtype)
+    with torch.no_grad():
+        (out,) = model(**inputs)
+    assert out.dtype == dtype
+    assert inputs["encoder_hidden_states"].dtype == dtype
+
+
+def test_unknown_models(tmp_path: Path) -> None:
+    with pytest.raises(ModelTypeError, match=r"config\.json"):
+        example(str(tmp_path))
+    assert licence_of(str(tmp_path)) == ""
+    assert "Apache-2.0" in licence_of("tiny-sdxl")
+
+
+def test_sizes() -> None:
+    assert [size_text(n) for n in (7, 1500, 2_500_000, 3 * 10**9)] == [
+        "7 B",
+        "1.5 kB",
+        "2.5 MB",
+        "3.0 GB",
+    ]
+
+
+def test_positions_of_several_images(artifact: Path) -> None:
+    manifest = Manifest.of(json.dumps(_with_raster(artifact, [[4, 2], 4, 0, 3])), "made up")
+    ids = call_of(manifest, {})["img_ids"]
+    assert ids.shape == (27, 3)
+    spec = next(s for s in manifest.inputs if s.path == ("img_ids",))
+    found = raster(ids)
+    assert found is not None
+    assert (found.heights, found.width, found.rest, found.before) == spec.raster
+
+
+def _with_raster(artifact: Path, given: Any) -> Any:
+    data = json.loads((artifact / "manifest.json").read_text())
+    (entry,) = (e for e in data["inputs"] if e["path"] == ["img_ids"])
+    heights, width, rest, before = given
+    entry["raster"] = given
+    entry["tensor"]["shape"] = [before + sum(heights) * width + rest, 3]
+    return data

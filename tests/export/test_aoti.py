@@ -1,0 +1,462 @@
+"""AOTInductor artifacts: compiled, run from Python and C++, refused where they don't fit."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import toma_fx
+from tests import denoisers
+from tests.denoisers import relative
+from tests.methods.test_methods import inputs, model, static
+from toma_fx.errors import ArtifactError, BuildError, ConfigError, UnknownNameError
+from toma_fx.export.artifact import file_spec, verify
+from toma_fx.export.builder import build
+from toma_fx.export.loader import load
+from toma_fx.export.machine import architecture
+from toma_fx.export.programs import Programs, export_programs
+from toma_fx.export.to_aoti import files, runtime, target
+from toma_fx.export.to_aoti.files import PACKAGE, WEIGHTS
+from toma_fx.export.to_aoti.target import AOTITarget
+
+CPU = torch.device("cpu")
+EXAMPLE = Path(__file__).parents[2] / "examples" / "cpp"
+
+pytestmark = pytest.mark.slow
+"""Every test here compiles, or runs what was compiled."""
+
+
+@cache
+def optimized() -> Any:
+    return toma_fx.optimize(model(), method=static("grid"))
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One build of the smallest model, which no test changes."""
+    out = tmp_path_factory.mktemp("aoti") / "artifact"
+    build(optimized(), inputs(), out, AOTITarget())
+    return out
+
+
+@pytest.fixture
+def exported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builds start from programs that were exported once."""
+    monkeypatch.setattr("toma_fx.export.builder.export_programs", lambda *_: programs())
+
+
+@cache
+def programs() -> Programs:
+    return export_programs(optimized(), inputs())
+
+
+@pytest.fixture
+def copied(artifact: Path, tmp_path: Path) -> Path:
+    """A copy to be damaged."""
+    return Path(shutil.copytree(artifact, tmp_path / "copy"))
+
+
+def rewritten(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """An artifact with another manifest, and checksums that fit the files."""
+    path = folder / "manifest.json"
+    data = json.loads(path.read_text())
+    change(data)
+    for name, said in data["files"].items():
+        spec = file_spec(folder / name)
+        said |= {"size": spec.size, "sha256": spec.sha256}
+    path.write_text(json.dumps(data))
+    return folder
+
+
+# -- what it computes -----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_steps_equal_the_process(artifact: Path) -> None:
+    loaded = load(artifact)
+    assert set(loaded.manifest.programs) == {"refresh", "reuse"}
+    assert all(p.relative < 1e-5 for p in loaded.manifest.parity)
+    for generation in range(2):
+        optimized().reset()
+        for step in range(5):
+            call = inputs(seed=10 * generation + step, timestep=800.0 - step)
+            want = optimized()(**call)
+            assert relative(loaded(**call), want) < 1e-5
+            assert relative(want, model()(**call)) > 1e-3, "it merges"
+
+
+@torch.no_grad()
+def test_strides_of_a_call_do_not_matter(artifact: Path) -> None:
+    """Compiled code reads memory as its example lay."""
+    loaded = load(artifact)
+    want = loaded(**inputs())
+    sample = inputs()["sample"].to(memory_format=torch.channels_last)
+    assert not sample.is_contiguous()
+    loaded.reset()
+    assert relative(loaded(sample=sample, timestep=torch.tensor(800.0).expand(2)), want) < 1e-6
+
+
+def test_examples_are_contiguous() -> None:
+    sample = inputs()["sample"].to(memory_format=torch.channels_last)
+    made = export_programs(
+        optimized(), {"sample": sample, "timestep": torch.tensor(800.0).expand(2)}
+    )
+    for program in made.values():
+        assert all(x.is_contiguous() for x in program.example)
+        placeholders = [n for n in program.program.graph.nodes if n.op == "placeholder"]
+        assert all(n.meta["val"].is_contiguous() for n in placeholders)
+
+
+# -- weights once ---------------------------------------------------------------------------------
+
+
+def test_weights_are_stored_once(artifact: Path) -> None:
+    with zipfile.ZipFile(artifact / PACKAGE) as package:
+        names = package.namelist()
+    assert not [n for n in names if "weight" in n or "constant" in n]
+    assert sum(n.endswith(".so") for n in names) == 2
+    state = model().state_dict()
+    stored = load_file(artifact / WEIGHTS)
+    assert set(stored) == set(state)
+    assert all(torch.equal(stored[name], x) for name, x in state.items())
+    size = sum(x.nbytes for x in state.values())
+    assert size < (artifact / WEIGHTS).stat().st_size < size + 4096
+
+
+def test_weights_are_in_memory_once(artifact: Path) -> None:
+    """Every constant of every program is a tensor of the one mapping."""
+    runtime: Any = load(artifact)._runtime
+    given: list[dict[str, Tensor]] = []
+
+    class Spy:
+        def __init__(self, runner: Any) -> None:
+            self.loader = runner
+
+        def get_constant_fqns(self) -> list[str]:
+            return list(self.loader.get_constant_fqns())
+
+        def load_constants(self, constants: dict[str, Tensor], **options: bool) -> None:
+            assert options == {"check_full_update": True, "user_managed": True}
+            given.append(constants)
+
+    for entry, loader in runtime._runners.items():
+        runtime._complete({entry: Spy(loader)}, entry)
+    assert len(given) == 2
+    for name, x in given[0].items():
+        assert given[1][name].data_ptr() == x.data_ptr() == runtime._weights[name].data_ptr()
+    mapped = Path("/proc/self/maps").read_text() if sys.platform == "linux" else WEIGHTS
+    assert WEIGHTS in mapped
+
+
+def test_no_pickles(artifact: Path) -> None:
+    with zipfile.ZipFile(artifact / PACKAGE) as package:
+        assert not [n for n in package.namelist() if n.endswith((".pkl", ".pt"))]
+        for name in package.namelist():
+            head = package.read(name)[:4]
+            assert head[:2] not in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"PK"), name
+
+
+def test_weights_file_keeps_layouts(tmp_path: Path) -> None:
+    given = {
+        "plain": torch.arange(6.0).reshape(2, 3),
+        "last": torch.arange(48.0).reshape(1, 3, 4, 4).to(memory_format=torch.channels_last),
+        "row": torch.arange(3.0).expand(4, 3),
+        "part": torch.arange(20.0).reshape(4, 5)[1:3, 1:4],
+        "half": torch.arange(4).to(torch.bfloat16),
+        "scalar": torch.tensor(7),
+        "empty": torch.zeros(0, 4),
+    }
+    files._save(tmp_path / "w.safetensors", given, {}, CPU)
+    found, aliases = files._weights(tmp_path / "w.safetensors", CPU)
+    assert aliases == {}
+    for name, x in given.items():
+        assert torch.equal(found[name], x)
+        assert found[name].stride() == x.stride()
+        assert found[name].dtype == x.dtype
+
+
+def test_tensors_of_gpu_programs_that_stay_on_the_host(tmp_path: Path) -> None:
+    gpu = torch.device("meta")
+    files._save(tmp_path / "w.safetensors", {"a": torch.ones(2)}, {}, gpu)
+    files._save(tmp_path / "v.safetensors", {"a": torch.ones(2)}, {}, CPU)
+    for name, where in (("w", "cpu"), ("v", "meta")):
+        found, _ = files._weights(tmp_path / f"{name}.safetensors", gpu)
+        assert found["a"].device.type == where
+
+
+def test_tied_weights_and_constants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tied weights are stored once; constants of equal value, too; others under other names."""
+    table = torch.arange(6.0)
+    state = {"in": torch.ones(2, 3), "out": torch.zeros(3)}
+    state["tied"] = state["in"]
+    known = files._by_memory(state)
+    (tmp_path / files.PARTS).mkdir()
+    for call, extra in (("refresh", table), ("reuse", table.clone()), ("plain", table + 1)):
+        given = {"in": state["in"], "tied": state["tied"], "lifted": extra}
+        files._save_constants(tmp_path / files._part(call)[1], given, known, CPU)
+
+    class Calls(dict[str, None]):
+        device = CPU
+
+    monkeypatch.setattr(files, "_state", lambda programs: state)
+    files._save_weights(tmp_path, Calls.fromkeys(("refresh", "reuse", "plain")))  # type: ignore[arg-type]
+    found, aliases = files._weights(tmp_path / WEIGHTS, CPU)
+    assert set(found) == {"in", "constant.0", "constant.1"}
+    assert aliases["refresh/tied"] == aliases["reuse/tied"] == "in"
+    assert aliases["refresh/lifted"] == aliases["reuse/lifted"] != aliases["plain/lifted"]
+    assert torch.equal(found[aliases["plain/lifted"]], table + 1)
+
+
+# -- refusals -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def untouched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of the artifact may be loaded."""
+
+    def forbidden(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("an artifact that must be refused was opened")
+
+    monkeypatch.setattr(torch.export.pt2_archive._package, "load_pt2", forbidden)
+    monkeypatch.setattr(runtime, "_weights", forbidden)
+
+
+def other_torch(data: dict[str, Any]) -> None:
+    data["versions"]["torch"] = "2.12.1+cpu"
+
+
+def other_device(data: dict[str, Any]) -> None:
+    data["device"]["type"] = "cuda"
+
+
+def other_arch(data: dict[str, Any]) -> None:
+    data["device"]["arch"] = "linux aarch64 sve2"
+
+
+def wider_arch(data: dict[str, Any]) -> None:
+    data["device"]["arch"] += " avx10_9"
+
+
+def no_arch(data: dict[str, Any]) -> None:
+    data["device"]["arch"] = ""
+
+
+@pytest.mark.usefixtures("untouched")
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (other_torch, "version of torch"),
+        (other_arch, "aarch64"),
+        (wider_arch, "without avx10_9"),
+        (no_arch, "without a check"),
+    ],
+)
+def test_other_machines_are_refused(copied: Path, change: Any, said: str) -> None:
+    with pytest.raises(ArtifactError, match=said):
+        load(rewritten(copied, change))
+
+
+@pytest.mark.usefixtures("untouched")
+def test_other_devices_are_refused(copied: Path) -> None:
+    with pytest.raises(ArtifactError, match="device"):
+        load(rewritten(copied, other_device), device="cpu")
+    with pytest.raises(ArtifactError, match="another device"):
+        AOTITarget.open(copied, verify(copied), CPU, {})
+
+
+@pytest.mark.usefixtures("untouched")
+@pytest.mark.parametrize("name", [PACKAGE, WEIGHTS])
+def test_truncated_files_are_refused(copied: Path, name: str) -> None:
+    data = (copied / name).read_bytes()
+    (copied / name).write_bytes(data[:-100])
+    with pytest.raises(ArtifactError, match="bytes"):
+        load(copied)
+    (copied / name).write_bytes(data[:-100] + bytes(100))
+    with pytest.raises(ArtifactError, match="SHA-256"):
+        load(copied)
+
+
+def test_options_are_refused(artifact: Path) -> None:
+    with pytest.raises(UnknownNameError, match="providers"):
+        load(artifact, providers=["CUDAExecutionProvider"])
+
+
+@pytest.mark.parametrize("lost", [("embed.weight",), ()])
+def test_a_program_without_its_constants_is_never_run(copied: Path, lost: tuple[str, ...]) -> None:
+    """Even where the checksums fit: running it would end the process."""
+    tensors = load_file(copied / WEIGHTS)
+    kept = {k: v for k, v in tensors.items() if lost and k not in lost}
+    save_file(kept, copied / WEIGHTS)
+    with pytest.raises(ArtifactError, match="don't belong together"):
+        load(rewritten(copied, lambda data: None))
+
+
+def test_a_weights_file_that_is_none(copied: Path) -> None:
+    (copied / WEIGHTS).write_bytes(b"no tensors")
+    with pytest.raises(ArtifactError, match="can't be loaded"):
+        load(rewritten(copied, lambda data: None))
+
+
+def test_a_package_without_the_program(copied: Path) -> None:
+    def rename(data: dict[str, Any]) -> None:
+        data["programs"]["reuse"]["entry"] = "reweigh"
+
+    with pytest.raises(ArtifactError, match="a program reweigh"):
+        load(rewritten(copied, rename))
+
+
+@pytest.mark.usefixtures("exported")
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ((("max_autotun", True),), UnknownNameError),
+        ((("aot_inductor.package_constants_in_so", True),), ConfigError),
+        ((("freezing", True),), ConfigError),
+    ],
+)
+def test_bad_options(tmp_path: Path, options: Any, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        build(optimized(), inputs(), tmp_path / "a", AOTITarget(inductor=options))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("exported")
+def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import cpp_builder
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    def none() -> str:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
+    with pytest.raises(BuildError, match=r"C\+\+ compiler"):
+        build(optimized(), inputs(), tmp_path / "a", AOTITarget())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("exported")
+def test_an_interrupted_build_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs that were compiled are not compiled again, whenever the interruption comes."""
+    compiled, at = [], ["reuse", "package", "weights", "open", ""]
+
+    def compile(self: Any, folder: Path, call: str, made: Any, programs: Any) -> None:
+        if at[0] == call:
+            raise KeyboardInterrupt
+        compiled.append(call)
+        (folder / files.PARTS).mkdir(exist_ok=True)
+        for name in files._part(call):
+            (folder / name).write_text(call)
+
+    def step(name: str, file: str) -> Callable[..., None]:
+        def write(folder: Path, *args: Any) -> None:
+            if at[0] == name:
+                raise KeyboardInterrupt
+            (folder / file).write_text(name)
+
+        return write
+
+    def opened(folder: Path, *args: Any) -> Any:
+        if at[0] == "open":
+            raise KeyboardInterrupt
+        assert {p.name for p in folder.iterdir()} == {PACKAGE, WEIGHTS, "stages.json"}
+        raise SystemExit
+
+    monkeypatch.setattr(AOTITarget, "_compile", compile)
+    monkeypatch.setattr(target, "_package", step("package", PACKAGE))
+    monkeypatch.setattr(target, "_save_weights", step("weights", WEIGHTS))
+    monkeypatch.setattr(AOTITarget, "open", staticmethod(opened))
+    while at[0]:
+        with pytest.raises(KeyboardInterrupt):
+            build(optimized(), inputs(), tmp_path / "a", AOTITarget())
+        at.pop(0)
+    with pytest.raises(SystemExit):
+        build(optimized(), inputs(), tmp_path / "a", AOTITarget())
+    assert compiled == ["refresh", "reuse"]
+
+
+def test_architecture_names_the_machine() -> None:
+    words = architecture(CPU).split()
+    assert words[0] == sys.platform
+    assert len(words) == len(set(words))
+
+
+# -- whole models, and C++ ------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sdxl", "channels_last", "flux"])
+@torch.no_grad()
+def test_whole_models(tmp_path: Path, name: str) -> None:
+    whole: nn.Module = denoisers.flux() if name == "flux" else denoisers.sdxl()
+    if name == "channels_last":
+        whole = whole.to(memory_format=torch.channels_last)
+    call = denoisers.flux_inputs if name == "flux" else denoisers.sdxl_inputs
+    optimized = toma_fx.optimize(whole, min_tokens=60)
+    build(optimized, call(), tmp_path / "a", AOTITarget())
+    loaded = load(tmp_path / "a")
+    optimized.reset()
+    for step in range(6):
+        given = call(seed=step, timestep=0.9 - 0.01 * step)
+        assert relative(loaded(**given)[0], optimized(**given)[0]) < 1e-5
+    with safe_open(tmp_path / "a" / WEIGHTS, "pt") as file:
+        strided = [k for k in file.metadata() or {} if k.startswith("strided/")]
+    assert bool(strided) == (name == "channels_last")
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_from_cpp(artifact: Path, tmp_path: Path) -> None:
+    """The example program gives the outputs of the process, step by step."""
+    if shutil.which("cmake") is None:
+        pytest.skip("no cmake: pip install cmake")
+    steps = [inputs(seed=step, timestep=800.0 - step) for step in range(5)]
+    given = {f"{i}/{name}": x for i, call in enumerate(steps) for name, x in call.items()}
+    save_file(given, tmp_path / "inputs.safetensors")
+    prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
+    folders = ["-S", str(EXAMPLE), "-B", str(tmp_path / "build")]
+    subprocess.run(["cmake", prefix, *folders], check=True, capture_output=True)
+    subprocess.run(["cmake", "--build", tmp_path / "build"], check=True, capture_output=True)
+
+    command = [tmp_path / "build" / "denoise"]
+    run = subprocess.run(
+        [*command, artifact, tmp_path / "inputs.safetensors", tmp_path / "out"],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    said = re.findall(r"step (\d) (\w+) \[(.*?)\] mean of magnitudes (\S+)", run.stdout)
+    assert [call for _, call, _, _ in said] == ["refresh", "reuse", "refresh", "reuse", "refresh"]
+    optimized().reset()
+    for i, call in enumerate(steps):
+        want = optimized()(**call)
+        found = torch.from_numpy(np.fromfile(tmp_path / f"out.{i}", dtype=np.float32))
+        assert relative(found.reshape(want.shape), want) < 1e-5
+        assert float(said[i][3]) == pytest.approx(float(want.double().abs().mean()), rel=1e-5)
+
+    def refused(folder: Path) -> str:
+        run = subprocess.run(
+            [*command, folder, tmp_path / "inputs.safetensors", tmp_path / "out"],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert run.returncode == 1, "an error, and no crash"
+        return run.stderr
+
+    broken = Path(shutil.copytree(artifact, tmp_path / "broken"))
+    save_file({"embed.bias": torch.zeros(16)}, broken / WEIGHTS)
+    assert "no constant" in refused(broken)
+    (broken / WEIGHTS).write_bytes(b"\xff" * 64)
+    assert "damaged" in refused(broken)
+    assert "made with torch" in refused(rewritten(broken, other_torch))

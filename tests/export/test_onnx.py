@@ -1,0 +1,454 @@
+"""ONNX artifacts: what they compute in ONNX Runtime, what they hold, and how builds go wrong."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import json
+import shutil
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+import toma_fx
+from tests import denoisers
+from tests.denoisers import relative
+from tests.methods.test_methods import inputs, model, static
+from toma_fx.errors import (
+    ArtifactError,
+    BuildError,
+    ConfigError,
+    MissingPackageError,
+    TomaError,
+    UnknownNameError,
+)
+from toma_fx.export import builder as frame
+from toma_fx.export.artifact import verify
+from toma_fx.export.builder import build
+from toma_fx.export.loader import load
+from toma_fx.export.manifest import Manifest
+from toma_fx.export.programs import Programs, export_programs
+from toma_fx.export.to_onnx import target as to_onnx
+from toma_fx.export.to_onnx.runtime import ORTRuntime
+from toma_fx.export.to_onnx.target import DEFAULT_OPSET, OPSETS, ONNXTarget
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+ort = pytest.importorskip("onnxruntime")
+CPU = torch.device("cpu")
+
+
+@cache
+def optimized(name: str = "toma") -> Any:
+    return toma_fx.optimize(model(), method=static(name))
+
+
+@cache
+def programs(denoiser: Any) -> Programs:
+    return export_programs(denoiser, inputs())
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builds of the one-block model capture and export it once."""
+    monkeypatch.setattr(frame, "export_programs", lambda denoiser, _: programs(denoiser))
+
+
+def steps(denoiser: Any, count: int = 5) -> list[Tensor]:
+    """Outputs of a generation."""
+    denoiser.reset()
+    made = (denoiser(**inputs(seed=i, timestep=800.0 - i)) for i in range(count))
+    with torch.no_grad():
+        return [x.clone() for x in made]
+
+
+def names(values: Any) -> list[str]:
+    return [x.name for x in values]
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], list[str]]:
+    """An artifact that was built in two goes, and the programs converted in each."""
+    out = tmp_path_factory.mktemp("onnx") / "cached"
+    goes: list[list[str]] = []
+    convert = ONNXTarget._converted
+
+    def first(self: ONNXTarget, call: str, *rest: Any) -> Any:
+        goes[-1].append(call)
+        if len(goes) == 1 and call == "reuse":
+            raise Interrupted
+        return convert(self, call, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXTarget, "_converted", first)
+        patch.setattr(frame, "export_programs", lambda denoiser, _: programs(denoiser))
+        goes.append([])
+        with pytest.raises(Interrupted):
+            build(optimized(), inputs(), out, ONNXTarget())
+        assert not out.exists()
+        goes.append([])
+        build(optimized(), inputs(), out, ONNXTarget())
+    return out, goes[0], goes[1]
+
+
+# -- cached ---------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_build_goes_on(cached: Any) -> None:
+    _, first, second = cached
+    assert first == ["refresh", "reuse"]
+    assert second == ["reuse"], "the first stage is not done again"
+
+
+def test_a_generation_is_that_of_the_process(cached: Any) -> None:
+    want, denoiser = steps(optimized()), load(cached[0])
+    for _ in range(2):
+        for a, b in zip(steps(denoiser), want, strict=True):
+            assert relative(a, b) < 1e-5
+    assert relative(want[0], model()(**inputs(seed=0, timestep=800.0))) > 1e-3, "it merges"
+
+
+def test_what_the_manifest_says(cached: Any) -> None:
+    manifest = verify(cached[0])
+    assert manifest.target.name == "onnx"
+    assert (manifest.target.form, manifest.target.opset) == ("cached", DEFAULT_OPSET)
+    assert set(manifest.programs) == {"refresh", "reuse"}
+    assert set(manifest.files) == {"refresh.onnx", "reuse.onnx", to_onnx.WEIGHTS}
+    assert {"onnx", "onnxscript", "onnxruntime", "torch"} <= set(manifest.versions)
+    assert all(p.relative < 1e-5 for p in manifest.parity)
+    own = [spec.tensor.name for spec in manifest.inputs]
+    for program in manifest.programs.values():
+        graph = onnx.load(cached[0] / program.file, load_external_data=False).graph
+        assert names(graph.input) == [*own, *program.patterns_in]
+        assert names(graph.output) == [*names(manifest.outputs), *program.patterns_out]
+
+
+def test_weights_are_there_once(cached: Any) -> None:
+    total = sum(x.nbytes for x in model().parameters())
+    folder = cached[0]
+    size = (folder / to_onnx.WEIGHTS).stat().st_size
+    models_ = sum(path.stat().st_size for path in folder.glob("*.onnx"))
+    assert 0.8 * total < size < 1.2 * total + 4096
+    assert models_ < 150_000
+    places = []
+    for path in folder.glob("*.onnx"):
+        graph = onnx.load(path, load_external_data=False).graph
+        stored = [x for x in graph.initializer if x.external_data]
+        places.append({x.name: [(e.key, e.value) for e in x.external_data] for x in stored})
+        assert all(dict(x)["location"] == to_onnx.WEIGHTS for x in places[-1].values())
+    first, second = places
+    assert first.keys() == second.keys()
+    assert first == second
+
+
+def test_weights_can_be_read_without_the_models(cached: Any) -> None:
+    from safetensors.torch import load_file
+
+    stored = load_file(cached[0] / to_onnx.WEIGHTS)
+    parameters = dict(model().named_parameters())
+    for name, x in stored.items():
+        own, transposed = (name, False) if name in parameters else (name[:-3], True)
+        want = parameters[own].T if transposed else parameters[own]
+        assert torch.equal(x, want), name
+    assert any(name.endswith(".10") for name in stored), "a matrix is stored as it is used"
+
+
+def test_models_hold_nothing_of_this_machine(cached: Any) -> None:
+    for path in cached[0].glob("*.onnx"):
+        assert b".py" not in path.read_bytes()
+        loaded = onnx.load(path, load_external_data=False)
+        assert {o.domain for o in loaded.opset_import} == {""}
+        assert not any(n.op_type in ("If", "Loop") for n in loaded.graph.node)
+
+
+def opened(folder: Path, **options: Any) -> tuple[ORTRuntime, Manifest]:
+    manifest = verify(folder)
+    runtime = ONNXTarget.open(folder, manifest, CPU, options)
+    assert isinstance(runtime, ORTRuntime)
+    return runtime, manifest
+
+
+def test_outputs_live_where_torch_has_them(cached: Any) -> None:
+    """No step allocates, and a step may take what the last one gave."""
+    runtime, _ = opened(cached[0], providers=["CPUExecutionProvider"], threads=1)
+    given = list(inputs().values())
+    out, patterns = runtime.run("refresh", given, {})
+    places = {name: x.data_ptr() for name, x in patterns.items()}
+    held = {name: x.clone() for name, x in patterns.items()}
+    again, patterns = runtime.run("refresh", given, {})
+    assert places == {name: x.data_ptr() for name, x in patterns.items()}
+    assert again[0].data_ptr() == out[0].data_ptr()
+    one = runtime.run("reuse", given, patterns)[0][0].clone()
+    two = runtime.run("reuse", [x.clone() for x in given], held)[0][0]
+    assert torch.equal(one, two)
+    strided = [given[0].transpose(2, 3).contiguous().transpose(2, 3), *given[1:]]
+    assert not strided[0].is_contiguous()
+    assert torch.equal(runtime.run("reuse", strided, held)[0][0], one)
+
+
+def test_sessions_take_the_weights_they_are_given(cached: Any) -> None:
+    """Other values in the shared memory change what both models compute: none has a copy."""
+    runtime, _ = opened(cached[0])
+    given = list(inputs().values())
+    out, patterns = runtime.run("refresh", given, {})
+    before = out[0].clone(), runtime.run("reuse", given, patterns)[0][0].clone()
+    for x in runtime._kept.values():
+        x.mul_(1.5)
+    out, _ = runtime.run("refresh", given, {})
+    after = out[0].clone(), runtime.run("reuse", given, patterns)[0][0].clone()
+    for a, b in zip(after, before, strict=True):
+        assert relative(a, b) > 1e-2
+    fresh = opened(cached[0])[0].run("refresh", given, {})[0][0]
+    assert torch.equal(fresh, before[0]), "the file is as it was"
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"provider": ["CPUExecutionProvider"]}, "providers"),
+        ({"providers": ["CudaExecutionProvider"]}, "onnx-gpu"),
+        ({"providers": []}, "none"),
+    ],
+)
+def test_bad_options(cached: Any, options: dict[str, Any], word: str) -> None:
+    with pytest.raises(UnknownNameError, match=word):
+        opened(cached[0], **options)
+
+
+def test_a_model_that_cannot_be_read(cached: Any, tmp_path: Path) -> None:
+    manifest = verify(cached[0])
+    for path in cached[0].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "reuse.onnx").write_bytes(b"no model")
+    with pytest.raises(ArtifactError, match=r"reuse\.onnx"):
+        ONNXTarget.open(tmp_path, manifest, CPU, {})
+
+
+def elsewhere(folder: Path, out: Path, **changes: Any) -> Path:
+    """A copy of an artifact whose manifest says other things."""
+    data = json.loads((shutil.copytree(folder, out) / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps({**data, **changes}))
+    return out
+
+
+def test_an_artifact_built_on_a_gpu_runs_on_a_cpu(cached: Any, tmp_path: Path) -> None:
+    moved = elsewhere(cached[0], tmp_path / "a", device={"type": "cuda", "name": "", "arch": ""})
+    denoiser = load(moved, device="cpu")
+    assert denoiser.device == CPU
+    for a, b in zip(steps(denoiser, 2), steps(load(cached[0]), 2), strict=True):
+        assert torch.equal(a, b)
+    if not torch.cuda.is_available():
+        with pytest.raises(ArtifactError, match="no GPU"):
+            load(moved)
+
+
+def test_bfloat16_can_not_be_moved_to_a_cpu(cached: Any, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="bfloat16"):
+        load(elsewhere(cached[0], tmp_path / "a", dtype="bfloat16"))
+
+
+# -- stateless ------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("quick")
+def test_stateless(tmp_path: Path) -> None:
+    """One model that selects at every step and hands nothing on."""
+    manifest = build(optimized(), inputs(), tmp_path / "out", ONNXTarget("stateless"))
+    assert list(manifest.programs) == ["refresh"]
+    assert manifest.patterns == ()
+    graph = onnx.load(tmp_path / "out" / "refresh.onnx", load_external_data=False).graph
+    assert names(graph.output) == ["output_0"]
+    assert names(graph.input) == ["sample", "timestep"]
+    every = toma_fx.optimize(
+        model(),
+        method="toma",
+        min_tokens=1,
+        scope="block",
+        branches=("attention", "mlp"),
+        destinations_every=1,
+        weights_every=1,
+    )
+    denoiser = load(tmp_path / "out")
+    for a, b in zip(steps(denoiser, 3), steps(every, 3), strict=True):
+        assert relative(a, b) < 1e-5
+
+
+# -- what can go wrong ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("opset", [17, 26, 0, "20", 20.0, True, None])
+def test_bad_opset(opset: Any) -> None:
+    with pytest.raises(ConfigError, match="18 to 25"):
+        ONNXTarget(opset=opset)
+
+
+def test_bad_form() -> None:
+    with pytest.raises(UnknownNameError, match="stateless"):
+        ONNXTarget(form="statless")  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
+def test_missing_package(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.import_module
+
+    def without(name: str, *rest: Any) -> Any:
+        if name == package:
+            raise ModuleNotFoundError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(importlib, "import_module", without)
+    with pytest.raises(MissingPackageError, match=r"toma_fx\[onnx\]") as caught:
+        build(optimized(), inputs(), tmp_path / "out", ONNXTarget())
+    assert package in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("quick")
+def test_full_disk(cached: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for path in cached[0].iterdir():
+        (out / path.name).write_bytes(path.read_bytes())
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ONNXTarget, "_converted", lambda *_: None)
+    monkeypatch.setattr(to_onnx, "_store", full)
+    with pytest.raises(BuildError, match="No space left"):
+        build(optimized(), inputs(), out, ONNXTarget(opset=20), overwrite=True)
+    assert verify(out).target.opset == DEFAULT_OPSET, "what was there stays"
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_the_exporter_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("outer") from ValueError("no such operator")
+
+    monkeypatch.setattr(torch.onnx, "export", refuse)
+    with pytest.raises(BuildError, match="no such operator"):
+        build(optimized(), inputs(), tmp_path / "out", ONNXTarget())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("quick")
+def test_another_opset_than_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    convert = ONNXTarget._converted
+
+    def other(self: ONNXTarget, *rest: Any) -> Any:
+        found = convert(self, *rest)
+        found.opset_imports[""] = 21
+        return found
+
+    monkeypatch.setattr(ONNXTarget, "_converted", other)
+    with pytest.raises(BuildError, match="opset 20"):
+        build(optimized("todo"), inputs(), tmp_path / "out", ONNXTarget(opset=20))
+
+
+def test_bfloat16_needs_a_gpu() -> None:
+    found: Any = SimpleNamespace(
+        device=CPU,
+        leaves=(None, torch.zeros(1, dtype=torch.bfloat16)),
+        denoiser=SimpleNamespace(denoiser=model()),
+    )
+    with pytest.raises(BuildError, match="bfloat16") as caught:
+        ONNXTarget().check(found)
+    assert isinstance(caught.value, TomaError)
+    assert "half()" in caught.value.hint
+
+
+# -- other models, dtypes, opsets -----------------------------------------------------------------
+
+
+def parity(manifest: Manifest) -> float:
+    return max(p.relative for p in manifest.parity)
+
+
+def half(call: dict[str, Any]) -> dict[str, Any]:
+    return pytree.tree_map(
+        lambda x: x.half() if isinstance(x, Tensor) and x.is_floating_point() else x, call
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("opset", [n for n in OPSETS if n != DEFAULT_OPSET])
+def test_opsets(opset: int, tmp_path: Path) -> None:
+    manifest = build(optimized("grid"), inputs(), tmp_path / "out", ONNXTarget(opset=opset))
+    assert manifest.target.opset == opset
+    graphs = [onnx.load(p, load_external_data=False) for p in (tmp_path / "out").glob("*.onnx")]
+    for loaded in graphs:
+        assert [(o.domain, o.version) for o in loaded.opset_import] == [("", opset)]
+        fused = any(n.op_type == "Attention" for n in loaded.graph.node)
+        assert fused == (opset >= 23)
+    want = steps(optimized("grid"))
+    for a, b in zip(steps(load(tmp_path / "out")), want, strict=True):
+        assert relative(a, b) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick")
+def test_stateless_without_patterns(tmp_path: Path) -> None:
+    """A method without patterns has one program, and both forms are the same."""
+    manifest = build(optimized("todo"), inputs(), tmp_path / "out", ONNXTarget("stateless"))
+    assert list(manifest.programs) == ["reuse"]
+    for a, b in zip(steps(load(tmp_path / "out"), 2), steps(optimized("todo"), 2), strict=True):
+        assert relative(a, b) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["cached", "stateless"])
+def test_steps_without_merging(form: Any, tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"min_tokens": 1, "first_step": 1, "last_step": 2}
+    denoiser = toma_fx.optimize(model(), method="tomesd", destinations_every=2, **fields)
+    manifest = build(denoiser, inputs(), tmp_path / "out", ONNXTarget(form))
+    own = {"refresh", "plain"} if form == "stateless" else {"refresh", "reuse", "plain"}
+    assert set(manifest.programs) == own
+    every = denoiser
+    if form == "stateless":
+        every = toma_fx.optimize(model(), method="tomesd", destinations_every=1, **fields)
+    for a, b in zip(steps(load(tmp_path / "out")), steps(every), strict=True):
+        assert relative(a, b) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["cached", "stateless"])
+@pytest.mark.parametrize("name", ["sdxl", "flux"])
+def test_whole_models(name: str, form: Any, tmp_path: Path) -> None:
+    call = getattr(denoisers, f"{name}_inputs")
+    denoiser = toma_fx.optimize(getattr(denoisers, name)(), method="tomesd", min_tokens=200)
+    manifest = build(denoiser, call(), tmp_path / "out", ONNXTarget(form))
+    assert parity(manifest) < 1e-5
+    if name == "sdxl":
+        assert "added_cond_kwargs_time_ids" in [x.tensor.name for x in manifest.inputs]
+    denoiser.reset()
+    runs = load(tmp_path / "out")
+    with torch.no_grad():
+        for i in range(3):
+            given = call(seed=i, timestep=0.5 - 0.1 * i)
+            assert relative(runs(**given)[0], denoiser(**given)[0]) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["tomesd", "toma"])
+def test_half_precision(method: str, tmp_path: Path) -> None:
+    """SDXL joins float16 and float32 in its time embedding, which ONNX must be told to."""
+    denoiser = toma_fx.optimize(denoisers.sdxl().half(), method=method, min_tokens=200)
+    manifest = build(denoiser, half(denoisers.sdxl_inputs()), tmp_path / "out", ONNXTarget())
+    assert manifest.dtype == "float16"
+    assert parity(manifest) < 2e-2
+    graph = onnx.load(tmp_path / "out" / "refresh.onnx", load_external_data=False).graph
+    (join,) = [n for n in graph.node if n.op_type == "Concat" and n.name == "node_concat"]
+    casts = {n.output[0] for n in graph.node if n.op_type == "Cast"}
+    assert casts & set(join.input)

@@ -1,0 +1,66 @@
+"""The embedded models, the command line, and the README's claims about them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import toma_fx
+from toma_fx.capture.grids import Raster, raster
+from toma_fx.cli.main import main
+from toma_fx.models import tiny
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_weights_are_small_and_drawn_pictures_differ_by_class(name: str) -> None:
+    files = list(tiny.weights_dir(name).glob("*.safetensors"))
+    assert len(files) == 2
+    assert sum(f.stat().st_size for f in files) < 10e6
+    model = tiny.load(name)
+    pictures = model.generate([0, 10], steps=6)
+    assert pictures.shape == (2, 3, 64, 64)
+    red, blue = pictures[:, 0].mean((1, 2)), pictures[:, 2].mean((1, 2))
+    # the astronaut wears orange; the Chinese pagoda stands before a pale blue sky
+    assert red[0] - blue[0] > red[1] - blue[1]
+    assert pictures[1, 2, :16].mean() > pictures[0, 2, 32:].mean()
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_merging_stays_close_to_the_original_picture(name: str) -> None:
+    model = tiny.load(name)
+    plain = model.generate([4], steps=8)
+    merged = toma_fx.optimize(model.denoiser, ratio=0.25, last_step=4)
+    picture = model.generate([4], steps=8, denoiser=merged)
+    assert 0 < (picture - plain).square().mean() < 0.05
+    off = model.generate([4], steps=8, denoiser=toma_fx.optimize(model.denoiser, False))
+    assert torch.equal(off, plain)
+
+
+def test_packing_round_trip_and_ids() -> None:
+    images = torch.randn(2, 3, 64, 48)
+    assert torch.equal(tiny.unpack(tiny.pack(images), 64, 48), images)
+    assert raster(tiny.image_ids(64, 64)) == Raster((32,), 32)
+
+
+def test_command_line_explain(capsys: Any) -> None:
+    assert main(["explain", "tiny-flux", "--json", "--set", "ratio=0.75", "--batch", "1"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {(r["tokens"], r["merged"]) for r in report["rows"]} == {(1024, 256)}
+
+
+def test_command_line_says_what_is_wrong(capsys: Any) -> None:
+    assert main(["explain", "tiny-flux", "--set", "ratoi=0.5"]) == 1
+    assert "nearest: ratio" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_demo_writes_pictures_and_figures(tmp_path: Path) -> None:
+    assert main(["demo", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "contact-sheet.png").stat().st_size > 100_000
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [r["model"] for r in results] == list(tiny.NAMES)
+    assert all(0 < r["mse"] < 0.1 for r in results)

@@ -1,0 +1,180 @@
+"""Bad input: typed errors that say what, where, expected and got, and what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import toma_fx
+from tests import denoisers
+from toma_fx.errors import (
+    CaptureError,
+    ConfigError,
+    ModelTypeError,
+    NoMergeSites,
+    SignatureError,
+    TileError,
+    TomaError,
+    TrainingModeError,
+    UnknownNameError,
+)
+from toma_fx.methods.config import PRESETS, make_config
+from toma_fx.methods.toma import ToMAConfig
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("ratio", 1.0), ("ratio", -0.1), ("ratio", float("nan")), ("ratio", "half"),
+        ("ratio", True), ("scale", 0.0), ("tiles", 0), ("tile", 0), ("tile", (4, 0)),
+        ("tile", (1, 2, 3, 4)), ("tile", 2.5), ("grid", (4,)), ("grid", 4),
+        ("destinations_every", 0),
+        ("weights_every", 1.5), ("min_tokens", 0), ("first_step", -1), ("branches", ()),
+    ],
+)  # fmt: skip
+def test_fields_out_of_their_domain(field: str, value: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ToMAConfig(**{field: value})
+    assert caught.value.where == field
+    assert caught.value.expected
+
+
+def test_last_step_before_first() -> None:
+    with pytest.raises(ConfigError, match="last_step"):
+        ToMAConfig(first_step=5, last_step=4)
+
+
+@pytest.mark.parametrize(
+    ("make", "nearest"),
+    [
+        (lambda: make_config("paper-sxdl"), "paper-sdxl"),
+        (lambda: make_config("default", options={"ration": 0.5}), "ratio"),
+        (lambda: ToMAConfig(scope="blok"), "block"),
+        (lambda: ToMAConfig(window="tiles"), "tile"),
+        (lambda: ToMAConfig(branches=("attn",)), "attention"),
+        (lambda: ToMAConfig(overrides={"*": {"ratios": 0.1}}), "ratio"),
+    ],
+)
+def test_unknown_names_come_with_the_nearest(make: Any, nearest: str) -> None:
+    with pytest.raises(UnknownNameError) as caught:
+        make()
+    assert nearest in caught.value.hint
+
+
+def test_overrides_are_validated_when_made() -> None:
+    with pytest.raises(ConfigError, match="ratio"):
+        ToMAConfig(overrides={"mid_block.*": {"ratio": 2}})
+    with pytest.raises(UnknownNameError, match="per path"):
+        ToMAConfig(overrides={"mid_block.*": {"scope": "block"}})
+
+
+def test_configurations_are_values() -> None:
+    config = ToMAConfig(overrides={"a.*": {"ratio": 0.25}}, include="a.*")
+    assert config == ToMAConfig(overrides={"a.*": {"ratio": 0.25}}, include=["a.*"])
+    assert hash(config) == hash(ToMAConfig(overrides={"a.*": {"ratio": 0.25}}, include=["a.*"]))
+    assert config.at("a.b").ratio == 0.25
+    assert config.at("c").ratio == 0.5
+    assert set(config.to_json()["overrides"]["a.*"]) <= set(ToMAConfig.overridable)
+    assert make_config(config, options={"ratio": 0.1}).ratio == 0.1
+    assert make_config({"ratio": 0.3}).ratio == 0.3
+    assert all(isinstance(p, ToMAConfig) for p in PRESETS.values())
+
+
+def test_tile_larger_than_the_grid_names_site_and_size() -> None:
+    with pytest.raises(TileError) as caught:
+        toma_fx.explain(denoisers.sdxl(), denoisers.sdxl_inputs(), tile=12, min_tokens=60)
+    assert "8x8" in caught.value.expected
+    assert caught.value.got == "12x12"
+    assert "down_blocks.2" in caught.value.where
+    only_large = toma_fx.explain(denoisers.sdxl(), denoisers.sdxl_inputs(), tile=12, min_tokens=200)
+    assert {row.grid for row in only_large.rows} == {(16, 16)}
+    assert {row.how for row in only_large.rows} == {"8x16"}, "nearest size that divides"
+
+
+def test_path_pattern_that_matches_nothing() -> None:
+    inputs = denoisers.flux_inputs()
+    for options in (
+        {"include": "transformer_blks.*"},
+        {"overrides": {"transformer_block.*": {"ratio": 0.1}}},
+    ):
+        with pytest.raises(UnknownNameError) as caught:
+            toma_fx.optimize(denoisers.flux(), example_inputs=inputs, **options)
+        assert "transformer_blocks" in caught.value.hint
+
+
+@pytest.mark.parametrize("thing", [object(), "unet", lambda x: x])
+def test_wrong_model_type(thing: Any) -> None:
+    with pytest.raises(ModelTypeError):
+        toma_fx.optimize(thing)
+
+
+def test_training_mode() -> None:
+    with pytest.raises(TrainingModeError, match="evaluation"):
+        toma_fx.optimize(denoisers.sdxl().train())
+    model = denoisers.sdxl()
+    optimized = toma_fx.optimize(model)
+    model.train()
+    with pytest.raises(TrainingModeError):
+        optimized(**denoisers.sdxl_inputs())
+
+
+class DataDependent(nn.Module):
+    """Its Python depends on tensor values inside a submodule."""
+
+    class Inner(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2 if x.sum() > 0 else x
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = self.Inner()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)
+
+
+def test_capture_failure_names_module_and_line() -> None:
+    with pytest.raises(CaptureError) as caught:
+        toma_fx.optimize(DataDependent().eval(), example_inputs=(torch.randn(2, 3),))
+    assert caught.value.where.startswith("inner at ")
+    assert "test_errors.py" in caught.value.where
+    assert "x.sum() > 0" in caught.value.where
+
+
+def test_no_sites_lists_reasons() -> None:
+    with pytest.raises(NoMergeSites) as caught:
+        toma_fx.optimize(denoisers.sdxl(), min_tokens=5000, example_inputs=denoisers.sdxl_inputs())
+    assert any("fewer than min_tokens=5000" in r for r in caught.value.reasons)
+    assert "min_tokens" in caught.value.hint
+    assert "down_blocks.1.attentions.0.transformer_blocks.0.attn1" in str(caught.value)
+    with pytest.raises(NoMergeSites) as caught:
+        toma_fx.optimize(nn.Linear(3, 3).eval(), example_inputs=(torch.randn(2, 3),))
+    assert "no attention at all" in str(caught.value)
+
+
+def test_a_model_without_sites_fails_at_its_first_call_not_silently() -> None:
+    optimized = toma_fx.optimize(denoisers.sdxl(), min_tokens=5000)
+    with pytest.raises(NoMergeSites):
+        optimized(**denoisers.sdxl_inputs())
+
+
+def test_bad_calls_and_bad_example_inputs() -> None:
+    optimized = toma_fx.optimize(denoisers.sdxl())
+    with pytest.raises(SignatureError, match="does not fit"):
+        optimized(latents=1)
+    with pytest.raises(ConfigError, match="example_inputs"):
+        toma_fx.optimize(denoisers.sdxl(), example_inputs=3)
+    with pytest.raises(ConfigError, match="toma="):
+        toma_fx.optimize(denoisers.sdxl(), toma=0.5)
+
+
+def test_every_error_is_a_toma_error_with_fields() -> None:
+    error = TileError("what", where="here", expected="this", got="that", hint="do")
+    assert isinstance(error, TomaError)
+    assert (error.what, error.where, error.expected, error.got, error.hint) == (
+        "what", "here", "this", "that", "do",
+    )  # fmt: skip
+    assert str(error) == "what\n  where: here\n  expected: this\n  got: that\n  try: do"

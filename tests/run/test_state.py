@@ -1,0 +1,424 @@
+"""State: which step of which generation a call is, states held by the caller, threads."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+import toma_fx
+from tests import denoisers
+from toma_fx.errors import SharedStateError, SignatureError, StateError
+from toma_fx.run.batching import State, rows_of
+from toma_fx.run.generation import MAX_PASSES, Generation, PassState
+
+SMALL: dict[str, Any] = {"min_tokens": 60, "tile": 4}
+
+
+def small_flux() -> Any:
+    return denoisers.flux(num_layers=1, num_single_layers=1)
+
+
+def passes(calls: list[tuple[float | None, Any]]) -> list[tuple[int, int]]:
+    """(pass, step) of each call (timestep, conditioning) of one generation object."""
+    generation = Generation()
+    out = []
+    for timestep, conditioning in calls:
+        state = generation.turn(timestep, conditioning)
+        out.append((generation.passes.index(state), state.step))
+        state.done("reuse")
+    return out
+
+
+A, B, C = (torch.zeros(1) for _ in range(3))
+
+
+@pytest.mark.parametrize(
+    ("calls", "expected"),
+    [
+        ([(9, A), (8, A), (7, A)], [(0, 0), (0, 1), (0, 2)]),
+        ([(9, A), (9, B), (8, A), (8, B)], [(0, 0), (1, 0), (0, 1), (1, 1)]),
+        ([(9, A), (9, A), (9, A)], [(0, 0), (0, 1), (0, 2)]),
+        # second-order solvers call twice at the later timesteps, not at the first
+        ([(9, A), (8, A), (8, A), (7, A)], [(0, 0), (0, 1), (0, 2), (0, 3)]),
+        ([(9, A), (9, B), (9, C), (8, A)], [(0, 0), (1, 0), (2, 0), (0, 1)]),
+        ([(9, None), (9, None), (8, None), (8, None)], [(0, 0), (1, 0), (0, 1), (1, 1)]),
+        # a rising timestep starts a generation, with its own number of passes
+        ([(5, A), (5, B), (9, A), (8, A)], [(0, 0), (1, 0), (0, 0), (0, 1)]),
+        # so does another conditioning after steps that shared one
+        ([(9, A), (8, A), (7, B), (6, B)], [(0, 0), (0, 1), (0, 0), (0, 1)]),
+        # but not where every step brings a new tensor
+        ([(9, A), (8, B), (7, C)], [(0, 0), (0, 1), (0, 2)]),
+        # without timesteps the conditioning tells
+        ([(None, A), (None, A), (None, B)], [(0, 0), (0, 1), (0, 0)]),
+        ([(None, None), (None, None)], [(0, 0), (0, 0)]),
+        # models whose timesteps rise: known by the second rise
+        ([(1, A), (2, A), (3, A), (4, A), (1, A)], [(0, 0), (0, 0), (0, 1), (0, 2), (0, 0)]),
+        ([(1, A), (2, B), (3, C)], [(0, 0), (0, 0), (0, 0)]),
+        # with true CFG, too
+        ([(9, A), (8, A), (9, A), (8, A)], [(0, 0), (0, 1), (0, 0), (0, 1)]),
+    ],
+)
+def test_passes_and_steps(calls: Any, expected: Any) -> None:
+    assert passes(calls) == expected
+
+
+def test_calls_at_one_timestep_open_few_passes() -> None:
+    done = passes([(9, torch.zeros(1)) for _ in range(3 * MAX_PASSES)])
+    assert {p for p, _ in done} == set(range(MAX_PASSES))
+    assert done[-1] == (MAX_PASSES - 1, 2)
+
+
+def test_patterns_of_another_graph_are_forgotten() -> None:
+    state = PassState()
+    state.bind("one")
+    state.store(["idx"], [torch.ones(2)])
+    state.bind("one")
+    assert state.has_pattern
+    state.bind("other")
+    assert not state.has_pattern
+    assert not state.patterns
+
+
+def test_rows_of_states() -> None:
+    two = State(1, {"p": torch.zeros(2, 3)})
+    assert rows_of([two, State(), State()], 4) == [2, 1, 1]
+    assert rows_of([State()], 3) == [3]
+    for states, batch in (([two], 3), ([two, State()], 2), ([State(), State()], 3)):
+        with pytest.raises(StateError, match="do not fill the batch"):
+            rows_of(states, batch)
+
+
+# -- states held by the caller --------------------------------------------------------------------
+
+
+def call(seed: int, step: int, batch: int = 1) -> dict[str, Any]:
+    return denoisers.flux_inputs(8, 8, batch=batch, seed=seed, timestep=0.9 - step / 20)
+
+
+def together(*calls: dict[str, Any]) -> dict[str, Any]:
+    """Calls of several requests as one batch."""
+    shared = ("img_ids", "txt_ids", "return_dict")
+    return {k: v if k in shared else torch.cat([c[k] for c in calls]) for k, v in calls[0].items()}
+
+
+@torch.no_grad()
+def test_step_equals_the_stand_in_and_changes_no_state() -> None:
+    config = {"destinations_every": 4, "weights_every": 2, "last_step": 4}
+    optimized, stand_in = (toma_fx.optimize(small_flux(), **SMALL, **config) for _ in range(2))
+    state, states = State(), [State()]
+    for i in range(6):
+        got, state = optimized.step(call(1, i), state)
+        assert torch.equal(got[0], stand_in(**call(1, i))[0])
+        states.append(state)
+    assert optimized.totals == {"refresh": 2, "reuse": 2, "reweigh": 1, "plain": 1}
+    assert optimized.totals == stand_in.totals
+    assert not optimized.states
+    kept = {k: v.clone() for k, v in states[2].patterns.items()}
+    first = optimized.step(call(7, 2), states[2])
+    again = optimized.step(call(7, 2), states[2])
+    assert torch.equal(first[0][0], again[0][0]), "a state may be used again"
+    assert all(torch.equal(v, kept[k]) for k, v in states[2].patterns.items())
+    assert [s.step for s in states] == list(range(7))
+
+
+@torch.no_grad()
+def test_requests_at_different_steps_share_a_batch() -> None:
+    """Each request in a mixed batch gets what it gets alone."""
+    config = {"destinations_every": 4, "weights_every": 2}
+    optimized = toma_fx.optimize(small_flux(), **SMALL, **config)
+    alone: dict[int, list[torch.Tensor]] = {}
+    for request in (1, 2, 3):
+        state = State()
+        for i in range(6):
+            out, state = optimized.step(call(request, i), state)
+            alone.setdefault(request, []).append(out[0])
+    one, two, three = State(), State(), State()
+    _, one = optimized.step(call(1, 0), one)
+    _, one = optimized.step(call(1, 1), one)
+    out, (one, two) = optimized.step(together(call(1, 2), call(2, 0)), [one, two])
+    results = {(1, 2): out[0][0], (2, 0): out[0][1]}
+    for i in (1, 2, 3):
+        batch = together(call(1, 2 + i), call(2, i), call(3, i - 1))
+        out, (one, two, three) = optimized.step(batch, [one, two, three])
+        results |= {(1, 2 + i): out[0][0], (2, i): out[0][1], (3, i - 1): out[0][2]}
+    for (request, i), got in results.items():
+        want = alone[request][i][0]
+        assert denoisers.relative(got, want) < 1e-5, (request, i)
+    assert optimized.totals["mixed"] >= 3
+    assert (one.step, two.step, three.step) == (6, 4, 3)
+
+
+@torch.no_grad()
+def test_a_request_may_have_several_rows() -> None:
+    optimized = toma_fx.optimize(small_flux(), **SMALL)
+    (alone,), state = optimized.step(call(1, 0, batch=2), State())
+    assert state.rows == 2
+    (both,), (first, second) = optimized.step(
+        together(call(1, 1, batch=2), call(2, 0)), [state, State()]
+    )
+    assert (first.rows, second.rows) == (2, 1)
+    (want,), _ = optimized.step(call(1, 1, batch=2), state)
+    assert denoisers.relative(both[:2], want) < 1e-5
+    assert not torch.equal(both[:2], alone)
+
+
+@torch.no_grad()
+def test_states_that_do_not_fit_are_refused() -> None:
+    optimized = toma_fx.optimize(small_flux(), **SMALL, first_step=1)
+    _, begun = optimized.step(call(1, 0), State())
+    _, begun = optimized.step(call(1, 1), begun)
+    with pytest.raises(StateError, match="belongs to another call"):
+        optimized.step(denoisers.flux_inputs(8, 12, batch=1), begun)
+    with pytest.raises(StateError, match="do not fill the batch"):
+        optimized.step(call(1, 2, batch=2), begun)
+    with pytest.raises(StateError, match="merge and requests that do not"):
+        optimized.step(together(call(1, 2), call(2, 0)), [begun, State()])
+
+
+@torch.no_grad()
+def test_a_changed_model_refreshes_the_states_of_callers() -> None:
+    model = small_flux()
+    optimized = toma_fx.optimize(model, **SMALL)
+    _, state = optimized.step(call(1, 0), State())
+    block = model.transformer_blocks[0]
+    block.attn.to_q = torch.nn.Linear(32, 32).eval()
+    optimized.step(call(1, 1), state)
+    assert optimized.totals == {"refresh": 2}
+
+
+# -- threads --------------------------------------------------------------------------------------
+
+
+def run_thread(work: Any) -> list[BaseException]:
+    """Run `work` in a thread; what it raised."""
+    raised: list[BaseException] = []
+
+    def body() -> None:
+        try:
+            work()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    return raised
+
+
+@torch.no_grad()
+def test_threads_taking_turns_on_one_implicit_state_raise() -> None:
+    optimized = toma_fx.optimize(small_flux(), **SMALL)
+    optimized(**call(1, 0))
+    (error,) = run_thread(lambda: optimized(**call(2, 1)))
+    assert isinstance(error, SharedStateError)
+    assert "own_state" in str(error)
+    optimized(**call(1, 1))
+    assert not run_thread(lambda: optimized(**call(2, 0))), "a new generation may begin elsewhere"
+    with pytest.raises(SharedStateError):
+        optimized(**call(1, 2))
+    optimized.reset()
+    optimized(**call(1, 2))
+
+
+@torch.no_grad()
+def test_a_call_during_a_call_raises() -> None:
+    optimized = toma_fx.optimize(small_flux(), **SMALL)
+    optimized(**call(1, 0))
+    errors: list[BaseException] = []
+    run = optimized.specializations[0].runners["refresh"]
+
+    def slow(*args: Any) -> Any:
+        errors.extend(run_thread(lambda: optimized(**call(2, 0))))
+        return run(*args)
+
+    optimized.specializations[0].runners["refresh"] = slow
+    optimized.reset()
+    optimized(**call(1, 0))
+    assert [type(e) for e in errors] == [SharedStateError]
+    assert optimized.totals == {"refresh": 2}
+
+
+def test_threads_with_their_own_state_do_not_mix() -> None:
+    model = small_flux()
+    optimized, alone = (toma_fx.optimize(model, **SMALL, destinations_every=3) for _ in range(2))
+    want = {}
+    for seed in (1, 2, 3):
+        want[seed] = [alone(**call(seed, i))[0] for i in range(6)]
+        alone.reset()
+    got: dict[int, list[torch.Tensor]] = {}
+    errors: list[BaseException] = []
+    barrier = threading.Barrier(3)
+
+    def generation(seed: int) -> None:
+        try:
+            with optimized.own_state():
+                for i in range(6):
+                    barrier.wait(timeout=60)
+                    got.setdefault(seed, []).append(optimized(**call(seed, i))[0])
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=generation, args=(seed,)) for seed in want]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    for seed, steps in want.items():
+        assert all(torch.equal(a, b) for a, b in zip(got[seed], steps, strict=True))
+    assert not optimized.states, "the shared implicit state was not used"
+    assert optimized.cache.made == 1
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_threads_step_while_another_captures(compiled: bool) -> None:
+    """torch's flags for tracing hold for the whole process; programs that run must not see them."""
+    optimized = toma_fx.optimize(small_flux(), **SMALL)
+    if compiled:
+        optimized.compile(backend="eager")
+    errors: list[BaseException] = []
+    captured = threading.Event()
+    done = []
+
+    def stepping() -> None:
+        try:
+            state, step = State(), 0
+            while not captured.is_set() or step < 4:
+                out, state = optimized.step(call(1, step), state)
+                assert type(out[0]) is torch.Tensor
+                step += 1
+                with optimized.own_state():
+                    optimized(**call(1, 0))
+            done.append(step)
+        except BaseException as error:
+            errors.append(error)
+
+    with torch.no_grad():
+        _, state = optimized.step(call(1, 0), State())
+        optimized.step(call(1, 1), state)
+        thread = threading.Thread(target=stepping)
+        thread.start()
+        try:
+            for width in (12, 16):
+                optimized.step(denoisers.flux_inputs(8, width, batch=1), State())
+        finally:
+            captured.set()
+            thread.join()
+    assert not errors
+    assert done
+    assert optimized.cache.made == 3
+
+
+@torch.no_grad()
+def test_an_exception_after_a_step_leaves_the_state_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimized = toma_fx.optimize(small_flux(), **SMALL)
+
+    def fails(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PassState, "store", fails)
+        with pytest.raises(KeyboardInterrupt):
+            optimized(**call(1, 0))
+    optimized(**call(1, 0))
+    optimized(**call(1, 1))
+    assert optimized.totals == {"refresh": 1, "reuse": 1}
+
+
+@torch.no_grad()
+def test_guidance_that_ends_in_mid_run_keeps_the_step() -> None:
+    """The batch halves: another signature, the same generation."""
+    optimized = toma_fx.optimize(small_flux(), **SMALL, destinations_every=9, last_step=4)
+    for i in range(8):
+        optimized(**call(1, i, batch=2 if i < 3 else 1))
+    assert optimized.totals == {"refresh": 2, "reuse": 3, "plain": 3}
+    optimized(**call(1, 0, batch=2))
+    assert optimized.totals["refresh"] == 3
+
+
+@torch.no_grad()
+def test_without_a_timestep_every_picture_is_its_own() -> None:
+    class Picture(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = small_flux()
+
+        def forward(self, **inputs: Any) -> Any:
+            return self.inner(timestep=torch.full((1,), 0.5), **inputs)[0]
+
+    model = Picture().eval()
+    optimized = toma_fx.optimize(model, **SMALL)
+    for seed in (1, 2):
+        inputs = {k: v for k, v in call(seed, 0).items() if k != "timestep"}
+        want = toma_fx.optimize(model, **SMALL)(**inputs)
+        assert torch.equal(optimized(**inputs), want)
+    assert optimized.totals == {"refresh": 2}
+
+
+@torch.no_grad()
+def test_position_ids_of_another_grid_at_the_same_timestep() -> None:
+    optimized = toma_fx.optimize(small_flux(), **SMALL)
+    wide, square = denoisers.flux_inputs(4, 16, batch=1), denoisers.flux_inputs(8, 8, batch=1)
+    optimized(**wide)
+    assert torch.equal(optimized(**square)[0], toma_fx.optimize(
+        optimized.denoiser, **SMALL)(**square)[0])  # fmt: skip
+    assert optimized.cache.made == 2
+
+
+@torch.no_grad()
+def test_states_do_not_survive_a_cast() -> None:
+    optimized = toma_fx.optimize(small_flux(), **SMALL)
+    _, state = optimized.step(call(1, 0), State())
+    optimized.to(torch.float64)
+    double = {k: v.double() if torch.is_tensor(v) else v for k, v in call(1, 1).items()}
+    optimized.step(double, state)
+    assert optimized.totals == {"refresh": 2}
+
+
+@pytest.mark.parametrize("state", [None, [], [None], "state"])
+def test_what_is_not_a_state(state: Any) -> None:
+    with pytest.raises(StateError, match="not a state"):
+        toma_fx.optimize(small_flux(), **SMALL).step(call(1, 0), state)
+
+
+@pytest.mark.parametrize("inputs", [None, torch.zeros(1), ((), {}, ())])
+def test_what_is_not_a_call(inputs: Any) -> None:
+    with pytest.raises(SignatureError, match="not a call"):
+        toma_fx.optimize(small_flux(), **SMALL).step(inputs, State())
+
+
+@torch.no_grad()
+def test_an_exception_inside_a_step_starts_anew() -> None:
+    optimized = toma_fx.optimize(small_flux(), **SMALL)
+    optimized(**call(1, 0))
+    optimized(**call(1, 1))
+    specialization = optimized.specializations[0]
+    run = specialization.runners["reuse"]
+
+    def fails(*args: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    specialization.runners["reuse"] = fails
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimized(**call(1, 2))
+    specialization.runners["reuse"] = run
+    optimized(**call(2, 5))
+    assert optimized.totals == {"refresh": 2, "reuse": 1}
+
+
+# -- bounds ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_the_graphs_used_last_are_kept() -> None:
+    optimized = toma_fx.optimize(small_flux(), **SMALL, max_signatures=2)
+    for width in (8, 12, 8, 16, 8):
+        optimized(**denoisers.flux_inputs(8, width, batch=1))
+        optimized.reset()
+    assert len(optimized.specializations) == 2
+    assert optimized.cache.made == 3, "8 was used again before 16 came"
+    optimized(**denoisers.flux_inputs(8, 12, batch=1))
+    assert optimized.cache.made == 4, "12 had made room for 16"

@@ -1,0 +1,32 @@
+"""The denoisers of diffusers: each merges where it should and passes the oracles, or is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.zoo import CASES
+from tests.zoo.check import check
+from tests.zoo.table import refused_row, row
+
+NAMES = [pytest.param(case.name, marks=[] if case.quick else [pytest.mark.slow]) for case in CASES]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_denoiser(name: str) -> None:
+    check(next(case for case in CASES if case.name == name))
+
+
+def test_names_are_unique() -> None:
+    assert len({case.name for case in CASES}) == len(CASES)
+
+
+def test_the_page_lists_what_is_tested_and_nothing_else() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "denoisers.md").read_text()
+    listed = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    listed = [cells for cells in listed if cells[0] != "| model"]
+    wanted = [row(case, "") if case.refused is None else refused_row(case, "") for case in CASES]
+    # all but the second column, the class of a model that would have to be built
+    expected = sorted([cells[0], *cells[2:]] for cells in (line.split(" | ") for line in wanted))
+    assert sorted([cells[0], *cells[2:]] for cells in listed) == expected

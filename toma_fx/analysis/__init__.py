@@ -1,0 +1,1 @@
+"""Analysis: which dimension enumerates tokens, attention kinds, residual streams."""

@@ -1,0 +1,343 @@
+"""The graph as plain data: names, edges, shapes, facts. Streams and plans are made from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import fx
+
+from toma_fx.analysis.facts import Rejected
+from toma_fx.analysis.labels import (
+    BATCH,
+    HEIGHT,
+    Fact,
+    Keys,
+    Layout,
+    Segment,
+    Tokens,
+    layout_of,
+    layouts_of,
+)
+from toma_fx.analysis.rules.base import RULES, carries_tokens, treats_alike
+from toma_fx.graph.nodes import (
+    ATTENTION,
+    CASTS,
+    COPIES,
+    PRODUCTS,
+    READERS,
+    SCALES,
+    SOFTMAX,
+    UNKNOWN,
+    WEIGHTED,
+    module_path,
+    op_name,
+    shape_of,
+)
+
+
+@dataclass(frozen=True)
+class Flow:
+    """A captured graph and its facts, without graph objects.
+
+    Attributes:
+        order: node names in graph order. operands: inputs of each. ops: op name of each.
+        shapes: static shape of each tensor. modules: module path of each.
+        facts, refusals: from the analysis. passes: {node: source} for nodes that hand on the image
+            tokens of their source unchanged. pointwise: element-wise ops. sums: plain a + b.
+        attention: fused attention, and the softmax of one that is written out.
+        whole: {node: why it must see all tokens}.
+    """
+
+    order: tuple[str, ...]
+    operands: Mapping[str, tuple[str, ...]]
+    ops: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+    modules: Mapping[str, str]
+    facts: Mapping[str, Fact]
+    refusals: Mapping[str, Rejected]
+    passes: Mapping[str, str]
+    pointwise: frozenset[str]
+    sums: frozenset[str]
+    attention: frozenset[str]
+    linears: frozenset[str]
+    whole: Mapping[str, str]
+
+    @cached_property
+    def users(self) -> Mapping[str, tuple[str, ...]]:
+        """Nodes that use each node, in graph order."""
+        out: dict[str, list[str]] = {name: [] for name in self.order}
+        for name in self.order:
+            for operand in dict.fromkeys(self.operands[name]):
+                out[operand].append(name)
+        return {name: tuple(found) for name, found in out.items()}
+
+    @cached_property
+    def position(self) -> Mapping[str, int]:
+        """Index of each node in graph order."""
+        return {name: i for i, name in enumerate(self.order)}
+
+    def layout(self, name: str) -> Layout | None:
+        """Layout of a tensor-valued node."""
+        return layout_of(self.facts.get(name))
+
+    def carries(self, name: str, segment: str) -> bool:
+        """Whether the node's value (or one of its values) holds the tokens of `segment`."""
+        return any(s.name == segment for s in self.segments(name))
+
+    @cached_property
+    def _held(self) -> Mapping[str, tuple[Segment, ...]]:
+        """Token segments of every node that has any."""
+        held = {}
+        for name, fact in self.facts.items():
+            labels = (x for layout in layouts_of(fact) for x in layout or ())
+            found = (s for label in labels if isinstance(label, Tokens) for s in label.segments)
+            if segments := tuple(dict.fromkeys(found)):
+                held[name] = segments
+        return held
+
+    @cached_property
+    def _carriers(self) -> Mapping[str, tuple[str, ...]]:
+        """Nodes that hold each segment, in graph order."""
+        out: dict[str, list[str]] = {}
+        for name in self.order:
+            for segment in self.segments(name):
+                out.setdefault(segment.name, []).append(name)
+        return {segment: tuple(names) for segment, names in out.items()}
+
+    def segments(self, name: str) -> tuple[Segment, ...]:
+        """Token segments of the node's value or values, on whatever dimension."""
+        return self._held.get(name, ())
+
+    def is_embedding(self, name: str) -> bool:
+        """Whether the value is laid out [batch, tokens, channels], with a known token count."""
+        layout = self.layout(name)
+        return (
+            layout is not None
+            and len(layout) == 3
+            and layout[0] == BATCH
+            and isinstance(layout[1], Tokens)
+            and layout[1].length < UNKNOWN
+        )
+
+    def has_rows(self, name: str) -> bool:
+        """Whether the batch comes first and just one dimension after it enumerates tokens."""
+        first, *rest = self.layout(name) or (None,)
+        plain = [type(label) is Tokens for label in rest if isinstance(label, Tokens)]
+        return first == BATCH and plain == [True]
+
+    def is_spatial(self, name: str) -> bool:
+        """Whether the value holds an image, as tokens or laid out in height and width."""
+        labels = [x for layout in layouts_of(self.facts.get(name)) for x in layout or ()]
+        return HEIGHT in labels or any(s.grid for s in self.segments(name))
+
+    def carriers(self, segment: str) -> tuple[str, ...]:
+        """Nodes that hold the tokens of `segment`, in graph order."""
+        return self._carriers.get(segment, ())
+
+    def weighted(self, softmax: str) -> list[str]:
+        """The products that a softmax over keys is a factor of."""
+        front, found = [softmax], []
+        while front:
+            users = [u for f in front for u in self.users[f]]
+            found += [u for u in users if self.ops[u] in PRODUCTS]
+            front = [u for u in users if self.ops[u] in SCALES | COPIES]
+        return found if self.ops[softmax] in SOFTMAX else []
+
+    def root(self, name: str) -> str:
+        """The node whose image tokens `name` hands on unchanged."""
+        while name in self.passes:
+            name = self.passes[name]
+        return name
+
+    def region(self, segment: str, start: str, end: str) -> tuple[str, ...]:
+        """Carriers of `segment` after `start` and up to `end`: those on a path between the two."""
+        first, last = self.position[start], self.position[end]
+        after = {start}
+        for name in self.order[first + 1 : last + 1]:
+            if self.carries(name, segment) and not after.isdisjoint(self.operands[name]):
+                after.add(name)
+        before = {end}
+        for name in reversed(self.order[first + 1 : last + 1]):
+            if name in before:
+                before.update(o for o in self.operands[name] if o in after)
+        return tuple(n for n in self.order[first + 1 : last + 1] if n in after and n in before)
+
+    def side(
+        self, segment: str, ends: Iterable[str], reader: str, within: Iterable[str]
+    ) -> tuple[str, ...]:
+        """Carriers among `within` that lead to `ends` and to nothing but `reader`, which reads them
+
+        What other nodes use too is left out, and what comes before it.
+        """
+        allowed, front = set(within), list(ends)
+        found: set[str] = set()
+        while front:
+            name = front.pop()
+            if name in allowed and name not in found and self.carries(name, segment):
+                found.add(name)
+                front.extend(self.operands[name])
+        while True:
+            out = {
+                n
+                for n in found
+                if any(u not in found and u != reader for u in self.users[n])
+                or (self.ops[n] == "getitem" and self.operands[n][0] not in found)
+            }
+            if not out:
+                return tuple(sorted(found, key=self.position.__getitem__))
+            found -= out
+
+    def with_readers(self, segment: str, inner: tuple[str, ...], end: str) -> tuple[str, ...]:
+        """The region and what reads its tokens and ends in another's attention, as keys do.
+
+        In a model of sound and video, sound attends to the tokens of the video.
+        """
+        inside = set(inner)
+        front = [n for n in inner if n != end]
+        side: set[str] = set()
+        while front:
+            users = {u for f in front for u in self.users[f] if self.carries(u, segment)}
+            front = [u for u in users if u not in inside and u not in side]
+            side.update(front)
+        if any(self.ops[u] == "output" for n in side for u in self.users[n]):
+            return inner
+        others = {o for n in side for o in self.operands[n]} - (inside - {end}) - side
+        later = (o for o in others if self.position[o] > self.position[inner[0]])
+        if any(self.carries(o, segment) for o in later):
+            return inner
+        return tuple(sorted(inside | side, key=self.position.__getitem__))
+
+    def entries(self, segment: str, inner: Iterable[str]) -> tuple[str, ...]:
+        """Values with the tokens of `segment` that flow into `inner` from outside, in order."""
+        inside = set(inner)
+        found = {
+            o
+            for n in inside
+            for o in self.operands[n]
+            if o not in inside and self.carries(o, segment)
+        }
+        return tuple(sorted(found, key=self.position.__getitem__))
+
+    def leak(self, segment: str, inner: Iterable[str], end: str) -> Rejected | None:
+        """A use of the region's values that merging would break, if there is one."""
+        inside = dict.fromkeys(inner)
+        for name in inside:
+            if name in self.whole:
+                return Rejected(name, self.whole[name])
+            for user in self.users[name] if name != end else ():
+                if user in self.refusals:
+                    return self.refusals[user]
+                if user in self.whole:
+                    return Rejected(user, self.whole[user])
+                if user not in inside and (
+                    self.carries(user, segment) or self.ops[user] not in READERS
+                ):
+                    return Rejected(user, f"uses {name} outside the branch")
+                if self.ops[user] == "output":
+                    return Rejected(name, "is an output of the model")
+        return None
+
+
+def flow_of(
+    nodes: list[fx.Node],
+    facts: Mapping[str, Fact],
+    refusals: Mapping[str, Rejected],
+    whole: Mapping[str, str],
+) -> Flow:
+    """The plain-data view of analysed nodes."""
+    tensors = [n for n in nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+    flow = Flow(
+        order=tuple(n.name for n in nodes),
+        operands={n.name: tuple(i.name for i in n.all_input_nodes) for n in nodes},
+        ops={n.name: op_name(n.target) if n.op == "call_function" else n.op for n in nodes},
+        shapes={n.name: shape_of(n) for n in tensors},
+        modules={n.name: module_path(n) for n in nodes},
+        facts=facts,
+        refusals=refusals,
+        passes={},
+        pointwise=frozenset(
+            n.name for n in nodes if torch.Tag.pointwise in getattr(n.target, "tags", ())
+        ),
+        sums=frozenset(n.name for n in nodes if _is_sum(n)),
+        attention=frozenset(n.name for n in nodes if _is_attention(n, facts)),
+        linears=frozenset(n.name for n in nodes if _is_linear(n, facts)),
+        whole=whole,
+    )
+    passes = {n.name: source for n in nodes if (source := _passed(n, flow)) is not None}
+    return replace(flow, passes=passes)
+
+
+def _is_attention(node: fx.Node, facts: Mapping[str, Fact]) -> bool:
+    op = op_name(node.target) if node.op == "call_function" else ""
+    layout = layout_of(facts.get(node.name)) or ()
+    if op not in SOFTMAX or len(layout) < 3:
+        return op == ATTENTION
+    return isinstance(layout[-1], Keys) or (isinstance(layout[-2], Tokens) and _is_product(node))
+
+
+def _is_product(node: fx.Node) -> bool:
+    """Whether a softmax is over x @ y, y with a batch: keys that hold no tokens known here."""
+    source = node.args[0]
+    while isinstance(source, fx.Node) and op_name(source.target) in SCALES:
+        source = source.args[0]
+    if not isinstance(source, fx.Node) or op_name(source.target) not in PRODUCTS:
+        return False
+    return len(shape_of(source.all_input_nodes[-1])) > 2
+
+
+def _is_linear(node: fx.Node, facts: Mapping[str, Fact]) -> bool:
+    """Whether a node is a linear map of every token: a product with a weight, or declared so."""
+    if node.op != "call_function":
+        return False
+    op = op_name(node.target)
+    if op in WEIGHTED or RULES.get(op) is treats_alike:
+        return True
+    operands: Any = node.args[:2]
+    return op in ("aten.mm", "aten.matmul") and not carries_tokens(facts.get(operands[1].name))
+
+
+def _is_sum(node: fx.Node) -> bool:
+    """Whether a node is a + b of two tensors, neither scaled."""
+    if node.op != "call_function" or op_name(node.target) != "aten.add":
+        return False
+    return len(node.all_input_nodes) == 2 and node.kwargs.get("alpha") in (None, 1)
+
+
+def _passed(node: fx.Node, flow: Flow) -> str | None:
+    """Source whose image tokens the node hands on verbatim, as [batch, tokens, channels]."""
+    op, name = flow.ops[node.name], node.name
+    images = {s.name for s in flow.segments(name) if s.grid}
+    if not images or not flow.is_embedding(name):
+        return None
+    if op == "getitem":
+        split = node.args[0]
+        assert isinstance(split, fx.Node)
+        source = str(split.args[0])
+        return source if flow.ops[split.name] == "aten.split_with_sizes" else None
+    carrying = [
+        o for o in flow.operands[name] if not images.isdisjoint(s.name for s in flow.segments(o))
+    ]
+    if len(carrying) != 1 or not flow.is_embedding(carrying[0]):
+        return None
+    same_channels = flow.shapes[name][2] == flow.shapes[carrying[0]][2]
+    if op in COPIES or (op in ("aten.slice", "aten.cat", "aten.concat") and same_channels):
+        return carrying[0]
+    if op in ("aten.clip", "aten.clamp"):
+        return carrying[0] if _only_clips_infinities(node) else None
+    # a stream may be added to in another precision than its branches compute in
+    return carrying[0] if op in CASTS and node.meta["val"].is_floating_point() else None
+
+
+def _only_clips_infinities(node: fx.Node) -> bool:
+    """clip(x, -65504, 65504) in half precision (Flux): the identity on finite values."""
+    limit = torch.finfo(node.meta["val"].dtype).max
+    low, high = (*node.args[1:3], None, None)[:2]
+    return (
+        isinstance(low, (int, float))
+        and isinstance(high, (int, float))
+        and (low <= -limit and high >= limit)
+    )

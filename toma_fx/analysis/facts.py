@@ -1,0 +1,150 @@
+"""What the analysis finds: patches, positional operands, attention sites, residual streams."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from toma_fx.analysis.labels import Fact, Segment, Tokens
+from toma_fx.capture.grids import Raster
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A literal argument that carries a token count: `args[path]`.
+
+    It is the length of `segments`, `times` as much where the batch is folded in.
+    """
+
+    path: tuple[int, ...]
+    segments: tuple[Segment, ...]
+    times: int = 1
+
+    def value(self, lengths: Mapping[str, int]) -> int:
+        """The literal when the segments named in `lengths` have those lengths."""
+        return self.times * sum(lengths.get(s.name, s.length) for s in self.segments)
+
+
+@dataclass(frozen=True)
+class Positional:
+    """An operand from outside the token flow whose dimension `dim` lines up with the token axis.
+
+    `batch` is the operand's dimension that lines up with the batch (None: it has none, and the
+    batch lies `lead` dimensions before its first). `additive` operands may be merged like tokens;
+    the others (rotary tables, masks, gates) are gathered at the destinations.
+    """
+
+    operand: str
+    dim: int
+    tokens: Tokens
+    batch: int | None
+    lead: int = 0
+    additive: bool = False
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What a rule derives: the fact of the output, literals to patch, positional operands.
+
+    `whole` says why the op must see all tokens, if it must: labels go on behind it, merging doesn't
+    reach across it.
+    """
+
+    fact: Fact
+    patches: tuple[Patch, ...] = ()
+    positionals: tuple[Positional, ...] = ()
+    whole: str = ""
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A "no" with its reason and the node to blame."""
+
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Site:
+    """One scaled-dot-product attention and what its tokens are.
+
+    Attributes:
+        node: graph node. module: module path.
+        kind: "self", "joint", "cross", "temporal", "text" or "unknown".
+        query, key: token labels of q and k, printed.
+        segment: the image segment that its queries carry ("" if none).
+        operands: nodes of queries, keys and values; none if the attention is written out.
+        masked: whether it has a mask that differs from key to key.
+    """
+
+    node: str
+    module: str
+    kind: str
+    query: str
+    key: str
+    segment: str
+    operands: tuple[str, ...] = ()
+    masked: bool = False
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One update `x_next = x + out` of a residual stream.
+
+    Attributes:
+        x, out, add: nodes of the stream value, of the update, and of the add; no add if the update
+            is added after it was laid out as a picture again.
+        kinds: what the branch holds: "attention", "cross", "mlp", "other".
+        module: module path. sites: attention nodes inside. block: index of its block.
+        entries: normalised values that enter the branch (where a sublayer merges).
+        nodes: nodes between entries and `out`, in graph order.
+        rejected: why the branch can't be merged, if it can't. leak: a use of its inner values by
+            others, for which it can't be merged by itself.
+    """
+
+    x: str
+    out: str
+    add: str
+    kinds: tuple[str, ...]
+    module: str
+    sites: tuple[str, ...]
+    block: int
+    entries: tuple[str, ...]
+    nodes: tuple[str, ...]
+    rejected: Rejected | None = None
+    leak: Rejected | None = None
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A residual stream x0..xL of one image segment, with its branches in order.
+
+    Branch i starts from values[i]; what is added from outside before it (`additions`: index of the
+    branch, node of the add) counts to that value.
+    """
+
+    name: str
+    segment: Segment
+    values: tuple[str, ...]
+    branches: tuple[Branch, ...]
+    additions: tuple[tuple[int, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Result of the analysis: plain data about a captured graph.
+
+    Attributes:
+        facts: layout of every labelled node. transfers: the rule results that rewriting needs.
+        refusals: nodes where token flow ended, with the reason.
+        sites: every attention. streams: every residual stream of an image segment.
+        rasters: what packed inputs enumerate. packed: tokens of every input that may be packed.
+    """
+
+    facts: Mapping[str, Fact]
+    transfers: Mapping[str, Transfer]
+    refusals: Mapping[str, Rejected]
+    sites: tuple[Site, ...]
+    streams: tuple[Stream, ...]
+    rasters: Mapping[str, Raster] = field(default_factory=dict)
+    packed: Mapping[str, int] = field(default_factory=dict)

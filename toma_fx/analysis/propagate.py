@@ -1,0 +1,215 @@
+"""Token-axis analysis: where image tokens flow, which attention is which, where residuals add up.
+
+    captured graph --seeds, transfer rules--> facts --> attention sites
+                                                    \-> residual streams x0..xL with branches
+
+Forward data flow over the graph, no matching on model classes or parameter names. Image segments
+are seeded where spatial dimensions fold into one, and at packed inputs; a packed input's grid comes
+from position ids that line up with it, from sizes among the arguments, or from the user.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Literal
+
+from torch import fx
+
+from toma_fx.analysis.dataflow import Flow, flow_of
+from toma_fx.analysis.facts import Analysis, Rejected, Site, Transfer
+from toma_fx.analysis.labels import (
+    BATCH,
+    FRAMES,
+    HEIGHT,
+    WIDTH,
+    Fact,
+    Layout,
+    Segment,
+    Tokens,
+    layout_of,
+    tokens_of,
+)
+from toma_fx.analysis.rules.apply import apply_rule
+from toma_fx.analysis.streams import _streams
+from toma_fx.capture.grids import Raster, ids_dim
+from toma_fx.capture.model import Captured
+from toma_fx.graph.nodes import ATTENTION, module_path
+from toma_fx.methods.windows import Size
+
+
+def analyse(captured: Captured, grid: Size | None = None) -> tuple[Analysis, Flow]:
+    """Facts, attention sites and residual streams of a captured graph.
+
+    Args:
+        captured: the graph; it is not changed.
+        grid: token grid (H, W) or (T, H, W) of a packed input, if nothing else tells it.
+
+    Returns:
+        The analysis and the plain-data view of the graph that planning works on.
+    """
+    nodes = list(captured.graph_module.graph.nodes)
+    seeds = _seeds(captured, {})
+    facts, transfers, refusals = _propagate(nodes, seeds)
+    rasters = _rasters(captured, facts, transfers, grid)
+    if rasters:
+        facts, transfers, refusals = _propagate(nodes, _seeds(captured, rasters))
+    whole = {name: t.whole for name, t in transfers.items() if t.whole}
+    flow = flow_of(nodes, facts, refusals, whole)
+    lost = _lost(flow)
+    sites = tuple(_site(n, flow, lost) for n in nodes if n.name in flow.attention)
+    streams = _streams(flow, sites)
+    packed = _packed(captured)
+    return Analysis(facts, transfers, refusals, sites, streams, rasters, packed), flow
+
+
+def _seeds(captured: Captured, rasters: Mapping[str, Raster]) -> dict[str, Layout]:
+    """Layouts of the model inputs: packed or text sequences, and position ids."""
+    seeds: dict[str, Layout] = {}
+    for spec in captured.inputs:
+        value = spec.tensor
+        if value is None:
+            continue
+        if spec.raster is not None:
+            dim = ids_dim(value) or 0
+            ids = _cut(spec.name, value.shape[dim], spec.raster if rasters else None, "ids")
+            batch = (BATCH, None, None)[: value.dim() - 2]
+            seeds[spec.name] = (*batch, *((None, ids) if dim == 2 else (ids, None)))
+        elif value.dim() == 3 and value.is_floating_point():
+            packed = _cut(spec.name, value.shape[1], rasters.get(spec.name), "sequence")
+            seeds[spec.name] = (BATCH, packed, None)
+        elif value.dim() == 4 and value.is_floating_point():
+            seeds[spec.name] = (BATCH, None, HEIGHT, WIDTH)
+        elif value.dim() == 5 and value.is_floating_point():
+            # frames may come before the channels or after; only frames fold with height and width
+            seeds[spec.name] = (BATCH, FRAMES, FRAMES, HEIGHT, WIDTH)
+    return seeds
+
+
+def _cut(name: str, length: int, raster: Raster | None, role: Literal["ids", "sequence"]) -> Tokens:
+    """The tokens of an input: the images of its raster, and what is around them."""
+    if raster is None:
+        return Tokens((Segment(name, length, None, role),))
+    image = Segment(name, raster.images, raster.grid, role, raster.heights)
+    before = Segment(f"{name}/before", raster.before, None, role)
+    rest = Segment(f"{name}/rest", raster.rest, None, role)
+    return Tokens(tuple(s for s in (before, image, rest) if s.length))
+
+
+def _propagate(
+    nodes: list[fx.Node], seeds: Mapping[str, Layout]
+) -> tuple[dict[str, Fact], dict[str, Transfer], dict[str, Rejected]]:
+    facts: dict[str, Fact] = dict(seeds)
+    transfers: dict[str, Transfer] = {}
+    refusals: dict[str, Rejected] = {}
+    for node in nodes:
+        if node.op != "call_function":
+            continue
+        outcome = apply_rule(node, facts)
+        if isinstance(outcome, Rejected):
+            refusals[node.name] = outcome
+            continue
+        if outcome.fact is not None:
+            facts[node.name] = outcome.fact
+        if outcome.patches or outcome.positionals or outcome.whole:
+            transfers[node.name] = outcome
+    return facts, transfers, refusals
+
+
+def _rasters(
+    captured: Captured,
+    facts: Mapping[str, Fact],
+    transfers: Mapping[str, Transfer],
+    given: Size | None,
+) -> dict[str, Raster]:
+    """What packed inputs enumerate: from ids that line up with them, from their length, or given"""
+    rasters: dict[str, Raster] = {}
+    ids_of = {i.name: i.raster for i in captured.inputs if i.raster is not None}
+    for transfer in transfers.values():
+        for positional in transfer.positionals:
+            layout = layout_of(facts.get(positional.operand))
+            label = None if layout is None else layout[positional.dim]
+            if not isinstance(label, Tokens):
+                continue
+            at = 0
+            for ids in label.segments:
+                if (raster := ids_of.get(ids.name)) is not None:
+                    rasters.update(_aligned(raster, at, positional.tokens))
+                at += ids.length
+    if given:
+        *frames, height, width = given
+        known = [Raster((height,) * math.prod(frames), width)]
+    else:
+        known = list(ids_of.values()) or list(captured.hints)
+    for one in known if given or not rasters else []:
+        fitting = [name for name, length in _packed(captured).items() if length == one.length]
+        if len(fitting) > 1:  # text of as many tokens
+            fitting = [name for name in fitting if name == "hidden_states"]
+        if len(fitting) == 1:
+            rasters[fitting[0]] = one
+    return rasters
+
+
+def _packed(captured: Captured) -> dict[str, int]:
+    """Tokens of every input [batch, tokens, channels]."""
+    inputs = ((i.name, i.tensor) for i in captured.inputs if i.raster is None)
+    return {name: x.shape[1] for name, x in inputs if x is not None and x.dim() == 3}
+
+
+def _aligned(raster: Raster, at: int, tokens: Tokens) -> dict[str, Raster]:
+    """The raster of the segment that holds the images of ids that begin at token `at`."""
+    start, begin = at + raster.before, 0
+    for segment in tokens.segments:
+        end = begin + segment.length
+        if begin <= start and start + raster.images <= end:
+            rest = end - start - raster.images
+            return {segment.name: replace(raster, before=start - begin, rest=rest)}
+        begin = end
+    return {}
+
+
+def _lost(flow: Flow) -> set[str]:
+    """Values that may hold image tokens which the analysis lost sight of at a refusal."""
+    lost: set[str] = set()
+    for name in flow.order:
+        operands = flow.operands[name]
+        ended = name in flow.refusals and any(flow.is_spatial(o) for o in operands)
+        if ended or not (flow.is_spatial(name) or lost.isdisjoint(operands)):
+            lost.add(name)
+    return lost
+
+
+def _site(node: fx.Node, flow: Flow, lost: set[str]) -> Site:
+    """Classify one attention by the tokens of its queries and keys."""
+    layout, keys = _query_and_key(node, flow)
+    q = layout[-2] if layout is not None and isinstance(layout[-2], Tokens) else tokens_of(layout)
+    k = tokens_of(keys)
+    images = [s for s in q.segments if s.grid] if q else []
+    if layout is not None and (layout[-2] == FRAMES or (q and layout[-2] != q)):
+        kind = "temporal"
+    elif not images and str(node.args[0]) in lost:
+        kind = "unknown"
+    elif q is None or not images:
+        kind = "text"
+    elif k is None or not any(s in images for s in k.segments):
+        kind = "cross"
+    else:
+        kind = "self" if set(q.segments) == set(k.segments) == set(images) else "joint"
+    segment = images[0].name if images else ""
+    fused = flow.ops[node.name] == ATTENTION
+    operands = tuple(str(a) for a in node.args[:3]) if fused else ()
+    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    masked = isinstance(mask, fx.Node) and flow.shapes[mask.name][-1] != 1
+    return Site(
+        node.name, module_path(node), kind, str(q or ""), str(k or ""), segment, operands, masked
+    )
+
+
+def _query_and_key(node: fx.Node, flow: Flow) -> tuple[Layout | None, Layout | None]:
+    """Layouts of the queries and keys; scores carry both."""
+    if flow.ops[node.name] == ATTENTION:
+        query, key = (str(a) for a in node.args[:2])
+        return flow.layout(query), flow.layout(key)
+    scores = flow.layout(node.name)
+    return scores, None if scores is None else (scores[-1],)

@@ -1,0 +1,267 @@
+"""Residual streams: chains of additions whose one operand is an ancestor of the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import takewhile
+
+from toma_fx.analysis.dataflow import Flow
+from toma_fx.analysis.facts import Branch, Rejected, Site, Stream
+from toma_fx.analysis.labels import HEIGHT, Segment
+
+PROLOGUE = {
+    "aten.layer_norm", "aten.rms_norm", "aten.slice", "aten.cat", "aten.concat", "aten.contiguous",
+    "aten.clone", "aten.to", "aten.dropout", "aten.split_with_sizes", "getitem", "aten.group_norm",
+    "aten.transpose", "aten.permute", "aten.mean", "aten.var", "aten.linalg_vector_norm",
+}  # fmt: skip
+"""Ops besides element-wise ones that may stand between a stream and the point of merging."""
+
+
+UNFOLD = {"aten.view", "aten.reshape", "aten.unflatten", "aten.unsqueeze", "aten.squeeze"}
+"""Ops that lay an update out as a picture."""
+
+
+CONSTANTS = {"aten.zeros_like", "aten.ones_like", "aten.full_like", "aten.empty_like"}
+
+
+BLOCK = 3
+"""Branches that one block has at most: self-attention, cross-attention, MLP."""
+
+
+# -- residual streams -----------------------------------------------------------------------------
+
+
+def _streams(flow: Flow, sites: tuple[Site, ...]) -> tuple[Stream, ...]:
+    images: dict[str, Segment] = {}
+    for name in flow.order:
+        images.update({s.name: s for s in flow.segments(name) if s.grid and s.role != "ids"})
+    by_node = {s.node: s for s in sites}
+    return tuple(stream for s in images.values() for stream in _streams_of(s, flow, by_node))
+
+
+def _streams_of(segment: Segment, flow: Flow, sites: Mapping[str, Site]) -> list[Stream]:
+    """Streams of one segment: adds whose one operand is an ancestor of the other."""
+    carriers = flow.carriers(segment.name)
+    bit = {name: 1 << i for i, name in enumerate(carriers)}
+    above: dict[str, int] = {}
+    for name in carriers:
+        mask = 0
+        for operand in flow.operands[name]:
+            if operand in bit:
+                mask |= above[operand] | bit[operand]
+        above[name] = mask
+    chains: list[_Chain] = []
+    for name in carriers:
+        found = _residual(name, flow, bit, above, chains)
+        if found is None:
+            _pass_addition(name, flow, bit, chains)
+            continue
+        chain, base, out = found
+        chain.values.append(name)
+        chain.parts.append((base, out, name))
+    if not chains:
+        chains = _added_on_the_grid(segment, flow)
+    return [
+        Stream(
+            f"{segment.name}/{chain.values[0]}",
+            segment,
+            tuple(chain.values),
+            _branches(segment, flow, sites, chain.parts),
+            tuple(chain.additions),
+        )
+        for chain in chains
+    ]
+
+
+def _added_on_the_grid(segment: Segment, flow: Flow) -> list[_Chain]:
+    """The one branch of tokens that are added to the picture they were folded from:
+
+    x [B, C, H, W] --fold--> norm -> attention -> unfold --> x + update
+    """
+    embeddings = [n for n in flow.carriers(segment.name) if flow.is_embedding(n)]
+    if not embeddings:
+        return []
+    start, ends = embeddings[0], [n for n in embeddings if _unfolds(n, flow)]
+    if not ends or start == ends[-1]:
+        return []
+    return [_Chain([start, ends[-1]], [(start, ends[-1], "")])]
+
+
+def _unfolds(name: str, flow: Flow) -> bool:
+    """Whether a value is laid out as a picture and added to one."""
+    seen, front = {name}, [name]
+    while front:
+        front = [u for f in front for u in flow.users[f] if u not in seen and u in flow.facts]
+        seen.update(front)
+        for user in front:
+            if user in flow.sums and HEIGHT in (flow.layout(user) or ()):
+                return True
+        front = [u for u in front if flow.ops[u] in PROLOGUE | UNFOLD or u in flow.pointwise]
+    return False
+
+
+@dataclass
+class _Chain:
+    """A stream while it is found: values, (base, out, add) of each branch, additions."""
+
+    values: list[str]
+    parts: list[tuple[str, str, str]] = field(default_factory=list)
+    additions: list[tuple[int, str]] = field(default_factory=list)
+
+    def swallow(self, value: str) -> bool:
+        """Go back to an earlier value: what was added since is inside the branch to come.
+
+        AuraFlow's blocks are x + mlp(norm(x + attention(x))). A sum over more branches than a block
+        has is no branch of this stream.
+        """
+        at = self.values.index(value)
+        if len(self.parts) - at > BLOCK:
+            return False
+        del self.values[at + 1 :], self.parts[at:]
+        self.additions = [(i, add) for i, add in self.additions if i <= at]
+        return True
+
+
+def _pass_addition(name: str, flow: Flow, bit: Mapping[str, int], chains: list[_Chain]) -> None:
+    """A stream goes on behind an addition from outside (a ControlNet's residual)."""
+    inside = [o for o in flow.operands[name] if o in bit]
+    if name not in flow.sums or len(inside) != 1 or not flow.is_embedding(name):
+        return
+    for chain in chains:
+        if chain.values[-1] == flow.root(inside[0]):
+            chain.values[-1] = name
+            chain.additions.append((len(chain.parts), name))
+
+
+def _residual(
+    name: str,
+    flow: Flow,
+    bit: Mapping[str, int],
+    above: Mapping[str, int],
+    chains: list[_Chain],
+) -> tuple[_Chain, str, str] | None:
+    """(chain, stream value the branch starts from, branch output) if `name` is a residual add."""
+    operands = flow.operands[name]
+    if name not in flow.sums or not flow.is_embedding(name):
+        return None
+    if any(o not in bit or flow.shapes[o] != flow.shapes[name] for o in operands):
+        return None
+    for main, out in (operands, operands[::-1]):
+        root = flow.root(main)
+        chain = next((c for c in chains if c.values[-1] == root), None)
+        if chain is None:
+            chain = next((c for c in chains if root in c.values[:-1]), None)
+            if chain is not None and above[out] & bit[chain.values[-1]]:
+                if not chain.swallow(root):
+                    continue
+            else:
+                chain = None
+        known = chain.values if chain else [root]
+        base = next((v for v in reversed(known) if above[out] & bit[v]), None)
+        if base is None:
+            continue
+        if chain is None:
+            chain = _Chain([root])
+            chains.append(chain)
+        return chain, base, out
+    return None
+
+
+def _branches(
+    segment: Segment,
+    flow: Flow,
+    sites: Mapping[str, Site],
+    parts: list[tuple[str, str, str]],
+) -> tuple[Branch, ...]:
+    branches: list[Branch] = []
+    block = 0
+    for base, out, add in parts:
+        region = flow.region(segment.name, base, out)
+        inner = _inner(segment.name, flow, base, region)
+        inside = tuple(n for n in inner if n in flow.attention)
+        # a branch may reuse what an earlier attention computed (an IP-Adapter its queries)
+        inside = tuple(n for n in inside if all(n not in b.sites for b in branches)) or inside
+        kinds = _kinds(segment.name, flow, inner, inside, sites)
+        if "attention" in kinds and any("attention" in b.kinds for b in branches):
+            block += 1
+        entries = flow.entries(segment.name, inner)
+        module = _branch_module(flow, inner, inside)
+        problem = _branch_problem(flow, inner, entries, out, kinds)
+        leak = flow.leak(segment.name, inner, out)
+        if leak is not None and leak.node in flow.refusals:
+            problem, leak = problem or leak, None
+        branches.append(
+            Branch(base, out, add, kinds, module, inside, block, entries, inner, problem, leak)
+        )
+    return tuple(branches)
+
+
+def _inner(segment: str, flow: Flow, base: str, region: tuple[str, ...]) -> tuple[str, ...]:
+    """The region without its prologue (norms and modulation on whole tokens)."""
+    prologue = {base}
+    for name in region:
+        tokens = [o for o in flow.operands[name] if flow.carries(o, segment)]
+        whole = name in flow.pointwise or flow.ops[name] in PROLOGUE
+        if whole and all(o in prologue for o in tokens):
+            prologue.add(name)
+    # tokens merge where they are laid out [batch, tokens, channels]
+    inside = set(region)
+    for name in reversed(region):
+        enters = any(u in inside and u not in prologue for u in flow.users[name])
+        if name in prologue and enters and not flow.is_embedding(name):
+            prologue.discard(name)
+    return tuple(n for n in region if n not in prologue)
+
+
+def _kinds(
+    segment: str,
+    flow: Flow,
+    inner: tuple[str, ...],
+    inside: tuple[str, ...],
+    sites: Mapping[str, Site],
+) -> tuple[str, ...]:
+    """What a branch computes; a linear path around the attention makes it an MLP as well."""
+    kinds = {"cross" if sites[n].kind == "cross" else "attention" for n in inside}
+    if any(sites[n].kind in ("temporal", "unknown") for n in inside):
+        kinds = {"other"}
+    reached: set[str] = set()
+    inside = (*inside, *(p for n in inside for p in flow.weighted(n)))
+    for name in inner:
+        outside = [o for o in flow.operands[name] if o not in inner]
+        from_outside = any(flow.carries(o, segment) for o in outside)
+        if flow.ops[name] in CONSTANTS:
+            continue
+        if name not in inside and (from_outside or not reached.isdisjoint(flow.operands[name])):
+            reached.add(name)
+    if inner and inner[-1] in reached:
+        linear = any(n in flow.linears for n in inner)
+        kinds.add("mlp" if linear else "other")
+    return tuple(sorted(kinds)) or ("other",)
+
+
+def _branch_module(flow: Flow, inner: tuple[str, ...], inside: tuple[str, ...]) -> str:
+    """Module path of a branch: its attention's, or what its linear maps have in common."""
+    if len(inside) == 1:
+        linears = [n for n in inner if n in flow.linears]
+        paths = [flow.modules[inside[0]], *(flow.modules[n] for n in linears)]
+    else:
+        paths = [flow.modules[n] for n in inner if n in flow.linears]
+    levels = zip(*(path.split(".") for path in paths), strict=False)
+    return ".".join(level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels))
+
+
+def _branch_problem(
+    flow: Flow,
+    inner: tuple[str, ...],
+    entries: tuple[str, ...],
+    out: str,
+    kinds: tuple[str, ...],
+) -> Rejected | None:
+    """Why the branch can't be merged, or None."""
+    if not inner or "other" in kinds:
+        return Rejected(out, "holds neither attention nor MLP")
+    for name in (*entries, out):
+        if not flow.is_embedding(name):
+            return Rejected(name, "is not laid out [batch, tokens, channels]")
+    return None

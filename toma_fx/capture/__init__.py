@@ -1,0 +1,1 @@
+"""Capture: a model becomes one flat ATen graph that shares its parameters."""

@@ -1,0 +1,138 @@
+"""Capture: a denoiser and example inputs become one flat FX graph of pre-dispatch ATen ops.
+
+The graph takes the flattened inputs and returns the flattened outputs; parameters and buffers are
+attributes shared with the original model, never copied. It is in canonical form (see `canonical`).
+"""
+
+from __future__ import annotations
+
+import copy
+import linecache
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from toma_fx.capture.canonical import flat_graph
+from toma_fx.capture.grids import Raster, raster, size_hints
+from toma_fx.capture.guard import STAND_IN
+from toma_fx.errors import CaptureError, ModelTypeError, TrainingModeError
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One flattened input of a captured graph.
+
+    Attributes:
+        name: placeholder name.
+        tensor: fake tensor with its shape, dtype, device; None for constants.
+        raster: what the values enumerate, if they are position ids.
+    """
+
+    name: str
+    tensor: Tensor | None
+    raster: Raster | None = None
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A canonical graph of one call signature.
+
+    Attributes:
+        graph_module: flat inputs -> flat outputs, parameters shared with the model.
+        inputs: one spec per placeholder. out_spec: tree of the outputs.
+        hints: what a packed input may enumerate, by sizes among the arguments.
+    """
+
+    graph_module: fx.GraphModule
+    inputs: tuple[InputSpec, ...]
+    out_spec: pytree.TreeSpec
+    hints: tuple[Raster, ...] = ()
+
+
+def flatten_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], Any]:
+    """Flatten a call; keyword order does not matter."""
+    return pytree.tree_flatten((tuple(args), dict(sorted(kwargs.items()))))
+
+
+def check_model(model: Any) -> None:
+    """Raise unless `model` is a module in evaluation mode."""
+    if not isinstance(model, nn.Module):
+        raise ModelTypeError(
+            "not a denoiser",
+            where="model",
+            expected="a torch.nn.Module such as UNet2DConditionModel, or a diffusers pipeline",
+            got=type(model).__name__,
+        )
+    if model.training:
+        raise TrainingModeError(
+            "the model is in training mode",
+            where=type(model).__name__,
+            expected="evaluation mode",
+            got="training = True",
+            hint="call model.eval() first; merging is for inference",
+        )
+
+
+def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Captured:
+    """Trace one call of `model`; the model is not changed.
+
+    Raises:
+        CaptureError: the model can't be exported; names the module and the Python line.
+        ModelTypeError, TrainingModeError: see `check_model`.
+    """
+    check_model(model)
+    kwargs, plain = dict(sorted(kwargs.items())), bare(model)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(plain, tuple(args), kwargs, strict=False)
+            graph_module = flat_graph(program, type(model).__name__)
+    except Exception as error:
+        raise _capture_error(plain, error) from error
+    specs = []
+    placeholders: list[Any] = graph_module.graph.find_nodes(op="placeholder")
+    for node, value in zip(placeholders, flatten_call(args, kwargs)[0], strict=True):
+        fake = node.meta["val"] if isinstance(value, Tensor) else None
+        specs.append(InputSpec(node.name, fake, raster(value)))
+    out_spec = program.call_spec.out_spec
+    assert out_spec is not None
+    hints = dict.fromkeys((*size_hints(kwargs), *size_hints(args)))
+    return Captured(graph_module, tuple(specs), out_spec, tuple(hints))
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The model without what others wrapped around its call (offload hooks); shares everything."""
+    bare = copy.copy(model)
+    own = vars(bare)
+    forward = own.get("_old_forward", own.get("forward"))
+    for name in STAND_IN:
+        own.pop(name, None)
+    if forward is not None and getattr(forward, "__func__", None) is not type(model).forward:
+        own["forward"] = forward  # the user's own
+    return bare
+
+
+def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
+    """Find the innermost module and model source line in the traceback."""
+    names = {id(m): name for name, m in model.named_modules()}
+    where, line = type(model).__name__, ""
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        owner = frame.f_locals.get("self")
+        if id(owner) in names and isinstance(owner, nn.Module):
+            where = names[id(owner)] or type(model).__name__
+        file = frame.f_code.co_filename
+        if id(owner) in names and "/torch/" not in file:
+            text = linecache.getline(file, number).strip()
+            line = f"{file}:{number}: {text}"
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    return CaptureError(
+        "torch.export could not trace the model",
+        where=f"{where} at {line}" if line else where,
+        expected="a forward pass without data-dependent Python",
+        got=f"{type(error).__name__}: {reason[0]}",
+        hint="check the inputs first: the original model must run on them",
+    )

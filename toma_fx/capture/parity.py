@@ -1,0 +1,166 @@
+"""Parity: a captured graph must compute what the model computes, on inputs it was not traced with.
+
+Export can go wrong silently: a lost write into a buffer, a value that was baked in, another path
+taken while tracing. The model runs first: tracing leaves its stand-ins in tables that a model makes
+lazily, unless they are there already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensor
+from torch.utils import _pytree as pytree
+
+from toma_fx.capture.grids import raster
+from toma_fx.capture.model import Captured, bare, flatten_call
+from toma_fx.errors import CaptureError, ParityError
+from toma_fx.graph.nodes import module_path
+
+TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
+"""Largest difference relative to the largest value, by dtype of the output; else `EXACT`."""
+
+
+EXACT = 1e-4
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a model makes of inputs that differ from those it will be captured with.
+
+    Attributes:
+        model: the model that ran. args, kwargs: the inputs. outputs: the leaves of its output.
+    """
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: list[Any]
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Expected | None:
+        """Run the model once on fresh inputs; None where nothing can run (meta or fake tensors).
+
+        Raises:
+            CaptureError: the model does not run on such inputs.
+        """
+        leaves = [*pytree.tree_leaves((args, kwargs)), *model.parameters()]
+        if any(isinstance(x, FakeTensor) or getattr(x, "is_meta", False) for x in leaves):
+            return None
+        fresh_args, fresh_kwargs = pytree.tree_map(fresh, (tuple(args), dict(kwargs)))
+        plain = bare(model)
+        try:
+            outputs = _outputs(plain, fresh_args, fresh_kwargs)
+        except Exception as error:
+            raise CaptureError(
+                "the model does not run on these inputs",
+                where=type(model).__name__,
+                got=f"{type(error).__name__}: {error}",
+                hint="call the original model with them first",
+            ) from error
+        return cls(plain, fresh_args, fresh_kwargs, outputs)
+
+    def check(self, captured: Captured) -> None:
+        """Compare a captured graph with the model.
+
+        Raises:
+            ParityError: they differ; names the first module that does.
+        """
+        leaves = flatten_call(self.args, self.kwargs)[0]
+        with torch.no_grad():
+            results = captured.graph_module(*leaves)
+        found = _difference(list(results), self.outputs)
+        if found is None or _difference(
+            _outputs(self.model, self.args, self.kwargs), self.outputs
+        ):  # the model itself is not the same twice: it draws random numbers
+            return
+        raise ParityError(
+            "the captured graph does not compute what the model computes",
+            where=self._first_module(captured, leaves) or type(self.model).__name__,
+            expected="the outputs of the model on inputs that it was not captured with",
+            got=found,
+            hint="the forward pass depends on more than its inputs, or acts otherwise while it is "
+            "traced; rewrite that line without Python state, torch.compiler flags and .data",
+        )
+
+    def _first_module(self, captured: Captured, leaves: Sequence[Any]) -> str:
+        """The first module, in order of execution, whose output differs."""
+        eager: dict[str, Any] = {}
+        names = {module: name for name, module in self.model.named_modules() if name}
+
+        def note(module: nn.Module, _: Any, output: Any) -> None:
+            eager.setdefault(names[module], output)
+
+        hooks = [m.register_forward_hook(note) for m in names if not any(m.children())]
+        try:
+            _outputs(self.model, self.args, self.kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        traced = _Recorder(captured.graph_module, set(eager))
+        with torch.no_grad():
+            traced.run(*leaves)
+        for name, output in eager.items():
+            values = traced.values.get(name, [])
+            same = any(_difference([value], [output]) is None for value in values)
+            if values and isinstance(output, Tensor) and not same:
+                return name
+        return ""
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and keeps what every leaf module computed."""
+
+    def __init__(self, graph_module: fx.GraphModule, names: set[str]) -> None:
+        super().__init__(graph_module)
+        self.names, self.values = names, dict[str, list[Any]]()
+
+    def run_node(self, n: fx.Node) -> Any:
+        """The value of a node."""
+        value = super().run_node(n)
+        path = module_path(n)
+        if path in self.names and n.op == "call_function":
+            self.values.setdefault(path, []).append(value)
+        return value
+
+
+def _outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Leaves of the model's output; its arguments are copied, for some models pop from lists."""
+    args, kwargs = pytree.tree_map(lambda x: x, (args, kwargs))
+    with torch.no_grad():
+        return list(pytree.tree_leaves(model(*args, **kwargs)))
+
+
+def fresh(value: Any, seed: int = 0) -> Any:
+    """Other values of the same kind: numbers a little smaller; position ids and indices stay."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or raster(value) is not None:
+        return value
+    g = torch.Generator(device=value.device).manual_seed(value.numel() + seed)
+    share = torch.rand(value.shape, generator=g, device=value.device, dtype=torch.float32)
+    return (value * (1 - 0.1 * share)).to(value.dtype)
+
+
+def _difference(got: Sequence[Any], expected: Sequence[Any]) -> str | None:
+    """How two lists of outputs differ, in words; None if they don't."""
+    if len(got) != len(expected):
+        return f"{len(got)} outputs instead of {len(expected)}"
+    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+        if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+            continue
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return f"output {i} is {tuple(a.shape)} {a.dtype}, not {tuple(b.shape)} {b.dtype}"
+        if torch.equal(a, b) or not a.numel():
+            continue
+        limit = TOLERANCE.get(b.dtype, EXACT)
+        a, b = a.double().nan_to_num(), b.double().nan_to_num()
+        size = float(b.abs().max()) or 1.0
+        found = float((a - b).abs().max()) / size
+        if not found <= limit:
+            return f"output {i} differs by {found:.2g} of its largest value ({limit:.0e} allowed)"
+    return None

@@ -1,0 +1,246 @@
+"""The demo: both embedded models, original against merged, through Inductor, with pictures."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+
+from toma_fx.api import explain, optimize
+from toma_fx.methods.toma import ToMA, ToMAConfig
+from toma_fx.models import tiny
+from toma_fx.run.denoiser import OptimizedDenoiser
+
+LABELS = (0, 2, 4, 10)
+
+
+STEPS = 20
+
+
+OPTIONS: dict[str, dict[str, Any]] = {"tiny-sdxl": {}, "tiny-flux": {"last_step": 9}}
+"""What the demo sets besides the default. Without a VAE every Flux token is four noisy pixels:
+steps that merge to the very end leave noise in the picture (docs/default.md)."""
+
+
+ROUNDS = 12
+
+
+CELL = 256
+"""Pixels a side of one picture on the contact sheet."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Measured result for one model.
+
+    Attributes:
+        model: name. original_ms, merged_ms: median time of a step (merged: reuse step).
+        refresh_ms: median time of a step that selects destinations. quartiles: of both, in ms.
+        speedup: original_ms / merged_ms. ideal: speed-up from FLOPs.
+        mse: mean squared error of the pictures in [-1, 1]. psnr: in dB, peak 2.
+        compile_s: seconds to compile original and merged programs.
+    """
+
+    model: str
+    original_ms: float
+    merged_ms: float
+    refresh_ms: float
+    quartiles: dict[str, tuple[float, float]]
+    speedup: float
+    ideal: float
+    mse: float
+    psnr: float
+    compile_s: float
+
+
+def run_demo(out: Path, console: Console, options: dict[str, Any] | None = None) -> list[Outcome]:
+    """Run the demo and write `contact-sheet.png` and `results.json` into `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    outcomes, sheets = [], []
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        for name in tiny.NAMES:
+            outcome, sheet = _one_model(name, console, progress, options or {})
+            outcomes.append(outcome)
+            sheets.append(sheet)
+    sheet = Image.new("RGB", (sheets[0].width, sum(s.height for s in sheets)), "white")
+    top = 0
+    for part in sheets:
+        sheet.paste(part, (0, top))
+        top += part.height
+    sheet.save(out / "contact-sheet.png")
+    (out / "results.json").write_text(json.dumps([asdict(o) for o in outcomes], indent=2) + "\n")
+    return outcomes
+
+
+def _one_model(
+    name: str, console: Console, progress: Progress, options: dict[str, Any]
+) -> tuple[Outcome, Image.Image]:
+    model = tiny.load(name)
+    options = {**OPTIONS[name], **options}
+    inputs = _step_inputs(model, 1.0)
+    report = explain(model.denoiser, inputs, **options)
+    console.rule(name)
+    console.print(report)
+    original = torch.compile(model.denoiser, dynamic=False)
+    merged = cast(OptimizedDenoiser, optimize(model.denoiser, **options)).compile()
+    start = time.perf_counter()
+    last = merged.config_toma.last_step
+    # up to the first step of each kind: refresh, reuse, and unmerged if the schedule has any
+    count = 2 if last is None else last + 2
+    task = progress.add_task(f"{name}: compile", total=1 + count)
+    with torch.no_grad():
+        original(**_step_inputs(model, 1.0))
+        progress.advance(task)
+        for i in range(count):
+            merged(**_step_inputs(model, 1.0 - i / STEPS))
+            progress.advance(task)
+    compile_s = time.perf_counter() - start
+
+    def draw(title: str, denoiser: Callable[..., Any]) -> Tensor:
+        bar = progress.add_task(f"{name}: {title}", total=STEPS)
+        return model.generate(
+            LABELS, steps=STEPS, denoiser=denoiser, on_step=lambda _: progress.advance(bar)
+        )
+
+    merged.reset()
+    plain, fast = draw("original pictures", original), draw("merged pictures", merged)
+    tokens = [_token_map(fast[i], merged, i) for i in range(len(LABELS))]
+    times = _time(model, original, merged, progress)
+    mse = float((plain - fast).square().mean())
+    median = {k: statistics.median(v) * 1e3 for k, v in times.items()}
+    quartiles = {}
+    for key, values in times.items():
+        low, _, high = statistics.quantiles(values, n=4)
+        quartiles[key] = (low * 1e3, high * 1e3)
+    outcome = Outcome(
+        model=name,
+        original_ms=median["original"],
+        merged_ms=median["reuse"],
+        refresh_ms=median["refresh"],
+        quartiles=quartiles,
+        speedup=median["original"] / median["reuse"],
+        ideal=report.ideal_speedup,
+        mse=mse,
+        psnr=10 * float(np.log10(4 / mse)) if mse else float("inf"),
+        compile_s=compile_s,
+    )
+    return outcome, _sheet(f"{name}, {_settings(merged)}", plain, fast, tokens)
+
+
+def _settings(merged: OptimizedDenoiser) -> str:
+    config = cast(ToMAConfig, merged.config_toma)
+    last = STEPS - 1 if config.last_step is None else min(STEPS - 1, config.last_step)
+    return (
+        f"ratio {config.ratio}, scope {config.scope}, steps {config.first_step} to {last}"
+        f" of {STEPS} merged"
+    )
+
+
+def _step_inputs(model: tiny.TinyModel, t: float) -> dict[str, Any]:
+    """Inputs of one step of the demo's batch at time `t`."""
+    noise = torch.Generator().manual_seed(0)
+    images = torch.randn(len(LABELS), 3, tiny.SIZE, tiny.SIZE, generator=noise)
+    tokens, pooled = model.conditioning(torch.tensor(LABELS))
+    return tiny.denoiser_inputs(model.name, images, torch.full((len(LABELS),), t), tokens, pooled)
+
+
+def _time(
+    model: tiny.TinyModel,
+    original: Callable[..., Any],
+    merged: OptimizedDenoiser,
+    progress: Progress,
+) -> dict[str, list[float]]:
+    """Seconds of single steps, original, refresh and reuse in turn."""
+    times: dict[str, list[float]] = {"original": [], "refresh": [], "reuse": []}
+    task = progress.add_task(f"{model.name}: time steps", total=ROUNDS)
+    early, late = _step_inputs(model, 1.0), _step_inputs(model, 0.9)
+    with torch.no_grad():
+        for _ in range(ROUNDS):
+            merged.reset()
+            for key, run, inputs in (
+                ("original", original, early),
+                ("refresh", merged, early),
+                ("reuse", merged, late),
+            ):
+                start = time.perf_counter()
+                run(**inputs)
+                times[key].append(time.perf_counter() - start)
+            progress.advance(task)
+    return times
+
+
+# -- pictures -------------------------------------------------------------------------------------
+
+
+def _picture(image: Tensor) -> Image.Image:
+    """[3, H, W] in [-1, 1] as a picture of CELL pixels a side."""
+    pixels = ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    small = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    return small.resize((CELL, CELL), Image.Resampling.NEAREST)
+
+
+def _token_map(image: Tensor, merged: OptimizedDenoiser, index: int) -> Image.Image:
+    """The picture with a line from every token to the destination it merged into most."""
+    state = merged.states[0]
+    group = merged.specializations[-1].plan.groups[0]
+    setting = cast(ToMA, group.setting)
+    (height, width), (h, w) = setting.grid, setting.tile
+    idx = state.patterns[group.tensor("idx")][index]
+    share = state.patterns[group.tensor("unmerge")][index]
+    target = torch.take_along_dim(idx, share.argmax(-1), -1)
+    picture = Image.blend(_picture(image), Image.new("RGB", (CELL, CELL), "white"), 0.35)
+    draw = ImageDraw.Draw(picture)
+    dy, dx = CELL / height, CELL / width
+
+    def centre(window: int, slot: int) -> tuple[float, float]:
+        row, column = divmod(window, width // w)
+        return ((column * w + slot % w + 0.5) * dx, (row * h + slot // w + 0.5) * dy)
+
+    for window in range(idx.shape[0]):
+        for slot, end in enumerate(target[window].tolist()):
+            if slot != end:
+                draw.line([centre(window, slot), centre(window, end)], fill=(200, 30, 30), width=1)
+        for slot in idx[window].tolist():
+            x, y = centre(window, slot)
+            draw.ellipse([x - 2, y - 2, x + 2, y + 2], fill=(20, 60, 200))
+    for x in range(0, width + 1, w):
+        draw.line([(x * dx, 0), (x * dx, CELL)], fill=(120, 120, 120), width=1)
+    for y in range(0, height + 1, h):
+        draw.line([(0, y * dy), (CELL, y * dy)], fill=(120, 120, 120), width=1)
+    return picture
+
+
+def _sheet(title: str, plain: Tensor, fast: Tensor, tokens: list[Image.Image]) -> Image.Image:
+    """Rows: original, merged, difference (x4), tokens. One column a picture."""
+    gap, left, head = 6, 110, 48
+    rows = ["original", "merged", "difference x4", "tokens merged"]
+    width = left + len(tokens) * (CELL + gap)
+    sheet = Image.new("RGB", (width, head + len(rows) * (CELL + gap)), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((8, 6), title, fill="black", font_size=16)
+    for i, label in enumerate(LABELS):
+        draw.text((left + i * (CELL + gap), 29), tiny.CLASSES[label], fill="gray", font_size=13)
+        gap_image = ((fast[i] - plain[i]) * 4).clamp(-1, 1)
+        cells = [_picture(plain[i]), _picture(fast[i]), _picture(gap_image), tokens[i]]
+        for row, cell in enumerate(cells):
+            sheet.paste(cell, (left + i * (CELL + gap), head + row * (CELL + gap)))
+    for row, text in enumerate(rows):
+        draw.text((8, head + row * (CELL + gap) + CELL // 2), text, fill="black", font_size=13)
+    return sheet

@@ -1,0 +1,212 @@
+"""`toma-fx run`: run an artifact on random or given inputs, and time it."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from toma_fx.capture.grids import raster
+from toma_fx.cli.text import size_text
+from toma_fx.errors import ArtifactError, ConfigError
+from toma_fx.export.loader import load
+from toma_fx.export.manifest import InputSpec, Manifest, raster_spec
+
+# -- run ------------------------------------------------------------------------------------------
+
+
+def _run(args: argparse.Namespace, options: dict[str, Any], console: Console) -> None:
+    given = _read_tensors(args.inputs) if args.inputs else {}
+    how: dict[str, Any] = {}
+    if args.providers is not None:
+        how["providers"] = args.providers.split(",")
+    if args.threads is not None:
+        how["threads"] = args.threads
+    start = time.perf_counter()
+    denoiser = load(args.path, device=args.device, **how)
+    loaded = time.perf_counter() - start
+    call = call_of(denoiser.manifest, given)
+    timestep = call.get("timestep") if not args.inputs else None
+    times, outputs = defaultdict[str, list[float]](list), None
+    calls = denoiser.manifest.calls(args.steps)
+    for rounds in range(2):  # the first round warms up
+        for step, program in enumerate(calls):
+            if timestep is not None:
+                call["timestep"] = (timestep * (1 - step / args.steps)).to(timestep.dtype)
+            start = time.perf_counter()
+            outputs = denoiser(**call)
+            if denoiser.device.type == "cuda":
+                torch.cuda.synchronize(denoiser.device)
+            if rounds:
+                times[program].append(1000 * (time.perf_counter() - start))
+        denoiser.reset()
+    if args.outputs:
+        _write_tensors(args.outputs, _named_outputs(outputs))
+    _print_times(times, loaded, denoiser.device, console)
+
+
+def call_of(manifest: Manifest, given: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Keyword arguments of a step, nested as the model takes them.
+
+    Args:
+        manifest: of an artifact. given: inputs by their names in the programs; random values, and
+            the positions that the programs were made for, stand in for all if there are none.
+
+    Raises:
+        ConfigError: some inputs are given, but not all, or others.
+    """
+    names = [spec.tensor.name for spec in manifest.inputs]
+    if given and set(given) != set(names):
+        raise ConfigError(
+            "the inputs are not those of the artifact",
+            where="--inputs",
+            expected=", ".join(names),
+            got=", ".join(sorted(given)),
+        )
+    random = torch.Generator().manual_seed(0)
+    call: dict[str, Any] = {}
+    for spec in manifest.inputs:
+        value = given[spec.tensor.name] if given else _random(spec, random)
+        _put(call, spec.path, value)
+    for constant in manifest.constants:
+        _put(call, constant.path, constant.value)
+    return call
+
+
+def _put(call: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    *outer, last = path
+    for key in outer:
+        call = call.setdefault(key, {})
+    call[last] = value
+
+
+def _random(spec: InputSpec, random: torch.Generator) -> Tensor:
+    """A value for an input."""
+    shape, dtype = spec.tensor.shape, getattr(torch, spec.tensor.dtype)
+    if spec.raster is not None:
+        return _positions(spec).to(dtype)
+    if spec.path == ("timestep",):
+        return torch.full(shape, 999 if not dtype.is_floating_point else 1.0).to(dtype)
+    if dtype.is_floating_point:
+        return torch.randn(shape, generator=random).to(dtype)
+    return torch.ones(shape, dtype=dtype)
+
+
+def _positions(spec: InputSpec) -> Tensor:
+    """Position ids that enumerate the grid of an input.
+
+    Raises:
+        ArtifactError: they have a form that is not known here.
+    """
+    assert spec.raster is not None
+    heights, width, rest, before = spec.raster
+    rows = [
+        (i + 1, y, x)
+        for i, height in enumerate(heights)
+        for y in range(height)
+        for x in range(width)
+    ]
+    every = [(0, 0, 0)] * before + rows + [(0, 0, 0)] * rest
+    columns = spec.tensor.shape[-1]
+    ids = torch.zeros(spec.tensor.shape)
+    if ids.shape[-2:] == (len(every), columns) and columns >= 3:
+        ids[..., :3] = torch.tensor(every, dtype=ids.dtype)
+        if raster_spec(raster(ids)) == spec.raster:
+            return ids
+    raise ArtifactError(
+        "no position ids can be made up for this artifact",
+        where="_".join(spec.path),
+        expected=f"ids of a grid {spec.raster}",
+        hint="give your own with --inputs",
+    )
+
+
+def _print_times(
+    times: Mapping[str, list[float]], loaded: float, device: torch.device, console: Console
+) -> None:
+    table = Table(title="time a step", title_justify="left", box=SIMPLE)
+    for name in ("program", "steps", "median", "fastest", "slowest"):
+        table.add_column(name, justify="left" if name == "program" else "right")
+    for program, ms in times.items():
+        figures = (f"{f(ms):.1f} ms" for f in (statistics.median, min, max))
+        table.add_row(program, str(len(ms)), *figures)
+    console.print(table)
+    import resource  # which Windows lacks; the other commands work there
+
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    text = f"loaded in {loaded:.1f} s; peak memory of this process {size_text(memory)}"
+    if device.type == "cuda":
+        text += f", of torch on the GPU {size_text(torch.cuda.max_memory_allocated(device))}"
+    console.print(text, highlight=False, soft_wrap=True)
+
+
+# -- files of tensors -----------------------------------------------------------------------------
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors by name.
+
+    Raises:
+        ConfigError: the file can't be read.
+    """
+    import numpy as np
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    _check_kind(path)
+    try:
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise ConfigError(
+            "the inputs can't be read",
+            where=str(path),
+            expected="tensors by name",
+            got=f"{type(error).__name__}: {error}",
+        ) from error
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    import numpy as np
+    from safetensors.torch import save_file
+
+    _check_kind(path)
+    try:
+        if path.suffix == ".safetensors":
+            save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, path)
+        else:
+            named: dict[str, Any] = {name: x.float().cpu().numpy() for name, x in tensors.items()}
+            np.savez(path, **named)
+    except OSError as error:
+        raise ConfigError(
+            "the outputs can't be written", where=str(path), got=f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _check_kind(path: Path) -> None:
+    if path.suffix not in (".npz", ".safetensors"):
+        raise ConfigError(
+            "unknown kind of file",
+            where=str(path),
+            expected="a name that ends in .npz or .safetensors",
+            got=path.suffix or "no ending",
+        )
+
+
+def _named_outputs(outputs: Any) -> dict[str, Tensor]:
+    if isinstance(outputs, Tensor):
+        outputs = (outputs,)
+    values = outputs.values() if isinstance(outputs, Mapping) else outputs
+    return {f"output_{i}": x for i, x in enumerate(values)}

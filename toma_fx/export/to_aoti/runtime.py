@@ -1,0 +1,92 @@
+"""Running an AOTInductor artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from toma_fx.errors import ArtifactError
+from toma_fx.export.manifest import Manifest
+from toma_fx.export.programs import parted
+from toma_fx.export.targets import Runtime
+from toma_fx.export.to_aoti.files import PACKAGE, WEIGHTS, _weights
+
+# -- running ------------------------------------------------------------------------------------
+
+
+class _Programs(Runtime):
+    """Compiled programs with their weights."""
+
+    def __init__(self, folder: Path, manifest: Manifest, device: torch.device) -> None:
+        """Map the weights, load the programs, and give each all its constants.
+
+        Raises:
+            ArtifactError: a program or constant is missing, or can't be loaded.
+        """
+        from torch.export.pt2_archive._package import load_pt2
+
+        self._specs = manifest.programs
+        with _loading(folder / WEIGHTS):
+            self._weights, self._aliases = _weights(folder / WEIGHTS, device)
+        index = -1 if device.index is None else device.index
+        with _loading(folder / PACKAGE):
+            runners = load_pt2(str(folder / PACKAGE), device_index=index).aoti_runners
+            self._runners = {
+                call: self._complete(runners, spec.entry) for call, spec in self._specs.items()
+            }
+
+    def run(
+        self, call: str, inputs: Sequence[Tensor], patterns: Mapping[str, Tensor]
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """One step. Programs read memory as their examples lay: contiguous."""
+        spec = self._specs[call]
+        given = (*inputs, *(patterns[name] for name in spec.patterns_in))
+        results = self._runners[call].run([x.contiguous() for x in given])
+        return parted(results, spec.patterns_out)
+
+    def _complete(self, runners: Mapping[str, Any], entry: str) -> Any:
+        """The loader of a program that has been given all its constants."""
+        if entry not in runners:
+            raise _mismatched(PACKAGE, f"a program {entry}", ", ".join(sorted(runners)))
+        needed = runners[entry].get_constant_fqns()
+        names = {name: self._aliases.get(f"{entry}/{name}", name) for name in needed}
+        lacking = [name for name, stored in names.items() if stored not in self._weights]
+        if lacking:
+            raise _mismatched(WEIGHTS, f"constants of {entry}", f"none for {lacking[:3]}")
+        # the programs keep pointers: this object owns the tensors
+        constants = {name: self._weights[stored] for name, stored in names.items()}
+        runners[entry].load_constants(constants, check_full_update=True, user_managed=True)
+        return runners[entry].loader
+
+
+@contextmanager
+def _loading(path: Path) -> Iterator[None]:
+    """What libraries raise for a file that they can't read, as one typed error."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
+        if isinstance(error, ArtifactError):
+            raise
+        raise ArtifactError(
+            "a file of the artifact can't be loaded",
+            where=str(path),
+            got=f"{type(error).__name__}: {str(error)[:500]}",
+            hint="build the artifact anew",
+        ) from error
+
+
+def _mismatched(file: str, expected: str, got: str) -> ArtifactError:
+    return ArtifactError(
+        "the package and the weights don't belong together",
+        where=file,
+        expected=expected,
+        got=got,
+        hint="build the artifact anew",
+    )

@@ -1,0 +1,77 @@
+"""Names of values in ONNX models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from toma_fx.errors import BuildError
+from toma_fx.export.manifest import TensorSpec
+from toma_fx.export.programs import Exported, Programs
+
+
+def file_of(call: str) -> str:
+    """Name of the model of a program."""
+    return f"{call}.onnx"
+
+
+@dataclass(frozen=True)
+class _Names:
+    """What the inputs and outputs of a model are called, and what they are.
+
+    Attributes:
+        inputs, outputs: in the order of the model.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @classmethod
+    def of(cls, programs: Programs, made: Exported) -> _Names:
+        """Names of the manifest."""
+        patterns = programs.patterns
+        inputs = {**programs.inputs, **{name: patterns[name] for name in made.pattern_inputs}}
+        outputs = {**programs.outputs, **{name: patterns[name] for name in made.pattern_outputs}}
+        return cls(
+            tuple(TensorSpec.of(name, x) for name, x in inputs.items()),
+            tuple(TensorSpec.of(name, x) for name, x in outputs.items()),
+        )
+
+    def keep_outputs(self, model: Any) -> None:
+        """Drop outputs that have no name: patterns, of a stateless program."""
+        del model.graph.outputs[len(self.outputs) :]
+
+    def give(self, model: Any, call: str) -> None:
+        """Name the inputs and outputs.
+
+        Raises:
+            BuildError: the model has others.
+        """
+        graph = model.graph
+        for kind, values, specs in (
+            ("inputs", graph.inputs, self.inputs),
+            ("outputs", graph.outputs, self.outputs),
+        ):
+            if len(values) != len(specs):
+                names = [spec.name for spec in specs]
+                got = [value.name for value in values]
+                raise _wrong(call, f"{kind} {', '.join(names)}", ", ".join(map(str, got)))
+        wanted = {spec.name for spec in (*self.inputs, *self.outputs)}
+        inner = (v for node in graph for v in node.outputs)
+        for value in (*graph.inputs, *inner, *list(graph.initializers.values())):
+            if value.name in wanted:
+                value.name = f"{value.name}.inner"
+        for value, spec in zip(
+            (*graph.inputs, *graph.outputs), (*self.inputs, *self.outputs), strict=True
+        ):
+            value.name = spec.name
+
+
+def _wrong(call: str, expected: str, got: str) -> BuildError:
+    return BuildError(
+        "the exporter wrote another model than asked for",
+        where=file_of(call),
+        expected=expected,
+        got=got,
+        hint="please report this model and opset",
+    )

@@ -1,0 +1,239 @@
+"""Running ONNX models in ONNX Runtime."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from toma_fx.errors import ArtifactError, UnknownNameError, nearest
+from toma_fx.export.manifest import Manifest, TensorSpec
+from toma_fx.export.packages import _missing, imported
+from toma_fx.export.programs import parted
+from toma_fx.export.targets import Runtime, apart, check_options
+from toma_fx.export.to_onnx.weights import WEIGHTS
+
+# -- running --------------------------------------------------------------------------------------
+
+OPTIONS = ("providers", "threads", "prepack")
+
+
+Provider = str | tuple[str, Mapping[str, Any]]
+
+
+class ORTRuntime(Runtime):
+    """The models of an artifact in ONNX Runtime.
+
+    Inputs are read, and outputs written, where torch has them, on the GPU too: nothing goes through
+    the host. Weights are read once and given to every session.
+
+    Attributes:
+        sessions: by program. providers: those in use, first choice first.
+    """
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, device: torch.device, options: Mapping[str, Any]
+    ) -> None:
+        """See `ONNXTarget.open`."""
+        ort = imported("onnxruntime")
+        check_options("onnx", options, OPTIONS)
+        self._device = device
+        chosen = options.get("providers")
+        providers = default_providers(device) if chosen is None else list(chosen)
+        self.providers = _known(ort, providers)
+        _check_device(self.providers, device, manifest)
+        shared = _shared(folder / WEIGHTS, device, self.providers)
+        # ONNX Runtime keeps pointers to these
+        self._weights = {name: _ort_value(ort, x) for name, x in shared.items()}
+        self._kept = shared
+        self.sessions: dict[str, Any] = {}
+        self._programs: dict[str, _Bound] = {}
+        specs = {spec.name: spec for spec in (*manifest.outputs, *manifest.patterns)}
+        for call, program in manifest.programs.items():
+            session = self._session(ort, folder / program.file, options, providers)
+            self.sessions[call] = session
+            outputs = [specs[x.name] for x in session.get_outputs()]
+            self._programs[call] = _Bound(session, outputs, program.patterns_out, device)
+
+    def run(
+        self, call: str, inputs: Sequence[Tensor], patterns: Mapping[str, Tensor]
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """One step; see `Runtime.run`."""
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()  # ONNX Runtime has its own
+        return self._programs[call].run(inputs, patterns)
+
+    def _session(
+        self, ort: Any, path: Path, options: Mapping[str, Any], providers: Sequence[Provider]
+    ) -> Any:
+        """One model, ready to run.
+
+        Raises:
+            ArtifactError: ONNX Runtime can't read it, or not with the first provider.
+        """
+        said = ort.SessionOptions()
+        said.log_severity_level = 3
+        if "threads" in options:
+            said.intra_op_num_threads = options["threads"]
+        if not options.get("prepack", False):
+            said.add_session_config_entry("session.disable_prepacking", "1")
+            # the levels above arrange the weights of convolutions anew
+            said.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        for name, value in self._weights.items():
+            said.add_initializer(name, value)
+        try:
+            session = ort.InferenceSession(str(path), said, providers=list(providers))
+        except Exception as error:  # ONNX Runtime's errors have no base of their own
+            raise ArtifactError(
+                "ONNX Runtime can't open a model",
+                where=str(path),
+                got=f"{type(error).__name__}: {str(error)[:500]}",
+                hint="install the version of ONNX Runtime that the manifest names, or a newer one",
+            ) from error
+        if self.providers[0] not in session.get_providers():
+            raise ArtifactError(
+                "ONNX Runtime could not use a provider",
+                where="providers",
+                expected=self.providers[0],
+                got=", ".join(session.get_providers()),
+                hint="install the libraries that it needs, or leave it out of providers",
+            )
+        return session
+
+
+class _Bound:
+    """A session with outputs that have their places."""
+
+    def __init__(
+        self,
+        session: Any,
+        outputs: Sequence[TensorSpec],
+        patterns: Sequence[str],
+        device: torch.device,
+    ) -> None:
+        self._session, self._patterns = session, patterns
+        self._names = [x.name for x in session.get_inputs()]
+        self._outputs = {
+            spec.name: torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=device)
+            for spec in outputs
+        }
+
+    def run(
+        self, inputs: Sequence[Tensor], patterns: Mapping[str, Tensor]
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """One step; outputs live until the next."""
+        named = (patterns[name] for name in self._names[len(inputs) :])
+        given = apart([*inputs, *named], self._outputs.values())
+        binding = self._session.io_binding()
+        for name, x in zip(self._names, given, strict=True):
+            binding.bind_input(name, *self._place(x))
+        for name, x in self._outputs.items():
+            binding.bind_output(name, *self._place(x))
+        self._session.run_with_iobinding(binding)
+        return parted(list(self._outputs.values()), self._patterns)
+
+    def _place(self, x: Tensor) -> tuple[str, int, Any, list[int], int]:
+        """Where a tensor is and what it is, as ONNX Runtime wants to hear it."""
+        return x.device.type, x.device.index or 0, _element(x.dtype), list(x.shape), x.data_ptr()
+
+
+def _element(dtype: torch.dtype) -> Any:
+    """numpy's name of a type, or ONNX's number of one that numpy lacks."""
+    import numpy as np
+
+    if dtype == torch.bfloat16:
+        return 16
+    return getattr(np, {torch.bool: "bool_"}.get(dtype, str(dtype).removeprefix("torch.")))
+
+
+def default_providers(device: torch.device) -> list[Provider]:
+    """TensorRT where it is installed and CUDA on a GPU, and the CPU."""
+    available = imported("onnxruntime").get_available_providers()
+    index = {"device_id": device.index or 0}
+    wanted: list[Provider] = []
+    if device.type == "cuda":
+        # the list names TensorRT whether its libraries are there or not
+        if importlib.util.find_spec("tensorrt") is not None:
+            wanted.append(("TensorrtExecutionProvider", {**index, "trt_fp16_enable": True}))
+        wanted.append(("CUDAExecutionProvider", index))
+    found = [p for p in wanted if _provider(p) in available]
+    return [*found, "CPUExecutionProvider"]
+
+
+def _provider(given: Any) -> str:
+    return str(given[0]) if isinstance(given, (tuple, list)) else str(given)
+
+
+def _known(ort: Any, providers: Sequence[Any]) -> list[str]:
+    """Names of the providers.
+
+    Raises:
+        UnknownNameError: this ONNX Runtime has no such provider, or none is given.
+    """
+    names, available = [_provider(p) for p in providers], ort.get_available_providers()
+    for name in names or ["none"]:
+        if name not in available:
+            raise UnknownNameError(
+                "this ONNX Runtime has no such provider",
+                where="providers",
+                expected=", ".join(available),
+                got=name,
+                hint="pip install toma_fx[onnx-gpu] for CUDA and TensorRT; "
+                + nearest(name, available),
+            )
+    return names
+
+
+def _check_device(providers: Sequence[str], device: torch.device, manifest: Manifest) -> None:
+    """Raise unless the models can run on the device that tensors are on.
+
+    Raises:
+        ArtifactError: neither a CPU nor a GPU of this machine, or bfloat16 on a CPU.
+        MissingPackageError: a GPU, and an ONNX Runtime without CUDA.
+    """
+    trouble = ""
+    if device.type not in ("cpu", "cuda"):
+        trouble = "ONNX models run on cpu and cuda, not on another device"
+    elif device.type == "cuda" and not torch.cuda.is_available():
+        trouble = "torch finds no GPU on this machine"
+    elif device.type == "cpu" and "bfloat16" in _dtypes(manifest):
+        trouble = "ONNX Runtime has no bfloat16 kernels for CPUs"
+    if trouble:
+        raise ArtifactError(
+            trouble,
+            where="device",
+            got=str(device),
+            hint='load(..., device="cpu") or device="cuda", as the machine and the dtype allow',
+        )
+    on_gpu = {"CUDAExecutionProvider", "TensorrtExecutionProvider"} & set(providers)
+    if device.type == "cuda" and not on_gpu:
+        raise _missing("onnxruntime-gpu", "onnx-gpu")
+
+
+def _dtypes(manifest: Manifest) -> set[str]:
+    """Of weights, inputs, outputs and patterns."""
+    specs = (*(spec.tensor for spec in manifest.inputs), *manifest.outputs, *manifest.patterns)
+    return {manifest.dtype, *(spec.dtype for spec in specs)}
+
+
+def _shared(path: Path, device: torch.device, providers: Sequence[str]) -> dict[str, Tensor]:
+    """The weights, once for all sessions: mapped on a CPU, on a GPU in its memory.
+
+    TensorRT copies weights into its engines: nothing is gained by having them there too.
+    """
+    from safetensors import safe_open
+
+    if "TensorrtExecutionProvider" in providers:
+        return {}
+    with safe_open(path, framework="pt", device=str(device)) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def _ort_value(ort: Any, x: Tensor) -> Any:
+    """A tensor as ONNX Runtime's, in the same memory."""
+    return ort.OrtValue.from_dlpack(x)

@@ -1,0 +1,1 @@
+"""FX graphs: reading nodes, the one door for changes, verification."""

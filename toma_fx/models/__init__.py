@@ -1,0 +1,1 @@
+"""Small embedded denoisers, and models by name with example inputs."""

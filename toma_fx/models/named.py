@@ -1,0 +1,164 @@
+"""Denoisers by name, and example inputs for the two families from their configuration alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from toma_fx.errors import ModelTypeError
+from toma_fx.models import tiny
+
+PARTS = ("unet", "transformer")
+"""Folders of a pipeline that hold its denoiser."""
+
+
+def example(
+    name: str,
+    height: int | None = None,
+    width: int | None = None,
+    batch: int = 2,
+    *,
+    subfolder: str | None = None,
+    text: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A denoiser in evaluation mode, and keyword inputs of one of its steps.
+
+    Args:
+        name: "tiny-sdxl", "tiny-flux", or a folder or hub id of a UNet or Flux transformer, or of a
+            pipeline with one.
+        height, width: pixels; by default 1024, of tiny models 64, and square. batch: rows.
+        subfolder: of the pipeline; found if not given. text: text tokens, as of `example_inputs`.
+        dtype, device: of the model and its inputs.
+
+    Raises:
+        ModelTypeError: there is no such model, or no example inputs for it.
+    """
+    if name in tiny.NAMES:
+        loaded = tiny.load(name)
+        size = height or tiny.SIZE
+        tokens, pooled = (x.to(dtype) for x in loaded.conditioning(torch.zeros(batch).long()))
+        images = torch.randn(batch, 3, size, width or size).to(dtype)
+        inputs = tiny.denoiser_inputs(name, images, torch.ones(batch), tokens, pooled)
+        inputs = pytree.tree_map_only(torch.Tensor, lambda x: x.to(device), inputs)
+        # diffusers warns of any cast of Flux, though nothing changes
+        model = loaded.denoiser if dtype == torch.float32 else loaded.denoiser.to(dtype)
+        return model.to(device), inputs
+    model = _loaded(name, subfolder, dtype).eval().to(device)
+    height = height or 1024
+    return model, example_inputs(model, height, width or height, batch, text=text)
+
+
+def _loaded(name: str, subfolder: str | None, dtype: torch.dtype) -> Any:
+    from diffusers import AutoModel
+
+    errors = []
+    for part in (None, *PARTS) if subfolder is None else (subfolder,):
+        try:
+            return AutoModel.from_pretrained(name, subfolder=part, torch_dtype=dtype)
+        except (OSError, ValueError) as error:
+            errors.append(str(error).splitlines()[0])
+    raise ModelTypeError(
+        "the model can't be loaded",
+        where=name,
+        expected="tiny-sdxl, tiny-flux, or a folder or hub id with a denoiser of diffusers",
+        got=errors[0],
+        hint="--subfolder names the denoiser's folder inside a pipeline",
+    )
+
+
+def licence_of(name: str) -> str:
+    """What is known of a model's licence: its model card's word, "" without one."""
+    if name in tiny.NAMES:
+        return "Apache-2.0; for the training pictures see toma_fx/weights/LICENSES.md"
+    from huggingface_hub import ModelCard
+
+    card = Path(name) / "README.md"
+    if Path(name).is_dir() and not card.is_file():
+        return ""
+    try:
+        data = ModelCard.load(card if card.is_file() else name).data
+    except Exception:  # a note is not worth a failed build, whatever the hub or its parser raise
+        return ""
+    return str(data.get("license_name") or data.get("license") or "")
+
+
+def example_inputs(
+    model: nn.Module,
+    height: int = 1024,
+    width: int = 1024,
+    batch: int = 2,
+    *,
+    text: int | None = None,
+) -> dict[str, Any]:
+    """Random keyword inputs of one denoising step for a picture of `height` x `width` pixels.
+
+    Supports `UNet2DConditionModel` (latents at an eighth of the size) and `FluxTransformer2DModel`
+    (tokens of 2x2 latents). `text` is the number of text tokens (default 77, Flux 512). Tensors
+    have the model's dtype and device; position ids are float32.
+
+    Raises:
+        ModelTypeError: another model; give `explain` and `optimize` your own inputs.
+    """
+    own = next(model.parameters())
+    put = {"dtype": own.dtype, "device": own.device}
+    family = type(model).__name__
+    if family == "UNet2DConditionModel":
+        return _unet_inputs(model.config, height, width, batch, text or 77, put)
+    if family == "FluxTransformer2DModel":
+        return _flux_inputs(model.config, height, width, batch, text or 512, put)
+    raise ModelTypeError(
+        "no example inputs for this model",
+        where=family,
+        expected="UNet2DConditionModel or FluxTransformer2DModel",
+        got=family,
+        hint="call toma_fx.explain(model, example_inputs) with your own",
+    )
+
+
+def _unet_inputs(
+    config: Any, height: int, width: int, batch: int, text: int, put: dict[str, Any]
+) -> dict[str, Any]:
+    """`put` holds the dtype and device of the model."""
+    inputs: dict[str, Any] = {
+        "sample": torch.randn(batch, config.in_channels, height // 8, width // 8, **put),
+        "timestep": torch.tensor(500.0, device=put["device"]),  # as Euler's scheduler gives it
+        "encoder_hidden_states": torch.randn(batch, text, config.cross_attention_dim, **put),
+        "return_dict": False,
+    }
+    if config.addition_embed_type == "text_time":
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        size = [height, width, 0, 0, height, width]
+        inputs["added_cond_kwargs"] = {
+            "text_embeds": torch.randn(batch, pooled, **put),
+            "time_ids": torch.tensor([size] * batch, **put),
+        }
+    return inputs
+
+
+def _flux_inputs(
+    config: Any, height: int, width: int, batch: int, text: int, put: dict[str, Any]
+) -> dict[str, Any]:
+    """`put` holds the dtype and device of the model."""
+    device = put["device"]
+    rows, columns = height // 16, width // 16
+    ids = torch.zeros(rows, columns, 3, device=device)
+    ids[..., 1] += torch.arange(rows, device=device)[:, None]
+    ids[..., 2] += torch.arange(columns, device=device)[None, :]
+    inputs: dict[str, Any] = {
+        "hidden_states": torch.randn(batch, rows * columns, config.in_channels, **put),
+        "encoder_hidden_states": torch.randn(batch, text, config.joint_attention_dim, **put),
+        "pooled_projections": torch.randn(batch, config.pooled_projection_dim, **put),
+        "timestep": torch.full((batch,), 0.5, **put),
+        "img_ids": ids.flatten(0, 1),
+        "txt_ids": torch.zeros(text, 3, device=device),
+        "return_dict": False,
+    }
+    if config.guidance_embeds:
+        inputs["guidance"] = torch.full((batch,), 3.5, **put)
+    return inputs

@@ -1,0 +1,177 @@
+"""Graph snippets on token sequences: the image part, merge, unmerge, gather at the destinations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from toma_fx.analysis.facts import Positional
+from toma_fx.analysis.labels import Segment, Tokens
+from toma_fx.graph.rewriter import Rewriter
+from toma_fx.methods.setting import Pattern, Setting
+from toma_fx.methods.windows import cast
+
+
+@dataclass(frozen=True)
+class PatternNodes:
+    """Graph nodes of one pattern: the setting's parts, in order."""
+
+    setting: Setting
+    nodes: tuple[fx.Node, ...]
+
+    def named(self, parts: Sequence[Tensor]) -> Pattern:
+        """The values of the nodes, by name."""
+        return dict(zip(self.setting.parts, parts, strict=True))
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where the image lies in a sequence: `before` tokens, the image, `after` tokens."""
+
+    before: int
+    after: int
+
+    def image(self, x: Tensor, dim: int = 1) -> Tensor:
+        """The image part of `x` along `dim`."""
+        if not self.before and not self.after:
+            return x
+        return x.narrow(dim, self.before, x.shape[dim] - self.before - self.after)
+
+    def replaced(self, x: Tensor, image: Tensor, dim: int = 1) -> Tensor:
+        """`x` with its image part replaced by `image`."""
+        if not self.before and not self.after:
+            return image
+        head = [x.narrow(dim, 0, self.before)] if self.before else []
+        tail = [x.narrow(dim, x.shape[dim] - self.after, self.after)] if self.after else []
+        return torch.cat([*head, image, *tail], dim)
+
+
+def span_of(tokens: Tokens, image: Segment) -> Span:
+    """Position of `image` in a token axis."""
+    names = [s.name for s in tokens.segments]
+    at = names.index(image.name)
+    lengths = [s.length for s in tokens.segments]
+    return Span(sum(lengths[:at]), sum(lengths[at + 1 :]))
+
+
+def image_part(rewriter: Rewriter, node: fx.Node, span: Span) -> fx.Node:
+    """The image tokens of a sequence, at the cursor."""
+    if span == Span(0, 0):
+        return node
+    return rewriter.splice(("image", span), lambda x: span.image(x), [node])[0]
+
+
+def merged(
+    rewriter: Rewriter,
+    node: fx.Node,
+    span: Span,
+    pattern: PatternNodes,
+    *,
+    dim: int = 1,
+    lead: bool = False,
+) -> fx.Node:
+    """A sequence with its image tokens merged: [B, a + N + b, C] -> [B, a + M + b, C].
+
+    `dim` is the dimension of the tokens, the batch being the first. `lead` says that it isn't: all
+    batch elements share a sequence [N, C].
+    """
+    setting = pattern.setting
+
+    def run(x: Tensor, *parts: Tensor) -> Tensor:
+        if lead:
+            x = x.unsqueeze(0)
+        if parts and x.shape[0] == 1 != parts[0].shape[0]:
+            x = x.expand(parts[0].shape[0], *x.shape[1:])
+        rows = x if dim == 1 else x.movedim(dim, 1)
+        flat = rows if rows.dim() == 3 else rows.flatten(2)
+        image = setting.merge(span.image(flat), pattern.named(parts))
+        out = span.replaced(flat, image)
+        out = out if rows.dim() == 3 else out.unflatten(2, rows.shape[2:])
+        return out if dim == 1 else out.movedim(1, dim)
+
+    key = ("merge", span, setting, dim, lead)
+    return rewriter.splice(key, run, [node, *pattern.nodes], whole=setting.dynamic)[0]
+
+
+def unmerged(rewriter: Rewriter, node: fx.Node, span: Span, pattern: PatternNodes) -> fx.Node:
+    """Inverse of `merged`: every image token receives its share of the merged update."""
+    setting = pattern.setting
+
+    def run(y: Tensor, *parts: Tensor) -> Tensor:
+        return span.replaced(y, setting.unmerge(span.image(y), pattern.named(parts)))
+
+    key = ("unmerge", span, setting)
+    return rewriter.splice(key, run, [node, *pattern.nodes], whole=setting.dynamic)[0]
+
+
+def updated(
+    rewriter: Rewriter,
+    whole: tuple[fx.Node, Span],
+    entered: fx.Node,
+    left: tuple[fx.Node, Span],
+    pattern: PatternNodes,
+    additions: Sequence[tuple[fx.Node, fx.Node, Span]] = (),
+) -> fx.Node:
+    """x_b = x_a + unmerge(x_b' - merge(x_a)): every token keeps its own detail.
+
+    `whole` is x_a, `entered` is x_a with its image merged, `left` is x_b'; spans tell where the
+    image lies in x_a and x_b'. Text tokens of x_b' pass unchanged. `additions` are (whole, merged,
+    span) of what was added to the stream from outside; it counts to x_a.
+    """
+    (base, base_span), (end, end_span) = whole, left
+    spans = [span for _, _, span in additions]
+
+    def image_of(x: Tensor, span: Span) -> Tensor:
+        # what has no token axis is added to every token alike
+        many = x.dim() > 1 and x.shape[-2] > 1
+        return span.image(x, x.dim() - 2) if many else x
+
+    setting, outside = pattern.setting, 2 * len(additions)
+
+    def run(x: Tensor, small: Tensor, y: Tensor, *rest: Tensor) -> Tensor:
+        added, parts = rest[:outside], rest[outside:]
+        start, entry = base_span.image(x), base_span.image(small)
+        for full, merged_, span in zip(added[::2], added[1::2], spans, strict=True):
+            start, entry = start + image_of(full, span), entry + image_of(merged_, span)
+        update = end_span.image(y) - entry
+        image = start + setting.unmerge(update, pattern.named(parts))
+        # a stream may be summed in a higher precision than it is handed on in
+        return end_span.replaced(y, cast(image, y))
+
+    key = ("update", base_span, end_span, setting, tuple(spans))
+    pairs = [node for full, merged_, _ in additions for node in (full, merged_)]
+    nodes = [base, entered, end, *pairs, *pattern.nodes]
+    return rewriter.splice(key, run, nodes, whole=setting.dynamic)[0]
+
+
+def gathered(
+    rewriter: Rewriter,
+    operand: fx.Node,
+    positional: Positional,
+    span: Span,
+    pattern: PatternNodes,
+) -> fx.Node:
+    """A positional operand (rotary table, mask, gate) at the tokens that stay.
+
+    Each batch element has its own, so the result has a batch dimension of full size.
+    """
+    setting, lead = pattern.setting, positional.lead
+    at = positional.dim + lead
+
+    def run(table: Tensor, *parts: Tensor) -> Tensor:
+        for _ in range(lead):
+            table = table.unsqueeze(0)
+        kept = setting.kept(pattern.named(parts)).to(table.device)
+        if kept.shape[0] == 1 != table.shape[0]:
+            kept = kept.expand(table.shape[0], -1)
+        table = table.expand(kept.shape[0], *table.shape[1:])
+        sizes = [1] * table.dim()
+        sizes[0], sizes[at] = kept.shape[0], kept.shape[1]
+        image = torch.take_along_dim(span.image(table, at), kept.view(sizes), at)
+        return span.replaced(table, image, at)
+
+    key = ("gather", lead, at, span, setting)
+    return rewriter.splice(key, run, [operand, *pattern.nodes], whole=setting.dynamic)[0]

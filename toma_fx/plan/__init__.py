@@ -1,0 +1,1 @@
+"""Plan: what merges, what does not, and why, as a value."""

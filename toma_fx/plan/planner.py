@@ -1,0 +1,160 @@
+"""Plan: from analysis and configuration to a frozen value that says what will be merged where.
+
+A *segment* spans one or more residual adds: tokens merge where they enter it and unmerge where they
+leave. A *pattern group* is the set of segments that share one pattern; its leader's entry is what
+destinations are selected on. Everything left alone appears among the rejections with its reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+
+from toma_fx.analysis.dataflow import Flow
+from toma_fx.analysis.facts import Analysis, Branch, Stream
+from toma_fx.errors import NoMergeSites, UnknownNameError, nearest
+from toma_fx.methods.base import MethodConfig
+from toma_fx.methods.setting import Place, Setting
+from toma_fx.plan.places import places_of
+from toma_fx.plan.plan import MergePlan, MergeSegment, PatternGroup, Rejection
+from toma_fx.plan.reasons import _left_alone, _no_sites_hint, _rejection
+from toma_fx.plan.segments import _keys_segments, _segments
+
+
+def make_plan(analysis: Analysis, flow: Flow, config: MethodConfig) -> MergePlan:
+    """Choose segments and pattern groups.
+
+    A ratio of 0 everywhere gives an empty plan: the model runs as captured.
+
+    Raises:
+        NoMergeSites: nothing can be merged, with every reason.
+        UnknownNameError: a path pattern that matches no module.
+        TileError: a window larger than a grid.
+    """
+    _check_patterns(analysis, config)
+    segments: list[MergeSegment] = []
+    rejections: list[Rejection] = []
+    places = places_of(analysis, flow)
+    for stream in analysis.streams:
+        for run, setting in _runs(stream, config, places, rejections):
+            if config.keys_only:
+                segments += _keys_segments(stream, run, setting, analysis, flow, rejections)
+            else:
+                segments += _segments(stream, run, setting, config.scope, config, flow, rejections)
+    segments = _disjoint(segments, rejections)
+    groups = _groups(segments, analysis, flow)
+    merged_sites = {site for s in segments for site in s.sites}
+    rejections.extend(_left_alone(analysis, flow, merged_sites, rejections))
+    plan = MergePlan(tuple(segments), groups, tuple(rejections), config)
+    if not segments and config.merges:
+        raise NoMergeSites(
+            "no attention or MLP of this model can be merged with this configuration",
+            [f"{r.module or r.node} ({r.kind}): {r.reason}" for r in rejections],
+            hint=_no_sites_hint(analysis, config),
+        )
+    return plan
+
+
+def _disjoint(segments: list[MergeSegment], rejections: list[Rejection]) -> list[MergeSegment]:
+    """The segments that share no node with another of a larger image, or before them."""
+    taken: dict[str, MergeSegment] = {}
+    dropped: set[str] = set()
+    for s in sorted(segments, key=lambda s: -s.image.length):
+        other = next((taken[n] for n in s.inner if n in taken), None)
+        if other is None:
+            taken.update(dict.fromkeys(s.inner, s))
+            continue
+        dropped.add(s.name)
+        if other.image == s.image:
+            reason = f"overlaps with {other.modules[0]}"
+        else:
+            reason = f"two images in one sequence; {other.image} merges"
+        rejections.append(Rejection(s.exit or s.sites[0], s.modules[0], "+".join(s.kinds), reason))
+    return [s for s in segments if s.name not in dropped]
+
+
+def _check_patterns(analysis: Analysis, config: MethodConfig) -> None:
+    paths = {b.module for s in analysis.streams for b in s.branches}
+    paths |= {s.module for s in analysis.sites}
+    for pattern in config.path_patterns():
+        if not any(fnmatchcase(path, pattern) for path in paths):
+            raise UnknownNameError(
+                f"the module path pattern {pattern!r} matches nothing",
+                where="include, exclude or overrides",
+                expected="a pattern that matches an attention or MLP of the model",
+                got=pattern,
+                hint=nearest(pattern, paths),
+            )
+
+
+def _runs(
+    stream: Stream,
+    config: MethodConfig,
+    places: Mapping[tuple[str, int], Place],
+    rejections: list[Rejection],
+) -> Iterator[tuple[list[int], Setting]]:
+    """Consecutive branches with equal settings that the configuration lets merge."""
+    run: list[int] = []
+    current: Setting | None = None
+    for i, branch in enumerate(stream.branches):
+        found = _setting(branch, places[stream.name, i], stream.segment.length, config)
+        if isinstance(found, str):
+            rejections.append(_rejection(branch, found))
+        setting = None if isinstance(found, str) else found
+        if setting != current and run and current:
+            yield run, current
+            run = []
+        current = setting
+        if setting is not None:
+            run.append(i)
+    if run and current:
+        yield run, current
+
+
+def _setting(branch: Branch, place: Place, tokens: int, config: MethodConfig) -> Setting | str:
+    """How a branch merges, or the reason why it does not."""
+    own = config.at(branch.module)
+    if branch.rejected is not None:
+        return f"{branch.rejected.node}: {branch.rejected.reason}"
+    if not config.selects(branch.module):
+        return "left out by include= or exclude="
+    if config.keys_only and "attention" not in branch.kinds:
+        return "only keys of self-attention are down-sampled"
+    unwanted = [k for k in branch.kinds if k not in config.branches]
+    if unwanted and not config.keys_only:
+        return f"{' and '.join(unwanted)} not among branches="
+    if tokens < own.min_tokens:
+        return f"{tokens} tokens, fewer than min_tokens={own.min_tokens}"
+    return own.setting(place)
+
+
+def _groups(
+    segments: list[MergeSegment], analysis: Analysis, flow: Flow
+) -> tuple[PatternGroup, ...]:
+    """Pattern groups; segments whose settings differ never share one. Names them p0, p1, ..."""
+    streams = {s.name: s for s in analysis.streams}
+    members: dict[tuple[str, Setting], list[int]] = {}
+    for i, segment in enumerate(segments):
+        members.setdefault((segment.group, segment.setting), []).append(i)
+    groups = []
+    for n, ((_, setting), indices) in enumerate(members.items()):
+        name = f"p{n}"
+        leader = min((segments[i] for i in indices), key=lambda s: flow.position[s.entries[0]])
+        feature = leader.entries[0]
+        if setting.feature == "stream":
+            feature = _stream_value(leader, streams[leader.stream], flow) or feature
+        batch = flow.shapes[feature][0]
+        groups.append(PatternGroup(name, leader.name, feature, leader.image, batch, setting))
+        for i in indices:
+            segments[i] = dataclasses.replace(segments[i], group=name)
+    return tuple(groups)
+
+
+def _stream_value(leader: MergeSegment, stream: Stream, flow: Flow) -> str | None:
+    """The value of the stream where the block of a segment begins."""
+    block = stream.branches[leader.branches[0]].block
+    first = next(i for i, b in enumerate(stream.branches) if b.block == block)
+    value = stream.values[first]
+    before = flow.position[value] <= flow.position[leader.entries[0]]
+    return value if before and flow.is_embedding(value) else None

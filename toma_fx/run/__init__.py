@@ -1,0 +1,1 @@
+"""Run: which program a step runs, what is kept between steps."""

@@ -1,0 +1,229 @@
+"""`explain` and `summary`: what will merge where, and what ran; values that print as tables."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from toma_fx.graph.flops import graph_flops
+from toma_fx.methods.windows import Size, size_text
+from toma_fx.plan.plan import Rejection
+from toma_fx.run.denoiser import OptimizedDenoiser
+from toma_fx.run.printed import Printed
+from toma_fx.run.programs import Specialization
+from toma_fx.run.schedule import Call, call_at
+
+
+@dataclass(frozen=True)
+class Row:
+    """One merged branch.
+
+    Attributes:
+        site: attention node, or the branch's output node. module: module path. kind: what it is.
+        scope: residual adds its segment spans. tokens, merged: image tokens before and after.
+        grid: in tokens. how: the method's window, cell or factor. group: pattern group.
+        flops_before, flops_after: of its nodes.
+    """
+
+    site: str
+    module: str
+    kind: str
+    scope: str
+    tokens: int
+    merged: int
+    grid: Size
+    how: str
+    group: str
+    flops_before: int
+    flops_after: int
+
+
+@dataclass(frozen=True)
+class Report(Printed):
+    """What `explain` returns; prints as a table, converts to JSON.
+
+    Attributes:
+        rows: merged branches. rejections: attention and branches left alone, with reasons.
+        flops_before, flops_after: of the whole model, merging included, in the step after the
+            first: one that reuses the pattern, unless the method selects at every step.
+        flops_refresh: of a step that selects destinations anew (comparisons not counted).
+    """
+
+    rows: tuple[Row, ...]
+    rejections: tuple[Rejection, ...]
+    flops_before: int
+    flops_after: int
+    flops_refresh: int
+
+    @property
+    def ideal_speedup(self) -> float:
+        """FLOPs of the model over FLOPs of the step after the first that merges."""
+        return self.flops_before / self.flops_after
+
+    def to_json(self) -> str:
+        """The report as JSON text."""
+        return json.dumps({**asdict(self), "ideal_speedup": self.ideal_speedup}, indent=2)
+
+    def _parts(self) -> list[Any]:
+        table = Table(title="merged", title_justify="left", box=SIMPLE)
+        table.add_column("module, kind, scope", overflow="fold")
+        for name in ("tokens", "grid", "window", "pattern", "MFLOP"):
+            table.add_column(name, no_wrap=True)
+        for row in self.rows:
+            table.add_row(
+                f"{row.module}\n  {row.kind}, {row.scope}",
+                f"{row.tokens} -> {row.merged}",
+                size_text(row.grid),
+                row.how,
+                row.group,
+                f"{row.flops_before / 1e6:.1f} -> {row.flops_after / 1e6:.1f}",
+            )
+        total = (
+            f"whole model {self.flops_before / 1e9:.3f} -> {self.flops_after / 1e9:.3f} GFLOP "
+            f"a step, ideal speed-up {self.ideal_speedup:.2f}x"
+        )
+        parts: list[Any] = [table, Text(total)]
+        if self.rejections:
+            left = Table(title="left alone", title_justify="left", box=SIMPLE)
+            for name in ("module", "kind", "reason"):
+                left.add_column(name, overflow="fold")
+            for rejection in self.rejections:
+                left.add_row(rejection.module or rejection.node, rejection.kind, rejection.reason)
+            parts.append(left)
+        return parts
+
+
+def make_report(specialization: Specialization) -> Report:
+    """Report on a captured and planned model; counts FLOPs of the graphs that would run."""
+    before = specialization.captured.graph_module.graph
+    plan = specialization.plan
+    if not plan.segments:
+        total = graph_flops(before)
+        return Report((), plan.rejections, total, total, total)
+    usual = call_at(plan.config, plan.config.first_step + 1, has_pattern=True)
+    after = specialization.graph_module("reuse" if usual == "plain" else usual).graph
+    streams = {s.name: s for s in specialization.analysis.streams}
+    rows = []
+    for segment in plan.segments:
+        for index in segment.branches:
+            branch = streams[segment.stream].branches[index]
+            names = set(branch.nodes)
+            rows.append(
+                Row(
+                    (*branch.sites, branch.out)[0],
+                    branch.module,
+                    "+".join(branch.kinds),
+                    segment.scope,
+                    segment.image.length,
+                    segment.setting.merged,
+                    segment.setting.grid,
+                    segment.setting.text(),
+                    segment.group,
+                    graph_flops(before, names),
+                    graph_flops(after, names),
+                )
+            )
+    refresh = after
+    if plan.config.patterned:
+        refresh = specialization.graph_module("refresh").graph
+    return Report(
+        tuple(rows), plan.rejections, graph_flops(before), graph_flops(after), graph_flops(refresh)
+    )
+
+
+@dataclass(frozen=True)
+class Live:
+    """One graph that is kept.
+
+    Attributes:
+        inputs: input names with their shapes. segments: merged stretches.
+        tokens: (before, after) of each grid that merges. steps: run, by kind of program.
+    """
+
+    inputs: dict[str, tuple[int, ...]]
+    segments: int
+    tokens: tuple[tuple[int, int], ...]
+    steps: dict[Call, int]
+
+
+@dataclass(frozen=True)
+class Summary(Printed):
+    """What `summary` returns; prints as a table, converts to JSON.
+
+    Attributes:
+        denoiser: class of the model. active: whether it is optimized. compiled: whether its
+            programs are compiled by `.compile()`. config: its configuration.
+        captures: graphs made so far. live: those kept.
+        steps: run since `optimize`, by kind: "refresh", "reweigh", "reuse", "mixed" (several
+            requests in one batch), "plain" (unmerged).
+    """
+
+    denoiser: str
+    active: bool
+    compiled: bool
+    config: dict[str, Any]
+    captures: int
+    live: tuple[Live, ...]
+    steps: dict[Call, int]
+
+    def to_json(self) -> str:
+        """The summary as JSON text."""
+        return json.dumps(asdict(self), indent=2)
+
+    def _parts(self) -> list[Any]:
+        if not self.active:
+            return [Text(f"{self.denoiser}: not optimized, no token merging")]
+        ran = ", ".join(f"{n} {call}" for call, n in self.steps.items()) or "none yet"
+        named = (k for k in ("method", "ratio", "scope", "window") if k in self.config)
+        brief = ", ".join(f"{k}={self.config[k]}" for k in named)
+        how = "compiled" if self.compiled else "eager"
+        table = Table(box=SIMPLE)
+        for name in ("inputs", "merged segments", "tokens", "steps"):
+            table.add_column(name, overflow="fold")
+        for live in self.live:
+            table.add_row(
+                "\n".join(f"{k} {'x'.join(map(str, v))}" for k, v in live.inputs.items()),
+                str(live.segments),
+                "\n".join(f"{n} -> {m}" for n, m in live.tokens),
+                "\n".join(f"{n} {call}" for call, n in live.steps.items()),
+            )
+        return [
+            Text(f"{self.denoiser}: token merging, {brief}, {how}"),
+            Text(f"steps: {ran}; graphs captured: {self.captures}, kept: {len(self.live)}"),
+            *([table] if self.live else []),
+        ]
+
+
+def make_summary(model: nn.Module, optimized: OptimizedDenoiser | None) -> Summary:
+    """Summary of an optimized denoiser, or of a model that is not optimized."""
+    name = model.__class__.__name__
+    if optimized is None:
+        return Summary(name, False, False, {}, 0, (), {})
+    return Summary(
+        type(optimized.denoiser).__name__,
+        True,
+        optimized.compiled,
+        optimized.config_toma.to_json(),
+        optimized.cache.made,
+        tuple(_live(s) for s in optimized.specializations),
+        optimized.totals,
+    )
+
+
+def _live(specialization: Specialization) -> Live:
+    inputs = {
+        i.name: tuple(i.tensor.shape)
+        for i in specialization.captured.inputs
+        if i.tensor is not None and i.tensor.dim() > 1
+    }
+    segments = specialization.plan.segments
+    tokens = {(s.image.length, s.setting.merged) for s in segments}
+    return Live(
+        inputs, len(segments), tuple(sorted(tokens, reverse=True)), dict(specialization.counts)
+    )
