@@ -52,7 +52,7 @@ def test_what_was_built(artifact: Path) -> None:
     manifest = verify(artifact)
     assert manifest.model == "FluxTransformer2DModel", "found inside the pipeline's folder"
     assert manifest.licence == "flux-1-dev", "from the model card"
-    assert manifest.target.form == "cached"
+    assert manifest.target.options["form"] == "cached"
     hidden = next(s for s in manifest.inputs if s.path == ("hidden_states",))
     assert hidden.tensor.shape[:2] == (1, 64)
     assert manifest.plan["config"]["min_tokens"] == 16
@@ -71,13 +71,17 @@ def test_what_a_build_says(
     assert lines[2].split()[-1] in ("kB", "MB"), "size of what the stage wrote"
     assert "largest difference" in lines[-1]
     manifest = verify(tmp_path / "a")
-    assert (manifest.licence, manifest.target.opset) == ("mine", 20)
+    assert (manifest.licence, manifest.target.options["opset"]) == ("mine", "20")
 
 
 def test_info_and_verify(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", str(artifact)]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    for words in ("onnx, cached, opset 23", "refresh.onnx", "(refresh reuse reuse reuse reuse)"):
+    for words in (
+        "onnx, form cached, opset 23",
+        "refresh.onnx",
+        "(refresh reuse reuse reuse reuse)",
+    ):
         assert words in text
     assert main(["info", str(artifact), "--json"]) == 0
     assert Manifest.of(capsys.readouterr().out, "printed") == verify(artifact)

@@ -59,7 +59,7 @@ class InProcess(Target):
 
             build.stage(call, write, file)
             specs[call] = ProgramSpec(file, call, made.pattern_inputs, made.pattern_outputs)
-        return Lowered(TargetSpec("in-process", "", None, {}), Device("cpu", "", ""), specs, {})
+        return Lowered(TargetSpec("in-process", {}), Device("cpu", "", ""), specs, {})
 
     def open(  # type: ignore[override]  # of an instance: it knows the programs
         self, folder: Path, manifest: Manifest, device: torch.device, options: Mapping[str, Any]
@@ -356,7 +356,7 @@ def test_the_published_schema(tmp_path: Path, optimized: Any, target: InProcess)
 # -- damage ---------------------------------------------------------------------------------------
 
 
-TARGET = {"name": "zip", "form": "", "opset": None, "options": {}}
+TARGET = {"name": "zip", "options": {}}
 
 
 def linked(path: Path) -> None:

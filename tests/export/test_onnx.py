@@ -121,7 +121,7 @@ def test_a_generation_is_that_of_the_process(cached: Any) -> None:
 def test_what_the_manifest_says(cached: Any) -> None:
     manifest = verify(cached[0])
     assert manifest.target.name == "onnx"
-    assert (manifest.target.form, manifest.target.opset) == ("cached", DEFAULT_OPSET)
+    assert manifest.target.options == {"form": "cached", "opset": str(DEFAULT_OPSET)}
     assert set(manifest.programs) == {"refresh", "reuse"}
     assert set(manifest.files) == {"refresh.onnx", "reuse.onnx", to_onnx.WEIGHTS}
     assert {"onnx", "onnxscript", "onnxruntime", "torch"} <= set(manifest.versions)
@@ -266,6 +266,8 @@ def test_stateless(tmp_path: Path) -> None:
     manifest = build(optimized(), inputs(), tmp_path / "out", ONNXTarget("stateless"))
     assert list(manifest.programs) == ["refresh"]
     assert manifest.patterns == ()
+    assert (manifest.schedule.begin, manifest.schedule.cycle) == ((), ("refresh",))
+    assert manifest.calls(3) == ["refresh"] * 3
     graph = onnx.load(tmp_path / "out" / "refresh.onnx", load_external_data=False).graph
     assert names(graph.output) == ["output_0"]
     assert names(graph.input) == ["sample", "timestep"]
@@ -328,7 +330,7 @@ def test_full_disk(cached: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(to_onnx, "_store", full)
     with pytest.raises(BuildError, match="No space left"):
         build(optimized(), inputs(), out, ONNXTarget(opset=20), overwrite=True)
-    assert verify(out).target.opset == DEFAULT_OPSET, "what was there stays"
+    assert verify(out).target.options["opset"] == str(DEFAULT_OPSET), "what was there stays"
 
 
 @pytest.mark.usefixtures("quick")
@@ -386,7 +388,7 @@ def half(call: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("opset", [n for n in OPSETS if n != DEFAULT_OPSET])
 def test_opsets(opset: int, tmp_path: Path) -> None:
     manifest = build(optimized("grid"), inputs(), tmp_path / "out", ONNXTarget(opset=opset))
-    assert manifest.target.opset == opset
+    assert manifest.target.options["opset"] == str(opset)
     graphs = [onnx.load(p, load_external_data=False) for p in (tmp_path / "out").glob("*.onnx")]
     for loaded in graphs:
         assert [(o.domain, o.version) for o in loaded.opset_import] == [("", opset)]

@@ -219,11 +219,10 @@ def _info(args: argparse.Namespace, options: dict[str, Any], console: Console) -
 def _described(manifest: Manifest) -> list[tuple[str, str]]:
     """What to show of a manifest."""
     target, device = manifest.target, manifest.device
-    words = [target.name, target.form, f"opset {target.opset}" if target.opset else ""]
-    words += [f"{k} {v}" for k, v in target.options.items()]
+    words = [target.name, *(f"{k} {v}" for k, v in target.options.items())]
     patterns = sum(_bytes(p.shape, p.dtype) for p in manifest.patterns)
     rows = [
-        ("target", ", ".join(w for w in words if w)),
+        ("target", ", ".join(words)),
         ("built for", " ".join(w for w in (device.type, device.name, device.arch) if w)),
         ("model", f"{manifest.model}, {manifest.dtype}"),
         ("licence", manifest.licence or "not stated"),

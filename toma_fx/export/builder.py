@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from math import prod
@@ -24,12 +24,14 @@ from toma_fx.export.manifest import (
     InputSpec,
     Manifest,
     Parity,
+    ProgramSpec,
     Structure,
     TensorSpec,
     raster_spec,
 )
 from toma_fx.export.programs import Programs, export_programs
 from toma_fx.export.targets import Lowered, Runtime, Target
+from toma_fx.plan.plan import MergePlan
 from toma_fx.run.schedule import Call, Schedule
 
 TOLERANCE = {"float16": 2e-2, "bfloat16": 5e-2}
@@ -125,7 +127,7 @@ def manifest_of(programs: Programs, lowered: Lowered, licence: str) -> Manifest:
         dtype=TensorSpec.of("", next(denoiser.denoiser.parameters())).dtype,
         licence=licence,
         plan=_jsonable(programs.plan.to_json()),
-        schedule=Schedule.of(programs.plan.config) if programs.plan.segments else Schedule.plain(),
+        schedule=_schedule(programs.plan, lowered.programs.values()),
         parameters=denoiser.parameter_names,
         inputs=inputs,
         constants=constants,
@@ -139,6 +141,17 @@ def manifest_of(programs: Programs, lowered: Lowered, licence: str) -> Manifest:
         parity=(),
         files={},
     )
+
+
+def _schedule(plan: MergePlan, programs: Iterable[ProgramSpec]) -> Schedule:
+    """Which program runs when."""
+    if not plan.segments:
+        return Schedule.plain()
+    schedule = Schedule.of(plan.config)
+    if schedule.patterned and not any(program.patterns_out for program in programs):
+        # no program hands patterns on: every merged step selects anew
+        return replace(schedule, begin=(), cycle=("refresh",))
+    return schedule
 
 
 def _compare(programs: Programs, manifest: Manifest, runtime: Runtime) -> Iterator[Parity]:

@@ -85,8 +85,7 @@ class ArtifactDenoiser(nn.Module):
         return self._structured(outputs)
 
     def _step(self, state: PassState, inputs: Sequence[Tensor]) -> list[Tensor]:
-        schedule, stateless = self.manifest.schedule, self.manifest.target.form == "stateless"
-        call = schedule.call(state.step, state.has_pattern and not stateless)
+        call = self.manifest.schedule.call(state.step, state.has_pattern)
         program = self.manifest.programs[call]
         patterns = {name: state.patterns[name] for name in program.patterns_in}
         outputs, made = self._runtime.run(call, inputs, patterns)

@@ -133,13 +133,10 @@ class TargetSpec:
     """What runs the programs.
 
     Attributes:
-        name: "aoti", "onnx" or "tensorrt". form: of ONNX, "cached" or "stateless"; else "".
-        opset: of ONNX; else None. options: others, as text.
+        name: "aoti", "onnx" or "tensorrt". options: those of the target, as text.
     """
 
     name: str
-    form: str
-    opset: int | None
     options: Mapping[str, str]
 
 
@@ -195,8 +192,7 @@ class Manifest:
 
     def calls(self, steps: int) -> list[Call]:
         """Programs of the first steps of a generation."""
-        first, keeps = self.schedule.first_step, self.target.form != "stateless"
-        return [self.schedule.call(step, keeps and step > first) for step in range(steps)]
+        return [self.schedule.call(i, i > self.schedule.first_step) for i in range(steps)]
 
     def to_json(self) -> str:
         """As JSON text."""

@@ -124,7 +124,7 @@ class AOTITarget(Target):
             for call, made in programs.items()
         }
         options = {"max_autotune": self.max_autotune, **dict(self.inductor)}
-        target = TargetSpec("aoti", "", None, {k: str(v) for k, v in options.items()})
+        target = TargetSpec("aoti", {k: str(v) for k, v in options.items()})
         device = Device(programs.device.type, _processor(programs.device), arch)
         return Lowered(target, device, specs, _versions(programs.device))
 

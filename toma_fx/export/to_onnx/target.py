@@ -139,7 +139,7 @@ class ONNXTarget(Target):
             files = (file_of(call), WEIGHTS) if call == main else (file_of(call),)
             build.stage(f"onnx {call}", write, *files)
             specs[call] = ProgramSpec(file_of(call), "", made.pattern_inputs, made.pattern_outputs)
-        target = TargetSpec("onnx", self.form, self.opset, {})
+        target = TargetSpec("onnx", {"form": self.form, "opset": str(self.opset)})
         device = Device(programs.device.type, "", "")
         versions = {p: _version(p) for p in ("onnx", "onnxscript", "onnxruntime")}
         return Lowered(target, device, specs, versions)

@@ -147,7 +147,7 @@ class TensorRTTarget(Target):
         for path in (*build.folder.glob("*.onnx"), *build.folder.glob("*.safetensors")):
             path.unlink()  # the weights are in the engines
         options = {k: str(v) for k, v in vars(self).items()}
-        target = TargetSpec("tensorrt", "", None, options)
+        target = TargetSpec("tensorrt", options)
         return Lowered(target, Device("cuda", name, arch), specs, versions)
 
     @staticmethod
