@@ -203,7 +203,6 @@ def test_the_seed_reaches_the_setting() -> None:
         setting = config.at(path).setting(place)
         assert isinstance(setting, Random)
         assert setting.seed == seed
-        assert setting.portable() == Random((8, 8), (4, 4), 8, 1000.0, opaque=False, seed=seed)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tests.tracing import Program, check_onnx, check_traces
 from toma_fx.errors import ConfigError, UnknownNameError
+from toma_fx.methods import retom
 from toma_fx.methods.retom import PartialReToM, ReToM, ReToMConfig
 from toma_fx.methods.setting import Place
 
@@ -103,17 +104,22 @@ def test_merges_as_described(
 
 @pytest.mark.parametrize("share", [0.1, 0.4])
 @pytest.mark.parametrize(("grid", "window"), SHAPES)
-def test_comparisons_rank_as_sorts_do(
+def test_the_least_similar_stay_in_order_and_join_themselves(
     grid: tuple[int, ...], window: tuple[int, ...], share: float
 ) -> None:
+    """Many ties: the ranks are those of a sort of unique keys."""
     r = max(1, int(share * math.prod(grid)))
-    sorts = PartialReToM(grid, window, r=r)
-    compares = sorts.portable()
-    assert (sorts.compared, compares.compared) == (False, True)
+    setting = PartialReToM(grid, window, r=r)
     noise = torch.randn(2, math.prod(grid), 6, generator=torch.Generator().manual_seed(r))
     for x in (noise, noise.sign(), torch.ones_like(noise)):
-        for one, other in zip(sorts.select(x), compares.select(x), strict=True):
-            assert torch.equal(one, other)
+        unit = setting._directions(x)
+        (representatives,) = ReToM(grid, window).select(x)
+        local = retom._representatives(unit)
+        order = setting._keys(unit, local).argsort(-1)[:, : setting.staying]
+        places, joins = setting.select(x)
+        assert torch.equal(places, torch.cat([order, representatives], 1))
+        turn = torch.arange(setting.staying).expand(2, -1)
+        assert torch.equal(torch.take_along_dim(joins, order, 1), turn)
 
 
 def test_another_window_gives_another_result() -> None:
@@ -274,7 +280,6 @@ SETTINGS = [
     ReToM((2, 4, 6), (1, 2, 3), "mean"),
     PartialReToM((6, 4), (3, 2), r=9),
     PartialReToM((4, 8), (2, 4), "mean", r=9),
-    PartialReToM((6, 4), (3, 2), r=9, compared=True),
 ]
 
 

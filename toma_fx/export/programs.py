@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from toma_fx.errors import ModelTypeError
+from toma_fx.export.selection import ExpandSelection
 from toma_fx.graph.rewriter import Rewriter
 from toma_fx.graph.verify import output_values
 from toma_fx.passes.pipeline import copy_graph, rewrite
@@ -51,8 +52,8 @@ class Programs(Mapping[Call, Exported]):
     """The programs that the schedule of an optimized denoiser runs, by kind of step.
 
     Attributes:
-        denoiser: what they were made of. specialization: what was captured of it. plan: the
-            portable form of its plan.
+        denoiser: what they were made of. specialization: what was captured of it. plan: its
+            plan.
         by_call: "refresh", "reweigh", "reuse" and "plain", those of them that some step runs.
         paths: keyword of every leaf of a call, and keys below it where arguments are nested, in
             the order of `leaves`. leaves: tensors and constants of the example call.
@@ -133,7 +134,7 @@ def export_programs(optimized: Any, example_inputs: Any) -> Programs:
         )
     denoiser.config_toma.check_static("export")
     specialization, given = denoiser.specialized(*call_of(example_inputs))
-    plan = specialization.plan.portable()
+    plan = specialization.plan
     by_call: dict[Call, Exported] = {}
     patterns: dict[str, Tensor] = {}
     for call in _calls(plan):
@@ -165,7 +166,11 @@ def _exported(
             taken, given = program.pattern_inputs, program.pattern_outputs
         pairs = zip(captured.inputs, leaves, strict=True)
         constants = [spec.name for spec, leaf in pairs if not _is_tensor(leaf)]
-        Rewriter(graph_module).erase_inputs(constants)
+        rewriter = Rewriter(graph_module)
+        expand = ExpandSelection()
+        with rewriter.running(expand.name):
+            expand.apply(rewriter)
+        rewriter.erase_inputs(constants)
         tensors = (*filter(_is_tensor, leaves), *(patterns[name] for name in taken))
         # programs of static shapes have static strides too, and runtimes hand over contiguous ones
         example = tuple(x.contiguous() for x in tensors)

@@ -15,8 +15,8 @@ the mean.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -113,17 +113,13 @@ class PartialReToM(ReToM):
         merged tokens = [tokens that stay, by rising similarity | one a window]
 
     Of tokens equally similar to their representatives, the first in the raster merges first. Cost:
-    that of `ReToM` and two sorts of N numbers; `compared`, a choice of those that stay, and a
-    comparison of each of them with every token.
+    that of `ReToM`, a choice of those that stay, and a comparison of each of them with every token.
 
     Attributes:
         r: tokens merged away, fewer than N - T.
-        compared: whether tokens are ranked by comparisons instead of sorts. Same result; TensorRT
-            sorts no more than 3,840 numbers, and a 64x64 grid has 4,096.
     """
 
     r: int
-    compared: bool = False
 
     chosen: ClassVar[tuple[str, ...]] = ("places", "joins")
 
@@ -169,10 +165,6 @@ class PartialReToM(ReToM):
         """Each token gets the merged token that it joined: [B, N - r, C] -> [B, N, C]."""
         return take(y, pattern["joins"])
 
-    def portable(self) -> Self:
-        """With the tokens compared."""
-        return replace(self, compared=True)
-
     def _ranked(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens by rising key, keys [B, N] int64 being unique.
 
@@ -180,10 +172,7 @@ class PartialReToM(ReToM):
             The tokens of the lowest keys in order, [B, staying], and the rank of each token,
             [B, N]; of a token that does not stay it may be any that is at least `staying`.
         """
-        if not self.compared:
-            order = keys.argsort(-1)
-            # the order is a permutation, and sorting it gives its inverse: the rank of each token
-            return order[:, : self.staying], order.argsort(-1)
+        # not two sorts: TensorRT sorts no more than 3,840 numbers, and a 64x64 grid has 4,096
         least, order = keys.topk(self.staying, largest=False)
         below = least.unsqueeze(1) < keys.unsqueeze(-1)
         return order, below.sum(-1, dtype=torch.int32).to(torch.int64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -102,7 +102,3 @@ class Setting(ABC):
 
         Positional operands (rotary tables, masks) are taken at these.
         """
-
-    def portable(self) -> Self:
-        """The same setting, made of operators that every exporter knows."""
-        return self

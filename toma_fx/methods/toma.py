@@ -13,8 +13,8 @@ into the denoiser's graph.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -186,14 +186,12 @@ class ToMA(Setting):
     Attributes:
         tile: window of as many sides as the grid. keep: destinations of a window.
         scale, inverse: as `scale` and `unmerge` of `ToMAConfig`.
-        opaque: whether a long selection is one operator instead of `keep` unrolled steps.
     """
 
     tile: Size
     keep: int
     scale: float
     inverse: str = "transpose"
-    opaque: bool = True
 
     chosen: ClassVar[tuple[str, ...]] = ("idx",)
     weighed: ClassVar[tuple[str, ...]] = ("merge", "unmerge")
@@ -214,8 +212,7 @@ class ToMA(Setting):
 
     def select(self, x: Tensor) -> tuple[Tensor, ...]:
         """Destinations by facility location: see `toma.select`."""
-        opaque = self.opaque and self.keep > UNROLL
-        return (select(x, self.grid, self.tile, self.keep, opaque=opaque),)
+        return (select(x, self.grid, self.tile, self.keep, opaque=self.keep > UNROLL),)
 
     def weights(self, x: Tensor, chosen: setting.Pattern) -> tuple[Tensor, ...]:
         """Merge and unmerge matrices: see `toma.weights`."""
@@ -233,10 +230,6 @@ class ToMA(Setting):
     def kept(self, pattern: setting.Pattern) -> Tensor:
         """The destinations."""
         return token_index(pattern["idx"], self.grid, self.tile)
-
-    def portable(self) -> Self:
-        """With the selection unrolled."""
-        return replace(self, opaque=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from toma_fx.analysis.labels import Segment
 from toma_fx.methods.base import MethodConfig
 from toma_fx.methods.setting import Setting
-
-Merged = TypeVar("Merged", "MergeSegment", "PatternGroup")
 
 
 @dataclass(frozen=True)
@@ -85,14 +83,6 @@ class MergePlan:
         """Pattern group by name."""
         return next(g for g in self.groups if g.name == name)
 
-    def portable(self) -> MergePlan:
-        """The same plan with settings that every exporter knows."""
-        return dataclasses.replace(
-            self,
-            segments=tuple(map(_portable, self.segments)),
-            groups=tuple(map(_portable, self.groups)),
-        )
-
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON-able values."""
         out = {
@@ -103,7 +93,3 @@ class MergePlan:
             for shown, item in zip(out[name], getattr(self, name), strict=True):
                 shown["setting"] = {"method": type(item.setting).__name__, **shown["setting"]}
         return {**out, "config": self.config.to_json()}
-
-
-def _portable(item: Merged) -> Merged:
-    return dataclasses.replace(item, setting=item.setting.portable())
