@@ -74,7 +74,7 @@ class Salient(toma_fx.Setting):
 
 @dataclass(frozen=True, kw_only=True)
 class SalientConfig(toma_fx.MethodConfig):
-    """What users write: `toma_fx.optimize(model, method="salient", ratio=0.5)`."""
+    """What users write: `toma_fx.optimize(model, method=SalientConfig, ratio=0.5)`."""
 
     ratio: float = 0.5
     window: int = 16
@@ -104,12 +104,13 @@ def main() -> None:
     model = tiny.load("tiny-sdxl")
     labels = [tiny.CLASSES.index("cat")]
     plain = model.generate(labels, steps=10)
-    for method in ("salient", "tomesd", "random"):
+    methods = {"salient": SalientConfig, "tomesd": "tomesd", "random": "random"}
+    for name, method in methods.items():
         optimized = toma_fx.optimize(
             model.denoiser, method=method, scope="sublayer", branches="attention", min_tokens=256
         )
         merged = model.generate(labels, steps=10, denoiser=optimized)
-        print(f"{method:8} squared error {float((merged - plain).square().mean()):.5f}")
+        print(f"{name:8} squared error {float((merged - plain).square().mean()):.5f}")
 
 
 if __name__ == "__main__":

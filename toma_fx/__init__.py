@@ -35,7 +35,7 @@ from toma_fx.export.loader import ArtifactDenoiser, load
 from toma_fx.methods.base import MethodConfig
 from toma_fx.methods.baselines import GridConfig, RandomConfig
 from toma_fx.methods.ca_tome import CAToMeConfig
-from toma_fx.methods.config import PRESETS
+from toma_fx.methods.config import METHODS, PRESETS
 from toma_fx.methods.retom import ReToMConfig
 from toma_fx.methods.setting import Place, Setting
 from toma_fx.methods.todo import ToDoConfig
@@ -49,6 +49,7 @@ __version__ = "0.1.0"
 
 
 __all__ = [
+    "METHODS",
     "PRESETS",
     "AdapterError",
     "ArtifactDenoiser",

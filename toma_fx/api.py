@@ -30,7 +30,7 @@ def optimize(
     model: T,
     toma: bool | str | MethodConfig | Mapping[str, Any] = True,
     *,
-    method: str | MethodConfig | None = None,
+    method: str | MethodConfig | type[MethodConfig] | None = None,
     example_inputs: Any = None,
     max_signatures: int = 8,
     **options: Any,
@@ -40,11 +40,10 @@ def optimize(
     Args:
         model: a denoiser of diffusers (docs/denoisers.md lists those tested), any module with
             residual attention (docs/own-models.md), or a pipeline: its denoiser, or both of two.
-        toma: True for the method's defaults, a preset of ToMA ("default", "paper-sdxl",
-            "paper-flux"), a configuration, a mapping of its fields, or False to turn merging off.
-        method: "toma" (the default), "tomesd", "tofu", "todo", "ca-tome", "retom", the baselines
-            "random" and "grid", a method of your own by its name, or a configuration of one
-            (docs/methods.md).
+        toma: True for the method's defaults, a preset of ToMA by its name (`toma_fx.PRESETS`), a
+            configuration, a mapping of its fields, or False to turn merging off.
+        method: a built-in method by its name ("toma" if not given; `toma_fx.METHODS` are all), or,
+            built in or your own, a configuration of a method or its class (docs/methods.md).
         example_inputs: keyword arguments of a call (a dict), positional ones (a tuple), or a pair
             (args, kwargs). Given, the model is captured now and for this signature alone; else at
             the first call of each signature.
@@ -130,7 +129,7 @@ def explain(
     example_inputs: Any,
     toma: bool | str | MethodConfig | Mapping[str, Any] = True,
     *,
-    method: str | MethodConfig | None = None,
+    method: str | MethodConfig | type[MethodConfig] | None = None,
     **options: Any,
 ) -> Report:
     """What `optimize` would do for these inputs.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import fmean
@@ -13,6 +14,7 @@ from toma_fx.api import denoiser_of, optimize
 from toma_fx.errors import ConfigError
 from toma_fx.methods.ca_tome import CAToMeConfig
 from toma_fx.methods.checks import check_choice
+from toma_fx.methods.config import with_options
 from toma_fx.plan.places import places_of
 from toma_fx.run.batching import State
 from toma_fx.run.calls import call_of
@@ -58,9 +60,9 @@ def calibrate(
         SignatureError, CaptureError: inputs that are no call of the denoiser.
     """
     check_choice("statistic", statistic, tuple(_STATISTICS))
-    config = CAToMeConfig(threshold=threshold).replaced(options)
+    config = with_options(CAToMeConfig(threshold=threshold), options)
     # a new state selects at its first step, whatever the checkpoints
-    every = config.replaced({"first_step": 0})
+    every = dataclasses.replace(config, first_step=0)
     calls = inputs if isinstance(inputs, list) else [inputs]
     if not calls:
         raise ConfigError(
@@ -82,7 +84,7 @@ def calibrate(
             got=repr(threshold),
             hint="lower threshold=",
         )
-    return config.replaced({"ratios": ratios})
+    return dataclasses.replace(config, ratios=ratios)
 
 
 def _merged(specialization: Specialization, state: State) -> Iterator[tuple[str, float]]:

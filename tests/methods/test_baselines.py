@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 from tests.tracing import Program, check_onnx, check_traces
 from toma_fx.errors import ConfigError, TileError, UnknownNameError
 from toma_fx.methods.baselines import Grid, GridConfig, Random, RandomConfig
+from toma_fx.methods.config import with_options
 from toma_fx.methods.hashing import PRIME, hashed
 from toma_fx.methods.setting import Place
 from toma_fx.methods.toma import ToMA, ToMAConfig
@@ -169,7 +171,7 @@ def test_windows_over_frames_and_rows() -> None:
 def test_all_but_the_selection_is_as_in_toma(config: ToMAConfig, window: Any) -> None:
     fields = {"window": window, "scale": 50.0, "unmerge": "pinv", "ratio": 0.25}
     place = Place((8, 12), (8, 12))
-    own, toma = (c.replaced(fields).setting(place) for c in (config, ToMAConfig()))
+    own, toma = (replace(c, **fields).setting(place) for c in (config, ToMAConfig()))
     assert isinstance(own, ToMA)
     assert isinstance(toma, ToMA)
     assert type(own) is not ToMA
@@ -224,7 +226,7 @@ def test_config_errors_say_what_is_right(
 
 def test_the_grid_has_no_seed() -> None:
     with pytest.raises(UnknownNameError, match=r"it is an option of .*random"):
-        GridConfig().replaced({"seed": 1})
+        with_options(GridConfig(), {"seed": 1})
 
 
 # -- as programs ----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,7 @@ from toma_fx.errors import (
     UnknownNameError,
 )
 from toma_fx.export import Exported
-from toma_fx.methods.base import methods
-from toma_fx.methods.config import PRESETS, make_config
+from toma_fx.methods.config import METHODS, PRESETS, make_config, method_names
 from toma_fx.methods.setting import Pattern
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +43,7 @@ GRID = (8, 12)
 
 own_method = load_example("own_method")
 ALL = (*BUILT_IN, "salient")
+CLASSES = {cls.name: cls for cls in (*METHODS, own_method.SalientConfig)}
 
 
 @cache
@@ -68,23 +69,64 @@ def static(name: str) -> toma_fx.MethodConfig:
     if name == "ca-tome":
         fields |= {"checkpoints": None}
         return toma_fx.calibrate(model(), [inputs(1), inputs(2)], threshold=0.5, **fields)
-    return make_config(method=name, options=fields)
+    return make_config(method=CLASSES[name], options=fields)
 
 
 # -- by name --------------------------------------------------------------------------------------
 
 
 def test_methods_by_name() -> None:
-    assert set(methods()) == set(ALL)
-    for name in ALL:
-        assert make_config(method=name).name == name
-        assert make_config(method=methods()[name]()) == make_config(method=name)
+    assert sorted(method_names()) == list(BUILT_IN)
+    for name in BUILT_IN:
+        config = make_config(method=name)
+        assert type(config) is CLASSES[name]
+        assert config.name == name
+        assert make_config(method=CLASSES[name]) == make_config(method=config) == config
     assert make_config(method="toma") == make_config() == PRESETS["default"]
+
+
+def test_the_page_has_every_built_in_method() -> None:
+    rows = re.findall(r"^\| (`.+?) \| (`.+?) \|", PAGE.read_text(), re.M)
+    shown = [re.findall(r"`([\w-]+)`", cell) for row in rows for cell in row]
+    pairs = {
+        (name, cls)
+        for names, classes in zip(shown[::2], shown[1::2], strict=True)
+        for name, cls in zip(names, classes, strict=False)
+        if cls.endswith("Config")
+    }
+    assert pairs == {(cls.name, cls.__name__) for cls in METHODS}
+
+
+def test_a_class_of_a_user_is_no_name_and_replaces_none() -> None:
+    class Tomesd(own_method.SalientConfig):
+        name = "tomesd"
+
+    assert type(make_config(method="tomesd")) is toma_fx.ToMeSDConfig
+    assert type(make_config(method=Tomesd)) is Tomesd
+    with pytest.raises(UnknownNameError, match="method=MyConfig"):
+        make_config(method="salient")
+    with pytest.raises(UnknownNameError, match="it is an option of todo"):
+        make_config(method=Tomesd, options={"factor": 2, "window": 4})
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeedsWindow(toma_fx.MethodConfig):
+    """A method with an option that has no default."""
+
+    window: int
+
+    def setting(self, place: toma_fx.Place) -> str:
+        return f"window {self.window}"
+
+
+def test_options_of_a_class_are_its_fields() -> None:
+    options = {"window": 3, "scope": "block"}
+    assert make_config(method=NeedsWindow, options=options) == NeedsWindow(window=3, scope="block")
 
 
 def test_every_method_says_what_it_does() -> None:
     for name in BUILT_IN:
-        cls = methods()[name]
+        cls = CLASSES[name]
         texts = [c.__doc__ or "" for c in cls.__mro__ if c.__module__.startswith("toma_fx.methods")]
         text = " ".join(texts)
         for word in ("Selects", "Merges", "Unmerges", "Cost", "arXiv"):
@@ -121,6 +163,8 @@ def test_unknown_names_get_the_nearest(arguments: dict[str, Any], hint: str) -> 
         {"method": "todo", "options": {"factor": 0}},
         {"method": "tomesd", "options": {"select_at": (0, -1)}},
         {"method": 3},
+        {"method": int},
+        {"method": toma_fx.MethodConfig},
         {"toma": "paper-sdxl", "method": "tomesd"},
         {"toma": toma_fx.ToMAConfig(), "method": "tomesd"},
         {"toma": 3},
@@ -405,7 +449,7 @@ def test_whole_models_through_inductor(name: str) -> None:
         if name == "ca-tome":
             config = toma_fx.calibrate(whole, call(), 0.2, **fields)
         else:
-            config = make_config(method=name, options=fields)
+            config = make_config(method=CLASSES[name], options=fields)
         eager = toma_fx.optimize(whole, method=config)
         compiled = toma_fx.optimize(whole, method=config).compile()
         for step in range(3):

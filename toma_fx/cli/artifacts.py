@@ -23,6 +23,7 @@ from toma_fx.errors import BuildError, ConfigError
 from toma_fx.export.artifact import Report, Stage, check_place, read_manifest, reported
 from toma_fx.export.artifact import verify as verified
 from toma_fx.export.manifest import Manifest
+from toma_fx.methods.config import method_names
 from toma_fx.models.named import example, licence_of
 from toma_fx.run.schedule import Schedule
 
@@ -49,7 +50,7 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
     build.add_argument("--text", type=int, help="text tokens (default 77, Flux 512)")
     build.add_argument("--dtype", default="float32", choices=DTYPES)
     build.add_argument("--device", help="default: cuda if there is one, else cpu")
-    build.add_argument("--method", help="toma (default), tomesd, tofu, todo, ca-tome, retom, ...")
+    build.add_argument("--method", help=f"{', '.join(method_names())} (default toma)")
     build.add_argument("--out", type=Path, help="folder to make")
     build.add_argument("--overwrite", action="store_true", help="replace an artifact there")
     build.add_argument("--licence", help="note on the model's licence (default: its model card's)")

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from toma_fx.cli.artifacts import add_commands
 from toma_fx.errors import ConfigError, TomaError
+from toma_fx.methods.config import PRESETS, method_names
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,14 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     explain.add_argument("--width", type=int, default=None, help="pixels (default: as height)")
     explain.add_argument("--batch", type=int, default=2)
-    explain.add_argument("--method", help="toma (default), tomesd, tofu, todo, ca-tome, retom, ...")
+    explain.add_argument("--method", help=f"{', '.join(method_names())} (default toma)")
     explain.add_argument("--json", action="store_true", help="print JSON instead of tables")
     demo = commands.add_parser("demo", help="original against merged on the embedded models")
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for the pictures")
     explain.set_defaults(function=_explain)
     demo.set_defaults(function=_demo)
     for command in (explain, demo, *add_commands(commands)):
-        command.add_argument("--preset", help="of ToMA: default, paper-sdxl, paper-flux")
+        command.add_argument("--preset", help=f"of ToMA: {', '.join(PRESETS)}")
         command.add_argument(
             "--set",
             action="append",

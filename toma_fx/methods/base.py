@@ -57,7 +57,8 @@ class MethodConfig(ABC):
             position ids nor sizes among the arguments.
 
     Class attributes:
-        name: what `optimize(model, method=name)` calls the method.
+        name: of the method in reports, plans and messages; methods of this package are also asked
+            for by it.
         overridable: fields that `overrides` may set.
         patterned: whether there is a pattern at all; if not, nothing is ever selected.
         keys_only: whether only keys and values of self-attention merge; nothing is unmerged then.
@@ -197,24 +198,6 @@ class MethodConfig(ABC):
         given: Any = self.overrides
         return given.items() if isinstance(given, Mapping) else given
 
-    # -- making and showing ---------------------------------------------------------------------
-
-    def replaced(self, fields: Mapping[str, Any]) -> Self:
-        """The configuration with `fields` replaced.
-
-        Raises:
-            UnknownNameError: no such field, with the nearest, or the methods that have it.
-        """
-        known = [f.name for f in dataclasses.fields(self)]
-        for name in fields:
-            if name not in known:
-                raise UnknownNameError(
-                    f"unknown option {name!r}",
-                    where=f"method {self.name!r}",
-                    hint=_owners(name) or nearest(name, known),
-                )
-        return dataclasses.replace(self, **fields)
-
     def to_json(self) -> dict[str, Any]:
         """The method and its fields as JSON-able values."""
         out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -263,23 +246,3 @@ class MethodConfig(ABC):
             dataclasses.replace(self, overrides=(), **dict(values))
             frozen.append((pattern, tuple(sorted(dict(values).items()))))
         return tuple(frozen)
-
-
-def methods() -> dict[str, type[MethodConfig]]:
-    """Every method there is by name: those here, and those that users have defined."""
-    found: dict[str, type[MethodConfig]] = {}
-    front = MethodConfig.__subclasses__()
-    while front:
-        found.update({cls.name: cls for cls in front if "name" in vars(cls)})
-        front = [sub for cls in front for sub in cls.__subclasses__()]
-    return found
-
-
-def _owners(option: str) -> str:
-    """Which methods have an option."""
-    owners = [
-        name
-        for name, cls in sorted(methods().items())
-        if any(f.name == option for f in dataclasses.fields(cls))
-    ]
-    return f"it is an option of {', '.join(owners)}" if owners else ""

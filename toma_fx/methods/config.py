@@ -1,14 +1,38 @@
-"""Which method merges, and how: configurations by name, and the presets."""
+"""Which method merges, and how: the built-in methods by name, and the presets of ToMA."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import dataclasses
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 from toma_fx.errors import ConfigError, UnknownNameError, nearest
-from toma_fx.methods import baselines, ca_tome, retom, todo, tofu, tomesd  # noqa: F401 - register
-from toma_fx.methods.base import MethodConfig, methods
+from toma_fx.methods.base import MethodConfig
+from toma_fx.methods.baselines import GridConfig, RandomConfig
+from toma_fx.methods.ca_tome import CAToMeConfig
+from toma_fx.methods.retom import ReToMConfig
+from toma_fx.methods.todo import ToDoConfig
+from toma_fx.methods.tofu import ToFuConfig
 from toma_fx.methods.toma import ToMAConfig
+from toma_fx.methods.tomesd import ToMeSDConfig
+
+Config = TypeVar("Config", bound=MethodConfig)
+
+
+METHODS: tuple[type[MethodConfig], ...] = (
+    ToMAConfig,
+    ToMeSDConfig,
+    ToFuConfig,
+    ToDoConfig,
+    CAToMeConfig,
+    ReToMConfig,
+    RandomConfig,
+    GridConfig,
+)
+"""The built-in methods, the default first. They alone go by their `name`; a method of a user's own
+is given as its class or as a configuration."""
+
 
 PRESETS: dict[str, ToMAConfig] = {
     "default": ToMAConfig(),
@@ -22,6 +46,11 @@ PRESETS: dict[str, ToMAConfig] = {
 """Named configurations of ToMA. `default` is chosen by measurement: see docs/default.md."""
 
 
+def method_names() -> tuple[str, ...]:
+    """Names of the built-in methods, the default first."""
+    return tuple(cls.name for cls in METHODS)
+
+
 def make_config(
     toma: Any = True, method: Any = None, options: Mapping[str, Any] | None = None
 ) -> MethodConfig:
@@ -29,7 +58,8 @@ def make_config(
 
     Args:
         toma: True, a preset's name, a configuration, a mapping of fields, or False for no merging.
-        method: a method's name or configuration; None for the method of `toma`, or ToMA.
+        method: a built-in method's name, a configuration, or the class of one; None for the method
+            of `toma`, or ToMA.
         options: fields that replace those.
 
     Raises:
@@ -42,36 +72,76 @@ def make_config(
     if isinstance(toma, Mapping):
         fields, toma = {**toma, **fields}, True
     if method is None and isinstance(toma, MethodConfig):
-        return toma.replaced(fields)
+        return with_options(toma, fields)
     if isinstance(toma, str) and method in (None, "toma"):
-        return _preset(toma).replaced(fields)
+        return with_options(_preset(toma), fields)
     if toma is not True:
         raise _not_a_configuration(toma, method)
     if isinstance(method, MethodConfig):
-        return method.replaced(fields)
-    if method is None or method == "toma":
-        return PRESETS["default"].replaced(fields)
-    if not isinstance(method, str):
-        raise ConfigError(
-            "method= is no method",
-            where="method",
-            expected="a method's name, or a configuration of one",
-            got=type(method).__name__,
-        )
-    known = methods()
-    if method not in known:
+        return with_options(method, fields)
+    cls = _method_class(method)
+    _check_options(cls, fields)
+    return cls(**fields)
+
+
+def with_options(config: Config, options: Mapping[str, Any]) -> Config:
+    """The configuration with some of its fields replaced.
+
+    Raises:
+        UnknownNameError: no such field, with the nearest, or the built-in methods that have it.
+        ConfigError: a field out of its domain.
+    """
+    _check_options(type(config), options)
+    return dataclasses.replace(config, **options)
+
+
+def _method_class(method: Any) -> type[MethodConfig]:
+    """The class that `method=` means, if it is no configuration."""
+    if method is None:
+        return ToMAConfig
+    if isinstance(method, str):
+        for cls in METHODS:
+            if cls.name == method:
+                return cls
         raise UnknownNameError(
-            f"unknown method {method!r}", where="method", hint=nearest(method, known)
+            f"unknown method {method!r}",
+            where="method",
+            expected="a built-in method; one of your own is given as its class, method=MyConfig",
+            hint=nearest(method, method_names()),
         )
-    return known[method]().replaced(fields)
+    is_config = isinstance(method, type) and issubclass(method, MethodConfig)
+    if is_config and not inspect.isabstract(method):
+        return method  # type: ignore[no-any-return]
+    raise ConfigError(
+        "method= is no method",
+        where="method",
+        expected="a built-in method's name, a configuration of a method, or the class of one",
+        got=method.__name__ if isinstance(method, type) else type(method).__name__,
+    )
+
+
+def _check_options(cls: type[MethodConfig], options: Iterable[str]) -> None:
+    """Raise unless every option is a field of the class."""
+    known = _fields(cls)
+    for name in options:
+        if name not in known:
+            owners = ", ".join(sorted(other.name for other in METHODS if name in _fields(other)))
+            raise UnknownNameError(
+                f"unknown option {name!r}",
+                where=f"method {cls.name!r}",
+                hint=f"it is an option of {owners}" if owners else nearest(name, known),
+            )
+
+
+def _fields(cls: type[MethodConfig]) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls)]
 
 
 def _preset(name: str) -> ToMAConfig:
     if name not in PRESETS:
-        hint = f"toma_fx.optimize(model, method={name!r})" if name in methods() else ""
-        raise UnknownNameError(
-            f"unknown preset {name!r}", where="toma", hint=hint or nearest(name, PRESETS)
-        )
+        is_method = name in method_names()
+        hint = f"toma_fx.optimize(model, method={name!r})" if is_method else nearest(name, PRESETS)
+        raise UnknownNameError(f"unknown preset {name!r}", where="toma", hint=hint)
     return PRESETS[name]
 
 
