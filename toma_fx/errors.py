@@ -93,6 +93,10 @@ class MissingPackageError(TomaError, ImportError):
     """An optional package is not installed; names the extra that brings it."""
 
 
+class CompatError(TomaError, ImportError):
+    """An installed version of torch, diffusers, accelerate or peft lacks a name that is used."""
+
+
 class ArtifactError(TomaError, RuntimeError):
     """An artifact is damaged, incomplete, or not for this machine; nothing of it was run."""
 

@@ -1,0 +1,569 @@
+"""Every private name that the package uses still means what it did.
+
+One test each. When an upgrade fails one of them, its function in `toma_fx/compat.py` is the place
+to mend.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.attention_dispatch import attention_backend
+from torch import Tensor, fx, nn
+
+from toma_fx import compat
+from toma_fx.errors import CompatError, TomaError
+
+ROOT = Path(__file__).parent.parent
+
+
+class Toy(nn.Module):
+    """One of everything that a module can own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.scale = nn.Parameter(torch.ones(2))
+        self.register_buffer("shift", torch.zeros(2))
+        self.register_parameter("missing", None)
+
+    def forward(self, x: Tensor, timestep: float = 1.0) -> Tensor:
+        return self.linear(x) * self.scale + self.shift * timestep
+
+
+def dynamo_graph(model: nn.Module, *args: Any, read: Any) -> list[Any]:
+    """What `read` returns for Dynamo's graph of a call, while Dynamo compiles it."""
+    found: list[Any] = []
+
+    def backend(gm: fx.GraphModule, inputs: Any) -> Any:
+        found.append(read(gm, inputs))
+        return gm.forward
+
+    torch._dynamo.reset()
+    torch.compile(model, backend=backend)(*args)
+    assert len(found) == 1
+    return found[0]
+
+
+# -- a name that is gone --------------------------------------------------------------------------
+
+
+def test_a_missing_name_says_which_and_in_which_version() -> None:
+    with pytest.raises(CompatError) as error:
+        compat._lookup("torch._dynamo", "teleport")
+    assert isinstance(error.value, TomaError)
+    assert "torch._dynamo.teleport" in error.value.what
+    assert error.value.where == f"torch {torch.__version__}"
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    lower = next(d for d in dependencies if d.startswith("torch>=")).split(",")[0]
+    assert lower.removeprefix("torch") in error.value.expected
+    assert "compat.py" in error.value.hint
+
+
+def test_a_missing_module_is_a_missing_name() -> None:
+    with pytest.raises(CompatError, match=r"torch\._teleport\.beam"):
+        compat._lookup("torch._teleport", "beam")
+
+
+def test_a_missing_attribute_names_its_owner() -> None:
+    with pytest.raises(CompatError, match=r"no Linear\._teleport"):
+        compat._attribute("torch", nn.Linear(1, 1), "_teleport")
+
+
+# -- nested values --------------------------------------------------------------------------------
+
+
+def nested() -> Any:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+
+    return {"a": [1, (2, None)], "b": UNet2DConditionOutput(sample=torch.ones(1))}
+
+
+def test_leaves_are_those_of_containers_and_of_outputs_of_diffusers() -> None:
+    leaves, _ = compat.tree_flatten(nested())
+    assert leaves[:3] == [1, 2, None]
+    assert torch.equal(leaves[3], torch.ones(1))
+    assert len(leaves) == len(compat.tree_leaves(nested())) == 4
+
+
+def test_unflatten_is_the_inverse() -> None:
+    leaves, structure = compat.tree_flatten(nested())
+    again = compat.tree_unflatten(leaves, structure)
+    assert again["a"] == [1, (2, None)]
+    assert type(again["b"]) is type(nested()["b"])
+
+
+def test_map_keeps_the_structure() -> None:
+    assert compat.tree_map(lambda x: x + 1, {"a": [1, (2,)]}) == {"a": [2, (3,)]}
+
+
+def test_paths_are_keys_and_indices() -> None:
+    paths = compat.tree_paths(((7,), {"x": {"ids": [8]}, "y": None}))
+    assert paths == [(("0", "0"), 7), (("1", "x", "ids", "0"), 8), (("1", "y"), None)]
+
+
+# -- tensors and operators ------------------------------------------------------------------------
+
+
+def test_fake_tensors_have_no_data() -> None:
+    program = torch.export.export(Toy().eval(), (torch.ones(1, 2),), strict=False)
+    values = [n.meta["val"] for n in program.graph.nodes if n.op == "call_function"]
+    assert values
+    assert all(compat.is_fake(v) for v in values)
+    assert not compat.is_fake(torch.ones(1))
+    assert not compat.is_fake(torch.ones(1, device="meta"))
+    assert not compat.is_fake(None)
+
+
+def test_inner_tensors_of_a_quantized_weight() -> None:
+    torchao = pytest.importorskip("torchao.quantization")
+    model = nn.Linear(64, 64).eval()
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    inner = compat.inner_tensors(model.weight)
+    assert any(x.dtype == torch.int8 and x.numel() == 64 * 64 for x in inner if x is not None)
+    assert compat.inner_tensors(torch.ones(1)) == []
+
+
+def test_operators_are_overloads() -> None:
+    assert compat.is_operator(torch.ops.aten.add.Tensor)
+    assert torch.ops.aten.add.Tensor.name() == "aten::add.Tensor"
+    assert not compat.is_operator(torch.ops.aten.add)
+    assert not compat.is_operator(torch.add)
+
+
+def test_higher_order_operators_take_graphs() -> None:
+    assert compat.is_higher_order(torch.ops.higher_order.cond)
+    assert not compat.is_higher_order(torch.ops.aten.add.Tensor)
+
+
+def test_operators_that_write() -> None:
+    assert compat.writes_in_place(torch.ops.aten.add_.Tensor)
+    assert compat.writes_in_place(torch.ops.aten.add.out)
+    assert not compat.writes_in_place(torch.ops.aten.add.Tensor)
+    assert not compat.writes_in_place(torch.add)
+
+
+def test_gradient_switch_is_what_dynamo_calls() -> None:
+    class Switching(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                return x + 1
+
+    targets = dynamo_graph(
+        Switching(), torch.ones(1), read=lambda gm, _: [n.target for n in gm.graph.nodes]
+    )
+    assert compat.gradient_switch() in targets
+
+
+def test_tensor_constructors_are_what_dynamo_calls() -> None:
+    class Making(nn.Module):
+        def forward(self, x: Tensor, t: int) -> Tensor:
+            return x + torch.tensor([t], dtype=torch.float32)
+
+    def targets(gm: fx.GraphModule, _: Any) -> list[Any]:
+        return [n.target for n in gm.graph.nodes if n.op == "call_function"]
+
+    with torch._dynamo.config.patch(specialize_int=False, assume_static_by_default=False):
+        found = dynamo_graph(Making(), torch.ones(3), 5, read=targets)
+    assert set(found) & set(compat.tensor_constructors())
+
+
+def test_decompositions_of_the_table_and_of_composite_operators() -> None:
+    asked = torch.ops.aten.native_layer_norm.default
+    chosen = compat.decompositions([asked])
+    assert asked in chosen
+    assert torch.ops.aten.linear.default in chosen  # composite
+    assert torch.ops.aten.native_group_norm.default not in chosen  # not asked for
+    program = torch.export.export(nn.LayerNorm(4).eval(), (torch.ones(2, 4),), strict=False)
+    lowered = program.run_decompositions(chosen)
+    assert torch.ops.aten.rsqrt.default in {n.target for n in lowered.graph.nodes}
+
+
+# -- modules and graphs ---------------------------------------------------------------------------
+
+
+def test_tables_are_the_modules_own() -> None:
+    model = Toy()
+    children, parameters, buffers = compat.module_tables(model)
+    assert list(children) == ["linear"]
+    assert list(parameters) == ["scale", "missing"]
+    buffers["shift"] = torch.ones(2)
+    assert torch.equal(model.shift, torch.ones(2))
+
+
+def test_shared_tables_follow_the_model() -> None:
+    model, view = Toy(), nn.Module()
+    compat.share_tables(view, model)
+    model.extra = nn.Linear(1, 1)
+    assert view.extra is model.extra
+    assert view.state_dict().keys() == model.state_dict().keys()
+
+
+def test_hook_tables_are_the_modules_own() -> None:
+    model = Toy()
+    after, before = compat.hook_tables(model)
+    assert not after
+    assert not before
+    model.register_forward_hook(print)
+    model.register_forward_pre_hook(repr)
+    assert list(after.values()) == [print]
+    assert list(before.values()) == [repr]
+
+
+def test_module_fields_are_no_attributes_of_the_model() -> None:
+    model = Toy()
+    model.flag = 3
+    model.compile(backend="eager")
+    assert vars(model).keys() - compat.module_fields() == {"flag", "training"}
+
+
+def test_apply_reaches_every_tensor() -> None:
+    model = Toy()
+    compat.apply_to_tensors(model, lambda x: x.double())
+    assert {x.dtype for x in model.state_dict().values()} == {torch.float64}
+
+
+def test_graph_sources_grow_with_every_graph_module() -> None:
+    before = dict(compat.graph_sources())
+    fx.symbolic_trace(Toy())
+    added = {k: v for k, v in compat.graph_sources().items() if k not in before}
+    assert len(added) == 1
+    assert "def forward" in next(iter(added.values()))
+
+
+# -- Dynamo ---------------------------------------------------------------------------------------
+
+
+def test_compiled_modules_are_recognized() -> None:
+    model, in_place = Toy(), Toy()
+    assert not compat.is_compiled(model)
+    compiled: Any = torch.compile(model, backend="eager")
+    in_place.compile(backend="eager")
+    assert compat.is_compiled(compiled)
+    assert compat.is_compiled(in_place)
+    assert compat.compiled_original(compiled) is model
+    assert compat.compiled_original(model) is model
+    assert compat.compiled_original(in_place) is in_place
+
+
+def test_compile_lock_keeps_dynamo_out() -> None:
+    compiled = torch.compile(lambda x: x + 1, backend="eager")
+    with compat.compile_lock():
+        thread = threading.Thread(target=compiled, args=(torch.ones(1),))
+        thread.start()
+        thread.join(timeout=0.5)
+        assert thread.is_alive()
+    thread.join(timeout=60)
+    assert not thread.is_alive()
+
+
+def traced_by_dynamo(function: Any) -> list[bool]:
+    """Whether each frame was compiled, as the function appended it to its second argument."""
+    compiling: list[bool] = []
+    torch._dynamo.reset()
+    torch.compile(function, backend="eager")(torch.ones(1), compiling)
+    return compiling
+
+
+def test_disabled_functions_and_what_they_call_are_not_compiled() -> None:
+    def inner(compiling: list[bool]) -> None:
+        compiling.append(torch.compiler.is_compiling())
+
+    @compat.disable_dynamo
+    def disabled(x: Tensor, compiling: list[bool]) -> Tensor:
+        inner(compiling)
+        return x + 1
+
+    def entry(x: Tensor, compiling: list[bool]) -> Tensor:
+        inner(compiling)
+        return disabled(x, compiling)
+
+    assert traced_by_dynamo(entry) == [True, False]
+
+
+def test_skipped_frames_run_as_they_are_and_their_calls_are_compiled() -> None:
+    def inner(x: Tensor, compiling: list[bool]) -> Tensor:
+        compiling.append(torch.compiler.is_compiling())
+        return x + 1
+
+    def skipped(x: Tensor, compiling: list[bool]) -> Tensor:
+        compiling.append(torch.compiler.is_compiling())
+        return inner(x, compiling)
+
+    compat.skip_frame(skipped)
+    assert traced_by_dynamo(skipped) == [False, True]
+
+
+def test_compiled_functions_run_while_tracing() -> None:
+    compiled = torch.compile(lambda x: x + 1, backend="eager")
+
+    class Calling(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return compiled(x)
+
+    with pytest.raises(RuntimeError, match="symbolically trace"):
+        fx.symbolic_trace(Calling())
+    with compat.allow_calls_while_tracing():
+        fx.symbolic_trace(Calling())
+
+
+def test_no_tracing_context_inside() -> None:
+    current = torch._guards.TracingContext.try_get
+
+    def read(gm: fx.GraphModule, _: Any) -> tuple[bool, bool]:
+        with compat.without_tracing_context():
+            inside = current() is None
+        return current() is None, inside
+
+    assert dynamo_graph(Toy(), torch.ones(1, 2), read=read) == (False, True)
+
+
+def test_inputs_of_a_graph_and_where_they_come_from() -> None:
+    def read(gm: fx.GraphModule, _: Any) -> dict[str, bool]:
+        sources = [compat.input_source(n) for n in gm.graph.find_nodes(op="placeholder")]
+        return {s.name: compat.is_module_source(s) for s in sources}
+
+    found = dynamo_graph(Toy(), torch.ones(1, 2), read=read)
+    assert found["L['x']"] is False
+    owned = [name for name, is_owned in found.items() if is_owned]
+    assert len(owned) == 4
+    assert all("self" in name for name in owned)
+
+
+def test_examples_are_real_while_dynamo_compiles() -> None:
+    class Sized(nn.Module):
+        def forward(self, x: Tensor, n: int) -> Tensor:
+            return x * n
+
+    given = torch.full((3,), 2.0)
+
+    def read(gm: fx.GraphModule, inputs: Any) -> list[Any]:
+        nodes = gm.graph.find_nodes(op="placeholder")
+        return [compat.example_of(n, fake) for n, fake in zip(nodes, inputs, strict=True)]
+
+    with torch._dynamo.config.patch(assume_static_by_default=False):
+        found = dynamo_graph(Sized(), given, 7, read=read)
+    assert any(x is given for x in found if isinstance(x, Tensor))
+    assert {x for x in found if type(x) is int} == {3, 7}
+    assert compat.example_of(fx.Graph().placeholder("x"), 5) == 5
+
+
+def test_floats_are_passed_as_tensors() -> None:
+    def read(gm: fx.GraphModule, _: Any) -> list[bool]:
+        return [compat.is_wrapped_number(n) for n in gm.graph.find_nodes(op="placeholder")]
+
+    with torch._dynamo.config.patch(specialize_float=False, assume_static_by_default=False):
+        found = dynamo_graph(Toy(), torch.ones(1, 2), 0.5, read=read)
+    assert sorted(found) == [False] * (len(found) - 1) + [True]
+    assert compat.is_wrapped_number(fx.Graph().placeholder("x")) is False
+
+
+def test_marks_of_a_static_address_reach_the_graph() -> None:
+    x = torch.ones(1, 2)
+    compat.mark_static_address(x)
+
+    def read(gm: fx.GraphModule, _: Any) -> dict[str, Any]:
+        notes = [compat.input_notes(n) for n in gm.graph.find_nodes(op="placeholder")]
+        return {source.name: marks for source, marks in notes}
+
+    marks = dynamo_graph(Toy(), x, read=read)["L['x']"]
+    _, expected = compat.static_notes("pattern")
+    assert expected
+    assert expected.items() <= marks.items()
+
+
+def test_notes_tell_inductor_what_is_static(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AOTAutograd reads the notes: the marked input is static, the other is not."""
+    from torch._functorch._aot_autograd import frontend_utils
+
+    seen: list[Any] = []
+    original = frontend_utils._try_get_metadata_from_dynamo
+
+    def spying(*args: Any, **kwargs: Any) -> Any:
+        seen.append(original(*args, **kwargs))
+        return seen[-1]
+
+    monkeypatch.setattr("torch._functorch.aot_autograd._try_get_metadata_from_dynamo", spying)
+    graph_module = fx.symbolic_trace(lambda x, y: (x + y,))
+    graph_module.meta["dynamo_compile_id"] = None  # as graphs of Dynamo have it
+    fresh = (compat.static_notes("fresh")[0], {})
+    compat.note_inputs(graph_module, [fresh, compat.static_notes("pattern")])
+    program = compat.compile_graph(graph_module, [torch.ones(2), torch.ones(2)], {})
+    assert torch.equal(program(torch.ones(2), torch.ones(2))[0], torch.full((2,), 2.0))
+    assert any(1 in static for _, static in seen)
+    assert not any(0 in static for _, static in seen)
+
+
+# -- Inductor -------------------------------------------------------------------------------------
+
+
+def test_inductor_options_are_fields_of_its_configuration() -> None:
+    assert {"max_autotune", "freezing", "triton.cudagraphs"} <= set(compat.inductor_options())
+
+
+def test_modes_change_fields_of_the_configuration() -> None:
+    modes = compat.inductor_modes()
+    assert {"default", "reduce-overhead", "max-autotune"} <= modes.keys()
+    assert modes["reduce-overhead"] == {"triton.cudagraphs": True}
+    known = set(compat.inductor_options())
+    assert all(known >= changes.keys() for changes in modes.values())
+
+
+def test_a_compiled_graph_obeys_the_options() -> None:
+    graph_module = fx.symbolic_trace(lambda x: (x.sin() + 1,))
+    x = torch.ones(3)
+    with pytest.raises(AttributeError, match="teleport"):
+        compat.compile_graph(graph_module, [x], {"teleport": True})
+    assert torch.allclose(compat.compile_graph(graph_module, [x], {})(x)[0], x.sin() + 1)
+
+
+def test_programs_compiled_ahead(tmp_path: Path) -> None:
+    """A package holds programs by name, without constants; run, they compute the same."""
+    model, x = nn.Linear(16, 16).eval(), torch.rand(1, 16)
+    options = {
+        "aot_inductor.package": True,
+        "aot_inductor.package_constants_in_so": False,
+        "aot_inductor.package_constants_on_disk_format": "pickle_weights",
+    }
+    program = torch.export.export(model, (x,), strict=False)
+    files, constants = compat.compile_ahead(program.module(), (x,), options)
+    assert files
+    assert all(isinstance(f, str) for f in files)
+    assert constants.keys() == {"weight", "bias"}
+    compat.package_programs(tmp_path / "programs.pt2", {"reuse": files})
+    runner = compat.load_programs(tmp_path / "programs.pt2", -1)["reuse"]
+    assert set(runner.get_constant_fqns()) == constants.keys()
+    runner.load_constants(constants, check_full_update=True, user_managed=True)
+    with torch.no_grad():
+        assert torch.allclose(runner.loader.run([x])[0], model(x))
+
+
+def test_a_cpp_compiler_is_found_or_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
+    assert compat.has_cpp_compiler() is False
+    monkeypatch.setattr(config.cpp, "cxx", (sys.executable,))  # anything that knows --version
+    assert compat.has_cpp_compiler() is True
+
+
+# -- diffusers, accelerate, peft ------------------------------------------------------------------
+
+
+@pytest.fixture
+def denoiser() -> Any:
+    from tests.denoisers import flux
+
+    return flux()
+
+
+def test_hooks_of_diffusers_are_found() -> None:
+    from diffusers.hooks import HookRegistry, ModelHook
+
+    model, hook = Toy(), ModelHook()
+    assert compat.diffusers_hooks(model) == {}
+    HookRegistry.check_if_exists_or_initialize(model).register_hook(hook, "mine")
+    assert compat.diffusers_hooks(model) == {"mine": hook}
+    assert vars(model).keys() - compat.module_fields() - {"training"} == {compat.HOOKS, "forward"}
+    assert compat.HOOKS in compat.WRAPPING
+
+
+def test_hooks_of_accelerate_are_found() -> None:
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    model, hook = Toy(), ModelHook()
+    original = model.forward
+    assert compat.accelerate_hook(model) is None
+    add_hook_to_module(model, hook)
+    assert compat.accelerate_hook(model) is hook
+    assert vars(model)[compat.ORIGINAL_FORWARD] == original
+    added = vars(model).keys() - compat.module_fields() - {"training"}
+    assert added == compat.WRAPPING - {compat.HOOKS}
+
+
+def test_processors_and_their_backends() -> None:
+    from diffusers.models.attention_processor import AttnProcessor2_0
+    from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+
+    assert compat.attention_backend(AttnProcessor2_0()) == "native"
+    processor = FluxAttnProcessor()
+    assert compat.attention_backend(processor) is None
+    processor._attention_backend = "_native_math"
+    assert compat.attention_backend(processor) == "_native_math"
+
+
+def test_models_set_the_backend_of_their_processors(denoiser: Any) -> None:
+    with attention_backend("native"):  # puts the global one back, which is set too
+        denoiser.set_attention_backend("_native_math")
+    found = {compat.attention_backend(p) for p in denoiser.attn_processors.values()}
+    assert found == {"_native_math"}
+
+
+def test_the_global_backend_is_that_of_the_context() -> None:
+    assert compat.active_attention_backend() == "native"
+    with attention_backend("_native_math"):
+        assert compat.active_attention_backend() == "_native_math"
+    assert compat.active_attention_backend() == "native"
+
+
+def test_parallel_config_is_on_every_model(denoiser: Any) -> None:
+    """Set by `enable_parallelism`, which needs several processes."""
+    assert type(denoiser)._parallel_config is None
+    assert compat.parallel_config(denoiser) is None
+    assert "_parallel_config" in type(denoiser).enable_parallelism.__code__.co_names
+    denoiser._parallel_config = "split"
+    assert compat.parallel_config(denoiser) == "split"
+
+
+def test_stateful_caches_are_reset(denoiser: Any) -> None:
+    """By the name that pipelines look for."""
+    from diffusers import DiffusionPipeline
+    from diffusers.hooks import HookRegistry, ModelHook
+
+    class Stateful(ModelHook):
+        _is_stateful = True
+
+        def reset_state(self, module: nn.Module) -> None:
+            reset.append(module)
+
+    reset: list[nn.Module] = []
+    HookRegistry.check_if_exists_or_initialize(denoiser).register_hook(Stateful(), "mine")
+    compat.reset_stateful_cache(denoiser)
+    compat.reset_stateful_cache(Toy())
+    assert reset == [denoiser]
+    assert "_reset_stateful_cache" in DiffusionPipeline.maybe_free_model_hooks.__code__.co_consts
+
+
+def test_history_is_what_adapters_leave_on_the_root(denoiser: Any) -> None:
+    from peft import LoraConfig
+
+    model = denoiser
+    before = set(vars(model))
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    model.fuse_lora()
+    assert set(vars(model)) - before <= compat.HISTORY
+    assert {"_hf_peft_config_loaded", "peft_config"} <= set(vars(model))
+    assert hasattr(model, "_cache_config")
+
+
+def test_switches_of_a_tuner_layer_are_read_by_its_properties(denoiser: Any) -> None:
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    model = denoiser
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), "style")
+    layer = next(m for m in model.modules() if isinstance(m, BaseTunerLayer))
+    assert vars(layer).keys() >= compat.ADAPTER_SWITCHES
+    assert list(layer.active_adapters) == ["style"]
+    model.disable_adapters()
+    assert layer.disable_adapters is True
+    model.enable_adapters()
+    layer.merge()
+    assert layer.merged
+    assert vars(layer)["merged_adapters"] == ["style"]
