@@ -1,0 +1,134 @@
+"""What the check of the model costs at each step: the guard on models of full depth and tiny width.
+
+    python benchmarks/host.py --out benchmarks/results/host-cpu.json
+
+At every step the optimized denoiser asks whether the model is still the one that was captured,
+and where it runs (dtype, device, autocast, attention backends). That costs time on the host only,
+by the number of modules: SDXL's UNet has 70 transformer layers, Flux has 57 blocks; widths don't
+matter. LoRA is on every attention projection. All models take turns, round after round; reported
+are medians of the time that the thread had the processor, in microseconds:
+
+- `cold`: after 64 MiB of other memory were written, as a step on the processor does;
+- `warm`: two calls later, with everything in the caches of the processor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import CLASSES, CONFIGS, command_line, device_name, publish, versions
+from peft import LoraConfig
+
+import toma_fx
+from toma_fx.capture.companions import check_wrapping
+from toma_fx.capture.guard import ModelGuard
+
+NARROW: dict[str, dict[str, Any]] = {
+    "sdxl": {
+        "block_out_channels": (8, 16, 32),
+        "attention_head_dim": (1, 2, 4),
+        "cross_attention_dim": 16,
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 64,
+        "norm_num_groups": 4,
+    },
+    "flux": {
+        "in_channels": 4,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 24,
+        "pooled_projection_dim": 16,
+        "axes_dims_rope": (4, 6, 6),
+    },
+}
+PROJECTIONS = [
+    *("to_q", "to_k", "to_v", "to_out.0"),
+    *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+]
+LIMITS = {"sdxl": 300, "sdxl lora": 1000}
+"""Microseconds that a check may cost, warm."""
+CACHE = 64 * 2**20
+
+
+def make_model(name: str, lora: bool) -> Any:
+    """A denoiser of full depth with random weights."""
+    torch.manual_seed(0)
+    model = CLASSES[name](**{**CONFIGS[name], **NARROW[name]})
+    if lora:
+        model.add_adapter(LoraConfig(r=2, target_modules=PROJECTIONS), "a")
+    return model.eval().requires_grad_(False)
+
+
+def step_parts(model: Any) -> dict[str, Callable[[], Any]]:
+    """Everything that a step asks of the guard, by part and together."""
+    optimized = toma_fx.optimize(model)
+    guard = ModelGuard(model)
+
+    def environment() -> Any:
+        with guard.kernel():
+            return guard.home
+
+    def step() -> None:
+        check_wrapping(optimized)
+        assert guard.holds()
+        environment()
+
+    return {"holds": guard.holds, "environment": environment, "step": step}
+
+
+def spent(run: Callable[[], Any]) -> float:
+    """Microseconds of processor time of one call."""
+    start = time.thread_time_ns()
+    run()
+    return (time.thread_time_ns() - start) / 1e3
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    torch.set_grad_enabled(False)
+    torch.set_num_threads(1)
+    models = {
+        name + " lora" * lora: make_model(name, lora) for name in NARROW for lora in (False, True)
+    }
+    parts = {name: step_parts(model) for name, model in models.items()}
+    other = torch.empty(CACHE, dtype=torch.uint8)
+    times: dict[tuple[str, str, str], list[float]] = {}
+    for _ in range(args.rounds):
+        for name, part in parts.items():
+            for key, run in part.items():
+                other.fill_(1)
+                for way in ("cold", "", "warm"):
+                    times.setdefault((name, way, key), []).append(spent(run))
+    rows: dict[str, Any] = {}
+    for name, model in models.items():
+        rows[name] = {"modules": sum(1 for _ in model.modules())}
+        for way in ("cold", "warm"):
+            rows[name][f"{way}_us"] = {
+                key: statistics.median(times[name, way, key]) for key in parts[name]
+            }
+        rows[name]["limit_us"] = LIMITS.get(name)
+        guards = [spent(partial(ModelGuard, model)) / 1e3 for _ in range(5)]
+        rows[name]["new_guard_ms"] = statistics.median(guards)
+    results = {
+        "command": command_line(),
+        "device": device_name(),
+        "versions": versions(),
+        "rounds": args.rounds,
+        "models": rows,
+    }
+    publish(results, args.out)
+
+
+if __name__ == "__main__":
+    main()
