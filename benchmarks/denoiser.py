@@ -243,7 +243,9 @@ def merged_variant(
     }
     row["ideal"] = report.ideal_speedup
     groups = optimized.specializations[0].plan.groups
-    row["tokens"] = sorted({(prod(g.setting.grid), g.setting.merged) for g in groups}, reverse=True)
+    row["tokens"] = sorted(
+        {(prod(g.setting.grid), g.setting.merged_count) for g in groups}, reverse=True
+    )
     print(f"  {scope} {ratio} compiled in {sum(seconds.values()):.0f} s", flush=True)
     return Variant(row, steps, before=optimized.reset)
 

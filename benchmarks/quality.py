@@ -40,7 +40,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "attention, cross": {"branches": ("attention", "cross")},
     "mlp": {"branches": "mlp"},
     "stack, large grids only": {"scope": "stack", "min_tokens": 1024},
-    "stack, pinv": {"scope": "stack", "unmerge": "pinv"},
+    "stack, pinv": {"scope": "stack", "inverse": "pinv"},
     "stack, refresh every 5": {"scope": "stack", "destinations_every": 5, "weights_every": 5},
     "stack, weights every 5": {"scope": "stack", "weights_every": 5},
     "stack, refresh every 2": {"scope": "stack", "destinations_every": 2, "weights_every": 2},

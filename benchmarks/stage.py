@@ -25,8 +25,7 @@ from common import publish, resident
 from diffusers import Transformer2DModel
 
 import toma_fx
-from toma_fx.methods import toma
-from toma_fx.methods.toma import UNROLL, ToMA
+from toma_fx.methods.toma import ToMA
 from toma_fx.run.report import make_report
 
 SIZES = {"640x4096": (640, 64, 2), "1280x1024": (1280, 32, 2)}
@@ -74,12 +73,9 @@ def selection(model: torch.nn.Module, inputs: dict[str, Any], setting: ToMA) -> 
     )
     model(**inputs)
     hook.remove()
-    grid, tile, keep = setting.grid, setting.tile, setting.keep
 
-    def both(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        idx = toma.select(x, grid, tile, keep, opaque=keep > UNROLL)
-        pattern = toma.weights(x, idx, grid, tile, setting.scale)
-        return pattern.merge, pattern.unmerge
+    def both(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return setting.weights(x, dict(zip(setting.chosen, setting.select(x), strict=True)))
 
     compiled = torch.compile(both, dynamic=False)
     compiled(seen[0])

@@ -38,11 +38,11 @@ class Salient(toma_fx.Setting):
     chosen = ("idx", "joins")
 
     @property
-    def merged(self) -> int:
+    def merged_count(self) -> int:
         """Tokens after merging."""
         return window_count(self.grid, self.tile)[0] * self.keep
 
-    def text(self) -> str:
+    def describe(self) -> str:
         """For the table of `toma_fx.explain`."""
         return f"{self.keep} of {math.prod(self.tile)}"
 
@@ -67,7 +67,7 @@ class Salient(toma_fx.Setting):
         whole = torch.take_along_dim(windows, pattern["joins"].unsqueeze(-1), -2)
         return from_windows(whole, self.grid, self.tile)
 
-    def kept(self, pattern: Pattern) -> Tensor:
+    def positions(self, pattern: Pattern) -> Tensor:
         """Where the tokens that stay are, for rotary tables and masks."""
         return token_index(pattern["idx"], self.grid, self.tile)
 
@@ -86,7 +86,7 @@ class SalientConfig(toma_fx.MethodConfig):
         """Check every field."""
         super().check()
         self.check_ratio()
-        self.count("window")
+        self.check_count("window")
 
     def setting(self, place: toma_fx.Place) -> Salient | str:
         """The setting for a grid, or why there is none."""

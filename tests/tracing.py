@@ -30,7 +30,7 @@ class Program(nn.Module):
         y = setting.merge(x, pattern)
         back = (setting.unmerge(y, pattern),) if self.unmerges else ()
         # an output may be no view of another, nor of an input
-        return (y, setting.kept(pattern) + 0, *(part + 0 for part in pattern.values()), *back)
+        return (y, setting.positions(pattern) + 0, *(part + 0 for part in pattern.values()), *back)
 
 
 def check_traces(program: Program, x: Tensor) -> None:

@@ -234,7 +234,7 @@ def test_dry_run(name: str, route: str, capsys: pytest.CaptureFixture[str]) -> N
 def test_dry_run_says_what_is_not_taken(
     model_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    merge = ("--set", "unmerge=pinv", "--set", "destinations_every=2")
+    merge = ("--set", "inverse=pinv", "--set", "destinations_every=2")
     args = ("--target", "tensorrt", "--dry-run", *merge)
     assert build("--model", model_folder, *args) == 1
     found = capsys.readouterr()

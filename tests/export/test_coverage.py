@@ -32,6 +32,7 @@ from toma_fx.export.to_tensorrt.coverage import TABLES, Coverage, load_table, re
 from toma_fx.export.to_tensorrt.onnx_parser import TRAPS, onnx_coverage
 from toma_fx.graph.rewriter import Rewriter
 from toma_fx.methods.baselines import Grid, Random
+from toma_fx.methods.cells import Cells
 from toma_fx.methods.config import make_config
 from toma_fx.methods.retom import PartialReToM, ReToM
 from toma_fx.methods.setting import Setting
@@ -45,7 +46,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "tomesd-all": ("tomesd", {"ratio": 0.9}),
     "tofu-merged": ("tofu", {"prune_depth": 0}),
     "retom-ratio": ("retom", {"ratio": 0.5}),
-    "retom-ratio-mean": ("retom", {"ratio": 0.3, "merge": "mean"}),
+    "retom-ratio-mean": ("retom", {"ratio": 0.3, "reduction": "mean"}),
     "todo-area": ("todo", {"downsample": "area", "factor": 3}),
     "toma-global": ("toma", {"window": "global", "ratio": 0.9}),
 }
@@ -151,11 +152,11 @@ def test_programs_of_every_method(name: str) -> None:
 
 
 SETTINGS: dict[str, Setting] = {
-    "tomesd": ToMeSD((6, 8), (6, 8), 2, 2, 20),
-    "tomesd-all": ToMeSD((6, 8), (6, 8), 2, 2, 36),
-    "tomesd-frames": ToMeSD((2, 5, 7), (5, 7), 2, 3, 30, True, 1),
-    "tofu": ToFu((7, 6), (7, 6), 2, 2, 20),
-    "tofu-pruned": ToFu((6, 8), (6, 8), 2, 2, 20, prune=True),
+    "tomesd": ToMeSD((6, 8), Cells(1, 6, 8, 2, 2), 20),
+    "tomesd-all": ToMeSD((6, 8), Cells(1, 6, 8, 2, 2), 36),
+    "tomesd-frames": ToMeSD((2, 5, 7), Cells(2, 5, 7, 2, 3, True, 1), 30),
+    "tofu": ToFu((7, 6), Cells(1, 7, 6, 2, 2), 20),
+    "tofu-pruned": ToFu((6, 8), Cells(1, 6, 8, 2, 2), 20, prune=True),
     "retom": ReToM((2, 4, 6), (1, 2, 3)),
     "retom-ratio": PartialReToM((64, 64), (2, 2), r=2048),
     "retom-ratio-mean": PartialReToM((4, 8), (2, 4), "mean", r=9),
@@ -187,15 +188,15 @@ def test_functions_of_every_method(name: str, dtype: torch.dtype) -> None:
 
 def test_grids_that_are_too_large() -> None:
     """4,096 of 16,384 tokens stay, more than are picked; of 64x64 they are 1,024."""
-    large = covered_setting(ToMeSD((128, 128), (128, 128), 2, 2, 8192))
+    large = covered_setting(ToMeSD((128, 128), Cells(1, 128, 128, 2, 2), 8192))
     (row,) = large.uncovered
     assert row.name == "aten.topk.default"
     assert row.note == "picks 4096 values, at most 3840 are possible"
-    settled(covered_setting(ToMeSD((64, 64), (64, 64), 2, 2, 2048)))
+    settled(covered_setting(ToMeSD((64, 64), Cells(1, 64, 64, 2, 2), 2048)))
 
 
 def test_pseudo_inverse_has_no_converter() -> None:
-    fields = {"min_tokens": 1, "unmerge": "pinv", "destinations_every": 2}
+    fields = {"min_tokens": 1, "inverse": "pinv", "destinations_every": 2}
     optimized = toma_fx.optimize(model(), method="toma", **fields)
     found = aten_coverage(export_programs(optimized, inputs())["refresh"].program)
     assert [row.name for row in found.uncovered] == ["aten._linalg_solve_ex.default"]

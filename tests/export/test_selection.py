@@ -11,6 +11,7 @@ from toma_fx.export.selection import ExpandSelection
 from toma_fx.graph.nodes import op_name
 from toma_fx.graph.rewriter import Rewriter
 from toma_fx.graph.verify import output_values, verify
+from toma_fx.methods.cells import Cells
 from toma_fx.methods.setting import Setting
 from toma_fx.methods.toma import UNROLL, ToMA
 from toma_fx.methods.tomesd import ToMeSD
@@ -76,7 +77,9 @@ def test_the_operator_becomes_its_body(keep: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "setting", [ToMA((4, 4), (4, 4), UNROLL, 1000.0), ToMeSD((4, 4), (4, 4), 2, 2, 5)], ids=str
+    "setting",
+    [ToMA((4, 4), (4, 4), UNROLL, 1000.0), ToMeSD((4, 4), Cells(1, 4, 4, 2, 2), 5)],
+    ids=str,
 )
 def test_a_graph_without_the_operator_stays(setting: Setting) -> None:
     graph_module = traced(setting)

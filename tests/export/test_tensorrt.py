@@ -389,7 +389,7 @@ def test_what_torch_tensorrt_says_is_passed_on(
 def test_programs_that_are_not_taken_are_refused_first(
     tmp_path: Path, gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fields = {"min_tokens": 1, "unmerge": "pinv", "destinations_every": 2}
+    fields = {"min_tokens": 1, "inverse": "pinv", "destinations_every": 2}
     other = toma_fx.optimize(model(), method="toma", **fields)
     with pytest.raises(BuildError, match=r"aten\._linalg_solve_ex"):
         tensorrt(other, inputs(), tmp_path / "a")

@@ -169,7 +169,7 @@ def test_windows_over_frames_and_rows() -> None:
 @pytest.mark.parametrize("config", CONFIGS, ids=ids)
 @pytest.mark.parametrize("window", ["tile", "stripe", "global"])
 def test_all_but_the_selection_is_as_in_toma(config: ToMAConfig, window: Any) -> None:
-    fields = {"window": window, "scale": 50.0, "unmerge": "pinv", "ratio": 0.25}
+    fields = {"window": window, "scale": 50.0, "inverse": "pinv", "ratio": 0.25}
     place = Place((8, 12), (8, 12))
     own, toma = (replace(c, **fields).setting(place) for c in (config, ToMAConfig()))
     assert isinstance(own, ToMA)
@@ -178,7 +178,7 @@ def test_all_but_the_selection_is_as_in_toma(config: ToMAConfig, window: Any) ->
     assert (own.tile, own.keep, own.scale, own.inverse) == (
         toma.tile, toma.keep, toma.scale, toma.inverse,
     )  # fmt: skip
-    assert own.merged == toma.merged
+    assert own.merged_count == toma.merged_count
     x = torch.randn(2, 96, 6)
     idx = own.select(x)[0]
     assert idx.shape == toma.select(x)[0].shape

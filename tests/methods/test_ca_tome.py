@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tests.methods.test_tomesd import noise, pattern, smooth
 from toma_fx.errors import ConfigError, UnknownNameError
 from toma_fx.methods.ca_tome import CHECKPOINTS, CAToMe, CAToMeConfig
+from toma_fx.methods.cells import Cells
 from toma_fx.methods.setting import Place
 from toma_fx.methods.tomesd import ToMeSD
 
@@ -54,53 +55,53 @@ def uneven(grid: Grid) -> Tensor:
 @pytest.mark.parametrize(("grid", "sy", "sx"), GRIDS)
 def test_equals_the_package(package: Any, grid: Grid, sy: int, sx: int, threshold: float) -> None:
     x, other = uneven(grid), noise(grid, channels=5, seed=1)
-    setting = CAToMe(grid, grid, sy, sx, threshold=threshold)
+    setting = CAToMe(grid, Cells(1, *grid, sy, sx), threshold=threshold)
     ours = pattern(setting, x)
     merge, unmerge = package(x, grid, sy, sx, threshold)
     for value in (x, other):
         merged = merge(value)
         torch.testing.assert_close(setting.merge(value, ours), merged, atol=1e-6, rtol=0)
         assert torch.equal(setting.unmerge(merged, ours), unmerge(merged))
-    assert setting.count(ours) == ours["places"].shape[1] == merged.shape[1]
+    assert setting.count_merged(ours) == ours["places"].shape[1] == merged.shape[1]
     number = torch.arange(float(merged.shape[1])).view(1, -1, 1).expand(2, -1, 1)
     assert torch.equal(ours["joins"], unmerge(number).long().squeeze(-1))
 
 
 def test_the_batch_merges_as_many_as_its_most_similar(package: Any) -> None:
     grid, x = (8, 8), uneven((8, 8))
-    setting = CAToMe(grid, grid, 2, 2, threshold=0.7)
-    best, _ = setting.matches(x)
+    setting = CAToMe(grid, Cells(1, *grid, 2, 2), threshold=0.7)
+    best, _ = setting.match(x)
     counts = (best.flatten(1) >= 0.7).sum(-1)
     assert counts[0] > counts[1] > 0
-    assert setting.count(pattern(setting, x)) == 64 - int(counts[0])
+    assert setting.count_merged(pattern(setting, x)) == 64 - int(counts[0])
 
 
 def test_another_threshold_differs_from_the_package(package: Any) -> None:
     """The comparison above sees a wrong threshold."""
     grid, x = (8, 8), uneven((8, 8))
-    setting = CAToMe(grid, grid, 2, 2, threshold=0.75)
-    assert package(x, grid, 2, 2, 0.7)[0](x).shape[1] != setting.count(pattern(setting, x))
+    setting = CAToMe(grid, Cells(1, *grid, 2, 2), threshold=0.75)
+    assert package(x, grid, 2, 2, 0.7)[0](x).shape[1] != setting.count_merged(pattern(setting, x))
 
 
 def test_nothing_similar_merges_nothing() -> None:
-    setting = CAToMe((6, 6), (6, 6), 2, 2, threshold=0.99)
+    setting = CAToMe((6, 6), Cells(1, 6, 6, 2, 2), threshold=0.99)
     x = noise((6, 6))
     parts = pattern(setting, x)
-    assert setting.count(parts) == 36
+    assert setting.count_merged(parts) == 36
     assert torch.equal(setting.unmerge(setting.merge(x, parts), parts), x)
-    full = CAToMe((6, 6), (6, 6), 2, 2, threshold=1.0)
+    full = CAToMe((6, 6), Cells(1, 6, 6, 2, 2), threshold=1.0)
     same = torch.ones(1, 36, 4)
-    assert full.count(pattern(full, same)) == 36
+    assert full.count_merged(pattern(full, same)) == 36
 
 
 def test_fake_tensors_merge_nothing() -> None:
-    setting = CAToMe((6, 6), (6, 6), 2, 2, threshold=-1.0)
+    setting = CAToMe((6, 6), Cells(1, 6, 6, 2, 2), threshold=-1.0)
     with FakeTensorMode():
         x = torch.empty(2, 36, 4)
         parts = pattern(setting, x)
         assert parts["places"].shape == parts["joins"].shape == (2, 36)
         merged = setting.merge(x, parts)
-        assert merged.shape[1] == setting.merged == setting.count(parts) == 36
+        assert merged.shape[1] == setting.merged_count == setting.count_merged(parts) == 36
         assert setting.unmerge(merged, parts).shape == x.shape
 
 
@@ -153,18 +154,18 @@ def place(grid: tuple[int, ...] = (8, 8), **fields: Any) -> Place:
 def test_dynamic_form() -> None:
     config = CAToMeConfig(threshold=0.6, sy=3, random=True, seed=4)
     setting = config.setting(place())
-    assert setting == CAToMe((8, 8), (8, 8), 3, 2, 0, True, 4, 0.6)
-    assert (config.form, setting.dynamic, setting.merged) == ("dynamic", True, 64)
-    assert setting.text() == "3x2 cells, random, similarity 0.6"
+    assert setting == CAToMe((8, 8), Cells(1, 8, 8, 3, 2, True, 4), 0, 0.6)
+    assert (config.form, setting.dynamic, setting.merged_count) == ("dynamic", True, 64)
+    assert setting.describe() == "3x2 cells, random, similarity 0.6"
     assert "calibrate" in config.static_form
     assert CAToMeConfig().at("any") == CAToMeConfig()
 
 
 def test_calibrated_form() -> None:
     config = CAToMeConfig(ratios={"up.0": 0.3, "down.0": 0.9, "mid": 0.001, "out": 0.0})
-    assert (config.form, config.static_form, config.off) == ("calibrated", "", False)
+    assert (config.form, config.static_form, config.is_off) == ("calibrated", "", False)
     setting = config.setting(place((7, 9), group="up.0"))
-    assert setting == ToMeSD((7, 9), (7, 9), 2, 2, 19)
+    assert setting == ToMeSD((7, 9), Cells(1, 7, 9, 2, 2), 19)
     assert not setting.dynamic
     capped = config.setting(place(group="down.0"))
     assert isinstance(capped, ToMeSD)
@@ -172,7 +173,7 @@ def test_calibrated_form() -> None:
     assert config.setting(place(group="up.1")) == "no ratio was calibrated for 'up.1'"
     for group in ("mid", "out"):
         assert "merges no token" in str(config.setting(place(group=group)))
-    assert CAToMeConfig(ratios={"up.0": 0.0}).off
+    assert CAToMeConfig(ratios={"up.0": 0.0}).is_off
 
 
 def test_ratios_are_frozen_and_go_through_json() -> None:
@@ -185,7 +186,7 @@ def test_ratios_are_frozen_and_go_through_json() -> None:
 
 
 def test_reasons_to_leave_a_place_alone() -> None:
-    assert CAToMeConfig(threshold=1).off
+    assert CAToMeConfig(threshold=1).is_off
     assert "threshold of 1" in str(CAToMeConfig(threshold=1).setting(place()))
     assert "2 times coarser" in str(CAToMeConfig().setting(place(downsample=2)))
     assert "larger than the 1x8 grid" in str(CAToMeConfig().setting(place((1, 8))))
@@ -193,7 +194,7 @@ def test_reasons_to_leave_a_place_alone() -> None:
 
 def test_overrides() -> None:
     config = CAToMeConfig(threshold=1.0, overrides={"down.*": {"threshold": 0.5}})
-    assert config.off
+    assert config.is_off
     assert config.merges
     assert config.at("down.0").threshold == 0.5
     with pytest.raises(UnknownNameError, match="checkpoints"):

@@ -417,8 +417,8 @@ def test_example_of_an_own_method_runs() -> None:
 
 def test_a_method_that_makes_constants_is_refused() -> None:
     class Constant(own_method.Salient):
-        def kept(self, pattern: Pattern) -> Tensor:
-            return super().kept(pattern)
+        def positions(self, pattern: Pattern) -> Tensor:
+            return super().positions(pattern)
 
         def select(self, x: Tensor) -> tuple[Tensor, ...]:
             idx, joins = super().select(x)

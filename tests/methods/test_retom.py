@@ -48,7 +48,7 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 
 def reference(
-    x: Tensor, grid: tuple[int, ...], window: tuple[int, ...], r: int | None, how: str
+    x: Tensor, grid: tuple[int, ...], window: tuple[int, ...], r: int | None, reduction: str
 ) -> tuple[dict[int, Tensor], Tensor]:
     """One image [N, C]: {token that stands for a merged one: its value}, and what is unmerged."""
     x, back, values, joins = x.double(), x.double().clone(), {}, []
@@ -68,7 +68,7 @@ def reference(
         values[i] = x[i]
     for chosen in {into for *_, into in merging}:
         group = [chosen, *(i for _, i, into in merging if into == chosen)]
-        if how == "mean":
+        if reduction == "mean":
             values[chosen] = sum(x[i] for i in group) / len(group)
         for i in group:
             back[i] = values[chosen]
@@ -79,23 +79,25 @@ def run(setting: ReToM, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Merged tokens, where they lie, and what is unmerged."""
     pattern = dict(zip(setting.chosen, setting.select(x), strict=True))
     y = setting.merge(x, pattern)
-    return y, setting.kept(pattern), setting.unmerge(y, pattern)
+    return y, setting.positions(pattern), setting.unmerge(y, pattern)
 
 
-@pytest.mark.parametrize("how", ["representative", "mean"])
+@pytest.mark.parametrize("reduction", ["representative", "mean"])
 @pytest.mark.parametrize("share", [None, 0.1, 0.4])
 @pytest.mark.parametrize(("grid", "window"), SHAPES)
 def test_merges_as_described(
-    grid: tuple[int, ...], window: tuple[int, ...], share: float | None, how: Any
+    grid: tuple[int, ...], window: tuple[int, ...], share: float | None, reduction: Any
 ) -> None:
     generator = torch.Generator().manual_seed(math.prod(grid))
     x = torch.randn(2, math.prod(grid), 6, generator=generator)
     r = None if share is None else max(1, int(share * math.prod(grid)))
-    setting = ReToM(grid, window, how) if r is None else PartialReToM(grid, window, how, r=r)
+    setting = (
+        ReToM(grid, window, reduction) if r is None else PartialReToM(grid, window, reduction, r=r)
+    )
     merged, places, back = run(setting, x)
-    assert merged.shape == (2, setting.merged, 6)
+    assert merged.shape == (2, setting.merged_count, 6)
     for image, y, place, unmerged in zip(x, merged, places, back, strict=True):
-        values, expected = reference(image, grid, window, r, how)
+        values, expected = reference(image, grid, window, r, reduction)
         assert sorted(place.tolist()) == sorted(values)
         wanted = torch.stack([values[token] for token in place.tolist()])
         torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-5)
@@ -112,7 +114,7 @@ def test_the_least_similar_stay_in_order_and_join_themselves(
     setting = PartialReToM(grid, window, r=r)
     noise = torch.randn(2, math.prod(grid), 6, generator=torch.Generator().manual_seed(r))
     for x in (noise, noise.sign(), torch.ones_like(noise)):
-        unit = setting._directions(x)
+        unit = setting._unit_vectors(x)
         (representatives,) = ReToM(grid, window).select(x)
         local = retom._representatives(unit)
         order = setting._keys(unit, local).argsort(-1)[:, : setting.staying]
@@ -125,9 +127,9 @@ def test_the_least_similar_stay_in_order_and_join_themselves(
 def test_another_window_gives_another_result() -> None:
     x = torch.randn(1, 64, 8)
     results = [
-        run(ReToM((8, 8), window, how), x)[2]
+        run(ReToM((8, 8), window, reduction), x)[2]
         for window in [(2, 2), (2, 4), (4, 2), (4, 4)]
-        for how in ("representative", "mean")
+        for reduction in ("representative", "mean")
     ]
     assert not any(torch.allclose(a, b) for a, b in itertools.combinations(results, 2))
 
@@ -178,10 +180,10 @@ def test_batch_elements_do_not_see_each_other(setting: ReToM) -> None:
         assert torch.equal(part[1:2], alone)
 
 
-@pytest.mark.parametrize("how", ["representative", "mean"])
-def test_half_precision_selects_in_float32(how: Any) -> None:
+@pytest.mark.parametrize("reduction", ["representative", "mean"])
+def test_half_precision_selects_in_float32(reduction: Any) -> None:
     x = torch.randn(1, 64, 16).half()
-    setting = PartialReToM((8, 8), (2, 2), how, r=20)
+    setting = PartialReToM((8, 8), (2, 2), reduction, r=20)
     half, full = run(setting, x), run(setting, x.float())
     assert half[0].dtype == torch.float16
     assert torch.equal(half[1], full[1])
@@ -196,7 +198,7 @@ def at(level: int, grid: tuple[int, ...] = (16, 24)) -> Place:
 
 
 def test_windows_by_level() -> None:
-    config = ReToMConfig(window=(4, 2, 1), merge="mean")
+    config = ReToMConfig(window=(4, 2, 1), reduction="mean")
     assert config.setting(at(0)) == ReToM((16, 24), (4, 4), "mean")
     assert config.setting(at(1)) == ReToM((16, 24), (2, 2), "mean")
     assert config.setting(at(2)) == "a window of one token at level 2 merges nothing"
@@ -230,7 +232,7 @@ def test_ratio_counts_all_tokens() -> None:
     setting = ReToMConfig(ratio=0.5).setting(at(0))
     assert setting == PartialReToM((16, 24), (2, 2), r=192)
     assert isinstance(setting, ReToM)
-    assert setting.merged == 192
+    assert setting.merged_count == 192
     # 0.75 of the tokens are not representatives: then all merge
     assert ReToMConfig(ratio=0.75).setting(at(0)) == ReToM((16, 24), (2, 2))
     assert ReToMConfig(ratio=0.9).setting(at(0)) == ReToM((16, 24), (2, 2))
@@ -239,15 +241,17 @@ def test_ratio_counts_all_tokens() -> None:
 
 
 def test_config_says_what_is_off() -> None:
-    assert not ReToMConfig().off
-    assert ReToMConfig(window=1).off
-    assert ReToMConfig(window=(1, 1)).off
-    assert ReToMConfig(ratio=0).off
-    assert not ReToMConfig(window=(1, 2)).off
+    assert not ReToMConfig().is_off
+    assert ReToMConfig(window=1).is_off
+    assert ReToMConfig(window=(1, 1)).is_off
+    assert ReToMConfig(ratio=0).is_off
+    assert not ReToMConfig(window=(1, 2)).is_off
 
 
 def test_overrides_and_steps() -> None:
-    config = ReToMConfig(select_at=(0, 10), overrides={"up.*": {"window": (4,), "merge": "mean"}})
+    config = ReToMConfig(
+        select_at=(0, 10), overrides={"up.*": {"window": (4,), "reduction": "mean"}}
+    )
     assert config.at("up.1").setting(at(0)) == ReToM((16, 24), (4, 4), "mean")
     assert [config.renewal(step) for step in (0, 1, 10)] == ["refresh", "reuse", "refresh"]
 
@@ -261,7 +265,7 @@ def test_overrides_and_steps() -> None:
         ({"window": "tile"}, ConfigError, "whole number"),
         ({"ratio": 1.0}, ConfigError, r"\[0, 1\)"),
         ({"ratio": "half"}, ConfigError, r"\[0, 1\)"),
-        ({"merge": "average"}, UnknownNameError, "representative or mean"),
+        ({"reduction": "average"}, UnknownNameError, "representative or mean"),
         ({"overrides": {"x": {"window": 0}}}, ConfigError, "at least 1"),
         ({"overrides": {"x": {"windows": 2}}}, UnknownNameError, "nearest: window"),
     ],

@@ -18,33 +18,36 @@ from toma_fx.methods.todo import ToDo, ToDoConfig
 PLANES = [((8, 12), 2), ((9, 6), 3), ((8, 7), 2), ((13, 11), 3), ((26, 38), 4), ((3, 5), 3)]
 
 
-def resampled(x: Tensor, plane: tuple[int, int], factor: int, how: str) -> Tensor:
+def resampled(x: Tensor, plane: tuple[int, int], factor: int, downsample: str) -> Tensor:
     """What PyTorch makes of every plane of [B, N, C] tokens."""
     height, width = plane
     batch, _, channels = x.shape
     images = x.reshape(-1, height, width, channels).permute(0, 3, 1, 2)
-    if how == "average":
+    if downsample == "average":
         small = F.avg_pool2d(images, factor, ceil_mode=True, count_include_pad=False)
     else:
-        small = F.interpolate(images, (height // factor, width // factor), mode=how)
+        small = F.interpolate(images, (height // factor, width // factor), mode=downsample)
     return small.permute(0, 2, 3, 1).reshape(batch, -1, channels)
 
 
-@pytest.mark.parametrize("how", ["nearest", "average", "area"])
+@pytest.mark.parametrize("downsample", ["nearest", "average", "area"])
 @pytest.mark.parametrize(("plane", "factor"), PLANES)
-def test_a_plane_is_resampled_as_by_pytorch(plane: tuple[int, int], factor: int, how: Any) -> None:
+def test_a_plane_is_resampled_as_by_pytorch(
+    plane: tuple[int, int], factor: int, downsample: Any
+) -> None:
     x = torch.randn(2, plane[0] * plane[1], 5)
-    setting = ToDo(plane, plane, factor, how)
+    setting = ToDo(plane, plane, factor, downsample)
     y = setting.merge(x, {})
-    torch.testing.assert_close(y, resampled(x, plane, factor, how))
-    assert y.shape == (2, setting.merged, 5)
-    assert not torch.equal(y, ToDo(plane, plane, factor, how).merge(x.flip(1), {}))
+    torch.testing.assert_close(y, resampled(x, plane, factor, downsample))
+    assert y.shape == (2, setting.merged_count, 5)
+    assert not torch.equal(y, ToDo(plane, plane, factor, downsample).merge(x.flip(1), {}))
 
 
 def test_the_three_ways_differ_where_the_factor_does_not_divide() -> None:
     x = torch.randn(1, 7 * 9, 4)
     nearest, average, area = (
-        ToDo((7, 9), (7, 9), 2, how).merge(x, {}) for how in ("nearest", "average", "area")
+        ToDo((7, 9), (7, 9), 2, downsample).merge(x, {})
+        for downsample in ("nearest", "average", "area")
     )
     assert nearest.shape == area.shape == (1, 3 * 4, 4)
     assert average.shape == (1, 4 * 5, 4)
@@ -53,7 +56,9 @@ def test_the_three_ways_differ_where_the_factor_does_not_divide() -> None:
 
 def test_average_and_area_are_one_where_the_factor_divides() -> None:
     x = torch.randn(1, 48, 4)
-    average, area = (ToDo((6, 8), (6, 8), 2, how).merge(x, {}) for how in ("average", "area"))
+    average, area = (
+        ToDo((6, 8), (6, 8), 2, downsample).merge(x, {}) for downsample in ("average", "area")
+    )
     torch.testing.assert_close(average, area)
 
 
@@ -62,57 +67,59 @@ def test_nearest_rows_are_those_of_pytorch_at_every_size() -> None:
     for height in range(2, 200):
         rows = torch.arange(height, dtype=torch.float64)
         for factor in range(2, min(height, 9)):
-            kept = ToDo((height, factor), (height, factor), factor).kept({}) // factor
+            taken = ToDo((height, factor), (height, factor), factor).positions({}) // factor
             published = F.interpolate(rows[None, None], height // factor, mode="nearest")
-            assert torch.equal(kept, published[0].long()), (height, factor)
+            assert torch.equal(taken, published[0].long()), (height, factor)
 
 
-@pytest.mark.parametrize("how", ["nearest", "average", "area"])
+@pytest.mark.parametrize("downsample", ["nearest", "average", "area"])
 @pytest.mark.parametrize(
     ("grid", "unit"),
     [((21, 6), (7, 6)), ((3, 7, 6), (3, 7, 6)), ((4, 7, 6), (2, 7, 6))],
     ids=["images below each other", "frames", "videos"],
 )
 def test_nothing_crosses_images_or_frames(
-    grid: tuple[int, ...], unit: tuple[int, ...], how: Any
+    grid: tuple[int, ...], unit: tuple[int, ...], downsample: Any
 ) -> None:
-    setting = ToDo(grid, unit, 2, how)
+    setting = ToDo(grid, unit, 2, downsample)
     planes = torch.randn(1, setting.planes, 42, 3)
-    alone = ToDo((7, 6), (7, 6), 2, how)
+    alone = ToDo((7, 6), (7, 6), 2, downsample)
     expected = torch.cat([alone.merge(planes[:, i], {}) for i in range(setting.planes)], 1)
     torch.testing.assert_close(setting.merge(planes.flatten(1, 2), {}), expected)
-    assert setting.kept({}).shape == (1, setting.merged)
-    assert torch.equal(setting.kept({})[:, : alone.merged], alone.kept({}))
+    assert setting.positions({}).shape == (1, setting.merged_count)
+    assert torch.equal(setting.positions({})[:, : alone.merged_count], alone.positions({}))
     last = 42 * (setting.planes - 1)
-    assert torch.equal(setting.kept({})[:, -alone.merged :], alone.kept({}) + last)
-    if how != "nearest":  # as one picture of odd height, means would reach into the next image
-        one = ToDo((7 * setting.planes, 6), (7 * setting.planes, 6), 2, how)
+    assert torch.equal(setting.positions({})[:, -alone.merged_count :], alone.positions({}) + last)
+    if (
+        downsample != "nearest"
+    ):  # as one picture of odd height, means would reach into the next image
+        one = ToDo((7 * setting.planes, 6), (7 * setting.planes, 6), 2, downsample)
         mixed = one.merge(planes.flatten(1, 2), {})
         assert mixed.shape != expected.shape or not torch.allclose(mixed, expected)
 
 
-@pytest.mark.parametrize("how", ["nearest", "average", "area"])
+@pytest.mark.parametrize("downsample", ["nearest", "average", "area"])
 @pytest.mark.parametrize(("plane", "factor"), PLANES)
-def test_kept_is_the_middle_of_what_is_averaged(
-    plane: tuple[int, int], factor: int, how: Any
+def test_a_position_is_the_middle_of_what_is_averaged(
+    plane: tuple[int, int], factor: int, downsample: Any
 ) -> None:
-    setting = ToDo(plane, plane, factor, how)
+    setting = ToDo(plane, plane, factor, downsample)
     count = plane[0] * plane[1]
     shares = setting.merge(torch.eye(count)[None], {})[0]
-    torch.testing.assert_close(shares.sum(1), torch.ones(setting.merged))
-    for share, kept in zip(shares, setting.kept({})[0].tolist(), strict=True):
+    torch.testing.assert_close(shares.sum(1), torch.ones(setting.merged_count))
+    for share, position in zip(shares, setting.positions({})[0].tolist(), strict=True):
         inside = share.nonzero().flatten()
         rows, columns = inside // plane[1], inside % plane[1]
         # the lower median is the middle one of consecutive numbers
-        assert (kept // plane[1], kept % plane[1]) == (rows.median(), columns.median())
-        assert how != "nearest" or inside.tolist() == [kept]
+        assert (position // plane[1], position % plane[1]) == (rows.median(), columns.median())
+        assert downsample != "nearest" or inside.tolist() == [position]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("how", ["nearest", "average", "area"])
-def test_half_precision_stays(how: Any, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("downsample", ["nearest", "average", "area"])
+def test_half_precision_stays(downsample: Any, dtype: torch.dtype) -> None:
     x = torch.randn(1, 63, 8)
-    setting = ToDo((7, 9), (7, 9), 2, how)
+    setting = ToDo((7, 9), (7, 9), 2, downsample)
     y = setting.merge(x.to(dtype), {})
     assert y.dtype == dtype
     torch.testing.assert_close(y.float(), setting.merge(x, {}), rtol=0.02, atol=0.02)
@@ -155,10 +162,10 @@ def test_a_unit_smaller_than_the_factor_is_left_alone() -> None:
 
 
 def test_config_says_what_is_off_and_that_there_is_no_pattern() -> None:
-    assert not ToDoConfig().off
-    assert ToDoConfig(factor=1).off
-    assert ToDoConfig(factor=(1, 1)).off
-    assert not ToDoConfig(factor=(1, 2)).off
+    assert not ToDoConfig().is_off
+    assert ToDoConfig(factor=1).is_off
+    assert ToDoConfig(factor=(1, 1)).is_off
+    assert not ToDoConfig(factor=(1, 2)).is_off
     assert not ToDoConfig.patterned
     assert ToDoConfig.keys_only
     assert ToDoConfig(factor=[2, 1]).factor == (2, 1)  # type: ignore[arg-type]

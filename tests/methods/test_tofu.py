@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests.methods.test_tomesd import noise, pattern, smooth
 from toma_fx.errors import ConfigError
+from toma_fx.methods.cells import Cells
 from toma_fx.methods.setting import Place
 from toma_fx.methods.tofu import ToFu, ToFuConfig
 from toma_fx.methods.tomesd import ToMeSD
@@ -78,8 +79,11 @@ def test_equals_a_loop_over_tokens(
 
 def test_merging_and_pruning_and_means_differ() -> None:
     grid, x = (8, 8), noise((8, 8))
-    merging, pruning = ToFu(grid, grid, 2, 2, 32), ToFu(grid, grid, 2, 2, 32, prune=True)
-    mean = ToMeSD(grid, grid, 2, 2, 32)
+    merging, pruning = (
+        ToFu(grid, Cells(1, *grid, 2, 2), 32),
+        ToFu(grid, Cells(1, *grid, 2, 2), 32, prune=True),
+    )
+    mean = ToMeSD(grid, Cells(1, *grid, 2, 2), 32)
     parts = pattern(mean, x)
     for setting in (merging, pruning):
         assert all(torch.equal(pattern(setting, x)[name], parts[name]) for name in parts)
@@ -89,12 +93,12 @@ def test_merging_and_pruning_and_means_differ() -> None:
 
 
 def test_merging_keeps_the_largest_norm() -> None:
-    setting = ToFu((8, 8), (8, 8), 2, 2, 32)
+    setting = ToFu((8, 8), Cells(1, 8, 8, 2, 2), 32)
     x = noise((8, 8)) * torch.arange(1, 65).view(1, 64, 1)
     parts = pattern(setting, x)
     merged = setting.merge(x, parts)
     for b in range(2):
-        for place in range(setting.merged):
+        for place in range(setting.merged_count):
             group = x[b, parts["joins"][b] == place]
             longest = group.norm(dim=-1).max()
             torch.testing.assert_close(merged[b, place].norm(), longest, rtol=1e-5, atol=0)
@@ -104,7 +108,7 @@ def test_merging_keeps_the_largest_norm() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pruning_keeps_destinations_as_they_are(dtype: torch.dtype) -> None:
-    setting = ToFu((6, 6), (6, 6), 2, 2, 18, prune=True)
+    setting = ToFu((6, 6), Cells(1, 6, 6, 2, 2), 18, prune=True)
     x = noise((6, 6)).to(dtype)
     parts = pattern(setting, x)
     merged = setting.merge(x, parts)
@@ -118,13 +122,13 @@ def test_opposite_and_zero_tokens_give_zero() -> None:
     """A mean without a direction has no norm to stretch."""
     x = torch.zeros(1, 4, 4)
     x[0, 0, 0], x[0, 1, 0] = 3.0, -3.0
-    setting = ToFu((2, 2), (2, 2), 2, 2, 3)
+    setting = ToFu((2, 2), Cells(1, 2, 2, 2, 2), 3)
     merged = setting.merge(x, pattern(setting, x))
     assert torch.equal(merged, torch.zeros(1, 1, 4))
 
 
 def test_half_precision() -> None:
-    setting = ToFu((12, 12), (12, 12), 2, 2, 72)
+    setting = ToFu((12, 12), Cells(1, 12, 12, 2, 2), 72)
     x = smooth((12, 12)).bfloat16()
     parts = pattern(setting, x)
     merged = setting.merge(x, parts)
@@ -138,16 +142,16 @@ def test_depth_decides() -> None:
     grid = (8, 8)
     early = config.setting(Place(grid, grid, depth=0.49))
     late = config.setting(Place(grid, grid, depth=0.5))
-    assert early == ToFu(grid, grid, 2, 2, 32, prune=True)
-    assert late == ToFu(grid, grid, 2, 2, 32)
-    assert (early.text(), late.text()) == ("2x2 cells, pruned", "2x2 cells, norm kept")
+    assert early == ToFu(grid, Cells(1, *grid, 2, 2), 32, prune=True)
+    assert late == ToFu(grid, Cells(1, *grid, 2, 2), 32)
+    assert (early.describe(), late.describe()) == ("2x2 cells, pruned", "2x2 cells, norm kept")
     assert not late.linear
     always, never = ToFuConfig(prune_depth=1), ToFuConfig(prune_depth=0)
     assert always.setting(Place(grid, grid, depth=0.99)) == early
     assert never.setting(Place(grid, grid)) == late
     assert "ratio is 0" in str(ToFuConfig(ratio=0).setting(Place(grid, grid)))
     video = ToFuConfig(random=True, seed=2).setting(Place((3, 4, 4), (3, 4, 4)))
-    assert video == ToFu((3, 4, 4), (4, 4), 2, 2, math.prod((3, 4, 4)) // 2, True, 2, True)
+    assert video == ToFu((3, 4, 4), Cells(3, 4, 4, 2, 2, True, 2), math.prod((3, 4, 4)) // 2, True)
 
 
 def test_depth_may_be_overridden() -> None:

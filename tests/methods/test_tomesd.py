@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from toma_fx.errors import ConfigError, UnknownNameError
+from toma_fx.methods.cells import Cells
 from toma_fx.methods.setting import Place, Setting
 from toma_fx.methods.tofu import ToFu
 from toma_fx.methods.tomesd import ToMeSD, ToMeSDConfig
@@ -87,17 +88,17 @@ def test_equals_the_package(
     package: Any, content: Any, grid: Grid, sy: int, sx: int, ratio: float
 ) -> None:
     x, other = content(grid), noise(grid, channels=5, seed=1)
-    setting = ToMeSD(grid, grid, sy, sx, capped(grid, sy, sx, ratio))
+    setting = ToMeSD(grid, Cells(1, *grid, sy, sx), capped(grid, sy, sx, ratio))
     ours = pattern(setting, x)
     merge, unmerge = package(
         x, grid[1], grid[0], sx, sy, int(math.prod(grid) * ratio), no_rand=True
     )
     for value in (x, other):
         merged = merge(value)
-        assert merged.shape[1] == setting.merged < math.prod(grid)
+        assert merged.shape[1] == setting.merged_count < math.prod(grid)
         torch.testing.assert_close(setting.merge(value, ours), merged, atol=1e-6, rtol=0)
         assert torch.equal(setting.unmerge(merged, ours), unmerge(merged))
-    number = torch.arange(setting.merged, dtype=torch.float64).view(1, -1, 1).expand(2, -1, 1)
+    number = torch.arange(setting.merged_count, dtype=torch.float64).view(1, -1, 1).expand(2, -1, 1)
     assert torch.equal(ours["joins"], unmerge(number.float()).long().squeeze(-1))
 
 
@@ -106,7 +107,7 @@ def test_equals_the_package_as_it_is() -> None:
     package = pytest.importorskip("tomesd.merge").bipartite_soft_matching_random2d
     x = smooth((16, 12))
     merge, unmerge = package(x, 12, 16, 2, 2, 96, no_rand=True)
-    setting = ToMeSD((16, 12), (16, 12), 2, 2, 96)
+    setting = ToMeSD((16, 12), Cells(1, 16, 12, 2, 2), 96)
     ours = pattern(setting, x)
     round_trip = setting.unmerge(setting.merge(x, ours), ours)
     torch.testing.assert_close(round_trip, unmerge(merge(x)), atol=1e-6, rtol=0)
@@ -121,7 +122,7 @@ def test_another_setting_differs_from_the_package(
     merge, unmerge = package(x, 6, 12, 2, 2, 36, no_rand=True)
     if (sy, sx) == (2, 3):
         merge, unmerge = package(x, 6, 12, 2, 3, 36, no_rand=True)
-    setting = ToMeSD(grid, grid, sy, sx, capped(grid, sy, sx, ratio))
+    setting = ToMeSD(grid, Cells(1, *grid, sy, sx), capped(grid, sy, sx, ratio))
     ours = pattern(setting, x)
     round_trip = setting.unmerge(setting.merge(x, ours), ours)
     assert (round_trip - unmerge(merge(x))).abs().max() > 0.1
@@ -132,37 +133,37 @@ def test_another_setting_differs_from_the_package(
 
 @pytest.mark.parametrize("random", [False, True])
 @pytest.mark.parametrize(("grid", "sy", "sx"), CASES)
-def test_order_and_position_are_inverse(grid: Grid, sy: int, sx: int, random: bool) -> None:
-    cut = ToMeSD((3, *grid), grid, sy, sx, 1, random).cells
+def test_the_inverse_order_is_one(grid: Grid, sy: int, sx: int, random: bool) -> None:
+    cells = Cells(3, *grid, sy, sx, random)
     device = torch.device("cpu")
-    order, position = cut.order(device), cut.position(device).expand(3, -1)
-    turns = torch.arange(cut.tokens).expand(3, -1)
-    assert torch.equal(order.gather(1, position), turns)
-    assert torch.equal(position.gather(1, order), turns)
+    order, inverse = cells.order(device), cells.inverse_order(device).expand(3, -1)
+    turns = torch.arange(cells.tokens).expand(3, -1)
+    assert torch.equal(order.gather(1, inverse), turns)
+    assert torch.equal(inverse.gather(1, order), turns)
 
 
 @pytest.mark.parametrize("random", [False, True])
 @pytest.mark.parametrize(("grid", "sy", "sx"), CASES)
 def test_tokens_get_the_mean_of_their_group(grid: Grid, sy: int, sx: int, random: bool) -> None:
-    setting = ToMeSD(grid, grid, sy, sx, capped(grid, sy, sx, 0.5), random, seed=3)
+    setting = ToMeSD(grid, Cells(1, *grid, sy, sx, random, seed=3), capped(grid, sy, sx, 0.5))
     x = smooth(grid)
     parts = pattern(setting, x)
     places, joins = parts["places"], parts["joins"]
-    assert places.shape == (2, setting.merged)
+    assert places.shape == (2, setting.merged_count)
     assert joins.shape == (2, math.prod(grid))
     assert places.dtype == joins.dtype == torch.int64
     out = setting.unmerge(setting.merge(x, parts), parts)
     for b in range(2):
-        assert places[b].unique().numel() == setting.merged
-        assert torch.equal(joins[b, places[b]], torch.arange(setting.merged))
+        assert places[b].unique().numel() == setting.merged_count
+        assert torch.equal(joins[b, places[b]], torch.arange(setting.merged_count))
         for token in range(math.prod(grid)):
             group = x[b, joins[b] == joins[b, token]]
             torch.testing.assert_close(out[b, token], group.mean(0), atol=1e-6, rtol=0)
-    assert torch.equal(setting.kept(parts), places)
+    assert torch.equal(setting.positions(parts), places)
 
 
 def test_constant_tokens_stay_constant() -> None:
-    setting = ToMeSD((9, 7), (9, 7), 2, 2, 30)
+    setting = ToMeSD((9, 7), Cells(1, 9, 7, 2, 2), 30)
     x = torch.full((2, 63, 8), 0.7)
     parts = pattern(setting, x)
     out = setting.unmerge(setting.merge(x, parts), parts)
@@ -171,7 +172,7 @@ def test_constant_tokens_stay_constant() -> None:
 
 def test_ties_go_to_the_lower_index() -> None:
     grid, r = (6, 6), 10
-    setting = ToMeSD(grid, grid, 2, 2, r)
+    setting = ToMeSD(grid, Cells(1, *grid, 2, 2), r)
     parts = pattern(setting, kinds(grid, channels=1))
     sources = [t for t in range(36) if (t // 6) % 2 or (t % 6) % 2]
     destinations = [t for t in range(36) if t not in sources]
@@ -182,7 +183,7 @@ def test_ties_go_to_the_lower_index() -> None:
 
 
 def test_all_sources_may_merge() -> None:
-    setting = ToMeSD((4, 6), (4, 6), 2, 2, 18)
+    setting = ToMeSD((4, 6), Cells(1, 4, 6, 2, 2), 18)
     x = noise((4, 6))
     parts = pattern(setting, x)
     assert parts["places"].shape == (2, 6)
@@ -190,17 +191,17 @@ def test_all_sources_may_merge() -> None:
     assert setting.merge(x, parts).shape == (2, 6, 24)
 
 
-@pytest.mark.parametrize(("grid", "unit"), [((3, 4, 6), (1, 4, 6)), ((12, 6), (4, 6))])
-def test_nothing_crosses_a_picture(grid: tuple[int, ...], unit: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("grid", [(3, 4, 6), (12, 6)])
+def test_nothing_crosses_a_picture(grid: tuple[int, ...]) -> None:
     x = smooth((12, 6))
     for random in (False, True):
-        setting = ToMeSD(grid, unit, 2, 2, 36, random)
+        setting = ToMeSD(grid, Cells(3, 4, 6, 2, 2, random), 36)
         parts = pattern(setting, x)
         token = torch.arange(72).expand(2, -1)
         home = parts["places"].gather(1, parts["joins"])
         assert torch.equal(home // 24, token // 24)
         assert (home != token).any()
-    whole = ToMeSD((12, 6), (12, 6), 2, 2, 36)
+    whole = ToMeSD((12, 6), Cells(1, 12, 6, 2, 2), 36)
     joins = pattern(whole, x)
     home = joins["places"].gather(1, joins["joins"])
     assert not torch.equal(home // 24, token // 24)
@@ -209,8 +210,8 @@ def test_nothing_crosses_a_picture(grid: tuple[int, ...], unit: tuple[int, ...])
 def test_pictures_match_as_if_alone() -> None:
     """With every source merged, pictures in one sequence are as pictures in a batch."""
     x = noise((5, 6), batch=3)
-    one = ToMeSD((5, 6), (5, 6), 2, 2, 24)
-    many = ToMeSD((3, 5, 6), (5, 6), 2, 2, 72)
+    one = ToMeSD((5, 6), Cells(1, 5, 6, 2, 2), 24)
+    many = ToMeSD((3, 5, 6), Cells(3, 5, 6, 2, 2), 72)
     rows = x.reshape(1, 90, 24)
     alone = one.merge(x, pattern(one, x))
     torch.testing.assert_close(
@@ -221,7 +222,7 @@ def test_pictures_match_as_if_alone() -> None:
 def test_zero_tokens_are_finite() -> None:
     x = noise((6, 6))
     x[:, [0, 3, 14]] = 0
-    setting = ToMeSD((6, 6), (6, 6), 2, 2, 18)
+    setting = ToMeSD((6, 6), Cells(1, 6, 6, 2, 2), 18)
     parts = pattern(setting, x)
     assert setting.merge(x, parts).isfinite().all()
     assert not {3} & set(parts["places"][0, 9 + 9 :].tolist())
@@ -232,7 +233,7 @@ def test_zero_tokens_are_finite() -> None:
 
 def drawn(grid: Grid, sy: int, sx: int, seed: int) -> Tensor:
     """Which token of its cell each destination is, cell after cell."""
-    setting = ToMeSD(grid, grid, sy, sx, 1, True, seed)
+    setting = ToMeSD(grid, Cells(1, *grid, sy, sx, True, seed), 1)
     own = setting.cells.order(torch.device("cpu"))[0, setting.cells.sources :]
     row, column = own // grid[1], own % grid[1]
     cell = row // sy * (grid[1] // sx) + column // sx
@@ -253,7 +254,7 @@ def test_drawn_destinations_are_uniform(grid: Grid, sy: int, sx: int) -> None:
 
 
 def test_draws_hold_for_the_batch_and_differ_by_frame() -> None:
-    setting = ToMeSD((2, 16, 16), (16, 16), 2, 2, 200, True)
+    setting = ToMeSD((2, 16, 16), Cells(2, 16, 16, 2, 2, True), 200)
     places = pattern(setting, noise((32, 16)))["places"][:, -128:]
     assert torch.equal(places[0], places[1])
     assert not torch.equal(places[0, :64] + 256, places[0, 64:])
@@ -264,7 +265,7 @@ def test_draws_hold_for_the_batch_and_differ_by_frame() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype) -> None:
-    setting = ToMeSD((12, 12), (12, 12), 2, 2, 72)
+    setting = ToMeSD((12, 12), Cells(1, 12, 12, 2, 2), 72)
     x = smooth((12, 12)).to(dtype)
     parts, exact = pattern(setting, x), pattern(setting, x.float())
     assert all(torch.equal(parts[name], exact[name]) for name in setting.parts)
@@ -278,7 +279,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
 
 def test_large_groups_do_not_overflow() -> None:
     """1,200 tokens of 100 sum to more than float16 holds."""
-    setting = ToMeSD((40, 40), (40, 40), 2, 2, 1200)
+    setting = ToMeSD((40, 40), Cells(1, 40, 40, 2, 2), 1200)
     x = 100 * kinds((40, 40), batch=1, channels=1).half()
     parts = pattern(setting, x)
     assert int((parts["joins"] == 0).sum()) > 1000
@@ -287,7 +288,7 @@ def test_large_groups_do_not_overflow() -> None:
 
 def test_scaling_needs_no_exact_powers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups of 1 to hundreds of tokens, and a back end whose powers are off by a rounding."""
-    setting = ToMeSD((24, 24), (24, 24), 2, 2, 400)
+    setting = ToMeSD((24, 24), Cells(1, 24, 24, 2, 2), 400)
     x = kinds((24, 24), channels=8).half() * torch.linspace(1, 2, 576)[:, None].half()
     parts = pattern(setting, x)
     exact, power, used = setting.merge(x, parts), torch.pow, []
@@ -310,12 +311,12 @@ def place(grid: tuple[int, ...], **fields: Any) -> Place:
 
 def test_configuration_gives_settings() -> None:
     config = ToMeSDConfig()
-    assert config.setting(place((7, 9))) == ToMeSD((7, 9), (7, 9), 2, 2, 31)
-    assert config.setting(place((7, 9))).text() == "2x2 cells"
+    assert config.setting(place((7, 9))) == ToMeSD((7, 9), Cells(1, 7, 9, 2, 2), 31)
+    assert config.setting(place((7, 9))).describe() == "2x2 cells"
     video = ToMeSDConfig(ratio=0.25, sy=3, sx=1, random=True, seed=5)
     setting = video.setting(place((4, 6, 8)))
-    assert setting == ToMeSD((4, 6, 8), (6, 8), 3, 1, 48, True, 5)
-    assert setting.text() == "3x1 cells, random"
+    assert setting == ToMeSD((4, 6, 8), Cells(4, 6, 8, 3, 1, True, 5), 48)
+    assert setting.describe() == "3x1 cells, random"
     two = config.setting(place((16, 8), unit=(8, 8)))
     assert (two.cells.pictures, two.cells.height) == (2, 8)
     assert (two.feature, two.linear, two.dynamic) == ("stream", True, False)
@@ -324,7 +325,7 @@ def test_configuration_gives_settings() -> None:
 def test_a_ratio_merges_sources_at_most() -> None:
     setting = ToMeSDConfig(ratio=0.9).setting(place((8, 8)))
     assert isinstance(setting, ToMeSD)
-    assert (setting.r, setting.merged) == (48, 16)
+    assert (setting.r, setting.merged_count) == (48, 16)
 
 
 @pytest.mark.parametrize(
@@ -349,7 +350,7 @@ def test_coarser_grids_on_request() -> None:
 
 
 def test_off_and_overrides() -> None:
-    assert ToMeSDConfig(ratio=0).off
+    assert ToMeSDConfig(ratio=0).is_off
     config = ToMeSDConfig(ratio=0, overrides={"down.*": {"ratio": 0.5, "sx": 4}})
     assert config.merges
     assert (config.at("down.0").ratio, config.at("down.0").sx) == (0.5, 4)
@@ -372,11 +373,11 @@ def test_values_out_of_range(field: str, value: Any) -> None:
 # -- tracing and export ---------------------------------------------------------------------------
 
 STATIC = [
-    ToMeSD((6, 8), (6, 8), 2, 2, 20),
-    ToMeSD((6, 8), (6, 8), 2, 2, 36),
-    ToMeSD((2, 5, 7), (5, 7), 2, 3, 30, True, 1),
-    ToFu((7, 6), (7, 6), 2, 2, 20),
-    ToFu((6, 8), (6, 8), 2, 2, 20, prune=True),
+    ToMeSD((6, 8), Cells(1, 6, 8, 2, 2), 20),
+    ToMeSD((6, 8), Cells(1, 6, 8, 2, 2), 36),
+    ToMeSD((2, 5, 7), Cells(2, 5, 7, 2, 3, True, 1), 30),
+    ToFu((7, 6), Cells(1, 7, 6, 2, 2), 20),
+    ToFu((6, 8), Cells(1, 6, 8, 2, 2), 20, prune=True),
 ]
 
 
@@ -392,7 +393,7 @@ class RoundTrip(torch.nn.Module):
         merged = self.setting.merge(y, parts)
         return (
             *parts.values(),
-            self.setting.kept(parts),
+            self.setting.positions(parts),
             merged,
             self.setting.unmerge(merged, parts),
         )

@@ -223,7 +223,7 @@ def test_tomesd_on_flux(flux: nn.Module, monkeypatch: pytest.MonkeyPatch, scope:
     s = reference.Settings((0, 0), 0, scope=scope, share="block")
     calls = generation(denoisers.flux_inputs, *grid, steps=2)
     check(optimized, lambda call: reference.reference_flux(flux, grid, s, call), flux, calls)
-    assert {g.setting.merged for g in optimized.specializations[0].plan.groups} == {44}
+    assert {g.setting.merged_count for g in optimized.specializations[0].plan.groups} == {44}
 
 
 # -- CA-ToMe: the package ca-tome -----------------------------------------------------------------
@@ -303,7 +303,7 @@ def test_ca_tome_calibrated_on_one_call_equals_the_package(unet: nn.Module) -> N
     patched = published.at_step(published.ca_tome(unet, [0], r=0.85, max_downsample=4), 0)
     eager = published.by_place(patched)
     check(optimized, eager, unet, [call])
-    merged = {g.setting.merged for g in optimized.specializations[0].plan.groups}
+    merged = {g.setting.merged_count for g in optimized.specializations[0].plan.groups}
     assert len(merged) > 4, "blocks have their own ratios"
     # on another call the threshold leads elsewhere: the calibrated form is not the dynamic one
     assert denoisers.relative(optimized(**other)[0], eager(other)) > 100 * TOLERANCE
@@ -423,7 +423,7 @@ def test_retom_on_sdxl(
         groups = [published.window_groups(row, grid, side, ratio) for row in x]
         return published.pair(groups, published.mean if merge == "mean" else published.taken)
 
-    optimized = toma_fx.optimize(unet, method="retom", window=window, ratio=ratio, merge=merge)
+    optimized = toma_fx.optimize(unet, method="retom", window=window, ratio=ratio, reduction=merge)
     eager = published.merging_attn1(unet, make)
     calls = generation(denoisers.sdxl_inputs, *size, steps=2)
     check(optimized, outputs(eager), unet, calls)

@@ -100,7 +100,7 @@ def test_options_select_what_merges() -> None:
     assert paths
     assert all(p.startswith("mid_block.") for p in paths)
     plan = plan_of(overrides={"mid_block.*": {"ratio": 0.25}})
-    merged = {s.modules[0].split(".")[0]: s.setting.merged for s in plan.segments[1:4]}
+    merged = {s.modules[0].split(".")[0]: s.setting.merged_count for s in plan.segments[1:4]}
     assert merged == {"down_blocks": 32, "mid_block": 48, "up_blocks": 32}
     for share, groups in (("stream", 7), ("block", 11), ("branch", 33)):
         assert len(plan_of(scope="sublayer", share=share).groups) == groups

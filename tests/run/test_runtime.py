@@ -267,7 +267,7 @@ def test_stands_in_for_the_model() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"unmerge": "pinv", "scale": 20.0},
+        {"inverse": "pinv", "scale": 20.0},
         {"window": "stripe", "tile": 2},
         {"window": "global"},
         {"toma": "paper-flux", "tiles": 16},

@@ -1,12 +1,8 @@
-"""What a merging method is: a configuration that users write, and a setting for each token grid.
+"""What users write: the options of a merging method, and how they become a setting.
 
     MethodConfig --setting(place)--> Setting     options and a token grid become tensor functions
-    Setting:  x [B, N, C] --select, weights--> pattern       who merges into whom, named tensors
-              x --merge--> y [B, M, C] --...--> --unmerge--> x' [B, N, C]
 
-Both are frozen values. A setting's functions take and give tensors of static shapes and hold no
-state: the rewrite traces them and splices them into the denoiser's graph, so that any method
-compiles and exports as the rest of the graph does. docs/methods.md shows how to write one.
+docs/methods.md shows how to write a method.
 """
 
 from __future__ import annotations
@@ -16,22 +12,26 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, get_args
 
 from toma_fx.errors import ConfigError, DynamicError, TileError, UnknownNameError, nearest
-from toma_fx.methods.checks import check_choice, is_number, whole_sides
+from toma_fx.methods.checks import check_choice, is_count, is_number, is_size
 from toma_fx.methods.setting import Place, Setting
 
 Scope = Literal["sublayer", "block", "stack"]
+"""Residual adds that a merged segment spans: one, those of a block, or those of the whole stack."""
 
 
 Share = Literal["stream", "block", "branch"]
+"""Branches that have one pattern: all of a residual stream, those of a block, or one."""
 
 
 Renewal = Literal["refresh", "reweigh", "reuse"]
+"""What a step does with the pattern: select and weigh, weigh for the same destinations, or keep."""
 
 
 BRANCHES = ("attention", "cross", "mlp")
+"""Kinds of branches of a residual stream."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +40,8 @@ class MethodConfig(ABC):
 
     Attributes:
         scope: residual adds a merged segment spans: one "sublayer", one "block", the whole "stack".
-        share: branches that share one pattern: all of a residual "stream", of a "block", or none
-            ("branch").
+        share: branches that have one pattern: all of a residual "stream", those of a "block", or
+            each its own ("branch").
         branches: what to merge: "attention" (self and joint), "cross" (cross-attention), "mlp".
         destinations_every: steps between selections of destinations.
         select_at: steps (from 0, the first that merges) that select destinations, instead of
@@ -53,14 +53,14 @@ class MethodConfig(ABC):
         exclude: module path patterns to leave alone.
         overrides: {module path pattern: {field: value}} for the fields in `overridable`; of several
             patterns that match, the later wins.
-        grid: token grid (H, W) or (T, H, W) of a packed input that nothing else tells: neither
-            position ids nor sizes among the arguments.
+        grid: token grid (H, W) or (T, H, W) of a packed input, where neither position ids nor sizes
+            among the arguments tell it.
 
     Class attributes:
         name: of the method in reports, plans and messages; methods of this package are also asked
             for by it.
         overridable: fields that `overrides` may set.
-        patterned: whether there is a pattern at all; if not, nothing is ever selected.
+        patterned: whether there is a pattern; if not, nothing is ever selected.
         keys_only: whether only keys and values of self-attention merge; nothing is unmerged then.
 
     Raises:
@@ -95,7 +95,7 @@ class MethodConfig(ABC):
             if isinstance(getattr(self, field.name), list):
                 object.__setattr__(self, field.name, tuple(getattr(self, field.name)))
         self.check()
-        object.__setattr__(self, "overrides", self._frozen_overrides())
+        object.__setattr__(self, "overrides", self._freeze_overrides())
 
     def check(self) -> None:
         """Check every field; a method with fields of its own extends it.
@@ -103,24 +103,23 @@ class MethodConfig(ABC):
         Raises:
             ConfigError: a value outside its domain.
         """
-        self.choice("scope", ("sublayer", "block", "stack"))
-        self.choice("share", ("stream", "block", "branch"))
+        self.check_choice("scope", get_args(Scope))
+        self.check_choice("share", get_args(Share))
         for branch in self.branches:
             check_choice("branches", branch, BRANCHES)
         self.require(bool(self.branches), "branches", f"some of {BRANCHES}")
-        self.count("destinations_every", "min_tokens")
-        self.count("first_step", least=0)
+        self.check_count("destinations_every", "min_tokens")
+        self.check_count("first_step", least=0)
         if self.last_step is not None:
-            self.count("last_step", least=0)
+            self.check_count("last_step", least=0)
             first = f"at least first_step ({self.first_step})"
             self.require(self.last_step >= self.first_step, "last_step", first)
         steps = self.select_at
         if steps is not None:
-            whole = isinstance(steps, tuple) and all(type(s) is int and s >= 0 for s in steps)
-            self.require(whole, "select_at", "whole numbers of at least 0")
-        sides = isinstance(self.grid, tuple) and len(self.grid) in (2, 3)
+            valid = isinstance(steps, tuple) and all(is_count(step, 0) for step in steps)
+            self.require(valid, "select_at", "whole numbers of at least 0")
         self.require(
-            self.grid is None or (sides and whole_sides(self.grid)),
+            self.grid is None or is_size(self.grid),
             "grid",
             "(height, width) or (frames, height, width), whole numbers of at least 1",
             TileError,
@@ -131,17 +130,17 @@ class MethodConfig(ABC):
         """The method at a place, or the reason why it leaves the place alone."""
 
     @property
-    def off(self) -> bool:
+    def is_off(self) -> bool:
         """Whether these fields, without their overrides, merge nothing anywhere."""
         return False
 
     @property
     def static_form(self) -> str:
-        """ "" if the method's shapes are static; else how to get a form whose shapes are."""
+        """How to get a form of the method whose shapes are static; "" if this one's are."""
         return ""
 
     def check_static(self, purpose: str) -> None:
-        """Raise unless programs of static shapes can be made.
+        """Raise unless the method's shapes are static, as `purpose` needs.
 
         Raises:
             DynamicError: the number of merged tokens depends on the data; names the static form.
@@ -171,7 +170,7 @@ class MethodConfig(ABC):
                 fields.update(values)
         return dataclasses.replace(self, overrides=(), **fields) if fields else self
 
-    def selects(self, path: str) -> bool:
+    def admits(self, path: str) -> bool:
         """Whether `include` and `exclude` admit the module `path`."""
         included = not self.include or any(fnmatchcase(path, p) for p in self.include)
         return included and not any(fnmatchcase(path, p) for p in self.exclude)
@@ -179,7 +178,7 @@ class MethodConfig(ABC):
     def merges_attention(self, path: str) -> bool:
         """Whether attention at the module `path` may merge."""
         attention = not {"attention", "cross"}.isdisjoint(self.branches)
-        return attention and self.selects(path) and not self.at(path).off
+        return attention and self.admits(path) and not self.at(path).is_off
 
     @property
     def merges(self) -> bool:
@@ -188,15 +187,15 @@ class MethodConfig(ABC):
             dataclasses.replace(self, overrides=(), **dict(values))
             for _, values in self._overrides()
         )
-        return not self.off or any(not variant.off for variant in variants)
+        return not self.is_off or any(not variant.is_off for variant in variants)
 
     def path_patterns(self) -> tuple[str, ...]:
         """Every module path pattern that the configuration mentions."""
         return (*self.include, *self.exclude, *(pattern for pattern, _ in self._overrides()))
 
     def _overrides(self) -> Iterable[tuple[str, Any]]:
-        given: Any = self.overrides
-        return given.items() if isinstance(given, Mapping) else given
+        overrides: Any = self.overrides
+        return overrides.items() if isinstance(overrides, Mapping) else overrides
 
     def to_json(self) -> dict[str, Any]:
         """The method and its fields as JSON-able values."""
@@ -207,31 +206,30 @@ class MethodConfig(ABC):
     # -- checking -------------------------------------------------------------------------------
 
     def require(
-        self, ok: bool, name: str, expected: str, error: type[ConfigError] = ConfigError
+        self, valid: bool, name: str, expected: str, error: type[ConfigError] = ConfigError
     ) -> None:
-        """Raise `error` about the field `name` unless `ok`."""
-        if not ok:
+        """Raise `error` about the field `name` unless its value is `valid`."""
+        if not valid:
             got = repr(getattr(self, name))
             raise error(f"{name} is out of range", where=name, expected=expected, got=got)
 
-    def choice(self, name: str, choices: tuple[str, ...]) -> None:
+    def check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         """Check that a field is one of `choices`."""
         check_choice(name, getattr(self, name), choices)
 
-    def count(self, *names: str, least: int = 1) -> None:
+    def check_count(self, *names: str, least: int = 1) -> None:
         """Check that fields are whole numbers of at least `least`."""
         for name in names:
-            value = getattr(self, name)
-            ok = type(value) is int and value >= least
-            self.require(ok, name, f"a whole number of at least {least}")
+            valid = is_count(getattr(self, name), least)
+            self.require(valid, name, f"a whole number of at least {least}")
 
     def check_ratio(self, name: str = "ratio") -> None:
         """Check a share of tokens."""
         value = getattr(self, name)
-        ok = is_number(value) and 0 <= value < 1
-        self.require(ok, name, "a number in [0, 1), the share of tokens merged away")
+        valid = is_number(value) and 0 <= value < 1
+        self.require(valid, name, "a number in [0, 1), the share of tokens merged away")
 
-    def _frozen_overrides(self) -> tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]:
+    def _freeze_overrides(self) -> tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]:
         """Overrides as nested tuples, each validated by building the configuration it leads to."""
         frozen = []
         for pattern, values in self._overrides():

@@ -7,7 +7,7 @@ A better selection has to beat these at the same windows, weights and number of 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -102,11 +102,11 @@ class RandomConfig(ToMAConfig):
     def check(self) -> None:
         """Check every field."""
         super().check()
-        self.count("seed", least=0)
+        self.check_count("seed", least=0)
 
-    def at_grid(self, grid: Size, tile: Size, keep: int) -> Random:
-        """The setting for windows of `tile`."""
-        return Random(grid, tile, keep, float(self.scale), self.unmerge, seed=self.seed)
+    def make_setting(self, **fields: Any) -> Random:
+        """The setting of ToMA's fields and the seed."""
+        return Random(**fields, seed=self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +119,6 @@ class GridConfig(ToMAConfig):
 
     name: ClassVar[str] = "grid"
 
-    def at_grid(self, grid: Size, tile: Size, keep: int) -> Grid:
-        """The setting for windows of `tile`."""
-        return Grid(grid, tile, keep, float(self.scale), self.unmerge)
+    def make_setting(self, **fields: Any) -> Grid:
+        """The setting of ToMA's fields."""
+        return Grid(**fields)

@@ -1,10 +1,10 @@
 """CA-ToMe: cached adaptive token merging (Saghatchian et al., arXiv 2501.00946).
 
 ToMeSD with two changes. How many tokens merge follows from the data: those whose similarity to
-their destination reaches a threshold. And the matching is made only at listed steps (checkpoints),
-and kept in between. A graph of static shapes can't follow the first, so there are two forms:
-*dynamic* obeys the threshold in an eager graph, *calibrated* merges a fixed share at each block,
-found beforehand, and compiles and exports as any other method.
+their destination reaches a threshold. And tokens are matched only at listed steps (checkpoints),
+and the pattern is kept in between. A graph of static shapes can't follow the first, so there are
+two forms: *dynamic* obeys the threshold in an eager graph, *calibrated* merges a fixed share at
+each block, found beforehand, and compiles and exports as any other method.
 """
 
 from __future__ import annotations
@@ -61,20 +61,20 @@ class CAToMe(ToMeSD):
 
     dynamic: ClassVar[bool] = True
 
-    def text(self) -> str:
+    def describe(self) -> str:
         """The cell and the threshold."""
-        return f"{super().text()}, similarity {self.threshold:g}"
+        return f"{super().describe()}, similarity {self.threshold:g}"
 
-    def count(self, pattern: Pattern) -> int:
+    def count_merged(self, pattern: Pattern) -> int:
         """M of a pattern."""
         return pattern["places"].shape[1]
 
     def select(self, x: Tensor) -> tuple[Tensor, ...]:
         """`places` [B, M] and `joins` [B, N] int64; M depends on the data."""
-        best, match = self.matches(x)
-        return self.arranged(best, match, self._counted(best))
+        best, match = self.match(x)
+        return self.arrange(best, match, self._count_similar(best))
 
-    def _counted(self, best: Tensor) -> int:
+    def _count_similar(self, best: Tensor) -> int:
         """How many sources of each batch element merge."""
         if self.threshold >= 1 or isinstance(best, FakeTensor):
             return 0
@@ -122,7 +122,7 @@ class CAToMeConfig(CellConfig):
         self.require(similarity, "threshold", "a number in [-1, 1], a cosine similarity")
         if self.checkpoints is not None:
             check_choice("checkpoints", self.checkpoints, tuple(CHECKPOINTS))
-        self.count("steps")
+        self.check_count("steps")
         pairs = isinstance(self.ratios, tuple) and all(_is_ratio(pair) for pair in self.ratios)
         self.require(pairs, "ratios", "{module path: share of tokens merged away, in [0, 1)}")
 
@@ -132,7 +132,7 @@ class CAToMeConfig(CellConfig):
         return "calibrated" if self.ratios else "dynamic"
 
     @property
-    def off(self) -> bool:
+    def is_off(self) -> bool:
         """Whether no similarity reaches the threshold, or every ratio is 0."""
         if self.form == "calibrated":
             return not any(self._ratios().values())
@@ -166,22 +166,21 @@ class CAToMeConfig(CellConfig):
 
     def setting(self, place: Place) -> ToMeSD | str:
         """The cells of a grid, with the threshold, or with the ratio that was calibrated."""
-        if self.form == "dynamic" and self.off:
+        if self.form == "dynamic" and self.is_off:
             return f"no similarity reaches a threshold of {self.threshold:g}"
         if why := self.refusal(place):
             return why
-        unit, cell = place.unit[-2:], (self.sy, self.sx)
+        cells = self.cells(place)
         if self.form == "dynamic":
-            drawn = (self.random, self.seed)
-            return CAToMe(place.grid, unit, *cell, 0, *drawn, threshold=float(self.threshold))
+            return CAToMe(place.grid, cells, threshold=float(self.threshold))
         ratios = self._ratios()
         if place.group not in ratios:
             return f"no ratio was calibrated for {place.group!r}"
         ratio = ratios[place.group]
-        r = min(round(math.prod(place.grid) * ratio), self.sources(place))
+        r = min(round(math.prod(place.grid) * ratio), cells.pictures * cells.sources)
         if r == 0:
             return f"ratio {ratio:g} merges no token of a {size_text(place.grid)} grid"
-        return ToMeSD(place.grid, unit, *cell, r, self.random, self.seed)
+        return ToMeSD(place.grid, cells, r)
 
     def _ratios(self) -> dict[str, float]:
         return dict(self.ratios)
@@ -200,5 +199,5 @@ def _pairs(ratios: Any) -> Any:
 
 def _is_ratio(pair: Any) -> bool:
     """Whether a value is (module path, share of tokens)."""
-    whole = isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)
-    return whole and is_number(pair[1]) and 0 <= pair[1] < 1
+    named = isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)
+    return named and is_number(pair[1]) and 0 <= pair[1] < 1

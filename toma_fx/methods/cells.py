@@ -1,4 +1,10 @@
-"""Cells: one destination in every small rectangle of the grid."""
+"""Cells: one destination in every small rectangle of the grid.
+
++---+---+   one token of every sy x sx cell is a destination (D), the others are sources (s);
+| D   s |   a picture, or a frame of a video, is cut by itself
+| s   s |
++---+---+
+"""
 
 from __future__ import annotations
 
@@ -11,7 +17,7 @@ from torch import Tensor
 from toma_fx.methods.base import MethodConfig
 from toma_fx.methods.hashing import hashed
 from toma_fx.methods.setting import Place
-from toma_fx.methods.windows import Size, size_text
+from toma_fx.methods.windows import size_text
 
 
 @dataclass(frozen=True)
@@ -23,10 +29,11 @@ class Cells:
     `torch.arange`: a traced graph holds no constant.
 
     Attributes:
-        pictures: how many pictures, or frames, follow each other.
+        pictures: how many pictures, or frames, follow each other in the grid.
         height, width: of each, in tokens.
         sy, sx: rows and columns of a cell.
-        random, seed: as in `ToMeSD`.
+        random: whether the destination of a cell is any of its tokens, instead of the top left.
+        seed: which draw; a draw holds for all steps and batch elements.
     """
 
     pictures: int
@@ -66,60 +73,54 @@ class Cells:
         """Raster index inside its picture of each token in turn: [pictures, n] int64."""
         cell = torch.arange(self.destinations, device=device)
         corner = cell // self.columns * (self.sy * self.width) + cell % self.columns * self.sx
-        own = self._own(device)
-        other = torch.arange(self.sy * self.sx - 1, device=device)
-        other = other + (other >= own.unsqueeze(-1)).to(torch.int64)
-        inside = (corner.unsqueeze(-1) + self._inside(other)).flatten(1)
-        return torch.cat([inside, *self._outside(device), corner + self._inside(own)], 1)
+        destination = self._destination_slots(device)
+        source = torch.arange(self.sy * self.sx - 1, device=device)
+        source = source + (source >= destination.unsqueeze(-1)).to(torch.int64)
+        sources = (corner.unsqueeze(-1) + self._raster_offset(source)).flatten(1)
+        destinations = corner + self._raster_offset(destination)
+        return torch.cat([sources, *self._margins(device), destinations], 1)
 
-    def position(self, device: torch.device) -> Tensor:
-        """The inverse of `order`: the turn of each token, [pictures, n] int64."""
+    def inverse_order(self, device: torch.device) -> Tensor:
+        """Where each token of a picture is in `order`: [pictures, n] int64."""
         token = torch.arange(self.tokens, device=device)
         row, column = token // self.width, token % self.width
         cell = (row // self.sy).clamp(max=self.rows - 1) * self.columns
         cell = cell + (column // self.sx).clamp(max=self.columns - 1)
         offset = row % self.sy * self.sx + column % self.sx
-        own = torch.take_along_dim(self._own(device), cell.unsqueeze(0), 1)
-        others = self.sy * self.sx - 1
-        turn = cell * others + offset - (offset > own).to(torch.int64)
-        turn = torch.where(offset == own, self.sources + cell, turn)
+        destination = torch.take_along_dim(self._destination_slots(device), cell.unsqueeze(0), 1)
+        sources = self.sy * self.sx - 1
+        place = cell * sources + offset - (offset > destination).to(torch.int64)
+        place = torch.where(offset == destination, self.sources + cell, place)
         high, wide = self.rows * self.sy, self.columns * self.sx
-        margin, before = self.width - wide, self.destinations * others
+        margin, before = self.width - wide, self.destinations * sources
         if margin:
-            turn = torch.where(column >= wide, before + row * margin + column - wide, turn)
+            place = torch.where(column >= wide, before + row * margin + column - wide, place)
         if self.height > high:
-            turn = torch.where(row >= high, before + token - high * wide, turn)
-        return turn
+            place = torch.where(row >= high, before + token - high * wide, place)
+        return place
 
-    def _own(self, device: torch.device) -> Tensor:
-        """Which of its cell's tokens the destination is: [pictures, cells]."""
+    def _destination_slots(self, device: torch.device) -> Tensor:
+        """Which of its cell's tokens, in raster order, the destination is: [pictures, cells]."""
         shape = (self.pictures, self.destinations)
         if not self.random:
             return torch.zeros(shape, dtype=torch.int64, device=device)
         cell = torch.arange(math.prod(shape), device=device).view(shape)
         return hashed(cell, self.seed) % (self.sy * self.sx)
 
-    def _inside(self, offset: Tensor) -> Tensor:
-        """Raster distance from a cell's corner of its token number `offset`."""
-        return offset // self.sx * self.width + offset % self.sx
+    def _raster_offset(self, slot: Tensor) -> Tensor:
+        """Raster distance of a token of a cell, by its number in the cell, from the corner."""
+        return slot // self.sx * self.width + slot % self.sx
 
-    def _outside(self, device: torch.device) -> list[Tensor]:
+    def _margins(self, device: torch.device) -> list[Tensor]:
         """Raster index of the tokens right of the last cell, and of those below: [pictures, .]."""
         high, wide = self.rows * self.sy, self.columns * self.sx
-        margin, found = self.width - wide, []
+        margin, indices = self.width - wide, []
         if margin:
             token = torch.arange(high * margin, device=device)
-            found.append(token // margin * self.width + wide + token % margin)
+            indices.append(token // margin * self.width + wide + token % margin)
         if self.height > high:
-            found.append(torch.arange(high * self.width, self.tokens, device=device))
-        return [index.expand(self.pictures, -1) for index in found]
-
-
-def cells(grid: Size, unit: Size, sy: int, sx: int, random: bool = False, seed: int = 0) -> Cells:
-    """The cells of a grid that is made of pictures of size `unit`."""
-    height, width = unit[-2:]
-    pictures = math.prod(grid) // (height * width)
-    return Cells(pictures, height, width, sy, sx, random, seed)
+            indices.append(torch.arange(high * self.width, self.tokens, device=device))
+        return [index.expand(self.pictures, -1) for index in indices]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,9 +130,7 @@ class CellConfig(MethodConfig):
     Attributes:
         sx, sy: columns and rows of a cell. Columns and rows of a grid that don't fill a cell are
             all sources.
-        random: whether the destination of a cell is any of its tokens, drawn once for all steps,
-            instead of the top left one.
-        seed: which draw.
+        random, seed: as in `Cells`.
         max_downsample: how many times coarser than the model's finest attention a grid may be. 1
             merges at the finest only, whatever that is. (The published package counts from the
             latent instead, so that its 1 merges nothing on SDXL, whose finest attention is at half
@@ -149,8 +148,8 @@ class CellConfig(MethodConfig):
     def check(self) -> None:
         """Check every field."""
         super().check()
-        self.count("sx", "sy", "max_downsample")
-        self.count("seed", least=0)
+        self.check_count("sx", "sy", "max_downsample")
+        self.check_count("seed", least=0)
         self.require(isinstance(self.random, bool), "random", "True or False")
 
     def refusal(self, place: Place) -> str:
@@ -160,13 +159,14 @@ class CellConfig(MethodConfig):
                 f"{place.downsample} times coarser than the finest grid, "
                 f"max_downsample is {self.max_downsample}"
             )
-        cut = cells(place.grid, place.unit, self.sy, self.sx)
-        if not cut.destinations:
-            picture = size_text((cut.height, cut.width))
+        cells = self.cells(place)
+        if not cells.destinations:
+            picture = size_text((cells.height, cells.width))
             return f"a {size_text((self.sy, self.sx))} cell is larger than the {picture} grid"
         return ""
 
-    def sources(self, place: Place) -> int:
-        """Sources of the whole grid at a place."""
-        cut = cells(place.grid, place.unit, self.sy, self.sx)
-        return cut.pictures * cut.sources
+    def cells(self, place: Place) -> Cells:
+        """The cells of the grid at a place."""
+        height, width = place.unit[-2:]
+        pictures = math.prod(place.grid) // (height * width)
+        return Cells(pictures, height, width, self.sy, self.sx, self.random, self.seed)

@@ -8,7 +8,7 @@ from toma_fx.errors import UnknownNameError, nearest
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Raise unless `value` is one of `choices`.
+    """Raise unless the option `name` has one of its `choices`.
 
     Raises:
         UnknownNameError: with the nearest choices.
@@ -28,6 +28,11 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def whole_sides(sides: Any) -> bool:
-    """Whether every side is a whole number of at least 1."""
-    return all(type(side) is int and side >= 1 for side in sides)
+def is_count(value: Any, least: int = 1) -> bool:
+    """Whether a value is an int, no bool, of at least `least`."""
+    return type(value) is int and value >= least
+
+
+def is_size(value: Any) -> bool:
+    """Whether a value is (height, width) or (frames, height, width) of at least 1 each."""
+    return isinstance(value, tuple) and len(value) in (2, 3) and all(map(is_count, value))

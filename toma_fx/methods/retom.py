@@ -16,16 +16,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from toma_fx.methods.base import MethodConfig
-from toma_fx.methods.checks import whole_sides
+from toma_fx.methods.checks import is_count
+from toma_fx.methods.ranking import count_true, similarity_keys
 from toma_fx.methods.setting import Pattern, Place, Setting
-from toma_fx.methods.tomesd import STEPS
 from toma_fx.methods.windows import (
     Size,
     cast,
@@ -38,7 +38,7 @@ from toma_fx.methods.windows import (
     window_count,
 )
 
-How = Literal["representative", "mean"]
+Reduction = Literal["representative", "mean"]
 
 
 TIE = 2.0**-14
@@ -53,12 +53,12 @@ class ReToM(Setting):
 
     Attributes:
         window: as many sides as the grid has, dividing it.
-        how: whether a merged token is its "representative" or the "mean" of the tokens it stands
-            for. The representative then only says where the merged token lies.
+        reduction: whether a merged token is the "representative" of the tokens it stands for or
+            their "mean". The representative then only says where the merged token lies.
     """
 
     window: Size
-    how: How = "representative"
+    reduction: Reduction = "representative"
 
     chosen: ClassVar[tuple[str, ...]] = ("places",)
     feature: ClassVar[Literal["entry", "stream"]] = "stream"
@@ -69,21 +69,21 @@ class ReToM(Setting):
         return window_count(self.grid, self.window)[0]
 
     @property
-    def merged(self) -> int:
+    def merged_count(self) -> int:
         """One token a window."""
         return self.windows
 
-    def text(self) -> str:
+    def describe(self) -> str:
         """The window, and what becomes of it."""
-        return f"{self.how} of {size_text(self.window)}"
+        return f"{self.reduction} of {size_text(self.window)}"
 
     def select(self, x: Tensor) -> tuple[Tensor, ...]:
         """`places`: the representatives as tokens of the grid, [B, T] int64."""
-        return (self._tokens(_representatives(self._directions(x))),)
+        return (self._token_indices(_representatives(self._unit_vectors(x))),)
 
     def merge(self, x: Tensor, pattern: Pattern) -> Tensor:
         """Tokens [B, N, C] -> one a window [B, T, C]."""
-        if self.how == "mean":
+        if self.reduction == "mean":
             return to_windows(x, self.grid, self.window).mean(2)
         return take(x, pattern["places"])
 
@@ -93,16 +93,16 @@ class ReToM(Setting):
         copies = y.unsqueeze(2).expand(y.shape[0], windows, tokens, y.shape[2])
         return from_windows(copies, self.grid, self.window)
 
-    def kept(self, pattern: Pattern) -> Tensor:
+    def positions(self, pattern: Pattern) -> Tensor:
         """`places`."""
         return pattern["places"]
 
-    def _directions(self, x: Tensor) -> Tensor:
+    def _unit_vectors(self, x: Tensor) -> Tensor:
         """Tokens as unit vectors in float32, by window: [B, T, n, C]."""
         return F.normalize(to_windows(x, self.grid, self.window).float(), dim=-1)
 
-    def _tokens(self, local: Tensor) -> Tensor:
-        """One place in every window as tokens of the grid, [B, T] -> [B, T]."""
+    def _token_indices(self, local: Tensor) -> Tensor:
+        """One token of every window, from its index in the window to that in the grid: [B, T]."""
         return token_index(local.unsqueeze(-1), self.grid, self.window)
 
 
@@ -124,18 +124,18 @@ class PartialReToM(ReToM):
     chosen: ClassVar[tuple[str, ...]] = ("places", "joins")
 
     @property
-    def merged(self) -> int:
+    def merged_count(self) -> int:
         """All tokens but r."""
         return math.prod(self.grid) - self.r
 
     @property
     def staying(self) -> int:
         """Tokens that neither merge nor represent."""
-        return self.merged - self.windows
+        return self.merged_count - self.windows
 
-    def text(self) -> str:
+    def describe(self) -> str:
         """The window, what becomes of it, and how many tokens merge."""
-        return f"{super().text()}, {self.r} merge"
+        return f"{super().describe()}, {self.r} merge"
 
     def select(self, x: Tensor) -> tuple[Tensor, ...]:
         """Who stays, who represents, and which merged token each token becomes.
@@ -144,16 +144,16 @@ class PartialReToM(ReToM):
             `places`, the token of the grid that each merged token stands for, [B, N - r], and
             `joins`, the merged token that each token of the grid belongs to, [B, N]. Both int64.
         """
-        unit = self._directions(x)
+        unit = self._unit_vectors(x)
         local = _representatives(unit)
-        staying, rank = self._ranked(self._keys(unit, local))
+        staying, rank = self._rank(self._keys(unit, local))
         joins = torch.where(rank < self.staying, rank, self.staying + self._window(x.device))
-        return torch.cat([staying, self._tokens(local)], 1), joins
+        return torch.cat([staying, self._token_indices(local)], 1), joins
 
     def merge(self, x: Tensor, pattern: Pattern) -> Tensor:
         """Tokens [B, N, C] -> [B, N - r, C]: those that stay, then one a window."""
         places = pattern["places"]
-        if self.how == "representative":
+        if self.reduction == "representative":
             return take(x, places)
         joined = (pattern["joins"] >= self.staying).float().unsqueeze(-1)
         share = to_windows(joined, self.grid, self.window)
@@ -165,7 +165,7 @@ class PartialReToM(ReToM):
         """Each token gets the merged token that it joined: [B, N - r, C] -> [B, N, C]."""
         return take(y, pattern["joins"])
 
-    def _ranked(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+    def _rank(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens by rising key, keys [B, N] int64 being unique.
 
         Returns:
@@ -174,8 +174,7 @@ class PartialReToM(ReToM):
         """
         # not two sorts: TensorRT sorts no more than 3,840 numbers, and a 64x64 grid has 4,096
         least, order = keys.topk(self.staying, largest=False)
-        below = least.unsqueeze(1) < keys.unsqueeze(-1)
-        return order, below.sum(-1, dtype=torch.int32).to(torch.int64)
+        return order, count_true(least.unsqueeze(1) < keys.unsqueeze(-1))
 
     def _keys(self, unit: Tensor, local: Tensor) -> Tensor:
         """Unique numbers that rank tokens by similarity to their representative, [B, N] int64.
@@ -183,12 +182,12 @@ class PartialReToM(ReToM):
         Representatives rank above all others.
         """
         closest = torch.take_along_dim(unit, local[..., None, None], dim=2)
-        level = torch.round((unit * closest).sum(-1) * STEPS).long()
         represents = torch.arange(unit.shape[2], device=unit.device) == local.unsqueeze(-1)
-        level = level.masked_fill(represents, 2 * STEPS).unsqueeze(-1)
-        level = from_windows(level, self.grid, self.window).squeeze(-1)
-        total = level.shape[1]
-        return level * total + (total - 1 - torch.arange(total, device=level.device))
+        similarity = (unit * closest).sum(-1).masked_fill(represents, 2.0).unsqueeze(-1)
+        similarity = from_windows(similarity, self.grid, self.window).squeeze(-1)
+        total = similarity.shape[1]
+        index = torch.arange(total, device=similarity.device)
+        return similarity_keys(similarity, index, total)
 
     def _window(self, device: torch.device) -> Tensor:
         """The window of each token of the grid, [1, N] int64."""
@@ -222,7 +221,7 @@ class ReToMConfig(MethodConfig):
             alone. Where it does not divide the grid, the nearest window that does is taken.
         ratio: share of all tokens that merges away, in [0, 1): those most similar to their
             representative. None merges every window whole, and so does a ratio beyond that.
-        merge: whether a merged token is the "representative" itself or the "mean" of all tokens
+        reduction: whether a merged token is the "representative" itself or the "mean" of all tokens
             that it stands for.
 
     The other fields are those of `MethodConfig`.
@@ -230,17 +229,17 @@ class ReToMConfig(MethodConfig):
 
     window: int | tuple[int, ...] = 2
     ratio: float | None = None
-    merge: How = "representative"
+    reduction: Reduction = "representative"
 
     name: ClassVar[str] = "retom"
-    overridable: ClassVar[tuple[str, ...]] = ("window", "ratio", "merge", "min_tokens")
+    overridable: ClassVar[tuple[str, ...]] = ("window", "ratio", "reduction", "min_tokens")
 
     def check(self) -> None:
         """Check every field."""
         super().check()
-        self.choice("merge", ("representative", "mean"))
+        self.check_choice("reduction", get_args(Reduction))
         self.require(
-            bool(self.sides) and whole_sides(self.sides),
+            bool(self.sides) and all(map(is_count, self.sides)),
             "window",
             "a whole number of at least 1, or one for every level from the finest",
         )
@@ -253,7 +252,7 @@ class ReToMConfig(MethodConfig):
         return self.window if isinstance(self.window, tuple) else (self.window,)
 
     @property
-    def off(self) -> bool:
+    def is_off(self) -> bool:
         """Whether every window is one token, or the ratio is 0."""
         return self.ratio == 0 or all(side == 1 for side in self.sides)
 
@@ -268,15 +267,11 @@ class ReToMConfig(MethodConfig):
         windows, tokens = window_count(place.grid, window)
         if tokens == 1:
             return f"no window of about {side}x{side} divides a {size_text(place.unit)} grid"
-        return self._at(place.grid, window, windows * tokens, windows)
-
-    def _at(self, grid: Size, window: Size, tokens: int, windows: int) -> ReToM | str:
-        """The setting for windows that divide the grid."""
         if self.ratio is None:
-            return ReToM(grid, window, self.merge)
-        r = int(tokens * self.ratio + 1e-9)
+            return ReToM(place.grid, window, self.reduction)
+        r = int(windows * tokens * self.ratio + 1e-9)
         if r == 0:
-            return f"ratio {self.ratio} merges no token of a {size_text(grid)} grid"
-        if r >= tokens - windows:
-            return ReToM(grid, window, self.merge)
-        return PartialReToM(grid, window, self.merge, r=r)
+            return f"ratio {self.ratio} merges no token of a {size_text(place.grid)} grid"
+        if r >= windows * (tokens - 1):
+            return ReToM(place.grid, window, self.reduction)
+        return PartialReToM(place.grid, window, self.reduction, r=r)

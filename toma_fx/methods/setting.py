@@ -1,4 +1,12 @@
-"""A method at one token grid: pure functions on tensors, and their static facts."""
+"""A method at one token grid: functions on tensors, and their static facts.
+
+    x [B, N, C] --select, weights--> pattern            who merges into whom, named tensors
+    x --merge--> y [B, M, C] --...--> --unmerge--> x' [B, N, C]
+
+A setting is a frozen value. Its functions take and return tensors of static shapes and hold no
+state: the rewrite traces them and inserts their nodes into the denoiser's graph, so that any method
+compiles and exports as the rest of the graph does.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +20,7 @@ from torch import Tensor
 from toma_fx.methods.windows import Size
 
 Pattern = Mapping[str, Tensor]
-"""Tensors of one pattern by name; the first dimension of each is the batch."""
+"""Tensors of one pattern by the names of its parts; the first dimension of each is the batch."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +55,12 @@ class Setting(ABC):
         grid: tokens (H, W) or (T, H, W), N in all.
 
     Class attributes:
-        chosen: names of what `select` gives. weighed: names of what `weights` gives.
+        chosen: names of what `select` returns. weighed: names of what `weights` returns.
         linear: whether `merge` is a linear map of the tokens.
-        feature: what `select` looks at: the segment's normalised "entry", or the residual "stream"
+        feature: what `select` sees: the segment's normalized "entry", or the residual "stream"
             where the block begins.
         dynamic: whether the number of merged tokens depends on the data. Such a setting runs
-            eagerly; `merged` is what its functions give for fake tensors.
+            eagerly; `merged_count` is what its functions return for fake tensors.
     """
 
     grid: Size
@@ -69,23 +77,23 @@ class Setting(ABC):
 
     @property
     @abstractmethod
-    def merged(self) -> int:
-        """M, the tokens after merging."""
+    def merged_count(self) -> int:
+        """M, the number of tokens after merging."""
 
-    def count(self, pattern: Pattern) -> int:
+    def count_merged(self, pattern: Pattern) -> int:
         """M for a pattern; a dynamic setting reads it off the pattern's shapes."""
-        return self.merged
+        return self.merged_count
 
     @abstractmethod
-    def text(self) -> str:
+    def describe(self) -> str:
         """How it merges, in a few words for a table."""
 
     def select(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The `chosen` parts of the pattern of tokens [B, N, C]."""
+        """The `chosen` parts of the pattern, for tokens [B, N, C]."""
         return ()
 
     def weights(self, x: Tensor, chosen: Pattern) -> tuple[Tensor, ...]:
-        """The `weighed` parts, for the chosen ones."""
+        """The `weighed` parts of the pattern, for tokens [B, N, C] and the `chosen` parts."""
         return ()
 
     @abstractmethod
@@ -97,8 +105,8 @@ class Setting(ABC):
         """Tokens [B, M, C] -> [B, N, C]."""
 
     @abstractmethod
-    def kept(self, pattern: Pattern) -> Tensor:
-        """The token of the grid that each merged token stands for: [B, M] or [1, M] int64.
+    def positions(self, pattern: Pattern) -> Tensor:
+        """The position in the grid that each merged token has: [B, M] or [1, M] int64 in [0, N).
 
-        Positional operands (rotary tables, masks) are taken at these.
+        Positional operands (rotary tables, masks) are gathered at these.
         """

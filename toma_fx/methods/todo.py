@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from toma_fx.errors import RewriteError
 from toma_fx.methods.base import MethodConfig
-from toma_fx.methods.checks import whole_sides
+from toma_fx.methods.checks import is_count
 from toma_fx.methods.setting import Pattern, Place, Setting
 from toma_fx.methods.windows import Size, size_text
 
-How = Literal["nearest", "average", "area"]
+Downsampling = Literal["nearest", "average", "area"]
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class ToDo(Setting):
         unit: what is down-sampled by itself, (h, w) or (t, h, w): the grid, or one of several
             equal images that lie below each other in it.
         factor: how many times coarser a side becomes, at most the shorter side.
-        how: "nearest", "average" or "area".
+        downsample: "nearest", "average" or "area".
     """
 
     unit: Size
     factor: int
-    how: How = "nearest"
+    downsample: Downsampling = "nearest"
 
     @property
     def plane(self) -> tuple[int, int]:
@@ -59,7 +59,7 @@ class ToDo(Setting):
     def coarse(self) -> tuple[int, int]:
         """(h, w) after."""
         height, width = self.plane
-        up = self.factor - 1 if self.how == "average" else 0
+        up = self.factor - 1 if self.downsample == "average" else 0
         return (height + up) // self.factor, (width + up) // self.factor
 
     @property
@@ -68,17 +68,17 @@ class ToDo(Setting):
         return math.prod(self.grid) // math.prod(self.plane)
 
     @property
-    def merged(self) -> int:
+    def merged_count(self) -> int:
         """Tokens after down-sampling, of all planes."""
         return self.planes * math.prod(self.coarse)
 
-    def text(self) -> str:
+    def describe(self) -> str:
         """How the sides change."""
-        return f"{self.how} {size_text(self.plane)} to {size_text(self.coarse)}"
+        return f"{self.downsample} {size_text(self.plane)} to {size_text(self.coarse)}"
 
     def merge(self, x: Tensor, pattern: Pattern) -> Tensor:
         """Down-sample every plane: [B, N, C] -> [B, M, C]."""
-        if self.how == "nearest":
+        if self.downsample == "nearest":
             return torch.index_select(x, 1, self._representatives(x.device))
         (height, width), (rows, columns) = self.plane, self.coarse
         batch, channels = x.shape[0], x.shape[-1]
@@ -104,7 +104,7 @@ class ToDo(Setting):
             hint="ask the configuration's keys_only before unmerging",
         )
 
-    def kept(self, pattern: Pattern) -> Tensor:
+    def positions(self, pattern: Pattern) -> Tensor:
         """The token taken, or the middle one of those averaged (of two, the first): [1, M]."""
         return self._representatives(None).unsqueeze(0)
 
@@ -118,13 +118,13 @@ class ToDo(Setting):
 
     def _middle(self, side: int, device: torch.device | None) -> Tensor:
         first, end = self._windows(side, device)
-        return first if self.how == "nearest" else (first + end - 1) // 2
+        return first if self.downsample == "nearest" else (first + end - 1) // 2
 
     def _windows(self, side: int, device: torch.device | None) -> tuple[Tensor, Tensor]:
         """First row of every window along a side, and the row after its last."""
         before, after = self.plane[side], self.coarse[side]
         i = torch.arange(after, device=device)
-        if self.how == "average":
+        if self.downsample == "average":
             return i * self.factor, ((i + 1) * self.factor).clamp(max=before)
         # floor and ceiling of i * before / after, without the rounding of a float
         return i * before // after, ((i + 1) * before + after - 1) // after
@@ -158,7 +158,7 @@ class ToDoConfig(MethodConfig):
     """
 
     factor: int | tuple[int, ...] = 2
-    downsample: How = "nearest"
+    downsample: Downsampling = "nearest"
 
     name: ClassVar[str] = "todo"
     overridable: ClassVar[tuple[str, ...]] = ("factor", "downsample", "min_tokens")
@@ -168,9 +168,9 @@ class ToDoConfig(MethodConfig):
     def check(self) -> None:
         """Check every field."""
         super().check()
-        self.choice("downsample", ("nearest", "average", "area"))
+        self.check_choice("downsample", get_args(Downsampling))
         self.require(
-            bool(self.factors) and whole_sides(self.factors),
+            bool(self.factors) and all(map(is_count, self.factors)),
             "factor",
             "a whole number of at least 1, or one for every level from the finest",
         )
@@ -184,7 +184,7 @@ class ToDoConfig(MethodConfig):
         return self.factor if isinstance(self.factor, tuple) else (self.factor,)
 
     @property
-    def off(self) -> bool:
+    def is_off(self) -> bool:
         """Whether every factor is 1."""
         return all(factor == 1 for factor in self.factors)
 

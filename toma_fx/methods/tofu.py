@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from toma_fx.methods.cells import Cells
 from toma_fx.methods.checks import is_number
 from toma_fx.methods.setting import Pattern, Place
 from toma_fx.methods.tomesd import ToMeSD, ToMeSDConfig
@@ -36,12 +37,12 @@ class ToFu(ToMeSD):
 
     prune: bool = False
 
-    # Not with `prune` either: a lookup at `kept` is then the same as merging.
+    # Not with `prune` either: merging is then the same as a lookup at `positions`.
     linear: ClassVar[bool] = False
 
-    def text(self) -> str:
+    def describe(self) -> str:
         """The cell, and what happens in it."""
-        return f"{super().text()}, {'pruned' if self.prune else 'norm kept'}"
+        return f"{super().describe()}, {'pruned' if self.prune else 'norm kept'}"
 
     def merge(self, x: Tensor, pattern: Pattern) -> Tensor:
         """Sources that stay, then destinations, or what their group becomes."""
@@ -49,10 +50,10 @@ class ToFu(ToMeSD):
             return take(x, pattern["places"])
         return super().merge(x, pattern)
 
-    def groups(self, x: Tensor, pattern: Pattern) -> Tensor:
+    def merge_groups(self, x: Tensor, pattern: Pattern) -> Tensor:
         """The mean of each group in the length of its longest token: [B, pictures, cells, C]."""
-        members = self.members(pattern)
-        total, number, share = self.summed(x, members)
+        members = self.membership(pattern)
+        total, number, share = self.sum_groups(x, members)
         norm = torch.linalg.vector_norm(x.float(), dim=-1)
         norm = norm.reshape(-1, members.shape[1], 1, members.shape[3])
         longest = (members * norm).amax(-1, keepdim=True)
@@ -86,8 +87,6 @@ class ToFuConfig(ToMeSDConfig):
         share = is_number(self.prune_depth) and 0 <= self.prune_depth <= 1
         self.require(share, "prune_depth", "a number in [0, 1], the share of blocks that prune")
 
-    def at_place(self, place: Place, r: int) -> ToFu:
+    def make_setting(self, place: Place, cells: Cells, r: int) -> ToFu:
         """The setting that prunes or merges `r` tokens."""
-        prune = place.depth < self.prune_depth
-        unit = place.unit[-2:]
-        return ToFu(place.grid, unit, self.sy, self.sx, r, self.random, self.seed, prune)
+        return ToFu(place.grid, cells, r, prune=place.depth < self.prune_depth)

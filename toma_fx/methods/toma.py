@@ -1,20 +1,18 @@
-"""ToMA: token merge with attention (Lu et al., ICML 2025, arXiv 2509.10918) as pure functions.
+"""ToMA: token merge with attention (Lu et al., ICML 2025, arXiv 2509.10918).
 
     x [B, N, C] --select--> idx [B, T, k]      greedy facility location inside each window
-    x, idx      --weights--> pattern           softmax over destinations, merge and unmerge matrices
+    x, idx      --weights--> merge, unmerge    softmax over destinations, as matrices
     x           --merge--> y [B, T*k, C]       y = A_norm x
     y           --unmerge--> x' [B, N, C]      x' = A^T y, or the pseudo-inverse of A_norm
 
-T windows of n tokens tile the grid, (H, W) or (frames, H, W); k are kept in each. All shapes are
-static, nothing depends on a global, and everything traces: the rewrite splices these functions
-into the denoiser's graph.
+T windows of n tokens tile the grid, (H, W) or (frames, H, W); k are kept in each.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,10 +20,10 @@ from torch.nn import functional as F
 
 import toma_fx.methods.ops  # noqa: F401 - registers the operator
 from toma_fx.errors import TileError
-from toma_fx.methods import checks, setting
 from toma_fx.methods.base import BRANCHES, MethodConfig, Renewal, Scope, Share
+from toma_fx.methods.checks import is_count, is_number, is_size
 from toma_fx.methods.facility import facility_location
-from toma_fx.methods.setting import Place, Setting
+from toma_fx.methods.setting import Pattern, Place, Setting
 from toma_fx.methods.windows import (
     Size,
     dividing_tile,
@@ -49,134 +47,7 @@ WINDOW_TOKENS = 16
 Window = Literal["tile", "stripe", "global"]
 
 
-@dataclass(frozen=True)
-class Pattern:
-    """Who merges into whom, for one batch of token sequences.
-
-    Attributes:
-        idx: destinations in greedy order, local to their window, [B, T, k] int64.
-        merge: row-normalised merge matrices, [B, T, k, n], dtype of the tokens.
-        unmerge: unmerge matrices, [B, T, n, k], dtype of the tokens.
-        grid: token grid (H, W), or (frames, H, W), of N tokens.
-        tile: window of as many sides, of n tokens.
-    """
-
-    idx: Tensor
-    merge: Tensor
-    unmerge: Tensor
-    grid: Size
-    tile: Size
-
-
-def check_tile(grid: Size, tile: Size, *, where: str = "") -> None:
-    """Raise `TileError` unless `tile` fits and divides `grid`."""
-    sides = list(zip(tile, grid, strict=False))
-    if len(tile) != len(grid) or any(t > g or t < 1 for t, g in sides):
-        raise TileError(
-            "the tile is larger than the token grid",
-            where=where,
-            expected=f"a tile of at most {size_text(grid)} tokens",
-            got=size_text(tile),
-            hint="lower tile=, or raise min_tokens= so that this site is left alone",
-        )
-    if any(g % t for t, g in sides):
-        raise TileError(
-            "the tile does not divide the token grid",
-            where=where,
-            expected=f"a divisor of {size_text(grid)}",
-            got=size_text(tile),
-        )
-
-
-def cosine_similarity(x: Tensor) -> Tensor:
-    """Pairwise cosine similarity in float32: [..., n, C] -> [..., n, n]."""
-    unit = F.normalize(x.float(), dim=-1)
-    return unit @ unit.transpose(-1, -2)
-
-
-def select(x: Tensor, grid: Size, tile: Size, keep: int, *, opaque: bool = False) -> Tensor:
-    """Greedy facility location inside each window (arXiv 2509.10918; the published code's
-    `batched_facility_location`).
-
-    The first destination has the largest row sum of the cosine similarity S; each next one is the
-    token j with the largest gain sum_i max(0, S[j, i] - m[i]), m being the running maximum of the
-    chosen rows. Similarity is float32 whatever the dtype of `x`, in steps of 2^-`facility.BITS`; of
-    equal gains the lowest index wins; a token is never chosen twice. Cost: keep * n^2 comparisons a
-    window.
-
-    Args:
-        x: tokens [B, N, C], any float dtype.
-        grid: (H, W), or (frames, H, W).
-        tile: window of as many sides, dividing the grid.
-        keep: destinations a window, at least 1 and at most its tokens.
-        opaque: for tracing: emit one `toma_fx::facility_location` node instead of `keep` unrolled
-            steps. Same result.
-
-    Returns:
-        Window-local indices [B, T, keep], int64, in the order of choice.
-
-    Raises:
-        TileError: the tile does not fit the grid, or `keep` does not fit the tile.
-    """
-    check_tile(grid, tile, where="select")
-    tokens = window_count(grid, tile)[1]
-    if not 1 <= keep <= tokens:
-        raise TileError(
-            "the number of destinations does not fit the window",
-            where="select",
-            expected=f"1 to {tokens}",
-            got=str(keep),
-        )
-    similarity = cosine_similarity(to_windows(x, grid, tile))
-    if opaque:
-        chosen: Tensor = torch.ops.toma_fx.facility_location(similarity, keep)
-        return chosen
-    return facility_location(similarity, keep)
-
-
-def weights(
-    x: Tensor, idx: Tensor, grid: Size, tile: Size, scale: float, *, unmerge: str = "transpose"
-) -> Pattern:
-    """Merge and unmerge matrices for chosen destinations (arXiv 2509.10918; the published
-    code's `tile_attention_merge`).
-
-    A[d, i] = softmax over d of scale * cos(x[d], x[i]); merge is A with rows normalised to sum 1,
-    unmerge is A transposed. `unmerge="pinv"` takes the pseudo-inverse of the merge matrix instead,
-    the least-squares inverse that the transpose approximates.
-
-    Args:
-        x: tokens [B, N, C]; idx: destinations [B, T, k] from `select`.
-        grid, tile: as in `select`.
-        scale: sharpness of the softmax; 1000 is the published code's, near one-hot.
-        unmerge: "transpose" or "pinv".
-
-    Returns:
-        `Pattern`, its matrices in the dtype of `x` (computed in float32).
-    """
-    unit = F.normalize(to_windows(x, grid, tile).float(), dim=-1)
-    destinations = torch.take_along_dim(unit, idx.unsqueeze(-1), dim=-2)
-    share = torch.softmax(scale * (destinations @ unit.transpose(-1, -2)), dim=-2)
-    merge_matrix = share / share.sum(-1, keepdim=True)
-    if unmerge == "pinv":
-        gram = merge_matrix @ merge_matrix.transpose(-1, -2)
-        # solve_ex never raises, so that NaN tokens come out as NaN, as in the original
-        inverse = torch.linalg.solve_ex(gram, merge_matrix)[0].transpose(-1, -2)
-    else:
-        inverse = share.transpose(-1, -2)
-    return Pattern(idx, merge_matrix.to(x.dtype), inverse.to(x.dtype).contiguous(), grid, tile)
-
-
-def merge(x: Tensor, pattern: Pattern) -> Tensor:
-    """Tokens [B, N, C] -> merged tokens [B, T*k, C], window by window: y = A_norm x."""
-    return merge_windows(x, pattern.merge, pattern.grid, pattern.tile)
-
-
-def unmerge(y: Tensor, pattern: Pattern) -> Tensor:
-    """Merged tokens [B, T*k, C] -> tokens [B, N, C]: x' = A^T y, or pinv(A_norm) y."""
-    return unmerge_windows(y, pattern.unmerge, pattern.grid, pattern.tile)
-
-
-# -- the method -----------------------------------------------------------------------------------
+Inverse = Literal["transpose", "pinv"]
 
 
 @dataclass(frozen=True)
@@ -184,17 +55,40 @@ class ToMA(Setting):
     """ToMA at one grid.
 
     Attributes:
-        tile: window of as many sides as the grid. keep: destinations of a window.
-        scale, inverse: as `scale` and `unmerge` of `ToMAConfig`.
+        tile: window of as many sides as the grid, which they divide. keep: destinations of a
+            window, at least 1 and at most its tokens.
+        scale, inverse: as in `ToMAConfig`.
+
+    Raises:
+        TileError: the tile does not divide the grid, or `keep` does not fit the tile.
     """
 
     tile: Size
     keep: int
     scale: float
-    inverse: str = "transpose"
+    inverse: Inverse = "transpose"
 
     chosen: ClassVar[tuple[str, ...]] = ("idx",)
     weighed: ClassVar[tuple[str, ...]] = ("merge", "unmerge")
+
+    def __post_init__(self) -> None:
+        sides = list(zip(self.tile, self.grid, strict=False))
+        if len(self.tile) != len(self.grid) or any(t > g or t < 1 for t, g in sides):
+            raise _too_large(self.tile, self.grid)
+        if any(g % t for t, g in sides):
+            raise TileError(
+                "the tile does not divide the token grid",
+                where="tile",
+                expected=f"a divisor of {size_text(self.grid)}",
+                got=size_text(self.tile),
+            )
+        if not 1 <= self.keep <= math.prod(self.tile):
+            raise TileError(
+                "the number of destinations does not fit the window",
+                where="keep",
+                expected=f"1 to {math.prod(self.tile)}",
+                got=str(self.keep),
+            )
 
     @property
     def windows(self) -> int:
@@ -202,34 +96,72 @@ class ToMA(Setting):
         return window_count(self.grid, self.tile)[0]
 
     @property
-    def merged(self) -> int:
+    def merged_count(self) -> int:
         """Tokens after merging."""
         return self.windows * self.keep
 
-    def text(self) -> str:
+    def describe(self) -> str:
         """The window."""
         return size_text(self.tile)
 
     def select(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Destinations by facility location: see `toma.select`."""
-        return (select(x, self.grid, self.tile, self.keep, opaque=self.keep > UNROLL),)
+        """Greedy facility location inside each window (the published code's
+        `batched_facility_location`).
 
-    def weights(self, x: Tensor, chosen: setting.Pattern) -> tuple[Tensor, ...]:
-        """Merge and unmerge matrices: see `toma.weights`."""
-        made = weights(x, chosen["idx"], self.grid, self.tile, self.scale, unmerge=self.inverse)
-        return made.merge, made.unmerge
+        The first destination has the largest row sum of the cosine similarity S; each next one is
+        the token j with the largest gain sum_i max(0, S[j, i] - m[i]), m being the running maximum
+        of the chosen rows. Similarity is float32 whatever the dtype of `x`, in steps of
+        2^-`facility.BITS`; of equal gains the lowest index wins; a token is never chosen twice.
+        Cost: keep * n^2 comparisons a window.
 
-    def merge(self, x: Tensor, pattern: setting.Pattern) -> Tensor:
+        Returns:
+            `idx`: window-local indices [B, T, keep], int64, in the order of choice.
+        """
+        similarity = cosine_similarity(to_windows(x, self.grid, self.tile))
+        if self.keep > UNROLL:
+            return (torch.ops.toma_fx.facility_location(similarity, self.keep),)
+        return (facility_location(similarity, self.keep),)
+
+    def weights(self, x: Tensor, chosen: Pattern) -> tuple[Tensor, ...]:
+        """Merge and unmerge matrices (the published code's `tile_attention_merge`).
+
+        A[d, i] = softmax over d of scale * cos(x[d], x[i]); merge is A with rows normalized to sum
+        1, unmerge is A transposed. With `inverse="pinv"` unmerge is the pseudo-inverse of the merge
+        matrix, the least-squares inverse that the transpose approximates.
+
+        Returns:
+            `merge` [B, T, keep, n] and `unmerge` [B, T, n, keep] in the dtype of `x`, computed in
+            float32.
+        """
+        unit = F.normalize(to_windows(x, self.grid, self.tile).float(), dim=-1)
+        destinations = torch.take_along_dim(unit, chosen["idx"].unsqueeze(-1), dim=-2)
+        share = torch.softmax(self.scale * (destinations @ unit.transpose(-1, -2)), dim=-2)
+        merge = share / share.sum(-1, keepdim=True)
+        if self.inverse == "pinv":
+            gram = merge @ merge.transpose(-1, -2)
+            # solve_ex never raises, so that NaN tokens come out as NaN, as in the original
+            unmerge = torch.linalg.solve_ex(gram, merge)[0].transpose(-1, -2)
+        else:
+            unmerge = share.transpose(-1, -2)
+        return merge.to(x.dtype), unmerge.to(x.dtype).contiguous()
+
+    def merge(self, x: Tensor, pattern: Pattern) -> Tensor:
         """y = A_norm x in every window."""
         return merge_windows(x, pattern["merge"], self.grid, self.tile)
 
-    def unmerge(self, y: Tensor, pattern: setting.Pattern) -> Tensor:
-        """x' = A^T y in every window."""
+    def unmerge(self, y: Tensor, pattern: Pattern) -> Tensor:
+        """x' = A^T y, or pinv(A_norm) y, in every window."""
         return unmerge_windows(y, pattern["unmerge"], self.grid, self.tile)
 
-    def kept(self, pattern: setting.Pattern) -> Tensor:
+    def positions(self, pattern: Pattern) -> Tensor:
         """The destinations."""
         return token_index(pattern["idx"], self.grid, self.tile)
+
+
+def cosine_similarity(x: Tensor) -> Tensor:
+    """Pairwise cosine similarity in float32: [..., n, C] -> [..., n, n]."""
+    unit = F.normalize(x.float(), dim=-1)
+    return unit @ unit.transpose(-1, -2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,7 +184,8 @@ class ToMAConfig(MethodConfig):
             the nearest that does; the report shows which.
         tiles: number of windows instead of their size.
         scale: sharpness of the merge weights (softmax of scale * cosine similarity).
-        unmerge: "transpose" of the weights, or "pinv", the pseudo-inverse of the merge matrix.
+        inverse: what unmerges: the "transpose" of the weights, or "pinv", the pseudo-inverse of the
+            merge matrix.
         weights_every: steps between recomputations of the weights for the current destinations.
 
     The other fields are those of `MethodConfig`.
@@ -263,7 +196,7 @@ class ToMAConfig(MethodConfig):
     tile: int | tuple[int, ...] | None = None
     tiles: int | None = None
     scale: float = 1000.0
-    unmerge: Literal["transpose", "pinv"] = "transpose"
+    inverse: Inverse = "transpose"
     destinations_every: int = 5
     weights_every: int = 5
     scope: Scope = "stack"
@@ -273,31 +206,29 @@ class ToMAConfig(MethodConfig):
 
     name: ClassVar[str] = "toma"
     overridable: ClassVar[tuple[str, ...]] = (
-        "ratio", "window", "tile", "tiles", "scale", "unmerge", "min_tokens"
+        "ratio", "window", "tile", "tiles", "scale", "inverse", "min_tokens"
     )  # fmt: skip
 
     def check(self) -> None:
         """Check every field."""
         super().check()
         self.check_ratio()
-        self.choice("window", ("tile", "stripe", "global"))
-        self.choice("unmerge", ("transpose", "pinv"))
-        positive = checks.is_number(self.scale) and self.scale > 0
+        self.check_choice("window", get_args(Window))
+        self.check_choice("inverse", get_args(Inverse))
+        positive = is_number(self.scale) and self.scale > 0
         self.require(positive, "scale", "a positive number")
-        self.count("weights_every")
+        self.check_count("weights_every")
         if self.tiles is not None:
-            self.count("tiles")
-        one = type(self.tile) is int and self.tile >= 1
-        several = isinstance(self.tile, tuple) and len(self.tile) in (2, 3)
+            self.check_count("tiles")
         self.require(
-            self.tile is None or one or (several and checks.whole_sides(self.tile)),
+            self.tile is None or is_count(self.tile) or is_size(self.tile),
             "tile",
             "a side, (height, width) or (frames, height, width), whole numbers of at least 1",
             TileError,
         )
 
     @property
-    def off(self) -> bool:
+    def is_off(self) -> bool:
         """Whether the ratio is 0."""
         return self.ratio == 0
 
@@ -308,18 +239,24 @@ class ToMAConfig(MethodConfig):
 
     def setting(self, place: Place) -> ToMA | str:
         """Windows that divide the grid, and how many of their tokens stay."""
-        if self.off:
+        if self.is_off:
             return "ratio is 0"
         tile = resolve_tile(self, place.unit, place.module)
         tokens = math.prod(tile)
         keep = tokens - int(tokens * self.ratio + 1e-9)
         if keep == tokens:
             return f"ratio {self.ratio} merges no token of a {size_text(tile)} window"
-        return self.at_grid(place.grid, tile, keep)
+        return self.make_setting(
+            grid=place.grid,
+            tile=tile,
+            keep=keep,
+            scale=float(self.scale),
+            inverse=self.inverse,
+        )
 
-    def at_grid(self, grid: Size, tile: Size, keep: int) -> ToMA:
-        """The setting for windows of `tile`; methods that only select otherwise replace this."""
-        return ToMA(grid, tile, keep, float(self.scale), self.unmerge)
+    def make_setting(self, **fields: Any) -> ToMA:
+        """The setting of these fields; methods that only select otherwise replace this."""
+        return ToMA(**fields)
 
 
 def resolve_tile(config: ToMAConfig, grid: Size, where: str) -> Size:
@@ -370,7 +307,7 @@ def _window_area(config: ToMAConfig, grid: Size, where: str) -> float:
     return tokens / config.tiles
 
 
-def _too_large(tile: Size, grid: Size, where: str) -> TileError:
+def _too_large(tile: Size, grid: Size, where: str = "tile") -> TileError:
     return TileError(
         "the tile is larger than the token grid",
         where=where,

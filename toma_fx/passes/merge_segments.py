@@ -142,7 +142,7 @@ class _Work:
     def length(self, patch: Patch, segment: MergeSegment) -> int | fx.Node:
         """What a literal becomes: a number, or a node where it depends on the data."""
         image, pattern = segment.image.name, self.task.patterns[segment.group]
-        value = patch.value({image: segment.setting.merged})
+        value = patch.value({image: segment.setting.merged_count})
         if not segment.setting.dynamic:
             return value
         rest = patch.value({image: 0})
@@ -151,7 +151,7 @@ class _Work:
             times = patch.times * sum(s.name == image for s in patch.segments)
 
             def count(*parts: Tensor) -> int:
-                return rest + times * segment.setting.count(pattern.named(parts))
+                return rest + times * segment.setting.count_merged(pattern.named(parts))
 
             with self.rewriter.after(self.nodes[segment.entries[0]], *pattern.nodes):
                 (made[key],) = self.rewriter.splice(key, count, pattern.nodes, whole=True)

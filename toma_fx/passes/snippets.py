@@ -164,13 +164,13 @@ def gathered(
     def run(table: Tensor, *parts: Tensor) -> Tensor:
         for _ in range(lead):
             table = table.unsqueeze(0)
-        kept = setting.kept(pattern.named(parts)).to(table.device)
-        if kept.shape[0] == 1 != table.shape[0]:
-            kept = kept.expand(table.shape[0], -1)
-        table = table.expand(kept.shape[0], *table.shape[1:])
+        positions = setting.positions(pattern.named(parts)).to(table.device)
+        if positions.shape[0] == 1 != table.shape[0]:
+            positions = positions.expand(table.shape[0], -1)
+        table = table.expand(positions.shape[0], *table.shape[1:])
         sizes = [1] * table.dim()
-        sizes[0], sizes[at] = kept.shape[0], kept.shape[1]
-        image = torch.take_along_dim(span.image(table, at), kept.view(sizes), at)
+        sizes[0], sizes[at] = positions.shape[0], positions.shape[1]
+        image = torch.take_along_dim(span.image(table, at), positions.view(sizes), at)
         return span.replaced(table, image, at)
 
     key = ("gather", lead, at, span, setting)

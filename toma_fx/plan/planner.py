@@ -117,7 +117,7 @@ def _setting(branch: Branch, place: Place, tokens: int, config: MethodConfig) ->
     own = config.at(branch.module)
     if branch.rejected is not None:
         return f"{branch.rejected.node}: {branch.rejected.reason}"
-    if not config.selects(branch.module):
+    if not config.admits(branch.module):
         return "left out by include= or exclude="
     if config.keys_only and "attention" not in branch.kinds:
         return "only keys of self-attention are down-sampled"

@@ -121,9 +121,9 @@ def make_report(specialization: Specialization) -> Report:
                     "+".join(branch.kinds),
                     segment.scope,
                     segment.image.length,
-                    segment.setting.merged,
+                    segment.setting.merged_count,
                     segment.setting.grid,
-                    segment.setting.text(),
+                    segment.setting.describe(),
                     segment.group,
                     graph_flops(before, names),
                     graph_flops(after, names),
@@ -223,7 +223,7 @@ def _live(specialization: Specialization) -> Live:
         if i.tensor is not None and i.tensor.dim() > 1
     }
     segments = specialization.plan.segments
-    tokens = {(s.image.length, s.setting.merged) for s in segments}
+    tokens = {(s.image.length, s.setting.merged_count) for s in segments}
     return Live(
         inputs, len(segments), tuple(sorted(tokens, reverse=True)), dict(specialization.counts)
     )
