@@ -49,8 +49,8 @@ class Salient(toma_fx.Setting):
     def select(self, x: Tensor) -> tuple[Tensor, ...]:
         """Who stays [B, T, k], and whom each token joins [B, T, n]."""
         unit = F.normalize(to_windows(x, self.grid, self.tile).float(), dim=-1)
-        likeness = (unit * unit.mean(-2, keepdim=True)).sum(-1)
-        idx = likeness.topk(self.keep, largest=False).indices
+        similarity = (unit * unit.mean(-2, keepdim=True)).sum(-1)
+        idx = similarity.topk(self.keep, largest=False).indices
         staying = torch.take_along_dim(unit, idx.unsqueeze(-1), -2)
         return idx, (unit @ staying.transpose(-1, -2)).argmax(-1)
 
@@ -64,8 +64,8 @@ class Salient(toma_fx.Setting):
     def unmerge(self, y: Tensor, pattern: Pattern) -> Tensor:
         """Every token gets a copy of its group's."""
         windows = y.unflatten(1, (-1, self.keep))
-        whole = torch.take_along_dim(windows, pattern["joins"].unsqueeze(-1), -2)
-        return from_windows(whole, self.grid, self.tile)
+        copies = torch.take_along_dim(windows, pattern["joins"].unsqueeze(-1), -2)
+        return from_windows(copies, self.grid, self.tile)
 
     def positions(self, pattern: Pattern) -> Tensor:
         """Where the tokens that stay are, for rotary tables and masks."""

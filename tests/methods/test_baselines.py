@@ -14,7 +14,7 @@ from tests.tracing import Program, check_onnx, check_traces
 from toma_fx.errors import ConfigError, TileError, UnknownNameError
 from toma_fx.methods.baselines import Grid, GridConfig, Random, RandomConfig
 from toma_fx.methods.config import with_options
-from toma_fx.methods.hashing import PRIME, hashed
+from toma_fx.methods.hashing import PRIME, hash_indices
 from toma_fx.methods.setting import Place
 from toma_fx.methods.toma import ToMA, ToMAConfig
 from toma_fx.methods.windows import from_windows
@@ -49,25 +49,25 @@ def test_the_hash_is_fifth_powers_of_python() -> None:
 
     index = [0, 1, 2, 4095, 10**9, PRIME - 1]
     for seed in (0, 1, 2**40):
-        assert hashed(torch.tensor(index), seed).tolist() == [slowly(i, seed) for i in index]
+        assert hash_indices(torch.tensor(index), seed).tolist() == [slowly(i, seed) for i in index]
 
 
 def test_hashes_never_collide_and_depend_on_the_seed() -> None:
     index = torch.arange(50_000)
-    draws = [hashed(index, seed) for seed in range(4)]
+    draws = [hash_indices(index, seed) for seed in range(4)]
     for draw in draws:
         assert draw.dtype == torch.int64
         assert draw.min() >= 0
         assert draw.max() < PRIME
         assert draw.unique().numel() == index.numel()
-    assert torch.equal(draws[1], hashed(index, PRIME + 1))
+    assert torch.equal(draws[1], hash_indices(index, PRIME + 1))
     table = torch.corrcoef(torch.stack([d.double() for d in (*draws, index)])) - torch.eye(5)
     assert table.abs().max() < 0.02
 
 
 def test_hashes_are_spread_evenly() -> None:
     # about as even as independent draws: a share of 1/k has a deviation of sqrt(1/k (1-1/k) / n)
-    draw = hashed(torch.arange(40_000), 7)
+    draw = hash_indices(torch.arange(40_000), 7)
     for k in (2, 4, 9):
         shares = torch.bincount(draw % k, minlength=k) / draw.numel()
         assert (shares - 1 / k).abs().max() < 4 * math.sqrt((1 - 1 / k) / k / draw.numel())

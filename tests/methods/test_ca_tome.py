@@ -130,7 +130,7 @@ def test_checkpoints_are_the_published_ones() -> None:
 )
 def test_checkpoints_scale(name: str, steps: int, wanted: tuple[int, ...]) -> None:
     config = CAToMeConfig(checkpoints=name, steps=steps)
-    assert config.refreshes == wanted
+    assert config.refresh_steps == wanted
     due = [since for since in range(steps) if config.renewal(since) == "refresh"]
     assert tuple(due) == wanted
     assert {config.renewal(since) for since in range(steps)} <= {"refresh", "reuse"}
@@ -138,7 +138,7 @@ def test_checkpoints_scale(name: str, steps: int, wanted: tuple[int, ...]) -> No
 
 def test_other_renewals() -> None:
     every = CAToMeConfig(checkpoints=None, destinations_every=3)
-    assert every.refreshes is None
+    assert every.refresh_steps is None
     assert [s for s in range(7) if every.renewal(s) == "refresh"] == [0, 3, 6]
     listed = CAToMeConfig(select_at=(0, 2))
     assert [s for s in range(9) if listed.renewal(s) == "refresh"] == [0, 2]

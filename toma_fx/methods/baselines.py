@@ -12,11 +12,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from toma_fx.methods.hashing import hashed
+from toma_fx.methods.hashing import hash_indices
 from toma_fx.methods.toma import ToMA, ToMAConfig
 from toma_fx.methods.windows import Size, window_count
 
 _UNIT = 2**20
+"""Steps of the dither are whole multiples of 1 / `_UNIT`."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class Random(ToMA):
         """`keep` tokens of every window, each as likely as any other: [B, T, keep] int64."""
         windows, tokens = window_count(self.grid, self.tile)
         # no two tokens of the grid have the same hash, so that the order has no ties
-        keys = hashed(torch.arange(windows * tokens, device=x.device), self.seed)
-        return (_lowest(keys.reshape(windows, tokens), self.keep, x.shape[0]),)
+        keys = hash_indices(torch.arange(windows * tokens, device=x.device), self.seed)
+        return (_lowest_keys(keys.reshape(windows, tokens), self.keep, x.shape[0]),)
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Grid(ToMA):
     """ToMA whose destinations are spread evenly, alike in every window.
 
     Positions are ranked by an ordered dither: the fractional part of row * a + column * b, where
-    the steps a, b are those of the R2 sequence, the generalised golden ratio (M. Roberts, "The
+    the steps a, b are those of the R2 sequence, the generalized golden ratio (M. Roberts, "The
     unreasonable effectiveness of quasirandom sequences", 2018); those of the golden ratio and of R3
     in windows of one and of three sides longer than 1. The lowest `keep` stay, at any `keep`
     nearly as many in every part of the window. Cost: a sort of the positions of one window.
@@ -60,7 +61,7 @@ class Grid(ToMA):
             keys = keys + position // below % side * step
         # a position as the last digit makes keys unique, and ranks without ties
         keys = keys % _UNIT * tokens + position
-        return (_lowest(keys.expand(windows, tokens), self.keep, x.shape[0]),)
+        return (_lowest_keys(keys.expand(windows, tokens), self.keep, x.shape[0]),)
 
 
 def dither_steps(tile: Size) -> tuple[int, ...]:
@@ -77,7 +78,7 @@ def dither_steps(tile: Size) -> tuple[int, ...]:
     return tuple(next(steps) if side > 1 else 0 for side in tile)
 
 
-def _lowest(keys: Tensor, keep: int, batch: int) -> Tensor:
+def _lowest_keys(keys: Tensor, keep: int, batch: int) -> Tensor:
     """Where the lowest `keep` of the unique keys [T, n] are, in order: [batch, T, keep] int64."""
     chosen = keys.argsort(-1)[:, :keep]
     return chosen.expand(batch, *chosen.shape).contiguous()

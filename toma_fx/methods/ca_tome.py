@@ -112,7 +112,7 @@ class CAToMeConfig(CellConfig):
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ratios", _pairs(self.ratios))
+        object.__setattr__(self, "ratios", _sorted_pairs(self.ratios))
         super().__post_init__()
 
     def check(self) -> None:
@@ -149,7 +149,7 @@ class CAToMeConfig(CellConfig):
         )
 
     @property
-    def refreshes(self) -> tuple[int, ...] | None:
+    def refresh_steps(self) -> tuple[int, ...] | None:
         """The checkpoints in steps of this generation; None without checkpoints."""
         if self.checkpoints is None:
             return None
@@ -159,7 +159,7 @@ class CAToMeConfig(CellConfig):
 
     def renewal(self, since: int) -> Renewal:
         """Checkpoints match anew."""
-        due = self.refreshes
+        due = self.refresh_steps
         if self.select_at is not None or due is None:
             return super().renewal(since)
         return "refresh" if since in due else "reuse"
@@ -186,7 +186,7 @@ class CAToMeConfig(CellConfig):
         return dict(self.ratios)
 
 
-def _pairs(ratios: Any) -> Any:
+def _sorted_pairs(ratios: Any) -> Any:
     """Ratios as sorted pairs; what is no mapping and no list of pairs is left for the check."""
     if isinstance(ratios, Mapping):
         ratios = tuple(ratios.items())

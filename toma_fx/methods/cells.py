@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from toma_fx.methods.base import MethodConfig
-from toma_fx.methods.hashing import hashed
+from toma_fx.methods.hashing import hash_indices
 from toma_fx.methods.setting import Place
 from toma_fx.methods.windows import size_text
 
@@ -89,15 +89,15 @@ class Cells:
         offset = row % self.sy * self.sx + column % self.sx
         destination = torch.take_along_dim(self._destination_slots(device), cell.unsqueeze(0), 1)
         sources = self.sy * self.sx - 1
-        place = cell * sources + offset - (offset > destination).to(torch.int64)
-        place = torch.where(offset == destination, self.sources + cell, place)
+        rank = cell * sources + offset - (offset > destination).to(torch.int64)
+        rank = torch.where(offset == destination, self.sources + cell, rank)
         high, wide = self.rows * self.sy, self.columns * self.sx
         margin, before = self.width - wide, self.destinations * sources
         if margin:
-            place = torch.where(column >= wide, before + row * margin + column - wide, place)
+            rank = torch.where(column >= wide, before + row * margin + column - wide, rank)
         if self.height > high:
-            place = torch.where(row >= high, before + token - high * wide, place)
-        return place
+            rank = torch.where(row >= high, before + token - high * wide, rank)
+        return rank
 
     def _destination_slots(self, device: torch.device) -> Tensor:
         """Which of its cell's tokens, in raster order, the destination is: [pictures, cells]."""
@@ -105,7 +105,7 @@ class Cells:
         if not self.random:
             return torch.zeros(shape, dtype=torch.int64, device=device)
         cell = torch.arange(math.prod(shape), device=device).view(shape)
-        return hashed(cell, self.seed) % (self.sy * self.sx)
+        return hash_indices(cell, self.seed) % (self.sy * self.sx)
 
     def _raster_offset(self, slot: Tensor) -> Tensor:
         """Raster distance of a token of a cell, by its number in the cell, from the corner."""

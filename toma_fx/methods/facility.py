@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 BITS = 16
-"""Similarities are whole multiples of 2^-BITS."""
+"""Similarities are integer multiples of 2^-BITS."""
 
 
 _EXACT = 24
-"""Bits of the whole numbers that float32 adds without rounding."""
+"""Bits of the integers that float32 adds without rounding."""
 
 
 def facility_location(similarity: Tensor, keep: int) -> Tensor:
@@ -23,23 +23,23 @@ def facility_location(similarity: Tensor, keep: int) -> Tensor:
     Args:
         similarity: float32 in [-1, 1].
     """
-    similarity = _steps(similarity)
+    similarity = _quantize(similarity)
     slots = torch.arange(similarity.shape[-1], device=similarity.device)
     best = similarity.sum(-1).argmax(-1, keepdim=True)
-    covered, taken, chosen = _row(similarity, best), slots == best, [best]
+    covered, is_chosen, chosen = _row(similarity, best), slots == best, [best]
     for _ in range(keep - 1):
         gain = (similarity - covered.unsqueeze(-2)).relu().sum(-1)
-        best = gain.masked_fill(taken, -1.0).argmax(-1, keepdim=True)
+        best = gain.masked_fill(is_chosen, -1.0).argmax(-1, keepdim=True)
         chosen.append(best)
         covered = torch.maximum(covered, _row(similarity, best))
-        taken = taken | (slots == best)
+        is_chosen = is_chosen | (slots == best)
     return torch.cat(chosen, -1)
 
 
-def _steps(similarity: Tensor) -> Tensor:
-    """Similarities as whole numbers of steps, of which no sum of n is rounded.
+def _quantize(similarity: Tensor) -> Tensor:
+    """Similarities as integer numbers of steps, of which no sum of n is rounded.
 
-    Mutual nearest neighbours have mathematically equal gains. In whole numbers they are equal in
+    Mutual nearest neighbors have mathematically equal gains. As integers they are equal in
     every back end, however it rounds and in whatever order it adds, and so all choose the same
     tokens; in fractions rounding would decide, and a picture would change with the back end.
     """

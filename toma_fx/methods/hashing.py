@@ -13,7 +13,7 @@ _ROUNDS = ((1_583_458_089, 784_588_716), (1_226_874_159, 1_934_104_823), (950_70
 """Factors of the value and of the seed in each round: any residues but 0."""
 
 
-def hashed(index: Tensor, seed: int) -> Tensor:
+def hash_indices(index: Tensor, seed: int) -> Tensor:
     """Pseudo-random numbers, the same on every device and back end.
 
     Each of three rounds is an affine map and a fifth power modulo `PRIME`. Both are permutations

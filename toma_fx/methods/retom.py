@@ -49,7 +49,7 @@ TIE = 2.0**-14
 class ReToM(Setting):
     """ReToM at one grid: every window becomes one token.
 
-    Cost: selection normalises the tokens and reads them twice, whatever the size of a window.
+    Cost: selection normalizes the tokens and reads them twice, whatever the size of a window.
 
     Attributes:
         window: as many sides as the grid has, dividing it.
@@ -147,7 +147,9 @@ class PartialReToM(ReToM):
         unit = self._unit_vectors(x)
         local = _representatives(unit)
         staying, rank = self._rank(self._keys(unit, local))
-        joins = torch.where(rank < self.staying, rank, self.staying + self._window(x.device))
+        joins = torch.where(
+            rank < self.staying, rank, self.staying + self._window_numbers(x.device)
+        )
         return torch.cat([staying, self._token_indices(local)], 1), joins
 
     def merge(self, x: Tensor, pattern: Pattern) -> Tensor:
@@ -189,7 +191,7 @@ class PartialReToM(ReToM):
         index = torch.arange(total, device=similarity.device)
         return similarity_keys(similarity, index, total)
 
-    def _window(self, device: torch.device) -> Tensor:
+    def _window_numbers(self, device: torch.device) -> Tensor:
         """The window of each token of the grid, [1, N] int64."""
         windows, tokens = window_count(self.grid, self.window)
         number = torch.arange(windows, device=device)[None, :, None, None]

@@ -85,8 +85,8 @@ class ToDo(Setting):
         if (rows * self.factor, columns * self.factor) == (height, width):
             cut = (batch, self.planes * rows, self.factor, columns, self.factor, channels)
             return x.reshape(cut).mean((2, 4)).flatten(1, 2)
-        y = self._means(0, x) @ x.reshape(batch, self.planes, height, width * channels)
-        y = self._means(1, x) @ y.reshape(batch, self.planes * rows, width, channels)
+        y = self._averaging_matrix(0, x) @ x.reshape(batch, self.planes, height, width * channels)
+        y = self._averaging_matrix(1, x) @ y.reshape(batch, self.planes * rows, width, channels)
         return y.flatten(1, 2)
 
     def unmerge(self, y: Tensor, pattern: Pattern) -> Tensor:
@@ -129,7 +129,7 @@ class ToDo(Setting):
         # floor and ceiling of i * before / after, without the rounding of a float
         return i * before // after, ((i + 1) * before + after - 1) // after
 
-    def _means(self, side: int, like: Tensor) -> Tensor:
+    def _averaging_matrix(self, side: int, like: Tensor) -> Tensor:
         """The averaging matrix of a side, [after, before], dtype and device of `like`."""
         first, end = (edge[:, None] for edge in self._windows(side, like.device))
         row = torch.arange(self.plane[side], device=like.device)

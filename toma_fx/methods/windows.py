@@ -26,7 +26,7 @@ def window_count(grid: Size, tile: Size) -> tuple[int, int]:
     return math.prod(grid) // math.prod(tile), math.prod(tile)
 
 
-def _simplest(grid: Size, tile: Size) -> tuple[Size, Size]:
+def _simplify(grid: Size, tile: Size) -> tuple[Size, Size]:
     """The same windows in the same order with as few dimensions as can be."""
     while len(grid) > 1 and tile[-1] == grid[-1]:
         grid, tile = (*grid[:-2], grid[-2] * grid[-1]), (*tile[:-2], tile[-2] * tile[-1])
@@ -38,7 +38,7 @@ def _simplest(grid: Size, tile: Size) -> tuple[Size, Size]:
 def to_windows(x: Tensor, grid: Size, tile: Size) -> Tensor:
     """[B, N, C] -> [B, T, n, C]; windows and the tokens inside them in raster order."""
     windows, tokens = window_count(grid, tile)
-    grid, tile = _simplest(grid, tile)
+    grid, tile = _simplify(grid, tile)
     batch, channels = x.shape[0], x.shape[-1]
     if len(grid) > 1:
         cut = [side for g, t in zip(grid, tile, strict=True) for side in (g // t, t)]
@@ -50,7 +50,7 @@ def to_windows(x: Tensor, grid: Size, tile: Size) -> Tensor:
 def from_windows(x: Tensor, grid: Size, tile: Size) -> Tensor:
     """Inverse of `to_windows`: [B, T, n, C] -> [B, N, C]."""
     count = math.prod(grid)
-    grid, tile = _simplest(grid, tile)
+    grid, tile = _simplify(grid, tile)
     batch, channels, rank = x.shape[0], x.shape[-1], len(grid)
     if rank > 1:
         outer = [g // t for g, t in zip(grid, tile, strict=True)]
@@ -82,7 +82,7 @@ def take(x: Tensor, tokens: Tensor) -> Tensor:
 
 def token_index(idx: Tensor, grid: Size, tile: Size) -> Tensor:
     """Window-local indices [B, T, k] -> indices into the raster of all tokens, [B, T*k]."""
-    grid, tile = _simplest(grid, tile)
+    grid, tile = _simplify(grid, tile)
     window = torch.arange(idx.shape[1], device=idx.device)[:, None]
     windows, tokens = window_count(grid, tile)
     index = torch.zeros_like(idx)
