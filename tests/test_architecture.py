@@ -99,6 +99,8 @@ def test_packages_hold_no_code() -> None:
             continue
         allowed = (ast.Expr, ast.Import, ast.ImportFrom, ast.Assign)
         for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+                continue
             assert isinstance(node, allowed), f"{path}: {ast.unparse(node)[:60]}"
 
 

@@ -1,10 +1,13 @@
-"""Renews toma_fx/export/to_tensorrt/tables from what NVIDIA publishes, importing none of it.
+"""Renews the tables of what TensorRT takes from what NVIDIA publishes, importing none of it.
 
 Three tables, each from its own source; only those whose source is named are written:
 
     torch_tensorrt.json, signatures.json   a wheel of torch-tensorrt, whose Python files are parsed
     signatures.json ("tensorrt")           a wheel of tensorrt-cu13-bindings, searched for names
     onnx_tensorrt.json                     docs/operators.md of github.com/onnx/onnx-tensorrt
+
+The package reads the tables of operators (toma_fx/export/to_tensorrt/tables); its tests hold every
+call of TensorRT to the signatures (tests/data).
 
 Usual call, with the versions that belong together (the first wheel's metadata names the second):
 
@@ -33,7 +36,9 @@ from pathlib import Path
 from typing import Any
 
 MADE_WITH = "tools/renew_tables.py"
-TABLES = Path(__file__).parent.parent / "toma_fx" / "export" / "to_tensorrt" / "tables"
+ROOT = Path(__file__).parent.parent
+TABLES = ROOT / "toma_fx" / "export" / "to_tensorrt" / "tables"
+SIGNATURES = ROOT / "tests" / "data"
 PACKAGE = "torch_tensorrt/"
 CONVERSION = PACKAGE + "dynamo/conversion/"
 LOWERING = PACKAGE + "dynamo/lowering/"
@@ -389,20 +394,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--bindings", type=Path, help="wheel of tensorrt-cu13-bindings")
     parser.add_argument("--operators", help="operators.md of onnx/onnx-tensorrt, or its address")
     parser.add_argument("--commit", default="unknown", help="which commit that file is of")
-    parser.add_argument("--out", type=Path, default=TABLES, help="folder of the tables")
+    parser.add_argument("--out", type=Path, help="one folder for all tables")
     args = parser.parse_args(argv)
+    tables, signatures_file = args.out or TABLES, (args.out or SIGNATURES) / "signatures.json"
     with tempfile.TemporaryDirectory() as folder:
         wheel = download(args.download, folder) if args.download else args.torch_tensorrt
         if wheel is not None:
-            update(args.out / "torch_tensorrt.json", torch_tensorrt_table(wheel))
+            update(tables / "torch_tensorrt.json", torch_tensorrt_table(wheel))
             made = {"version": metadata(wheel)[0], "source": source_of(wheel)}
             listed = {**made, "made_with": MADE_WITH, "functions": signatures(sources(wheel))}
-            update(args.out / "signatures.json", listed)
+            update(signatures_file, listed)
     if args.bindings is not None:
-        update(args.out / "signatures.json", {"tensorrt": names_of(args.bindings)})
+        update(signatures_file, {"tensorrt": names_of(args.bindings)})
     if args.operators is not None:
         table = operators_table(read(args.operators), args.commit)
-        update(args.out / "onnx_tensorrt.json", table)
+        update(tables / "onnx_tensorrt.json", table)
     if not (wheel or args.bindings or args.operators):
         parser.error("name at least one source")
     return 0

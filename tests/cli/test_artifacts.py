@@ -14,14 +14,14 @@ import torch
 import toma_fx
 from tests import denoisers
 from toma_fx.capture.grids import raster
-from toma_fx.cli.artifacts import size_text
 from toma_fx.cli.main import main
-from toma_fx.cli.run import call_of
+from toma_fx.cli.run import arguments_for
+from toma_fx.cli.text import bytes_text
 from toma_fx.errors import ModelTypeError
-from toma_fx.export.artifact import verify
+from toma_fx.export.artifact import verify_artifact
 from toma_fx.export.manifest import Manifest
 from toma_fx.models import tiny
-from toma_fx.models.named import example, licence_of
+from toma_fx.models.named import example, license_of
 
 STAGES = ["load the model", "export", "onnx refresh", "compare with the process"]
 CARD = "---\nlicense: other\nlicense_name: flux-1-dev\n---\n# A model\n"
@@ -49,9 +49,9 @@ def artifact(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def test_what_was_built(artifact: Path) -> None:
-    manifest = verify(artifact)
+    manifest = verify_artifact(artifact)
     assert manifest.model == "FluxTransformer2DModel", "found inside the pipeline's folder"
-    assert manifest.licence == "flux-1-dev", "from the model card"
+    assert manifest.license == "flux-1-dev", "from the model card"
     assert manifest.target.options["form"] == "cached"
     hidden = next(s for s in manifest.inputs if s.path == ("hidden_states",))
     assert hidden.tensor.shape[:2] == (1, 64)
@@ -63,15 +63,15 @@ def test_what_a_build_says(
     artifact: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = ("--target", "onnx", "--form", "stateless", "--opset", 20)
-    more = ("--licence", "mine", "--overwrite")
+    more = ("--license", "mine", "--overwrite")
     shutil.copytree(artifact, tmp_path / "a")
     assert build("--model", model_folder, *target, *more, "--out", tmp_path / "a") == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines[:4]] == STAGES
     assert lines[2].split()[-1] in ("kB", "MB"), "size of what the stage wrote"
     assert "largest difference" in lines[-1]
-    manifest = verify(tmp_path / "a")
-    assert (manifest.licence, manifest.target.options["opset"]) == ("mine", "20")
+    manifest = verify_artifact(tmp_path / "a")
+    assert (manifest.license, manifest.target.options["opset"]) == ("mine", "20")
 
 
 def test_info_and_verify(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,7 +84,7 @@ def test_info_and_verify(artifact: Path, capsys: pytest.CaptureFixture[str]) -> 
     ):
         assert words in text
     assert main(["info", str(artifact), "--json"]) == 0
-    assert Manifest.of(capsys.readouterr().out, "printed") == verify(artifact)
+    assert Manifest.of(capsys.readouterr().out, "printed") == verify_artifact(artifact)
     assert main(["verify", str(artifact)]) == 0
     assert "3 files" in capsys.readouterr().out
 
@@ -110,8 +110,8 @@ def test_run(artifact: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFi
     counts = [line.split()[:2] for line in text.splitlines() if " ms" in line]
     assert counts == [["refresh", "1"], ["reuse", "2"]]
 
-    manifest = verify(artifact)
-    call = call_of(manifest, {})
+    manifest = verify_artifact(artifact)
+    call = arguments_for(manifest, {})
     given = {spec.tensor.name: call[spec.path[0]] for spec in manifest.inputs}
     path = tmp_path / f"inputs.{kind}"
     if kind == "npz":
@@ -255,12 +255,12 @@ def test_example_calls_run(name: str, dtype: torch.dtype) -> None:
 def test_unknown_models(tmp_path: Path) -> None:
     with pytest.raises(ModelTypeError, match=r"config\.json"):
         example(str(tmp_path))
-    assert licence_of(str(tmp_path)) == ""
-    assert "Apache-2.0" in licence_of("tiny-sdxl")
+    assert license_of(str(tmp_path)) == ""
+    assert "Apache-2.0" in license_of("tiny-sdxl")
 
 
 def test_sizes() -> None:
-    assert [size_text(n) for n in (7, 1500, 2_500_000, 3 * 10**9)] == [
+    assert [bytes_text(n) for n in (7, 1500, 2_500_000, 3 * 10**9)] == [
         "7 B",
         "1.5 kB",
         "2.5 MB",
@@ -270,7 +270,7 @@ def test_sizes() -> None:
 
 def test_positions_of_several_images(artifact: Path) -> None:
     manifest = Manifest.of(json.dumps(_with_raster(artifact, [[4, 2], 4, 0, 3])), "made up")
-    ids = call_of(manifest, {})["img_ids"]
+    ids = arguments_for(manifest, {})["img_ids"]
     assert ids.shape == (27, 3)
     spec = next(s for s in manifest.inputs if s.path == ("img_ids",))
     found = raster(ids)

@@ -25,12 +25,12 @@ from tests import denoisers
 from tests.denoisers import relative
 from tests.methods.test_methods import inputs, model, static
 from toma_fx.errors import ArtifactError, BuildError, ConfigError, UnknownNameError
-from toma_fx.export.artifact import file_spec, verify
-from toma_fx.export.builder import build
+from toma_fx.export.artifact import file_spec, verify_artifact
+from toma_fx.export.builder import export
 from toma_fx.export.loader import load
 from toma_fx.export.machine import architecture
 from toma_fx.export.programs import Programs, export_programs
-from toma_fx.export.to_aoti import files, runtime, target
+from toma_fx.export.to_aoti import files, lower, runtime, target
 from toma_fx.export.to_aoti.files import PACKAGE, WEIGHTS
 from toma_fx.export.to_aoti.target import AOTITarget
 
@@ -50,7 +50,7 @@ def optimized() -> Any:
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One build of the smallest model, which no test changes."""
     out = tmp_path_factory.mktemp("aoti") / "artifact"
-    build(optimized(), inputs(), out, AOTITarget())
+    export(optimized(), inputs(), out, AOTITarget())
     return out
 
 
@@ -181,8 +181,8 @@ def test_weights_file_keeps_layouts(tmp_path: Path) -> None:
         "scalar": torch.tensor(7),
         "empty": torch.zeros(0, 4),
     }
-    files._save(tmp_path / "w.safetensors", given, {}, CPU)
-    found, aliases = files._weights(tmp_path / "w.safetensors", CPU)
+    files.save_tensors(tmp_path / "w.safetensors", given, {}, CPU)
+    found, aliases = files.load_weights(tmp_path / "w.safetensors", CPU)
     assert aliases == {}
     for name, x in given.items():
         assert torch.equal(found[name], x)
@@ -192,10 +192,10 @@ def test_weights_file_keeps_layouts(tmp_path: Path) -> None:
 
 def test_tensors_of_gpu_programs_that_stay_on_the_host(tmp_path: Path) -> None:
     gpu = torch.device("meta")
-    files._save(tmp_path / "w.safetensors", {"a": torch.ones(2)}, {}, gpu)
-    files._save(tmp_path / "v.safetensors", {"a": torch.ones(2)}, {}, CPU)
+    files.save_tensors(tmp_path / "w.safetensors", {"a": torch.ones(2)}, {}, gpu)
+    files.save_tensors(tmp_path / "v.safetensors", {"a": torch.ones(2)}, {}, CPU)
     for name, where in (("w", "cpu"), ("v", "meta")):
-        found, _ = files._weights(tmp_path / f"{name}.safetensors", gpu)
+        found, _ = files.load_weights(tmp_path / f"{name}.safetensors", gpu)
         assert found["a"].device.type == where
 
 
@@ -204,18 +204,18 @@ def test_tied_weights_and_constants(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     table = torch.arange(6.0)
     state = {"in": torch.ones(2, 3), "out": torch.zeros(3)}
     state["tied"] = state["in"]
-    known = files._by_memory(state)
+    known = files.names_by_memory(state)
     (tmp_path / files.PARTS).mkdir()
     for call, extra in (("refresh", table), ("reuse", table.clone()), ("plain", table + 1)):
         given = {"in": state["in"], "tied": state["tied"], "lifted": extra}
-        files._save_constants(tmp_path / files._part(call)[1], given, known, CPU)
+        files.save_constants(tmp_path / files.part_files(call)[1], given, known, CPU)
 
     class Calls(dict[str, None]):
         device = CPU
 
-    monkeypatch.setattr(files, "_state", lambda programs: state)
-    files._save_weights(tmp_path, Calls.fromkeys(("refresh", "reuse", "plain")))  # type: ignore[arg-type]
-    found, aliases = files._weights(tmp_path / WEIGHTS, CPU)
+    monkeypatch.setattr(files, "weights_of", lambda programs: state)
+    files.save_weights(tmp_path, Calls.fromkeys(("refresh", "reuse", "plain")))  # type: ignore[arg-type]
+    found, aliases = files.load_weights(tmp_path / WEIGHTS, CPU)
     assert set(found) == {"in", "constant.0", "constant.1"}
     assert aliases["refresh/tied"] == aliases["reuse/tied"] == "in"
     assert aliases["refresh/lifted"] == aliases["reuse/lifted"] != aliases["plain/lifted"]
@@ -232,8 +232,8 @@ def untouched(monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("an artifact that must be refused was opened")
 
-    monkeypatch.setattr(torch.export.pt2_archive._package, "load_pt2", forbidden)
-    monkeypatch.setattr(runtime, "_weights", forbidden)
+    monkeypatch.setattr(runtime, "load_programs", forbidden)
+    monkeypatch.setattr(runtime, "load_weights", forbidden)
 
 
 def other_torch(data: dict[str, Any]) -> None:
@@ -276,7 +276,7 @@ def test_other_devices_are_refused(copied: Path) -> None:
     with pytest.raises(ArtifactError, match="device"):
         load(rewritten(copied, other_device), device="cpu")
     with pytest.raises(ArtifactError, match="another device"):
-        AOTITarget.open(copied, verify(copied), CPU, {})
+        AOTITarget.open(copied, verify_artifact(copied), CPU, {})
 
 
 @pytest.mark.usefixtures("untouched")
@@ -331,21 +331,15 @@ def test_a_package_without_the_program(copied: Path) -> None:
 )
 def test_bad_options(tmp_path: Path, options: Any, error: type[Exception]) -> None:
     with pytest.raises(error):
-        build(optimized(), inputs(), tmp_path / "a", AOTITarget(inductor=options))
+        export(optimized(), inputs(), tmp_path / "a", AOTITarget(inductor=options))
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.usefixtures("exported")
 def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch._inductor import cpp_builder
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    def none() -> str:
-        raise InvalidCxxCompiler
-
-    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
+    monkeypatch.setattr(target, "has_cpp_compiler", lambda: False)
     with pytest.raises(BuildError, match=r"C\+\+ compiler"):
-        build(optimized(), inputs(), tmp_path / "a", AOTITarget())
+        export(optimized(), inputs(), tmp_path / "a", AOTITarget())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -354,12 +348,12 @@ def test_an_interrupted_build_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
     """Programs that were compiled are not compiled again, whenever the interruption comes."""
     compiled, at = [], ["reuse", "package", "weights", "open", ""]
 
-    def compile(self: Any, folder: Path, call: str, made: Any, programs: Any) -> None:
+    def compile(folder: Path, call: str, *args: Any) -> None:
         if at[0] == call:
             raise KeyboardInterrupt
         compiled.append(call)
         (folder / files.PARTS).mkdir(exist_ok=True)
-        for name in files._part(call):
+        for name in files.part_files(call):
             (folder / name).write_text(call)
 
     def step(name: str, file: str) -> Callable[..., None]:
@@ -376,16 +370,16 @@ def test_an_interrupted_build_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
         assert {p.name for p in folder.iterdir()} == {PACKAGE, WEIGHTS, "stages.json"}
         raise SystemExit
 
-    monkeypatch.setattr(AOTITarget, "_compile", compile)
-    monkeypatch.setattr(target, "_package", step("package", PACKAGE))
-    monkeypatch.setattr(target, "_save_weights", step("weights", WEIGHTS))
+    monkeypatch.setattr(lower, "compile_program", compile)
+    monkeypatch.setattr(lower, "join_parts", step("package", PACKAGE))
+    monkeypatch.setattr(lower, "save_weights", step("weights", WEIGHTS))
     monkeypatch.setattr(AOTITarget, "open", staticmethod(opened))
     while at[0]:
         with pytest.raises(KeyboardInterrupt):
-            build(optimized(), inputs(), tmp_path / "a", AOTITarget())
+            export(optimized(), inputs(), tmp_path / "a", AOTITarget())
         at.pop(0)
     with pytest.raises(SystemExit):
-        build(optimized(), inputs(), tmp_path / "a", AOTITarget())
+        export(optimized(), inputs(), tmp_path / "a", AOTITarget())
     assert compiled == ["refresh", "reuse"]
 
 
@@ -407,7 +401,7 @@ def test_whole_models(tmp_path: Path, name: str) -> None:
         whole = whole.to(memory_format=torch.channels_last)
     call = denoisers.flux_inputs if name == "flux" else denoisers.sdxl_inputs
     optimized = toma_fx.optimize(whole, min_tokens=60)
-    build(optimized, call(), tmp_path / "a", AOTITarget())
+    export(optimized, call(), tmp_path / "a", AOTITarget())
     loaded = load(tmp_path / "a")
     optimized.reset()
     for step in range(6):

@@ -19,8 +19,8 @@ from tests.examples import ROOT, load_example
 from tests.methods.test_methods import inputs, model
 from toma_fx.errors import ArtifactError, BuildError, ModelTypeError, SignatureError
 from toma_fx.export import artifact
-from toma_fx.export.artifact import Build, Stage, verify
-from toma_fx.export.builder import build
+from toma_fx.export.artifact import Build, Stage, verify_artifact
+from toma_fx.export.builder import export
 from toma_fx.export.loader import ArtifactDenoiser, load
 from toma_fx.export.manifest import Device, Manifest, ProgramSpec, TargetSpec
 from toma_fx.export.programs import Programs
@@ -88,7 +88,7 @@ def target() -> InProcess:
 
 
 def opened(target: InProcess, folder: Path) -> ArtifactDenoiser:
-    manifest, device = verify(folder), torch.device("cpu")
+    manifest, device = verify_artifact(folder), torch.device("cpu")
     return ArtifactDenoiser(manifest, target.open(folder, manifest, device, {}), device)
 
 
@@ -98,7 +98,7 @@ def opened(target: InProcess, folder: Path) -> ArtifactDenoiser:
 @torch.no_grad()
 def test_steps_of_generations(tmp_path: Path, optimized: Any, target: InProcess) -> None:
     """The same programs at the same steps as in process, over two generations."""
-    manifest = build(optimized, inputs(), tmp_path / "a", target)
+    manifest = export(optimized, inputs(), tmp_path / "a", target)
     assert set(manifest.programs) == {"refresh", "reweigh", "reuse"}
     assert [p.call for p in manifest.parity] == ["refresh", "reuse", "reweigh", "reuse"]
     assert all(p.relative <= p.tolerance for p in manifest.parity)
@@ -119,7 +119,9 @@ def test_a_model_that_does_not_merge(
 ) -> None:
     """The counterpart to compare a merged artifact with."""
     plain = model()
-    made = build(toma_fx.optimize(plain, min_tokens=1, **options), inputs(), tmp_path / "a", target)
+    made = export(
+        toma_fx.optimize(plain, min_tokens=1, **options), inputs(), tmp_path / "a", target
+    )
     assert list(made.programs) == ["plain"]
     assert made.calls(3) == ["plain"] * 3
     assert {p.call for p in made.parity} == {"plain"}
@@ -129,9 +131,9 @@ def test_a_model_that_does_not_merge(
 
 
 def test_manifest_reads_back(tmp_path: Path, optimized: Any, target: InProcess) -> None:
-    manifest = build(optimized, inputs(), tmp_path / "a", target, licence="mine")
-    assert verify(tmp_path / "a") == manifest
-    assert manifest.licence == "mine"
+    manifest = export(optimized, inputs(), tmp_path / "a", target, license="mine")
+    assert verify_artifact(tmp_path / "a") == manifest
+    assert manifest.license == "mine"
     assert {s.tensor.name: s.tensor.shape for s in manifest.inputs} == {
         "sample": (2, 4, 16, 24), "timestep": (2,)
     }  # fmt: skip
@@ -141,7 +143,7 @@ def test_manifest_reads_back(tmp_path: Path, optimized: Any, target: InProcess) 
 def test_nested_inputs_constants_and_structure(tmp_path: Path, target: InProcess) -> None:
     unet = toma_fx.optimize(denoisers.sdxl(), min_tokens=60)
     call = {**denoisers.sdxl_inputs(), "return_dict": True}
-    manifest = build(unet, call, tmp_path / "a", target)
+    manifest = export(unet, call, tmp_path / "a", target)
     assert "added_cond_kwargs_time_ids" in {s.tensor.name for s in manifest.inputs}
     assert [(c.path, c.value) for c in manifest.constants] == [(("return_dict",), True)]
     loaded = opened(target, tmp_path / "a")
@@ -167,7 +169,7 @@ def test_nested_inputs_constants_and_structure(tmp_path: Path, target: InProcess
 def test_other_calls_are_refused(
     tmp_path: Path, optimized: Any, target: InProcess, change: dict[str, Any], where: str
 ) -> None:
-    build(optimized, inputs(), tmp_path / "a", target)
+    export(optimized, inputs(), tmp_path / "a", target)
     with pytest.raises(SignatureError) as caught:
         opened(target, tmp_path / "a")({**inputs(), **change}["sample"], **_rest(change))
     assert caught.value.where == where
@@ -181,7 +183,7 @@ def _rest(change: dict[str, Any]) -> dict[str, Any]:
 def test_numbers_come_in_any_dtype_that_holds_them(
     tmp_path: Path, optimized: Any, target: InProcess
 ) -> None:
-    build(optimized, inputs(), tmp_path / "a", target)
+    export(optimized, inputs(), tmp_path / "a", target)
     loaded, call = opened(target, tmp_path / "a"), inputs(timestep=800.0)
     want = loaded(**call)
     for dtype in (torch.int64, torch.float64, torch.float16):
@@ -191,7 +193,7 @@ def test_numbers_come_in_any_dtype_that_holds_them(
 
 def test_positions_of_another_grid_are_refused(tmp_path: Path, target: InProcess) -> None:
     flux = toma_fx.optimize(denoisers.flux(), min_tokens=60)
-    build(flux, denoisers.flux_inputs(8, 16), tmp_path / "a", target)
+    export(flux, denoisers.flux_inputs(8, 16), tmp_path / "a", target)
     loaded = opened(target, tmp_path / "a")
     with torch.no_grad():
         loaded(**denoisers.flux_inputs(8, 16))
@@ -201,7 +203,7 @@ def test_positions_of_another_grid_are_refused(tmp_path: Path, target: InProcess
 
 
 def test_contexts_keep_patterns_apart(tmp_path: Path, optimized: Any, target: InProcess) -> None:
-    build(optimized, inputs(), tmp_path / "a", target)
+    export(optimized, inputs(), tmp_path / "a", target)
     loaded = opened(target, tmp_path / "a")
     optimized.reset()
     with torch.no_grad():
@@ -213,7 +215,7 @@ def test_contexts_keep_patterns_apart(tmp_path: Path, optimized: Any, target: In
 
 
 def test_it_stays_where_it_is(tmp_path: Path, optimized: Any, target: InProcess) -> None:
-    build(optimized, inputs(), tmp_path / "a", target)
+    export(optimized, inputs(), tmp_path / "a", target)
     loaded = opened(target, tmp_path / "a")
     assert loaded.to("cpu", torch.float32) is loaded
     for change in ({"device": "meta"}, {"dtype": torch.float16}):
@@ -243,18 +245,18 @@ def test_schedule_says_what_the_configuration_says(options: dict[str, Any]) -> N
 
 def test_wrong_programs_are_never_published(tmp_path: Path, optimized: Any) -> None:
     with pytest.raises(BuildError, match="does not compute"):
-        build(optimized, inputs(), tmp_path / "a", InProcess(error=0.01))
+        export(optimized, inputs(), tmp_path / "a", InProcess(error=0.01))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_interrupted_build_goes_on(tmp_path: Path, optimized: Any, target: InProcess) -> None:
     target.fail_at = "reuse.txt"
     with pytest.raises(KeyboardInterrupt):
-        build(optimized, inputs(), tmp_path / "a", target)
+        export(optimized, inputs(), tmp_path / "a", target)
     assert not (tmp_path / "a").exists()
     assert target.made == ["refresh.txt", "reweigh.txt"]
     target.fail_at, said = "", list[Stage]()
-    build(optimized, inputs(), tmp_path / "a", target, report=said.append)
+    export(optimized, inputs(), tmp_path / "a", target, report=said.append)
     assert target.made == ["refresh.txt", "reweigh.txt", "reuse.txt"], "nothing is made twice"
     assert [(s.name, s.state) for s in said] == [
         ("export", "begun"),
@@ -275,10 +277,10 @@ def test_a_build_of_something_else_starts_anew(
 ) -> None:
     target.fail_at = "reuse.txt"
     with pytest.raises(KeyboardInterrupt):
-        build(optimized, inputs(), tmp_path / "a", target)
+        export(optimized, inputs(), tmp_path / "a", target)
     target.fail_at = ""
     other = toma_fx.optimize(model(), min_tokens=1, ratio=0.25, weights_every=2)
-    build(other, inputs(), tmp_path / "a", target)
+    export(other, inputs(), tmp_path / "a", target)
     assert target.made.count("refresh.txt") == 2
 
 
@@ -286,16 +288,16 @@ def test_an_artifact_is_replaced_only_by_a_finished_one(
     tmp_path: Path, optimized: Any, target: InProcess
 ) -> None:
     out = tmp_path / "a"
-    first = build(optimized, inputs(), out, target)
+    first = export(optimized, inputs(), out, target)
     with pytest.raises(BuildError, match="not empty"):
-        build(optimized, inputs(), out, target)
+        export(optimized, inputs(), out, target)
     target.fail_at = "reuse.txt"
     with pytest.raises(KeyboardInterrupt):
-        build(optimized, inputs(), out, target, overwrite=True)
-    assert verify(out) == first
+        export(optimized, inputs(), out, target, overwrite=True)
+    assert verify_artifact(out) == first
     target.fail_at = ""
-    second = build(optimized, inputs(), out, target, overwrite=True, licence="new")
-    assert verify(out) == second
+    second = export(optimized, inputs(), out, target, overwrite=True, license="new")
+    assert verify_artifact(out) == second
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
@@ -307,11 +309,11 @@ def test_folders_of_others_are_left_alone(
     (tmp_path / "b").write_text("a file")
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "manifest.json").write_text('{"name": "a web site"}')
-    build(optimized, inputs(), tmp_path / "d", target)
+    export(optimized, inputs(), tmp_path / "d", target)
     (tmp_path / "d" / "notes.txt").write_text("beside an artifact")
     for name in "abcd":
         with pytest.raises(BuildError):
-            build(optimized, inputs(), tmp_path / name, target, overwrite=True)
+            export(optimized, inputs(), tmp_path / name, target, overwrite=True)
     assert (tmp_path / "a" / "thesis.tex").read_text() == "all my work"
     assert (tmp_path / "d" / "notes.txt").exists()
 
@@ -322,21 +324,21 @@ def test_a_full_disk(
     def full(path: Path, text: str) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    first = build(optimized, inputs(), tmp_path / "a", target)
+    first = export(optimized, inputs(), tmp_path / "a", target)
     monkeypatch.setattr(artifact, "_write", full)
     with pytest.raises(BuildError, match="No space left"):
-        build(optimized, inputs(), tmp_path / "a", target, overwrite=True)
-    assert verify(tmp_path / "a") == first
+        export(optimized, inputs(), tmp_path / "a", target, overwrite=True)
+    assert verify_artifact(tmp_path / "a") == first
 
 
 def test_a_folder_that_cannot_be_written(optimized: Any, target: InProcess) -> None:
     with pytest.raises(BuildError, match="can't be written"):
-        build(optimized, inputs(), "/proc/artifact", target)
+        export(optimized, inputs(), "/proc/artifact", target)
 
 
 def test_only_optimized_models_are_built(tmp_path: Path, target: InProcess) -> None:
     with pytest.raises(ModelTypeError):
-        build(model(), inputs(), tmp_path / "a", target)
+        export(model(), inputs(), tmp_path / "a", target)
 
 
 def test_the_published_schema(tmp_path: Path, optimized: Any, target: InProcess) -> None:
@@ -344,7 +346,7 @@ def test_the_published_schema(tmp_path: Path, optimized: Any, target: InProcess)
     written = load_example("write_schema", "tools")
     assert written.PATH.read_text() == written.text(), "python tools/write_schema.py"
     assert '"export/*.json"' in (ROOT / "pyproject.toml").read_text(), "it is in the package"
-    build(optimized, inputs(), tmp_path / "a", target)
+    export(optimized, inputs(), tmp_path / "a", target)
     data = json.loads((tmp_path / "a" / "manifest.json").read_text())
     check = jsonschema.Draft202012Validator(json.loads(written.text())).validate
     check(data)
@@ -389,7 +391,7 @@ def edited(folder: Path, change: dict[str, Any]) -> None:
 def test_damage_is_found_before_anything_runs(
     tmp_path: Path, optimized: Any, target: InProcess, damage: Any, said: str
 ) -> None:
-    build(optimized, inputs(), tmp_path / "a", target)
+    export(optimized, inputs(), tmp_path / "a", target)
     damage(tmp_path / "a")
     with pytest.raises(ArtifactError, match=said):
         load(tmp_path / "a")
@@ -400,7 +402,7 @@ def test_another_device(tmp_path: Path, optimized: Any, target: InProcess, name:
     """Every target says which devices it is for, before it opens a program."""
     if name == "onnx":
         pytest.importorskip("onnxruntime")
-    build(optimized, inputs(), tmp_path / "a", target)
+    export(optimized, inputs(), tmp_path / "a", target)
     edited(tmp_path / "a", {"target": {**TARGET, "name": name}})
     with pytest.raises(ArtifactError, match="another device"):
         load(tmp_path / "a", device="meta")
@@ -422,7 +424,7 @@ class Weighing(InProcess):
 
 def test_wrong_weights_are_a_fault(tmp_path: Path, optimized: Any) -> None:
     with pytest.raises(BuildError, match="merged alike"):
-        build(optimized, inputs(), tmp_path / "a", Weighing())
+        export(optimized, inputs(), tmp_path / "a", Weighing())
 
 
 class Choosing(InProcess):
@@ -445,7 +447,7 @@ class Choosing(InProcess):
 
 
 def test_choices_that_hang_on_rounding_are_no_fault(tmp_path: Path, optimized: Any) -> None:
-    made = build(optimized, inputs(), tmp_path / "a", Choosing(1))
+    made = export(optimized, inputs(), tmp_path / "a", Choosing(1))
     assert 0.95 < made.parity[0].alike < 1 == made.parity[1].alike
     with pytest.raises(BuildError, match="merged alike"):
-        build(optimized, inputs(), tmp_path / "b", Choosing(1000))
+        export(optimized, inputs(), tmp_path / "b", Choosing(1000))

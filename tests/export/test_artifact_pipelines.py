@@ -24,7 +24,7 @@ from tests.denoisers import relative
 from tests.diffusers_pipelines import CASES, Case
 from tests.export.test_artifact import InProcess, opened
 from toma_fx.errors import ArtifactError
-from toma_fx.export.builder import build
+from toma_fx.export.builder import export
 from toma_fx.models import tiny
 
 STEPS = 20
@@ -44,7 +44,7 @@ def made(target: str, optimized: Any, inputs: Any, out: Path) -> Any:
     """An artifact, loaded; of the target "in-process" without files."""
     if target == "in-process":
         programs = InProcess()
-        build(optimized, inputs, out, programs)
+        export(optimized, inputs, out, programs)
         return opened(programs, out)
     if target == "onnx":
         for package in ("onnx", "onnxscript", "onnxruntime"):

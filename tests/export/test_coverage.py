@@ -24,7 +24,7 @@ from tests.methods.test_methods import BUILT_IN, inputs, model, static
 from tests.tracing import Program
 from toma_fx.errors import BuildError
 from toma_fx.export import Exported, export_programs
-from toma_fx.export.builder import build
+from toma_fx.export.builder import export
 from toma_fx.export.selection import ExpandSelection
 from toma_fx.export.to_onnx.target import ONNXTarget
 from toma_fx.export.to_tensorrt.aten import VALIDATORS, aten_coverage, decompositions
@@ -41,6 +41,7 @@ from toma_fx.methods.tofu import ToFu
 from toma_fx.methods.toma import ToMA
 from toma_fx.methods.tomesd import ToMeSD
 
+SIGNATURES = ROOT / "tests" / "data" / "signatures.json"
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "tomesd-random-cells": ("tomesd", {"sx": 3, "random": True, "ratio": 0.6}),
     "tomesd-all": ("tomesd", {"ratio": 0.9}),
@@ -91,8 +92,8 @@ def to_onnx(exported: Exported, opset: int = 20) -> Any:
 
 
 def test_tables_say_version_and_source() -> None:
-    for path in TABLES.glob("*.json"):
-        table = load_table(path.stem)
+    for path in (*TABLES.glob("*.json"), SIGNATURES):
+        table = json.loads(path.read_text())
         assert table["version"]
         assert table["source"]
         assert (ROOT / table["made_with"]).exists()
@@ -117,7 +118,8 @@ def test_rules_are_about_validators_of_the_table() -> None:
 
 
 def test_signatures_of_what_an_engine_is_built_with() -> None:
-    functions = load_table("signatures")["functions"]
+    signatures = json.loads(SIGNATURES.read_text())
+    functions = signatures["functions"]
     options = {
         name: {p["name"]: p.get("default") for p in parameters}
         for name, parameters in functions.items()
@@ -129,7 +131,7 @@ def test_signatures_of_what_an_engine_is_built_with() -> None:
         assert made["attn_bias_is_causal"] == "True"
         assert made["min_block_size"] == "5"
     assert options["torch_tensorrt.save"]["output_format"] == "'exported_program'"
-    names = load_table("signatures")["tensorrt"]["names"]
+    names = signatures["tensorrt"]["names"]
     assert names["build_serialized_network"]
     assert names["STRONGLY_TYPED"]
     assert not names["EXPLICIT_BATCH"], "TensorRT 11 has no implicit batch to choose against"
@@ -342,7 +344,7 @@ def test_onnx_artifacts_of_every_method(name: str, tmp_path: Path) -> None:
     """The models as they are deployed, which know the type of every value."""
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
-    manifest = build(optimized(name), inputs(), tmp_path / "out", ONNXTarget(opset=23))
+    manifest = export(optimized(name), inputs(), tmp_path / "out", ONNXTarget(opset=23))
     assert len(manifest.programs) == (1 if name.startswith("todo") else 2)
     for program in manifest.programs.values():
         made = onnx.load(tmp_path / "out" / program.file, load_external_data=False)

@@ -29,12 +29,12 @@ from toma_fx.errors import (
     UnknownNameError,
 )
 from toma_fx.export import builder as frame
-from toma_fx.export.artifact import verify
-from toma_fx.export.builder import build
+from toma_fx.export.artifact import verify_artifact
+from toma_fx.export.builder import export
 from toma_fx.export.loader import load
 from toma_fx.export.manifest import Manifest
 from toma_fx.export.programs import Programs, export_programs
-from toma_fx.export.to_onnx import target as to_onnx
+from toma_fx.export.to_onnx import lower
 from toma_fx.export.to_onnx.runtime import ORTRuntime
 from toma_fx.export.to_onnx.target import DEFAULT_OPSET, OPSETS, ONNXTarget
 
@@ -81,23 +81,23 @@ def cached(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], l
     """An artifact that was built in two goes, and the programs converted in each."""
     out = tmp_path_factory.mktemp("onnx") / "cached"
     goes: list[list[str]] = []
-    convert = ONNXTarget._converted
+    convert = lower.convert
 
-    def first(self: ONNXTarget, call: str, *rest: Any) -> Any:
+    def first(call: str, *rest: Any) -> Any:
         goes[-1].append(call)
         if len(goes) == 1 and call == "reuse":
             raise Interrupted
-        return convert(self, call, *rest)
+        return convert(call, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ONNXTarget, "_converted", first)
+        patch.setattr(lower, "convert", first)
         patch.setattr(frame, "export_programs", lambda denoiser, _: programs(denoiser))
         goes.append([])
         with pytest.raises(Interrupted):
-            build(optimized(), inputs(), out, ONNXTarget())
+            export(optimized(), inputs(), out, ONNXTarget())
         assert not out.exists()
         goes.append([])
-        build(optimized(), inputs(), out, ONNXTarget())
+        export(optimized(), inputs(), out, ONNXTarget())
     return out, goes[0], goes[1]
 
 
@@ -119,11 +119,11 @@ def test_a_generation_is_that_of_the_process(cached: Any) -> None:
 
 
 def test_what_the_manifest_says(cached: Any) -> None:
-    manifest = verify(cached[0])
+    manifest = verify_artifact(cached[0])
     assert manifest.target.name == "onnx"
     assert manifest.target.options == {"form": "cached", "opset": str(DEFAULT_OPSET)}
     assert set(manifest.programs) == {"refresh", "reuse"}
-    assert set(manifest.files) == {"refresh.onnx", "reuse.onnx", to_onnx.WEIGHTS}
+    assert set(manifest.files) == {"refresh.onnx", "reuse.onnx", lower.WEIGHTS}
     assert {"onnx", "onnxscript", "onnxruntime", "torch"} <= set(manifest.versions)
     assert all(p.relative < 1e-5 for p in manifest.parity)
     own = [spec.tensor.name for spec in manifest.inputs]
@@ -136,7 +136,7 @@ def test_what_the_manifest_says(cached: Any) -> None:
 def test_weights_are_there_once(cached: Any) -> None:
     total = sum(x.nbytes for x in model().parameters())
     folder = cached[0]
-    size = (folder / to_onnx.WEIGHTS).stat().st_size
+    size = (folder / lower.WEIGHTS).stat().st_size
     models_ = sum(path.stat().st_size for path in folder.glob("*.onnx"))
     assert 0.8 * total < size < 1.2 * total + 4096
     assert models_ < 150_000
@@ -145,7 +145,7 @@ def test_weights_are_there_once(cached: Any) -> None:
         graph = onnx.load(path, load_external_data=False).graph
         stored = [x for x in graph.initializer if x.external_data]
         places.append({x.name: [(e.key, e.value) for e in x.external_data] for x in stored})
-        assert all(dict(x)["location"] == to_onnx.WEIGHTS for x in places[-1].values())
+        assert all(dict(x)["location"] == lower.WEIGHTS for x in places[-1].values())
     first, second = places
     assert first.keys() == second.keys()
     assert first == second
@@ -154,7 +154,7 @@ def test_weights_are_there_once(cached: Any) -> None:
 def test_weights_can_be_read_without_the_models(cached: Any) -> None:
     from safetensors.torch import load_file
 
-    stored = load_file(cached[0] / to_onnx.WEIGHTS)
+    stored = load_file(cached[0] / lower.WEIGHTS)
     parameters = dict(model().named_parameters())
     for name, x in stored.items():
         own, transposed = (name, False) if name in parameters else (name[:-3], True)
@@ -172,7 +172,7 @@ def test_models_hold_nothing_of_this_machine(cached: Any) -> None:
 
 
 def opened(folder: Path, **options: Any) -> tuple[ORTRuntime, Manifest]:
-    manifest = verify(folder)
+    manifest = verify_artifact(folder)
     runtime = ONNXTarget.open(folder, manifest, CPU, options)
     assert isinstance(runtime, ORTRuntime)
     return runtime, manifest
@@ -226,7 +226,7 @@ def test_bad_options(cached: Any, options: dict[str, Any], word: str) -> None:
 
 
 def test_a_model_that_cannot_be_read(cached: Any, tmp_path: Path) -> None:
-    manifest = verify(cached[0])
+    manifest = verify_artifact(cached[0])
     for path in cached[0].iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "reuse.onnx").write_bytes(b"no model")
@@ -263,7 +263,7 @@ def test_bfloat16_can_not_be_moved_to_a_cpu(cached: Any, tmp_path: Path) -> None
 @pytest.mark.usefixtures("quick")
 def test_stateless(tmp_path: Path) -> None:
     """One model that selects at every step and hands nothing on."""
-    manifest = build(optimized(), inputs(), tmp_path / "out", ONNXTarget("stateless"))
+    manifest = export(optimized(), inputs(), tmp_path / "out", ONNXTarget("stateless"))
     assert list(manifest.programs) == ["refresh"]
     assert manifest.patterns == ()
     assert (manifest.schedule.begin, manifest.schedule.cycle) == ((), ("refresh",))
@@ -311,7 +311,7 @@ def test_missing_package(package: str, tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(importlib, "import_module", without)
     with pytest.raises(MissingPackageError, match=r"toma_fx\[onnx\]") as caught:
-        build(optimized(), inputs(), tmp_path / "out", ONNXTarget())
+        export(optimized(), inputs(), tmp_path / "out", ONNXTarget())
     assert package in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -326,11 +326,13 @@ def test_full_disk(cached: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(ONNXTarget, "_converted", lambda *_: None)
-    monkeypatch.setattr(to_onnx, "_store", full)
+    monkeypatch.setattr(lower, "convert", lambda *_: None)
+    monkeypatch.setattr(lower, "externalize_weights", full)
     with pytest.raises(BuildError, match="No space left"):
-        build(optimized(), inputs(), out, ONNXTarget(opset=20), overwrite=True)
-    assert verify(out).target.options["opset"] == str(DEFAULT_OPSET), "what was there stays"
+        export(optimized(), inputs(), out, ONNXTarget(opset=20), overwrite=True)
+    assert verify_artifact(out).target.options["opset"] == str(DEFAULT_OPSET), (
+        "what was there stays"
+    )
 
 
 @pytest.mark.usefixtures("quick")
@@ -340,22 +342,22 @@ def test_what_the_exporter_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(torch.onnx, "export", refuse)
     with pytest.raises(BuildError, match="no such operator"):
-        build(optimized(), inputs(), tmp_path / "out", ONNXTarget())
+        export(optimized(), inputs(), tmp_path / "out", ONNXTarget())
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.usefixtures("quick")
 def test_another_opset_than_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    convert = ONNXTarget._converted
+    convert = lower.convert
 
-    def other(self: ONNXTarget, *rest: Any) -> Any:
-        found = convert(self, *rest)
+    def other(*rest: Any) -> Any:
+        found = convert(*rest)
         found.opset_imports[""] = 21
         return found
 
-    monkeypatch.setattr(ONNXTarget, "_converted", other)
+    monkeypatch.setattr(lower, "convert", other)
     with pytest.raises(BuildError, match="opset 20"):
-        build(optimized("todo"), inputs(), tmp_path / "out", ONNXTarget(opset=20))
+        export(optimized("todo"), inputs(), tmp_path / "out", ONNXTarget(opset=20))
 
 
 def test_bfloat16_needs_a_gpu() -> None:
@@ -387,7 +389,7 @@ def half(call: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("opset", [n for n in OPSETS if n != DEFAULT_OPSET])
 def test_opsets(opset: int, tmp_path: Path) -> None:
-    manifest = build(optimized("grid"), inputs(), tmp_path / "out", ONNXTarget(opset=opset))
+    manifest = export(optimized("grid"), inputs(), tmp_path / "out", ONNXTarget(opset=opset))
     assert manifest.target.options["opset"] == str(opset)
     graphs = [onnx.load(p, load_external_data=False) for p in (tmp_path / "out").glob("*.onnx")]
     for loaded in graphs:
@@ -403,7 +405,7 @@ def test_opsets(opset: int, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("quick")
 def test_stateless_without_patterns(tmp_path: Path) -> None:
     """A method without patterns has one program, and both forms are the same."""
-    manifest = build(optimized("todo"), inputs(), tmp_path / "out", ONNXTarget("stateless"))
+    manifest = export(optimized("todo"), inputs(), tmp_path / "out", ONNXTarget("stateless"))
     assert list(manifest.programs) == ["reuse"]
     for a, b in zip(steps(load(tmp_path / "out"), 2), steps(optimized("todo"), 2), strict=True):
         assert relative(a, b) < 1e-5
@@ -414,7 +416,7 @@ def test_stateless_without_patterns(tmp_path: Path) -> None:
 def test_steps_without_merging(form: Any, tmp_path: Path) -> None:
     fields: dict[str, Any] = {"min_tokens": 1, "first_step": 1, "last_step": 2}
     denoiser = toma_fx.optimize(model(), method="tomesd", destinations_every=2, **fields)
-    manifest = build(denoiser, inputs(), tmp_path / "out", ONNXTarget(form))
+    manifest = export(denoiser, inputs(), tmp_path / "out", ONNXTarget(form))
     own = {"refresh", "plain"} if form == "stateless" else {"refresh", "reuse", "plain"}
     assert set(manifest.programs) == own
     every = denoiser
@@ -430,7 +432,7 @@ def test_steps_without_merging(form: Any, tmp_path: Path) -> None:
 def test_whole_models(name: str, form: Any, tmp_path: Path) -> None:
     call = getattr(denoisers, f"{name}_inputs")
     denoiser = toma_fx.optimize(getattr(denoisers, name)(), method="tomesd", min_tokens=200)
-    manifest = build(denoiser, call(), tmp_path / "out", ONNXTarget(form))
+    manifest = export(denoiser, call(), tmp_path / "out", ONNXTarget(form))
     assert parity(manifest) < 1e-5
     if name == "sdxl":
         assert "added_cond_kwargs_time_ids" in [x.tensor.name for x in manifest.inputs]
@@ -447,7 +449,7 @@ def test_whole_models(name: str, form: Any, tmp_path: Path) -> None:
 def test_half_precision(method: str, tmp_path: Path) -> None:
     """SDXL joins float16 and float32 in its time embedding, which ONNX must be told to."""
     denoiser = toma_fx.optimize(denoisers.sdxl().half(), method=method, min_tokens=200)
-    manifest = build(denoiser, half(denoisers.sdxl_inputs()), tmp_path / "out", ONNXTarget())
+    manifest = export(denoiser, half(denoisers.sdxl_inputs()), tmp_path / "out", ONNXTarget())
     assert manifest.dtype == "float16"
     assert parity(manifest) < 2e-2
     graph = onnx.load(tmp_path / "out" / "refresh.onnx", load_external_data=False).graph

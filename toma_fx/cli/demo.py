@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import time
@@ -13,8 +14,10 @@ from typing import Any, cast
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 from torch import Tensor
 
 from toma_fx.api import explain, optimize
@@ -62,6 +65,38 @@ class Outcome:
     mse: float
     psnr: float
     compile_s: float
+
+
+def show_demo(args: argparse.Namespace, options: dict[str, Any], console: Console) -> None:
+    """Run the demo and print its times."""
+    outcomes = run_demo(args.out, console, options)
+    table = Table(
+        title="time a step, median (quartiles) of alternating runs",
+        title_justify="left",
+        box=SIMPLE,
+    )
+    for name in ("model", "original", "merged", "refresh", "gain", "ideal", "mse", "PSNR"):
+        table.add_column(name, no_wrap=name in ("model", "mse", "PSNR"))
+    for o in outcomes:
+
+        def spread(key: str, median: float, quartiles: Any = o.quartiles) -> str:
+            low, high = quartiles[key]
+            return f"{median:.0f} ms\n({low:.0f} to {high:.0f})"
+
+        table.add_row(
+            o.model,
+            spread("original", o.original_ms),
+            spread("reuse", o.merged_ms),
+            spread("refresh", o.refresh_ms),
+            f"{o.speedup:.2f}x",
+            f"{o.ideal:.2f}x",
+            f"{o.mse:.4f}",
+            f"{o.psnr:.1f} dB",
+        )
+    console.print(table)
+    console.print(
+        f"pictures: {args.out / 'contact-sheet.png'}, figures: {args.out / 'results.json'}"
+    )
 
 
 def run_demo(out: Path, console: Console, options: dict[str, Any] | None = None) -> list[Outcome]:
@@ -209,16 +244,16 @@ def _token_map(image: Tensor, merged: OptimizedDenoiser, index: int) -> Image.Im
     draw = ImageDraw.Draw(picture)
     dy, dx = CELL / height, CELL / width
 
-    def centre(window: int, slot: int) -> tuple[float, float]:
+    def center(window: int, slot: int) -> tuple[float, float]:
         row, column = divmod(window, width // w)
         return ((column * w + slot % w + 0.5) * dx, (row * h + slot // w + 0.5) * dy)
 
     for window in range(idx.shape[0]):
         for slot, end in enumerate(target[window].tolist()):
             if slot != end:
-                draw.line([centre(window, slot), centre(window, end)], fill=(200, 30, 30), width=1)
+                draw.line([center(window, slot), center(window, end)], fill=(200, 30, 30), width=1)
         for slot in idx[window].tolist():
-            x, y = centre(window, slot)
+            x, y = center(window, slot)
             draw.ellipse([x - 2, y - 2, x + 2, y + 2], fill=(20, 60, 200))
     for x in range(0, width + 1, w):
         draw.line([(x * dx, 0), (x * dx, CELL)], fill=(120, 120, 120), width=1)

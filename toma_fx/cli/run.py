@@ -17,25 +17,24 @@ from rich.table import Table
 from torch import Tensor
 
 from toma_fx.capture.grids import raster
-from toma_fx.cli.text import size_text
+from toma_fx.cli.text import bytes_text
 from toma_fx.errors import ArtifactError, ConfigError
 from toma_fx.export.loader import load
 from toma_fx.export.manifest import InputSpec, Manifest, raster_spec
 
-# -- run ------------------------------------------------------------------------------------------
 
-
-def _run(args: argparse.Namespace, options: dict[str, Any], console: Console) -> None:
-    given = _read_tensors(args.inputs) if args.inputs else {}
-    how: dict[str, Any] = {}
+def run_artifact(args: argparse.Namespace, options: dict[str, Any], console: Console) -> None:
+    """Time the steps of a generation; the first generation warms up."""
+    tensors = _read_tensors(args.inputs) if args.inputs else {}
+    settings: dict[str, Any] = {}
     if args.providers is not None:
-        how["providers"] = args.providers.split(",")
+        settings["providers"] = args.providers.split(",")
     if args.threads is not None:
-        how["threads"] = args.threads
+        settings["threads"] = args.threads
     start = time.perf_counter()
-    denoiser = load(args.path, device=args.device, **how)
+    denoiser = load(args.path, device=args.device, **settings)
     loaded = time.perf_counter() - start
-    call = call_of(denoiser.manifest, given)
+    call = arguments_for(denoiser.manifest, tensors)
     timestep = call.get("timestep") if not args.inputs else None
     times, outputs = defaultdict[str, list[float]](list), None
     calls = denoiser.manifest.calls(args.steps)
@@ -55,7 +54,7 @@ def _run(args: argparse.Namespace, options: dict[str, Any], console: Console) ->
     _print_times(times, loaded, denoiser.device, console)
 
 
-def call_of(manifest: Manifest, given: Mapping[str, Tensor]) -> dict[str, Any]:
+def arguments_for(manifest: Manifest, given: Mapping[str, Tensor]) -> dict[str, Any]:
     """Keyword arguments of a step, nested as the model takes them.
 
     Args:
@@ -124,7 +123,7 @@ def _positions(spec: InputSpec) -> Tensor:
         if raster_spec(raster(ids)) == spec.raster:
             return ids
     raise ArtifactError(
-        "no position ids can be made up for this artifact",
+        "no position ids can be generated for this artifact",
         where="_".join(spec.path),
         expected=f"ids of a grid {spec.raster}",
         hint="give your own with --inputs",
@@ -144,9 +143,9 @@ def _print_times(
     import resource  # which Windows lacks; the other commands work there
 
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    text = f"loaded in {loaded:.1f} s; peak memory of this process {size_text(memory)}"
+    text = f"loaded in {loaded:.1f} s; peak memory of this process {bytes_text(memory)}"
     if device.type == "cuda":
-        text += f", of torch on the GPU {size_text(torch.cuda.max_memory_allocated(device))}"
+        text += f", of torch on the GPU {bytes_text(torch.cuda.max_memory_allocated(device))}"
     console.print(text, highlight=False, soft_wrap=True)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-def size_text(size: int) -> str:
+def bytes_text(size: int) -> str:
     """Bytes in the unit that suits them."""
     for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if size >= scale:

@@ -1,17 +1,35 @@
-"""Programs that leave the process: exported graphs, and artifacts made of them."""
+"""Exported programs, and artifacts: folders that run without the model.
 
-from toma_fx.export.builder import build
-from toma_fx.export.entry import aoti, onnx, tensorrt
-from toma_fx.export.programs import Exported, Programs, export_programs
-from toma_fx.export.to_tensorrt.target import tensorrt_coverage
+    export(optimized, inputs, out, target="onnx", ...)     or onnx(...), aoti(...), tensorrt(...)
+
+`toma_fx.load` opens an artifact.
+"""
+
+from typing import TYPE_CHECKING
+
+from toma_fx.export.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from toma_fx.export.builder import aoti, export, onnx, tensorrt
+    from toma_fx.export.programs import Exported, Programs, export_programs
+    from toma_fx.export.to_tensorrt.dry_run import tensorrt_coverage
 
 __all__ = [
     "Exported",
     "Programs",
     "aoti",
-    "build",
+    "export",
     "export_programs",
     "onnx",
     "tensorrt",
     "tensorrt_coverage",
 ]
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        **dict.fromkeys(("aoti", "export", "onnx", "tensorrt"), "builder"),
+        **dict.fromkeys(("Exported", "Programs", "export_programs"), "programs"),
+        "tensorrt_coverage": "to_tensorrt.dry_run",
+    },
+)

@@ -45,11 +45,11 @@ class Stage:
 
 
 Report = Callable[[Stage], Any]
-"""Is told of every stage of a build."""
+"""Called with every stage of a build, as it begins and as it ends."""
 
 
-def silent(stage: Stage) -> None:
-    """A report that nobody reads."""
+def ignore(stage: Stage) -> None:
+    """Do nothing: the report of a build that shows no progress."""
 
 
 @contextmanager
@@ -87,7 +87,7 @@ def read_manifest(folder: Path) -> Manifest:
     return Manifest.of(text, str(path))
 
 
-def verify(folder: Path) -> Manifest:
+def verify_artifact(folder: Path) -> Manifest:
     """The manifest of an artifact whose files are all there and unchanged.
 
     Raises:
@@ -233,7 +233,7 @@ def _is_artifact_alone(folder: Path) -> bool:
 
 @contextmanager
 def building(
-    out: Path, key: str, *, overwrite: bool = False, report: Report = silent
+    out: Path, key: str, *, overwrite: bool = False, report: Report = ignore
 ) -> Iterator[Build]:
     """Make an artifact at `out`.
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from toma_fx.capture.parity import fresh
 from toma_fx.errors import BuildError
-from toma_fx.export.artifact import Report, building, check_place, reported, silent
+from toma_fx.export.artifact import Report, building, check_place, ignore, reported
 from toma_fx.export.manifest import (
     VERSION,
     Constant,
@@ -30,6 +31,7 @@ from toma_fx.export.manifest import (
     raster_spec,
 )
 from toma_fx.export.programs import Programs, export_programs
+from toma_fx.export.registry import make_target
 from toma_fx.export.targets import Lowered, Runtime, Target
 from toma_fx.plan.plan import MergePlan
 from toma_fx.run.schedule import Call, Schedule
@@ -58,42 +60,48 @@ CHECKED_STEPS = 4
 """Steps of the comparison, of the schedule from its first merged step."""
 
 
-def build(
+def export(
     optimized: Any,
-    example_inputs: Any,
+    inputs: Any,
     out: str | Path,
-    target: Target,
+    target: str | Target = "onnx",
     *,
     overwrite: bool = False,
-    licence: str = "",
-    report: Report = silent,
+    license: str = "",
+    report: Report = ignore,
+    **options: Any,
 ) -> Manifest:
-    """Make an artifact of an optimized denoiser.
+    """Make an artifact of an optimized denoiser: a folder that runs without the model.
 
     Args:
-        optimized: what `toma_fx.optimize` returned. example_inputs: a call, whose shapes, dtypes
-            and constants the artifact is for.
-        out: folder to make. target: what to make. overwrite: whether an artifact there is replaced,
-            once the new one is done.
-        licence: note on the model's licence, for the manifest. report: told of every stage.
+        optimized: what `toma_fx.optimize` returned. inputs: a call, whose shapes, dtypes and
+            constants the artifact is for.
+        out: folder to make. target: "onnx", "aoti", "tensorrt", or a target of your own.
+        overwrite: whether an artifact there is replaced, once the new one is done.
+        license: note on the model's license, for the manifest.
+        report: called with every stage, as it begins and as it ends.
+        options: of the target, as fields of `ONNXTarget`, `AOTITarget` and `TensorRTTarget`.
 
     Returns:
         The manifest.
 
     Raises:
-        BuildError: the folder can't be used, an artifact that computes something else than the
-            process (nothing is left of it then). MissingPackageError: the target needs a package.
-            DynamicError, ModelTypeError, SignatureError: see `export_programs`.
+        UnknownNameError: no such target, or no such option of it. ConfigError: a value that an
+            option can't have. MissingPackageError: the target needs a package.
+        BuildError: the folder can't be used, or the artifact computes something else than the
+            process (nothing is left of it then).
+        DynamicError, ModelTypeError, SignatureError: see `export_programs`.
     """
+    target = make_target(target, options)
     check_place(Path(out), overwrite)
     target.check_installed()
     with reported("export", report):
-        programs = export_programs(optimized, example_inputs)
+        programs = export_programs(optimized, inputs)
     target.check(programs)
     key = _key(programs, target)
     with building(Path(out), key, overwrite=overwrite, report=report) as work, torch.no_grad():
         lowered = target.lower(programs, work)
-        manifest = manifest_of(programs, lowered, licence)
+        manifest = manifest_of(programs, lowered, license)
         with reported("compare with the process", report):
             runtime = target.open(work.folder, manifest, programs.device, {})
             try:
@@ -104,7 +112,12 @@ def build(
         return work.finish(replace(manifest, parity=figures))
 
 
-def manifest_of(programs: Programs, lowered: Lowered, licence: str) -> Manifest:
+aoti = partial(export, target="aoti")
+onnx = partial(export, target="onnx")
+tensorrt = partial(export, target="tensorrt")
+
+
+def manifest_of(programs: Programs, lowered: Lowered, license: str) -> Manifest:
     """Everything but the parity and the checksums."""
     denoiser, specialization = programs.denoiser, programs.specialization
     captured = specialization.captured
@@ -125,7 +138,7 @@ def manifest_of(programs: Programs, lowered: Lowered, licence: str) -> Manifest:
         model=type(denoiser.denoiser).__name__,
         model_config=_jsonable(dict(getattr(denoiser, "config", {}))),
         dtype=TensorSpec.of("", next(denoiser.denoiser.parameters())).dtype,
-        licence=licence,
+        license=license,
         plan=_jsonable(programs.plan.to_json()),
         schedule=_schedule(programs.plan, lowered.programs.values()),
         parameters=denoiser.parameter_names,

@@ -15,7 +15,7 @@ from toma_fx.errors import ArtifactError
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-def _check_name(name: str, where: str) -> None:
+def check_file_name(name: str, where: str) -> None:
     """Refuse names that lead out of the folder."""
     parts = PurePosixPath(name).parts
     if not parts or "/".join(parts) != name or not all(_FILE.fullmatch(part) for part in parts):
@@ -28,7 +28,7 @@ def _check_name(name: str, where: str) -> None:
         )
 
 
-def _decoded(kind: Any, data: Any, where: str) -> Any:
+def decode(kind: Any, data: Any, where: str) -> Any:
     """JSON data as a value of the type `kind`, checked throughout."""
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any:
@@ -36,7 +36,7 @@ def _decoded(kind: Any, data: Any, where: str) -> Any:
     if origin is Literal:
         if data in arguments:
             return data
-        raise _broken(where, " or ".join(map(repr, arguments)), repr(data)[:80])
+        raise malformed(where, " or ".join(map(repr, arguments)), repr(data)[:80])
     if dataclasses.is_dataclass(kind):
         return _object(kind, data, where)
     if origin in (Union, UnionType):
@@ -46,14 +46,14 @@ def _decoded(kind: Any, data: Any, where: str) -> Any:
             arguments = arguments[:1] * len(data)
         if len(arguments) == len(data):
             pairs = enumerate(zip(arguments, data, strict=True))
-            return tuple(_decoded(a, x, f"{where}[{i}]") for i, (a, x) in pairs)
+            return tuple(decode(a, x, f"{where}[{i}]") for i, (a, x) in pairs)
     elif origin is collections.abc.Mapping and isinstance(data, dict):
-        return {k: _decoded(arguments[1], v, f"{where}.{k}") for k, v in data.items()}
+        return {k: decode(arguments[1], v, f"{where}.{k}") for k, v in data.items()}
     elif kind is float and type(data) in (int, float):
         return float(data)
     elif origin is None and type(data) is kind:
         return data
-    raise _broken(where, str(kind), repr(data)[:80])
+    raise malformed(where, str(kind), repr(data)[:80])
 
 
 def _one_of(kinds: Sequence[Any], data: Any, where: str) -> Any:
@@ -62,10 +62,10 @@ def _one_of(kinds: Sequence[Any], data: Any, where: str) -> Any:
     for kind in kinds:
         if kind is not type(None):
             try:
-                return _decoded(kind, data, where)
+                return decode(kind, data, where)
             except ArtifactError:
                 continue
-    raise _broken(where, " or ".join(map(str, kinds)), repr(data)[:80])
+    raise malformed(where, " or ".join(map(str, kinds)), repr(data)[:80])
 
 
 def _object(kind: Any, data: Any, where: str) -> Any:
@@ -73,11 +73,12 @@ def _object(kind: Any, data: Any, where: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(kind)}
     if not isinstance(data, dict) or set(data) != set(fields):
         got = sorted(data) if isinstance(data, dict) else repr(data)[:80]
-        raise _broken(where, f"the fields {sorted(fields)}", str(got))
-    return kind(**{name: _decoded(hints[name], data[name], f"{where}.{name}") for name in fields})
+        raise malformed(where, f"the fields {sorted(fields)}", str(got))
+    return kind(**{name: decode(hints[name], data[name], f"{where}.{name}") for name in fields})
 
 
-def _broken(where: str, expected: str, got: str) -> ArtifactError:
+def malformed(where: str, expected: str, got: str) -> ArtifactError:
+    """The error for a manifest that is not of the form that its version has."""
     return ArtifactError(
         "the manifest is not of the form that its version has",
         where=where,

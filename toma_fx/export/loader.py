@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from toma_fx.capture.grids import raster
 from toma_fx.errors import ArtifactError, SignatureError
-from toma_fx.export.artifact import verify
+from toma_fx.export.artifact import verify_artifact
 from toma_fx.export.manifest import Manifest, TensorSpec, raster_spec
-from toma_fx.export.targets import Runtime, Target
+from toma_fx.export.registry import TARGETS, target_class
+from toma_fx.export.targets import Runtime
 from toma_fx.run.generation import Generation, PassState
 
 NUMBERS = ("timestep", "_ids")
@@ -263,29 +264,18 @@ def load(
         MissingPackageError: the target needs a package that is not installed.
     """
     folder = Path(path)
-    manifest = verify(folder)
+    manifest = verify_artifact(folder)
     wanted = torch.device(manifest.device.type if device is None else device)
-    target = target_of(manifest.target.name)
+    if manifest.target.name not in TARGETS:
+        raise ArtifactError(
+            "the artifact has an unknown target",
+            where="target.name",
+            expected=", ".join(TARGETS),
+            got=repr(manifest.target.name),
+            hint="read it with the toma_fx that made it",
+        )
+    target = target_class(manifest.target.name)
     return ArtifactDenoiser(manifest, target.open(folder, manifest, wanted, options), wanted)
-
-
-def target_of(name: str) -> type[Target]:
-    """The class of a target; its packages are imported when it is used."""
-    if name == "aoti":
-        from toma_fx.export.to_aoti.target import AOTITarget
-
-        return AOTITarget
-    if name == "onnx":
-        from toma_fx.export.to_onnx.target import ONNXTarget
-
-        return ONNXTarget
-    if name == "tensorrt":
-        from toma_fx.export.to_tensorrt.target import TensorRTTarget
-
-        return TensorRTTarget
-    raise ArtifactError(
-        "unknown target", where="manifest.json", expected="aoti, onnx or tensorrt", got=repr(name)
-    )
 
 
 def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

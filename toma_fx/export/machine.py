@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,11 +12,10 @@ import torch
 from toma_fx.errors import ArtifactError
 from toma_fx.export.manifest import Manifest
 
-_WORDS = ("avx", "fma", "amx", "bmi", "f16c", "sve", "neon", "asimd", "bf16", "i8mm", "vsx", "vxe")
+_EXTENSIONS = (
+    "avx", "fma", "amx", "bmi", "f16c", "sve", "neon", "asimd", "bf16", "i8mm", "vsx", "vxe"
+)  # fmt: skip
 """Beginnings of the processor's capabilities that compiled code may use."""
-
-
-# -- the machine --------------------------------------------------------------------------------
 
 
 def architecture(device: torch.device) -> str:
@@ -25,56 +25,70 @@ def architecture(device: torch.device) -> str:
     for a GPU its compute capability comes on top.
     """
     able = torch.cpu.get_capabilities()
-    words = [k for k, v in able.items() if v is True and k.startswith(_WORDS)]
+    words = [k for k, v in able.items() if v is True and k.startswith(_EXTENSIONS)]
     if device.type == "cuda":
-        words.append("sm_{}{}".format(*torch.cuda.get_device_capability(device)))
+        words.append(compute_capability(device))
     return " ".join([sys.platform, platform.machine(), *sorted(words)])
 
 
-def _processor(device: torch.device) -> str:
+def compute_capability(device: torch.device) -> str:
+    """That of a GPU, as "sm_90"."""
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def processor(device: torch.device) -> str:
+    """Name of a GPU, or of this machine's processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
-def _versions(device: torch.device) -> dict[str, str]:
-    return {"cuda": str(torch.version.cuda)} if device.type == "cuda" else {}
-
-
-def _check_machine(manifest: Manifest, device: torch.device) -> None:
+def check_machine(
+    manifest: Manifest,
+    device: torch.device,
+    package: str,
+    version: str,
+    arch: Callable[[torch.device], str] = architecture,
+) -> None:
     """Refuse what was compiled for something else, before anything of it is loaded.
+
+    Args:
+        manifest: of the artifact. device: to run on.
+        package, version: what programs are compiled with, and which version is installed.
+        arch: words for what a device has; all those of the manifest must be among them.
 
     Raises:
         ArtifactError: naming the first difference.
     """
-    if manifest.versions.get("torch") != torch.__version__:
+    built = manifest.device
+    if (used := manifest.versions.get(package, "unknown")) != version:
         raise ArtifactError(
-            "the artifact was made with another version of torch",
-            where="versions.torch",
-            expected=f"torch {manifest.versions.get('torch')}",
-            got=f"torch {torch.__version__}",
+            f"the artifact was made with another version of {package}",
+            where=f"versions.{package}",
+            expected=f"{package} {used}",
+            got=f"{package} {version}",
             hint="install that version, or build the artifact anew",
         )
-    if device.type != manifest.device.type:
+    if device.type != built.type:
         raise ArtifactError(
             "the artifact was compiled for another device",
             where="device.type",
-            expected=manifest.device.type,
+            expected=built.type,
             got=device.type,
             hint="build it for that device",
         )
-    here = architecture(device)
-    lacking = set(manifest.device.arch.split()) - set(here.split())
-    if lacking or not manifest.device.arch:
+    available = arch(device)
+    lacking = set(built.arch.split()) - set(available.split())
+    if lacking or not built.arch:
         raise ArtifactError(
             "the artifact was compiled for another processor",
             where="device.arch",
-            expected=f"{manifest.device.arch or 'an architecture'} ({manifest.device.name})",
-            got=f"{here}: without {', '.join(sorted(lacking)) or 'a check'}",
+            expected=f"{built.arch or 'an architecture'} ({built.name})",
+            got=f"{available}: without {', '.join(sorted(lacking)) or 'a check'}",
             hint="build it on a machine of this kind",
         )

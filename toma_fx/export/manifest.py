@@ -17,7 +17,7 @@ from torch import Tensor
 
 from toma_fx.capture.grids import Raster
 from toma_fx.errors import ArtifactError
-from toma_fx.export.decode import _broken, _check_name, _decoded
+from toma_fx.export.decode import check_file_name, decode, malformed
 from toma_fx.run.schedule import Call, Schedule
 
 VERSION = 1
@@ -161,7 +161,7 @@ class Manifest:
     Attributes:
         version: of this form. target, device: what runs the programs, and on what.
         model: class of the denoiser. model_config: its configuration. dtype: of its weights.
-        licence: note on the model's licence, from whoever built the artifact.
+        license: note on the model's license, from whoever built the artifact.
         plan: what merges, as `MergePlan.to_json()` gives it. schedule: which program runs when.
         parameters: of a call, in order, for arguments without keywords.
         inputs, constants, outputs, structure: what a call takes and gives.
@@ -176,7 +176,7 @@ class Manifest:
     model: str
     model_config: Mapping[str, Any]
     dtype: str
-    licence: str
+    license: str
     plan: Mapping[str, Any]
     schedule: Schedule
     parameters: tuple[str, ...]
@@ -208,9 +208,9 @@ class Manifest:
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:
-            raise _broken(where, "JSON", str(error)) from error
+            raise malformed(where, "JSON", str(error)) from error
         if not isinstance(data, dict):
-            raise _broken(where, "a JSON object", type(data).__name__)
+            raise malformed(where, "a JSON object", type(data).__name__)
         if data.get("version") != VERSION:
             raise ArtifactError(
                 "the artifact has another version",
@@ -220,10 +220,10 @@ class Manifest:
                 hint="build it anew, or read it with the toma_fx that made it",
             )
         data.pop("$schema", None)
-        manifest: Self = _decoded(cls, data, where)
+        manifest: Self = decode(cls, data, where)
         for name in manifest.files:
-            _check_name(name, where)
+            check_file_name(name, where)
         for program in manifest.programs.values():
             if program.file not in manifest.files:
-                raise _broken(where, "programs in files that are listed", program.file)
+                raise malformed(where, "programs in files that are listed", program.file)
         return manifest

@@ -1,33 +1,40 @@
-"""Optional packages: imported where used, with an error that names the extra."""
+"""Optional packages: imported where they are used, with an error that says how to install them."""
 
 from __future__ import annotations
 
 import importlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 from toma_fx.errors import MissingPackageError
 
-# -- packages -------------------------------------------------------------------------------------
 
-
-def imported(package: str) -> Any:
+def import_package(name: str, explain: Callable[[Exception], MissingPackageError]) -> Any:
     """An optional package.
+
+    Raises:
+        MissingPackageError: what `explain` makes of the reason why it can't be imported.
+    """
+    try:
+        return importlib.import_module(name)
+    except (ImportError, OSError) as error:
+        raise explain(error) from error
+
+
+def import_onnx(name: str) -> Any:
+    """A package of the extra `[onnx]`.
 
     Raises:
         MissingPackageError: it is not installed; names the extra.
     """
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise _missing(package, "onnx") from error
+    return import_package(name, lambda _: missing_onnx(name, "onnx"))
 
 
-def _missing(package: str, extra: str) -> MissingPackageError:
+def missing_onnx(package: str, extra: str) -> MissingPackageError:
+    """The error for a package that ONNX artifacts need."""
     return MissingPackageError(
         f"ONNX artifacts need the package {package}",
         where=package,
@@ -35,14 +42,14 @@ def _missing(package: str, extra: str) -> MissingPackageError:
     )
 
 
-def _version(package: str) -> str:
-    module: ModuleType = imported(package)
-    return str(getattr(module, "__version__", "unknown"))
+def version_of(package: str) -> str:
+    """Version of a package of the extra `[onnx]`."""
+    return str(getattr(import_onnx(package), "__version__", "unknown"))
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without remarks on packages looked for and constants left unfolded; errors are raised."""
+def quiet_exporter() -> Iterator[None]:
+    """No warnings of the ONNX exporter about missing packages and unfolded constants."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -5,16 +5,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from toma_fx.errors import UnknownNameError, nearest
-from toma_fx.export.artifact import Build
-from toma_fx.export.manifest import Device, Manifest, ProgramSpec, TargetSpec
-from toma_fx.export.programs import Programs
+
+if TYPE_CHECKING:  # `toma-fx --help` reads the options of targets without torch
+    from pathlib import Path
+
+    import torch
+    from torch import Tensor
+
+    from toma_fx.export.artifact import Build
+    from toma_fx.export.manifest import Device, Manifest, ProgramSpec, TargetSpec
+    from toma_fx.export.programs import Programs
 
 
 @dataclass(frozen=True)
@@ -51,39 +54,42 @@ class Runtime(ABC):
         """
 
 
-def apart(given: Iterable[Tensor], outputs: Iterable[Tensor]) -> list[Tensor]:
+def separate_inputs(given: Iterable[Tensor], outputs: Iterable[Tensor]) -> list[Tensor]:
     """Inputs of a run, contiguous, and none in memory that the run writes to."""
     places = {x.data_ptr() for x in outputs}
     # an output of the last step may be an input of this one
     return [x.clone() if x.data_ptr() in places else x.contiguous() for x in given]
 
 
-def check_options(target: str, options: Mapping[str, Any], known: Sequence[str] = ()) -> None:
-    """Passes if a target knows all options that `load` was given.
+def check_options(owner: str, options: Mapping[str, Any], known: Sequence[str] = ()) -> None:
+    """Passes if every option is known.
+
+    Args:
+        owner: whose options they are. options: by name. known: names of all there are.
 
     Raises:
-        UnknownNameError: names the first that it does not know.
+        UnknownNameError: names the first that is not known, and the nearest.
     """
     for name in options:
         if name not in known:
             raise UnknownNameError(
-                f"artifacts of the target {target} have "
-                + ("no such option" if known else "no options"),
-                where="load",
+                f"{owner} has " + ("no such option" if known else "no options"),
+                where="options",
                 expected=", ".join(known) or "none",
                 got=name,
                 hint=nearest(name, known) if known else "",
             )
 
 
+@dataclass(frozen=True)
 class Target(ABC):
     """A kind of artifact. Its fields are its options.
 
-    Attributes:
-        name: as in `toma-fx build --target`.
-    """
+    A field with a help text in its metadata is also an option of `toma-fx build`.
 
-    name: str
+    The module of a target imports no torch at its top: the command line reads the options of all
+    targets. What lowers and opens is imported when it is used.
+    """
 
     @abstractmethod
     def check_installed(self) -> None:

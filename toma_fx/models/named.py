@@ -72,8 +72,8 @@ def _loaded(name: str, subfolder: str | None, dtype: torch.dtype) -> Any:
     )
 
 
-def licence_of(name: str) -> str:
-    """What is known of a model's licence: its model card's word, "" without one."""
+def license_of(name: str) -> str:
+    """What is known of a model's license: its model card's word, "" without one."""
     if name in tiny.NAMES:
         return "Apache-2.0; for the training pictures see toma_fx/weights/LICENSES.md"
     from huggingface_hub import ModelCard

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import torch
 from torch import Tensor
 
+from toma_fx.compat import package_programs
 from toma_fx.errors import BuildError
 from toma_fx.export.programs import Programs
 
@@ -20,60 +22,70 @@ WEIGHTS = "weights.safetensors"
 
 
 PARTS = "parts"
-"""Folder of what is made on the way, gone when the build ends."""
+"""Folder of intermediate files, removed when the build ends."""
 
 
-def _part(call: str) -> tuple[str, str]:
-    """Files of one program's stage."""
-    return f"{PARTS}/{call}.pt2", f"{PARTS}/{call}.safetensors"
+def part_files(call: str) -> tuple[str, str]:
+    """Files of the stage of one program: compiled code and constants."""
+    return f"{PARTS}/{call}.zip", f"{PARTS}/{call}.safetensors"
 
 
-def _package(folder: Path, parts: Mapping[str, str]) -> None:
-    """Join packages of one program each."""
-    from torch.export.pt2_archive._package import PT2ArchiveReader, PT2ArchiveWriter
-    from torch.export.pt2_archive.constants import AOTINDUCTOR_DIR
+def save_part(path: Path, files: Sequence[str]) -> None:
+    """Keep the files of a compiled program."""
+    path.parent.mkdir(exist_ok=True)
+    with ZipFile(path, "w") as archive:
+        for file in files:
+            archive.write(file, Path(file).name)
 
-    with PT2ArchiveWriter(str(folder / PACKAGE)) as writer:
-        for call, part in parts.items():
-            with PT2ArchiveReader(str(folder / part)) as reader:
-                for name in reader.get_file_names():
-                    if name.startswith(f"{AOTINDUCTOR_DIR}{call}/"):
-                        writer.write_bytes(name, reader.read_bytes(name))
+
+def join_parts(folder: Path, parts: Mapping[str, str]) -> None:
+    """Make the package of all programs; `parts` are the files that `save_part` wrote for each."""
+    files: dict[str, list[str]] = {}
+    for call, part in parts.items():
+        with ZipFile(folder / part) as archive:
+            archive.extractall(folder / PARTS / call)
+            files[call] = [str(folder / PARTS / call / name) for name in archive.namelist()]
+    package_programs(folder / PACKAGE, files)
 
 
 # -- weights ----------------------------------------------------------------------------------
 
 
-def _state(programs: Programs) -> dict[str, Tensor]:
+def weights_of(programs: Programs) -> dict[str, Tensor]:
+    """Parameters and buffers of the model by name."""
     return {name: x.detach() for name, x in programs.denoiser.denoiser.state_dict().items()}
 
 
 def _memory(x: Tensor) -> tuple[Any, ...]:
-    """What two tensors that are the same have in common."""
+    """Key that is equal for two tensors of the same memory and layout."""
     return x.data_ptr(), tuple(x.shape), x.stride(), x.dtype, x.device
 
 
-def _by_memory(state: Mapping[str, Tensor]) -> dict[tuple[Any, ...], str]:
+def names_by_memory(state: Mapping[str, Tensor]) -> dict[tuple[Any, ...], str]:
     """The first name of every weight; tied weights have several."""
-    found: dict[tuple[Any, ...], str] = {}
+    names: dict[tuple[Any, ...], str] = {}
     for name, x in state.items():
-        found.setdefault(_memory(x), name)
-    return found
+        names.setdefault(_memory(x), name)
+    return names
 
 
-def _save_constants(
+def save_constants(
     path: Path,
-    given: Mapping[str, Tensor],
-    known: Mapping[tuple[Any, ...], str],
+    constants: Mapping[str, Tensor],
+    names: Mapping[tuple[Any, ...], str],
     device: torch.device,
 ) -> None:
-    """Write down which weight each constant of a program is, and the values of those that are none.
+    """Save which weight each constant of a program is, and the values of those that are none.
+
+    Args:
+        path: file to write. constants: by their names in the program. names: of weights, by memory.
+        device: of the program.
 
     Raises:
         BuildError: a constant has no plain memory.
     """
     sources, own = {}, {}
-    for name, x in given.items():
+    for name, x in constants.items():
         if x.is_mkldnn or type(x.data) is not Tensor:
             raise BuildError(
                 "a constant is no plain tensor",
@@ -81,22 +93,22 @@ def _save_constants(
                 got=f"{type(x.data).__name__}, {x.layout}",
                 hint="leave Inductor's options as they are",
             )
-        sources[name] = known.get(_memory(x), "")
+        sources[name] = names.get(_memory(x), "")
         if not sources[name]:
             own[name] = x.detach()
-    _save(path, own, {"sources": json.dumps(sources)}, device)
+    save_tensors(path, own, {"sources": json.dumps(sources)}, device)
 
 
-def _save_weights(folder: Path, programs: Programs) -> None:
+def save_weights(folder: Path, programs: Programs) -> None:
     """Write every weight that a program uses once, and constants that are no weights."""
     from safetensors import safe_open
 
-    state = _state(programs)
+    state = weights_of(programs)
     stored: dict[str, Tensor] = {}
     constants: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     for call in programs:
-        with safe_open(folder / _part(call)[1], "pt") as part:
+        with safe_open(folder / part_files(call)[1], "pt") as part:
             sources = json.loads(part.metadata()["sources"])
             for name, source in sources.items():
                 if source:
@@ -107,7 +119,7 @@ def _save_weights(folder: Path, programs: Programs) -> None:
                     constants[source] = value
                 if source != name:
                     metadata[f"alias/{call}/{name}"] = source
-    _save(folder / WEIGHTS, {**stored, **constants}, metadata, programs.device)
+    save_tensors(folder / WEIGHTS, {**stored, **constants}, metadata, programs.device)
 
 
 def _same(known: Mapping[str, Tensor], x: Tensor) -> str | None:
@@ -118,21 +130,21 @@ def _same(known: Mapping[str, Tensor], x: Tensor) -> str | None:
     return None
 
 
-def _save(
+def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], device: torch.device
 ) -> None:
     """Write tensors of programs on `device`, those not contiguous as their memory lies."""
     from safetensors.torch import save_file
 
-    said, flat = dict(metadata), {}
+    header, flat = dict(metadata), {}
     for name, x in tensors.items():
         if x.device.type != device.type:
-            said[f"host/{name}"] = ""
+            header[f"host/{name}"] = ""
         if not x.is_contiguous():
-            said[f"strided/{name}"] = json.dumps([list(x.shape), list(x.stride())])
+            header[f"strided/{name}"] = json.dumps([list(x.shape), list(x.stride())])
             x = x.as_strided((_span(x),), (1,))
         flat[name] = x.cpu()
-    save_file(flat, path, metadata=said or None)
+    save_file(flat, path, metadata=header or None)
     path.chmod(0o644)  # safetensors leaves it to its owner alone
 
 
@@ -150,8 +162,8 @@ def _tensor(file: Any, name: str, device: torch.device) -> Tensor:
     return x if f"host/{name}" in metadata else x.to(device)
 
 
-def _weights(path: Path, device: torch.device) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors by name, names by "program/constant" where they differ)."""
+def load_weights(path: Path, device: torch.device) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Open a weights file: (tensors by name, names by "program/constant" where they differ)."""
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:

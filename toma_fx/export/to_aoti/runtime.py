@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from toma_fx.compat import load_programs
 from toma_fx.errors import ArtifactError
 from toma_fx.export.manifest import Manifest
 from toma_fx.export.programs import parted
 from toma_fx.export.targets import Runtime
-from toma_fx.export.to_aoti.files import PACKAGE, WEIGHTS, _weights
+from toma_fx.export.to_aoti.files import PACKAGE, WEIGHTS, load_weights
 
 # -- running ------------------------------------------------------------------------------------
 
 
-class _Programs(Runtime):
+class AOTIRuntime(Runtime):
     """Compiled programs with their weights."""
 
     def __init__(self, folder: Path, manifest: Manifest, device: torch.device) -> None:
@@ -28,14 +29,12 @@ class _Programs(Runtime):
         Raises:
             ArtifactError: a program or constant is missing, or can't be loaded.
         """
-        from torch.export.pt2_archive._package import load_pt2
-
         self._specs = manifest.programs
         with _loading(folder / WEIGHTS):
-            self._weights, self._aliases = _weights(folder / WEIGHTS, device)
+            self._weights, self._aliases = load_weights(folder / WEIGHTS, device)
         index = -1 if device.index is None else device.index
         with _loading(folder / PACKAGE):
-            runners = load_pt2(str(folder / PACKAGE), device_index=index).aoti_runners
+            runners = load_programs(folder / PACKAGE, index)
             self._runners = {
                 call: self._complete(runners, spec.entry) for call, spec in self._specs.items()
             }

@@ -16,8 +16,8 @@ def file_of(call: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Names:
-    """What the inputs and outputs of a model are called, and what they are.
+class IONames:
+    """Names, shapes and dtypes of the inputs and outputs of a model.
 
     Attributes:
         inputs, outputs: in the order of the model.
@@ -27,21 +27,21 @@ class _Names:
     outputs: tuple[TensorSpec, ...]
 
     @classmethod
-    def of(cls, programs: Programs, made: Exported) -> _Names:
+    def of(cls, programs: Programs, program: Exported) -> IONames:
         """Names of the manifest."""
         patterns = programs.patterns
-        inputs = {**programs.inputs, **{name: patterns[name] for name in made.pattern_inputs}}
-        outputs = {**programs.outputs, **{name: patterns[name] for name in made.pattern_outputs}}
+        inputs = {**programs.inputs, **{name: patterns[name] for name in program.pattern_inputs}}
+        outputs = {**programs.outputs, **{name: patterns[name] for name in program.pattern_outputs}}
         return cls(
             tuple(TensorSpec.of(name, x) for name, x in inputs.items()),
             tuple(TensorSpec.of(name, x) for name, x in outputs.items()),
         )
 
     def keep_outputs(self, model: Any) -> None:
-        """Drop outputs that have no name: patterns, of a stateless program."""
+        """Drop outputs that have no name: patterns of a program that hands none on."""
         del model.graph.outputs[len(self.outputs) :]
 
-    def give(self, model: Any, call: str) -> None:
+    def assign(self, model: Any, call: str) -> None:
         """Name the inputs and outputs.
 
         Raises:
@@ -55,7 +55,7 @@ class _Names:
             if len(values) != len(specs):
                 names = [spec.name for spec in specs]
                 got = [value.name for value in values]
-                raise _wrong(call, f"{kind} {', '.join(names)}", ", ".join(map(str, got)))
+                raise unexpected_model(call, f"{kind} {', '.join(names)}", ", ".join(map(str, got)))
         wanted = {spec.name for spec in (*self.inputs, *self.outputs)}
         inner = (v for node in graph for v in node.outputs)
         for value in (*graph.inputs, *inner, *list(graph.initializers.values())):
@@ -67,7 +67,8 @@ class _Names:
             value.name = spec.name
 
 
-def _wrong(call: str, expected: str, got: str) -> BuildError:
+def unexpected_model(call: str, expected: str, got: str) -> BuildError:
+    """The error for a model that is not what was asked for."""
     return BuildError(
         "the exporter wrote another model than asked for",
         where=file_of(call),

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from toma_fx.export.packages import imported
-from toma_fx.export.to_onnx.weights import INLINE, _array
+from toma_fx.export.packages import import_onnx
+from toma_fx.export.to_onnx.weights import INLINE
 
 # -- the graph ------------------------------------------------------------------------------------
 
 
-def _cast_joins(model: Any) -> None:
+def cast_mixed_joins(model: Any) -> None:
     """Give the inputs of each Concat the type of its output: ATen promotes them, ONNX does not."""
-    ir = imported("onnx_ir")
+    ir = import_onnx("onnx_ir")
     for node in list(model.graph):
         if node.op_type != "Concat":
             continue
@@ -27,7 +27,7 @@ def _cast_joins(model: Any) -> None:
             node.replace_input_with(i, cast.outputs[0])
 
 
-def _simplify(model: Any) -> None:
+def simplify(model: Any) -> None:
     """Fold small constants, take weights transposed, drop what is unused or there twice."""
     from onnx_ir.passes import common
     from onnxscript import optimizer
@@ -62,7 +62,7 @@ def _give_constants_a_node(model: Any) -> None:
 
     Patterns are such where every source merges, whatever the tokens are.
     """
-    ir = imported("onnx_ir")
+    ir = import_onnx("onnx_ir")
     for i, value in enumerate(model.graph.outputs):
         if value.is_initializer():
             node = ir.node("Identity", [value])
@@ -73,7 +73,7 @@ def _give_constants_a_node(model: Any) -> None:
 
 def _transpose_weights(model: Any) -> None:
     """Make `Transpose(weight)` a weight; it is transposed when it is written."""
-    ir = imported("onnx_ir")
+    ir = import_onnx("onnx_ir")
     made: dict[tuple[str, tuple[int, ...]], Any] = {}
     for node in list(model.graph):
         source = node.inputs[0] if node.op_type == "Transpose" else None
@@ -97,10 +97,10 @@ class _Transposed:
     @staticmethod
     def of(tensor: Any, order: Sequence[int]) -> Any:
         """`tensor` with its dimensions in another order; nothing is copied until it is read."""
-        ir = imported("onnx_ir")
+        ir = import_onnx("onnx_ir")
         shape = ir.Shape([tensor.shape[i] for i in order])
 
         def read() -> Any:
-            return ir.tensor(_array(tensor).transpose(order).copy(), dtype=tensor.dtype)
+            return ir.tensor(tensor.numpy().transpose(order).copy(), dtype=tensor.dtype)
 
         return ir.LazyTensor(read, dtype=tensor.dtype, shape=shape, name=tensor.name, cache=False)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from toma_fx.errors import ArtifactError, UnknownNameError, nearest
 from toma_fx.export.manifest import Manifest, TensorSpec
-from toma_fx.export.packages import _missing, imported
+from toma_fx.export.packages import import_onnx, missing_onnx
 from toma_fx.export.programs import parted
-from toma_fx.export.targets import Runtime, apart, check_options
+from toma_fx.export.targets import Runtime, check_options, separate_inputs
 from toma_fx.export.to_onnx.weights import WEIGHTS
 
 # -- running --------------------------------------------------------------------------------------
@@ -40,8 +40,8 @@ class ORTRuntime(Runtime):
         self, folder: Path, manifest: Manifest, device: torch.device, options: Mapping[str, Any]
     ) -> None:
         """See `ONNXTarget.open`."""
-        ort = imported("onnxruntime")
-        check_options("onnx", options, OPTIONS)
+        ort = import_onnx("onnxruntime")
+        check_options("load() of an onnx artifact", options, OPTIONS)
         self._device = device
         chosen = options.get("providers")
         providers = default_providers(device) if chosen is None else list(chosen)
@@ -76,18 +76,18 @@ class ORTRuntime(Runtime):
         Raises:
             ArtifactError: ONNX Runtime can't read it, or not with the first provider.
         """
-        said = ort.SessionOptions()
-        said.log_severity_level = 3
+        settings = ort.SessionOptions()
+        settings.log_severity_level = 3
         if "threads" in options:
-            said.intra_op_num_threads = options["threads"]
+            settings.intra_op_num_threads = options["threads"]
         if not options.get("prepack", False):
-            said.add_session_config_entry("session.disable_prepacking", "1")
+            settings.add_session_config_entry("session.disable_prepacking", "1")
             # the levels above arrange the weights of convolutions anew
-            said.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+            settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         for name, value in self._weights.items():
-            said.add_initializer(name, value)
+            settings.add_initializer(name, value)
         try:
-            session = ort.InferenceSession(str(path), said, providers=list(providers))
+            session = ort.InferenceSession(str(path), settings, providers=list(providers))
         except Exception as error:  # ONNX Runtime's errors have no base of their own
             raise ArtifactError(
                 "ONNX Runtime can't open a model",
@@ -107,7 +107,7 @@ class ORTRuntime(Runtime):
 
 
 class _Bound:
-    """A session with outputs that have their places."""
+    """A session with preallocated outputs."""
 
     def __init__(
         self,
@@ -128,7 +128,7 @@ class _Bound:
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """One step; outputs live until the next."""
         named = (patterns[name] for name in self._names[len(inputs) :])
-        given = apart([*inputs, *named], self._outputs.values())
+        given = separate_inputs([*inputs, *named], self._outputs.values())
         binding = self._session.io_binding()
         for name, x in zip(self._names, given, strict=True):
             binding.bind_input(name, *self._place(x))
@@ -138,7 +138,7 @@ class _Bound:
         return parted(list(self._outputs.values()), self._patterns)
 
     def _place(self, x: Tensor) -> tuple[str, int, Any, list[int], int]:
-        """Where a tensor is and what it is, as ONNX Runtime wants to hear it."""
+        """Arguments of ONNX Runtime for a tensor: device, type, shape, address."""
         return x.device.type, x.device.index or 0, _element(x.dtype), list(x.shape), x.data_ptr()
 
 
@@ -153,7 +153,7 @@ def _element(dtype: torch.dtype) -> Any:
 
 def default_providers(device: torch.device) -> list[Provider]:
     """TensorRT where it is installed and CUDA on a GPU, and the CPU."""
-    available = imported("onnxruntime").get_available_providers()
+    available = import_onnx("onnxruntime").get_available_providers()
     index = {"device_id": device.index or 0}
     wanted: list[Provider] = []
     if device.type == "cuda":
@@ -212,7 +212,7 @@ def _check_device(providers: Sequence[str], device: torch.device, manifest: Mani
         )
     on_gpu = {"CUDAExecutionProvider", "TensorrtExecutionProvider"} & set(providers)
     if device.type == "cuda" and not on_gpu:
-        raise _missing("onnxruntime-gpu", "onnx-gpu")
+        raise missing_onnx("onnxruntime-gpu", "onnx-gpu")
 
 
 def _dtypes(manifest: Manifest) -> set[str]:

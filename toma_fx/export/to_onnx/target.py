@@ -17,24 +17,22 @@ model, once for each model, and so hold every such weight several times.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal, get_args
-
-import torch
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from toma_fx.errors import BuildError, ConfigError
-from toma_fx.export.artifact import Build
-from toma_fx.export.manifest import Device, Manifest, ProgramSpec, TargetSpec
-from toma_fx.export.packages import _missing, _quiet, _version, imported
-from toma_fx.export.programs import Exported, Programs
+from toma_fx.export.packages import import_onnx, missing_onnx
 from toma_fx.export.targets import Lowered, Runtime, Target
-from toma_fx.export.to_onnx.check import _check
-from toma_fx.export.to_onnx.names import _Names, file_of
-from toma_fx.export.to_onnx.passes import _cast_joins, _simplify
-from toma_fx.export.to_onnx.runtime import ORTRuntime
-from toma_fx.export.to_onnx.weights import WEIGHTS, _save, _store, _sync
 from toma_fx.methods.checks import check_choice
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from toma_fx.export.artifact import Build
+    from toma_fx.export.manifest import Manifest
+    from toma_fx.export.programs import Programs
 
 Form = Literal["cached", "stateless"]
 
@@ -64,10 +62,14 @@ class ONNXTarget(Target):
         UnknownNameError: no such form. ConfigError: no such opset.
     """
 
-    form: Form = "cached"
-    opset: int = DEFAULT_OPSET
-
-    name = "onnx"
+    form: Form = field(
+        default="cached",
+        metadata={"help": "models that hand patterns on, or one that selects in every merged step"},
+    )
+    opset: int = field(
+        default=DEFAULT_OPSET,
+        metadata={"help": f"version of operators, {OPSETS[0]} to {OPSETS[-1]}"},
+    )
 
     def __post_init__(self) -> None:
         check_choice("form", self.form, get_args(Form))
@@ -87,7 +89,7 @@ class ONNXTarget(Target):
             MissingPackageError: names it and the extra.
         """
         for package in BUILD_PACKAGES:
-            imported(package)
+            import_onnx(package)
 
     def check(self, programs: Programs) -> None:
         """Raise, before anything is made, if ONNX models can't be made or compared here.
@@ -96,7 +98,7 @@ class ONNXTarget(Target):
             MissingPackageError: on a GPU, ONNX Runtime without CUDA.
             BuildError: bfloat16 on a CPU, or another device.
         """
-        providers = imported("onnxruntime").get_available_providers()
+        providers = import_onnx("onnxruntime").get_available_providers()
         device = programs.device.type
         if device not in ("cpu", "cuda"):
             raise BuildError(
@@ -106,9 +108,10 @@ class ONNXTarget(Target):
                 got=device,
             )
         if device == "cuda" and "CUDAExecutionProvider" not in providers:
-            raise _missing("onnxruntime-gpu", "onnx-gpu")
+            raise missing_onnx("onnxruntime-gpu", "onnx-gpu")
         tensors = [*programs.leaves, *programs.denoiser.denoiser.state_dict().values()]
-        if device == "cpu" and any(getattr(x, "dtype", None) == torch.bfloat16 for x in tensors):
+        dtypes = {str(getattr(x, "dtype", "")) for x in tensors}
+        if device == "cpu" and "torch.bfloat16" in dtypes:
             raise BuildError(
                 "ONNX Runtime has no bfloat16 kernels for CPUs, so nothing could be compared",
                 where="dtype",
@@ -123,58 +126,9 @@ class ONNXTarget(Target):
         Raises:
             BuildError: a program can't be expressed in ONNX; the disk is full.
         """
-        chosen = self._chosen(programs)
-        main = next(iter(chosen))
-        specs = {}
-        for call, made in chosen.items():
-            names = _Names.of(programs, made)
+        from toma_fx.export.to_onnx.lower import lower
 
-            def write(folder: Path, call: str = call, names: _Names = names) -> None:
-                model = self._converted(call, chosen[call], names)
-                _store(model, folder, first=call == main)
-                _save(model, folder / file_of(call))
-                _check(folder / file_of(call), self.opset, names, call)
-                _sync(model)
-
-            files = (file_of(call), WEIGHTS) if call == main else (file_of(call),)
-            build.stage(f"onnx {call}", write, *files)
-            specs[call] = ProgramSpec(file_of(call), "", made.pattern_inputs, made.pattern_outputs)
-        target = TargetSpec("onnx", {"form": self.form, "opset": str(self.opset)})
-        device = Device(programs.device.type, "", "")
-        versions = {p: _version(p) for p in ("onnx", "onnxscript", "onnxruntime")}
-        return Lowered(target, device, specs, versions)
-
-    def _chosen(self, programs: Programs) -> dict[str, Exported]:
-        """The programs of the form: of the stateless one those without patterns."""
-        if self.form == "cached":
-            return {str(call): made for call, made in programs.items()}
-        made: dict[str, Exported] = {
-            call: programs[call] for call in programs if call in ("refresh", "plain")
-        }
-        if "refresh" not in made and "reuse" in programs:  # a method without patterns
-            made = {"reuse": programs["reuse"], **made}
-        return {call: replace(program, pattern_outputs=()) for call, program in made.items()}
-
-    def _converted(self, call: str, made: Exported, names: _Names) -> Any:
-        """One program as an ONNX model, weights still those of the process."""
-        with _quiet():
-            try:
-                program = torch.onnx.export(
-                    made.program,
-                    dynamo=True,
-                    opset_version=self.opset,
-                    optimize=False,  # its rewriting takes minutes on unrolled selections
-                    verbose=False,
-                )
-            except Exception as error:  # the exporter's translations raise whatever they like
-                raise _inexpressible(call, error) from error
-            assert program is not None
-            model = program.model
-            names.keep_outputs(model)
-            _cast_joins(model)
-            _simplify(model)
-        names.give(model, call)
-        return model
+        return lower(self.form, self.opset, programs, build)
 
     @staticmethod
     def open(
@@ -193,16 +147,6 @@ class ONNXTarget(Target):
             MissingPackageError: ONNX Runtime is not installed. UnknownNameError: an unknown option
                 or provider. ArtifactError: ONNX Runtime can't read the models, or not on `device`.
         """
+        from toma_fx.export.to_onnx.runtime import ORTRuntime
+
         return ORTRuntime(folder, manifest, device, options)
-
-
-def _inexpressible(call: str, error: Exception) -> BuildError:
-    cause: BaseException = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    return BuildError(
-        "a program can't be expressed in ONNX",
-        where=call,
-        got=f"{type(cause).__name__}: {str(cause)[:500]}",
-        hint="report the model, or try another opset or method",
-    )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from toma_fx.export.packages import imported
+from toma_fx.export.packages import import_onnx
 
 WEIGHTS = "weights.safetensors"
 
@@ -37,28 +37,28 @@ _ALIGNED = 64
 # -- weights --------------------------------------------------------------------------------------
 
 
-def _array(tensor: Any) -> Any:
-    """Values of a tensor on the CPU; a view of them where it is there already."""
-    return tensor.numpy()
-
-
 def _bytes(tensor: Any) -> memoryview:
     """Values of a tensor as they lie in memory, contiguous."""
     import numpy as np
 
-    flat = np.ascontiguousarray(_array(tensor)).reshape(-1)
+    flat = np.ascontiguousarray(tensor.numpy()).reshape(-1)
     data: memoryview = flat.view(np.uint8).data
     return data
 
 
-def _store(model: Any, folder: Path, *, first: bool) -> None:
-    """Move weights out of a model: into a new file, or to the places where others have them."""
+def externalize_weights(model: Any, folder: Path, *, create: bool) -> None:
+    """Make the weights of a model external data.
+
+    Args:
+        model: changed in place. folder: of the weights file.
+        create: whether to write the file; otherwise weights are looked up in it.
+    """
     weights = [
         value
         for value in model.graph.initializers.values()
         if value.const_value.nbytes >= INLINE and value.dtype.name in _SAFETENSORS
     ]
-    if first:
+    if create:
         _write_weights(weights, folder / WEIGHTS)
     _point(model, weights, folder / WEIGHTS)
 
@@ -96,7 +96,7 @@ def _point(model: Any, weights: Sequence[Any], path: Path) -> None:
 
     They get the names they have in the file; others stay in the model.
     """
-    ir = imported("onnx_ir")
+    ir = import_onnx("onnx_ir")
     header, start = _header(path)
     stored = dict[tuple[str, tuple[int, ...], bytes], str]()
     with path.open("rb") as file:
@@ -135,16 +135,17 @@ def _point(model: Any, weights: Sequence[Any], path: Path) -> None:
         value.name = final
 
 
-def _save(model: Any, path: Path) -> None:
-    ir, onnx = imported("onnx_ir"), imported("onnx")
+def save_model(model: Any, path: Path) -> None:
+    """Write a model; its external data stay where they are."""
+    ir, onnx = import_onnx("onnx_ir"), import_onnx("onnx")
     opsets = [onnx.helper.make_opsetid(name, n) for name, n in model.opset_imports.items()]
     # the exporter says the same version of the format for all opsets
     model.ir_version = max(model.ir_version, onnx.helper.find_min_ir_version_for(opsets))
     path.write_bytes(ir.to_proto(model).SerializeToString())
 
 
-def _sync(model: Any) -> None:
-    """Let go of the weights file."""
+def close_files(model: Any) -> None:
+    """Close the weights file that a model has mapped."""
     for value in model.graph.initializers.values():
         release = getattr(value.const_value, "release", None)
         if release is not None:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from toma_fx.export.to_tensorrt.coverage import Coverage, Place, Trap, Verdict, _rows, load_table
+from toma_fx import compat
+from toma_fx.export.to_tensorrt.coverage import Coverage, Place, Trap, Verdict, load_table, op_rows
+from toma_fx.graph.nodes import module_path
 
 LARGEST_TOP_K = 3840
 
@@ -53,7 +55,7 @@ def aten_coverage(program: ExportedProgram, truncate_double: bool = False) -> Co
     traps = (replace(t, fatal=t.fatal and t.name not in answered) for t in ATEN_TRAPS)
     findings = tuple(f for trap in traps for f in trap.findings(lowered))
     source = f"{made_of['source']['file']}"
-    return Coverage("torch-tensorrt", made_of["version"], source, _rows(found), findings)
+    return Coverage("torch-tensorrt", made_of["version"], source, op_rows(found), findings)
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
@@ -62,17 +64,9 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     Those of its list, and composite operators of ATen, except what it has converters or its own
     decompositions for. Names that this version of torch does not have are left out.
     """
-    from torch._decomp import get_decompositions
-    from torch._export.utils import (
-        _collect_all_valid_cia_ops_for_aten_namespace,
-        _get_decomp_for_cia,
-    )
-
     names = load_table("torch_tensorrt")["decomposed"]
-    chosen = dict(get_decompositions([op for n in names["by_torch"] for op in _overloads(n)]))
+    chosen = compat.decompositions([op for n in names["by_torch"] for op in _overloads(n)])
     kept = {op for key in ("kept", "attention", "own") for n in names[key] for op in _overloads(n)}
-    for op in _collect_all_valid_cia_ops_for_aten_namespace():
-        chosen[op] = _get_decomp_for_cia(op)
     return {op: function for op, function in chosen.items() if op not in kept}
 
 
@@ -90,9 +84,9 @@ def _overloads(name: str) -> list[Any]:
 def op_name(node: fx.Node) -> str:
     """Name of a node's operator, as the table has it."""
     target: Any = node.target
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    if compat.is_higher_order(target):
         return f"higher_order.{target.name()}"
-    if isinstance(target, torch._ops.OpOverload):
+    if compat.is_operator(target):
         return str(target)
     module = getattr(target, "__module__", "").removeprefix("_")
     return f"{module}.{getattr(target, '__name__', target)}"
@@ -100,9 +94,7 @@ def op_name(node: fx.Node) -> str:
 
 def place_of(node: fx.Node) -> Place:
     """A node's name and the path of its module."""
-    stack = node.meta.get("nn_module_stack") or {}
-    path = next(reversed(stack.values()))[0] if stack else ""
-    return Place(node.name, path)
+    return Place(node.name, module_path(node))
 
 
 def _live(program: ExportedProgram) -> set[fx.Node]:
@@ -116,7 +108,7 @@ def _live(program: ExportedProgram) -> set[fx.Node]:
             tags = getattr(node.target, "tags", ())
             needed = any(other in live for other in node.all_input_nodes)
             needed |= torch.Tag.nondeterministic_seeded in tags
-            needed |= isinstance(node.target, torch._ops.HigherOrderOperator)
+            needed |= compat.is_higher_order(node.target)
         if needed:
             live.add(node)
     return live
@@ -252,7 +244,7 @@ Those that say nothing are about TensorRT-RTX, about dynamic shapes, or said by 
 
 def _control_flow(program: ExportedProgram) -> Iterator[tuple[Place, str]]:
     for node in program.graph.nodes:
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
+        if compat.is_higher_order(node.target):
             yield place_of(node), f"{node.target.name()} has no converter"
 
 

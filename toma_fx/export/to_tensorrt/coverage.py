@@ -163,7 +163,7 @@ def _listed(places: Sequence[Place], most: int) -> str:
     return f"{shown} and {len(places) - most} more" if len(places) > most else shown
 
 
-def _rows(found: Mapping[tuple[str, Verdict, str], Sequence[Place]]) -> tuple[OpRow, ...]:
+def op_rows(found: Mapping[tuple[str, Verdict, str], Sequence[Place]]) -> tuple[OpRow, ...]:
     """Rows of operators, the worst verdicts first."""
     order = ("missing", "refused", "conditional", "taken", "folded")
     rows = [
@@ -174,7 +174,7 @@ def _rows(found: Mapping[tuple[str, Verdict, str], Sequence[Place]]) -> tuple[Op
 
 
 def load_table(name: str) -> dict[str, Any]:
-    """A table of this package: "torch_tensorrt", "onnx_tensorrt" or "signatures"."""
+    """A table of this package: "torch_tensorrt" or "onnx_tensorrt"."""
     loaded = json.loads((TABLES / f"{name}.json").read_text())
     assert isinstance(loaded, dict)
     return loaded

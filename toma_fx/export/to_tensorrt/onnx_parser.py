@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from toma_fx.export.to_tensorrt.aten import ATEN_TRAPS, LARGEST_RANK, LARGEST_TOP_K
-from toma_fx.export.to_tensorrt.coverage import Coverage, Place, Trap, Verdict, _rows, load_table
+from toma_fx.export.to_tensorrt.coverage import Coverage, Place, Trap, Verdict, load_table, op_rows
 
 if TYPE_CHECKING:
     import onnx
@@ -81,7 +81,7 @@ def onnx_coverage(model: onnx.ModelProto, tensorrt: str | None = None) -> Covera
     findings = tuple(f for trap in traps for f in trap.findings(model))
     source = made_of["source"]
     text = f"{source['repository']} {source['path']}, {source['commit']}"
-    return Coverage("onnx-tensorrt", made_of["version"], text, _rows(found), findings)
+    return Coverage("onnx-tensorrt", made_of["version"], text, op_rows(found), findings)
 
 
 def _version(text: str) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from toma_fx.errors import ArtifactError
 from toma_fx.export.manifest import Manifest, TensorSpec
 from toma_fx.export.programs import parted
-from toma_fx.export.targets import Runtime, apart
+from toma_fx.export.targets import Runtime, separate_inputs
 
 _DTYPES = {
     "FLOAT": "float32",
@@ -30,7 +30,7 @@ _DTYPES = {
 # -- running ------------------------------------------------------------------------------------
 
 
-class _Engines(Runtime):
+class TensorRTRuntime(Runtime):
     """The engines of an artifact, on a stream of their own."""
 
     def __init__(self, trt: Any, folder: Path, manifest: Manifest, device: torch.device) -> None:
@@ -109,7 +109,7 @@ class _Engine:
             ArtifactError: TensorRT could not run it.
         """
         names = self._inputs[len(inputs) :]
-        given = apart([*inputs, *(patterns[name] for name in names)], self._outputs)
+        given = separate_inputs([*inputs, *(patterns[name] for name in names)], self._outputs)
         for name, x in zip(self._inputs, given, strict=True):
             if name in self._bound:
                 self._context.set_tensor_address(name, x.data_ptr())

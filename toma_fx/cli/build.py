@@ -1,0 +1,128 @@
+"""`toma-fx build`: make an artifact of a model, and show the stages."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+from toma_fx.api import optimize
+from toma_fx.cli.options import target_options
+from toma_fx.cli.text import bytes_text
+from toma_fx.errors import BuildError, ConfigError
+from toma_fx.export.artifact import Report, Stage, check_place, reported
+from toma_fx.export.builder import export
+from toma_fx.export.to_tensorrt.dry_run import tensorrt_coverage
+from toma_fx.models.named import example, license_of
+
+
+class ShownStages:
+    """Shows the stages of a build: a clock while one runs, a line when it has ended."""
+
+    def __init__(self, console: Console) -> None:
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        self._progress = Progress(*columns, console=console, transient=True)
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> ShownStages:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, stage: Stage) -> None:
+        """Show what happened."""
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+            self._task = None
+        if stage.state == "begun":
+            self._task = self._progress.add_task(stage.name, total=None)
+            return
+        took = "done before" if stage.state == "kept" else f"{stage.seconds:.1f} s"
+        size = bytes_text(stage.size) if stage.size else ""
+        line = f"{stage.name:<48} {took:>12} {size:>12}"
+        self._progress.console.print(line.rstrip(), highlight=False, soft_wrap=True)
+
+
+def build_artifact(args: argparse.Namespace, options: dict[str, Any], console: Console) -> None:
+    """Build what the arguments say, or print what TensorRT would take of it.
+
+    Raises:
+        ConfigError: no output folder, or an option of another target. As `export`.
+    """
+    chosen = target_options(args)
+    if args.dry_run and args.target != "tensorrt":
+        raise ConfigError(
+            "only TensorRT has a dry run",
+            where="--dry-run",
+            expected="--target tensorrt",
+            got=f"--target {args.target}",
+            hint="toma-fx explain says what would merge",
+        )
+    if args.out is None and not args.dry_run:
+        raise ConfigError(
+            "no output folder", where="--out", expected="a folder to make", got="nothing"
+        )
+    if args.out is not None:
+        check_place(args.out, args.overwrite)
+    start = time.perf_counter()
+    with ShownStages(console) as show:
+        with reported("load the model", show):
+            model, inputs = example(
+                args.model,
+                args.height,
+                args.width,
+                args.batch,
+                subfolder=args.subfolder,
+                text=args.text,
+                dtype=getattr(torch, args.dtype),
+                device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            )
+        optimized = optimize(model, method=args.method, **options)
+        if args.dry_run:
+            _print_coverage(optimized, inputs, chosen.get("route", "torch"), show, console)
+            return
+        manifest = export(
+            optimized,
+            inputs,
+            args.out,
+            args.target,
+            overwrite=args.overwrite,
+            license=license_of(args.model) if args.license is None else args.license,
+            report=show,
+            **chosen,
+        )
+    seconds, size = time.perf_counter() - start, sum(f.size for f in manifest.files.values())
+    worst = max((p.relative for p in manifest.parity), default=0.0)
+    console.print(
+        f"{args.out}: {bytes_text(size)} in {seconds:.0f} s, largest difference from the process "
+        f"{worst:.1e} of the largest value",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _print_coverage(
+    optimized: Any, inputs: Any, route: Any, report: Report, console: Console
+) -> None:
+    """Print what TensorRT takes of every program.
+
+    Raises:
+        BuildError: it does not take all.
+    """
+    with reported("export and look up", report):
+        coverages = tensorrt_coverage(optimized, inputs, route=route)
+    for call, coverage in coverages.items():
+        console.rule(f"program {call}", align="left")
+        console.print(coverage)
+    if lacking := [call for call, coverage in coverages.items() if not coverage.complete]:
+        raise BuildError(
+            "TensorRT does not take the whole program",
+            where=", ".join(lacking),
+            hint="see the tables above; another method or route, or another target",
+        )

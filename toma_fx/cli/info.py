@@ -1,0 +1,99 @@
+"""`toma-fx info` and `verify`: what an artifact says of itself, and whether it is unchanged.
+
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from toma_fx.cli.text import bytes_text
+from toma_fx.export.artifact import read_manifest, verify_artifact
+from toma_fx.export.manifest import Manifest, TensorSpec
+from toma_fx.run.schedule import Schedule
+
+
+def show_manifest(args: argparse.Namespace, options: dict[str, Any], console: Console) -> None:
+    """Print the manifest, as a table or as it is."""
+    manifest = read_manifest(args.path)
+    if args.json:
+        sys.stdout.write(manifest.to_json())
+        return
+    table = Table(box=SIMPLE, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in _rows(manifest):
+        table.add_row(name, text)
+    console.print(table, highlight=False)
+
+
+def _rows(manifest: Manifest) -> list[tuple[str, str]]:
+    """What to show of a manifest: (name, text)."""
+    target, device = manifest.target, manifest.device
+    patterns = sum(map(_bytes, manifest.patterns))
+    rows = [
+        ("target", ", ".join([target.name, *(f"{k} {v}" for k, v in target.options.items())])),
+        ("built for", " ".join(w for w in (device.type, device.name, device.arch) if w)),
+        ("model", f"{manifest.model}, {manifest.dtype}"),
+        ("license", manifest.license or "not stated"),
+        ("method", _method(manifest.plan)),
+        ("merges", _merged_steps(manifest.schedule)),
+        ("patterns", f"{len(manifest.patterns)} tensors, {bytes_text(patterns)}"),
+    ]
+    rows += [
+        (f"program {call}", program.file + (f": {program.entry}" if program.entry else ""))
+        for call, program in manifest.programs.items()
+    ]
+    tensors = [("input", spec.tensor) for spec in manifest.inputs]
+    tensors += [("output", spec) for spec in manifest.outputs]
+    rows += [(f"{kind} {s.name}", f"{list(s.shape)} {s.dtype}") for kind, s in tensors]
+    rows += [(f"constant {'_'.join(c.path)}", repr(c.value)) for c in manifest.constants]
+    rows += [(f"file {name}", bytes_text(spec.size)) for name, spec in manifest.files.items()]
+    rows += [(f"made with {name}", text) for name, text in manifest.versions.items()]
+    worst = {p.call: p for p in sorted(manifest.parity, key=lambda p: p.relative)}
+    rows += [
+        (f"difference, {call}", f"{p.relative:.1e} (at most {p.tolerance:.0e})")
+        for call, p in worst.items()
+    ]
+    return rows
+
+
+def _merged_steps(schedule: Schedule) -> str:
+    """Which steps merge, and which programs they run."""
+    first, last = schedule.first_step, schedule.last_step
+    if last is not None and last < first:
+        return "nothing"
+    order = " ".join((*schedule.begin, f"({' '.join(schedule.cycle)}) ..."))
+    steps = f"steps {first} to {'the last' if last is None else last}"
+    return f"{steps}: {order}" if schedule.patterned else f"{steps}, without patterns"
+
+
+def _method(plan: Mapping[str, Any]) -> str:
+    """The configuration of a plan in words."""
+    config = plan.get("config")
+    if not isinstance(config, dict):
+        return "none"
+    return ", ".join(f"{k} {v}" for k, v in config.items() if v not in (None, [], {}))
+
+
+def _bytes(spec: TensorSpec) -> int:
+    """Size of a tensor; a dtype's name has its bits, except "bool"."""
+    bits = re.search(r"\d+", spec.dtype)
+    return math.prod(spec.shape) * (int(bits[0]) // 8 if bits else 1)
+
+
+def verify_files(args: argparse.Namespace, options: dict[str, Any], console: Console) -> None:
+    """Check the files of an artifact against its manifest."""
+    manifest = verify_artifact(args.path)
+    size = bytes_text(sum(f.size for f in manifest.files.values()))
+    text = f"{args.path}: {len(manifest.files)} files, {size}, unchanged"
+    console.print(text, highlight=False, soft_wrap=True)

@@ -1,0 +1,96 @@
+"""Writing programs as ONNX models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from toma_fx.errors import BuildError
+from toma_fx.export.artifact import Build
+from toma_fx.export.manifest import Device, ProgramSpec, TargetSpec
+from toma_fx.export.packages import quiet_exporter, version_of
+from toma_fx.export.programs import Exported, Programs
+from toma_fx.export.targets import Lowered
+from toma_fx.export.to_onnx.check import check_model
+from toma_fx.export.to_onnx.names import IONames, file_of
+from toma_fx.export.to_onnx.passes import cast_mixed_joins, simplify
+from toma_fx.export.to_onnx.weights import WEIGHTS, close_files, externalize_weights, save_model
+
+
+def lower(form: str, opset: int, programs: Programs, build: Build) -> Lowered:
+    """Write one model for each program, and the weights with the first of them.
+
+    Raises:
+        BuildError: a program can't be expressed in ONNX; the disk is full.
+    """
+    chosen = programs if form == "cached" else stateless_programs(programs)
+    first = next(iter(chosen))
+    specs = {}
+    for call, program in chosen.items():
+        names = IONames.of(programs, program)
+
+        def write(
+            folder: Path, call: str = call, program: Exported = program, names: IONames = names
+        ) -> None:
+            model = convert(call, program, names, opset)
+            externalize_weights(model, folder, create=call == first)
+            save_model(model, folder / file_of(call))
+            check_model(folder / file_of(call), opset, names, call)
+            close_files(model)
+
+        files = (file_of(call), WEIGHTS) if call == first else (file_of(call),)
+        build.stage(f"onnx {call}", write, *files)
+        taken, given = program.pattern_inputs, program.pattern_outputs
+        specs[str(call)] = ProgramSpec(file_of(call), "", taken, given)
+    target = TargetSpec("onnx", {"form": form, "opset": str(opset)})
+    device = Device(programs.device.type, "", "")
+    versions = {p: version_of(p) for p in ("onnx", "onnxscript", "onnxruntime")}
+    return Lowered(target, device, specs, versions)
+
+
+def stateless_programs(programs: Programs) -> Mapping[Any, Exported]:
+    """The programs that take no patterns, without the patterns that they give."""
+    alone = {call: program for call, program in programs.items() if not program.pattern_inputs}
+    return {call: replace(program, pattern_outputs=()) for call, program in alone.items()}
+
+
+def convert(call: str, program: Exported, names: IONames, opset: int) -> Any:
+    """One program as an ONNX model, weights still those of the process.
+
+    Raises:
+        BuildError: it can't be expressed in ONNX.
+    """
+    with quiet_exporter():
+        try:
+            exported = torch.onnx.export(
+                program.program,
+                dynamo=True,
+                opset_version=opset,
+                optimize=False,  # its rewriting takes minutes on unrolled selections
+                verbose=False,
+            )
+        except Exception as error:  # the exporter's translations raise whatever they like
+            raise _inexpressible(call, error) from error
+        assert exported is not None
+        model = exported.model
+        names.keep_outputs(model)
+        cast_mixed_joins(model)
+        simplify(model)
+    names.assign(model, call)
+    return model
+
+
+def _inexpressible(call: str, error: Exception) -> BuildError:
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    return BuildError(
+        "a program can't be expressed in ONNX",
+        where=call,
+        got=f"{type(cause).__name__}: {str(cause)[:500]}",
+        hint="report the model, or try another opset or method",
+    )
