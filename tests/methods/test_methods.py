@@ -402,8 +402,15 @@ def test_own_method_is_short_and_the_page_shows_it() -> None:
     classes = source[source.index("@dataclass(frozen=True)\nclass Salient(") :]
     setting = classes[: classes.index("@dataclass(frozen=True, kw_only=True)")]
     assert len([line for line in setting.splitlines() if line.strip()]) < 50
+    config = classes[len(setting) : classes.index("def main(")]
     shown = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
-    assert any(setting.strip() in block for block in shown), "docs/methods.md shows another class"
+    for part in (setting, config):
+        assert any(part.strip() in block for block in shown), "docs/methods.md shows another class"
+
+
+def test_the_page_says_what_a_setting_must_have() -> None:
+    for name in toma_fx.Setting.__abstractmethods__:
+        assert re.search(rf"^\|.*`{name}\b", PAGE.read_text(), re.M), name
 
 
 @pytest.mark.slow

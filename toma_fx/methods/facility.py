@@ -39,9 +39,9 @@ def facility_location(similarity: Tensor, keep: int) -> Tensor:
 def _quantize(similarity: Tensor) -> Tensor:
     """Similarities as integer numbers of steps, of which no sum of n is rounded.
 
-    Mutual nearest neighbors have mathematically equal gains. As integers they are equal in
-    every back end, however it rounds and in whatever order it adds, and so all choose the same
-    tokens; in fractions rounding would decide, and a picture would change with the back end.
+    Mutual nearest neighbors have mathematically equal gains. As integers they are equal in every
+    back end, however it rounds and in whatever order it adds, and so all choose the same tokens; as
+    fractions rounding would decide, and a picture would change with the back end.
     """
     bits = min(BITS, _EXACT - (similarity.shape[-1] - 1).bit_length())
     # a product need not be symmetric to the last bit

@@ -147,9 +147,8 @@ class PartialReToM(ReToM):
         unit = self._unit_vectors(x)
         local = _representatives(unit)
         staying, rank = self._rank(self._keys(unit, local))
-        joins = torch.where(
-            rank < self.staying, rank, self.staying + self._window_numbers(x.device)
-        )
+        window = self.staying + self._window_numbers(x.device)
+        joins = torch.where(rank < self.staying, rank, window)
         return torch.cat([staying, self._token_indices(local)], 1), joins
 
     def merge(self, x: Tensor, pattern: Pattern) -> Tensor:
