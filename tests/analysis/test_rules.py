@@ -440,6 +440,11 @@ REFUSED = {
     "sum of everything": (lambda m, x: x / x.sum(), "reduction over the"),
     "softmax over tokens": (lambda m, x: x * x.softmax(-2), "reduction over the token axis"),
     "cumsum over tokens": (lambda m, x: x + x.cumsum(1), "aten.cumsum"),
+    "dropout in training mode": (lambda m, x: F.dropout(x, 0.5, True), "active dropout"),
+    "alpha dropout in training mode": (
+        lambda m, x: F.alpha_dropout(x, 0.5, True),
+        "active dropout",
+    ),
     "roll": (lambda m, x: x + x.roll(1, 1), "no transfer rule for aten.roll"),
     "flip": (lambda m, x: x + x.flip(1), "reduction over the token axis"),
     "sort": (lambda m, x: x + x.sort(1)[0], "no transfer rule for aten.sort"),
@@ -557,6 +562,8 @@ def test_a_refusal_of_text_does_not_concern_the_image() -> None:
     [
         lambda m, x: x * x.mean(-1, keepdim=True),
         lambda m, x: x.softmax(-1),
+        lambda m, x: F.feature_alpha_dropout(F.alpha_dropout(F.dropout(x, 0.5, False)), 0.5, False),
+        lambda m, x: torch.native_dropout(x, 0.5, False)[0],
         lambda m, x: x / x.norm(dim=-1, keepdim=True),
         lambda m, x: torch.cat(x.chunk(2, -1)[::-1], -1),
         lambda m, x: x.view(2, N, 2, 2, 2).permute(3, 0, 1, 2, 4)[1].flatten(2).repeat(1, 1, 2),

@@ -12,7 +12,7 @@ from toma_fx.analysis.labels import HEIGHT, Segment
 
 PROLOGUE = {
     "aten.layer_norm", "aten.rms_norm", "aten.slice", "aten.cat", "aten.concat", "aten.contiguous",
-    "aten.clone", "aten.to", "aten.dropout", "aten.split_with_sizes", "getitem", "aten.group_norm",
+    "aten.clone", "aten.to", "aten.split_with_sizes", "getitem", "aten.group_norm",
     "aten.transpose", "aten.permute", "aten.mean", "aten.var", "aten.linalg_vector_norm",
 }  # fmt: skip
 """Ops besides element-wise ones that may stand between a stream and the point of merging."""

@@ -22,7 +22,8 @@ from torch import Tensor, fx, nn
 from toma_fx.capture.canonical import flat_graph
 from toma_fx.capture.grids import raster
 from toma_fx.capture.model import Captured, InputSpec
-from toma_fx.errors import CaptureError
+from toma_fx.errors import CaptureError, TomaError
+from toma_fx.graph.rewriter import ModuleStack, Rewriter
 
 Kind = Literal["tensor", "owned", "number", "constant"]
 
@@ -111,6 +112,8 @@ def capture_dynamo(
         with torch.no_grad(), torch._guards.tracing(None), fx.traceback.preserve_node_meta():
             program = torch.export.export(replay, tuple(v for _, v in taken), strict=False)
             graph_module = flat_graph(program, "DynamoGraph")
+    except TomaError:
+        raise
     except Exception as error:
         raise CaptureError(
             "torch.export could not trace the graph that Dynamo captured",
@@ -125,7 +128,7 @@ def capture_dynamo(
     for node, (argument, value) in zip(graph.find_nodes(op="placeholder"), taken, strict=True):
         fake = node.meta["val"] if argument.kind == "tensor" else None
         specs.append(InputSpec(node.name, fake, raster(value) if fake is not None else None))
-    _own_paths(graph)
+    Rewriter(graph_module).set_module_stacks(_own_paths(graph))
     out_spec = program.call_spec.out_spec
     assert out_spec is not None
     return Captured(graph_module, tuple(specs), out_spec)
@@ -229,8 +232,8 @@ def _parts(source: str) -> list[str]:
     return [part for part in found if part not in _STORAGE]
 
 
-def _own_paths(graph: fx.Graph) -> None:
-    """Make the paths in `nn_module_stack` start at the model."""
+def _own_paths(graph: fx.Graph) -> dict[fx.Node, ModuleStack]:
+    """Module stacks whose paths start at the model."""
     stacks: dict[fx.Node, list[tuple[str, list[str], Any]]] = {}
     for node in graph.nodes:
         entries = (node.meta.get("nn_module_stack") or {}).items()
@@ -238,10 +241,10 @@ def _own_paths(graph: fx.Graph) -> None:
         stacks[node] = known
     outermost = [known[0][1] for known in stacks.values() if known]
     root = _root(outermost)
-    for node, known in stacks.items():
-        node.meta["nn_module_stack"] = {
-            key: (".".join(parts[root:]), kind) for key, parts, kind in known
-        }
+    return {
+        node: {key: (".".join(parts[root:]), kind) for key, parts, kind in known}
+        for node, known in stacks.items()
+    }
 
 
 def _root(paths: Sequence[Sequence[str]]) -> int:

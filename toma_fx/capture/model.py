@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from toma_fx.capture.canonical import flat_graph
 from toma_fx.capture.grids import Raster, raster, size_hints
 from toma_fx.capture.guard import STAND_IN
-from toma_fx.errors import CaptureError, ModelTypeError, TrainingModeError
+from toma_fx.errors import CaptureError, ModelTypeError, TomaError, TrainingModeError
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,8 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         with torch.no_grad():
             program = torch.export.export(plain, tuple(args), kwargs, strict=False)
             graph_module = flat_graph(program, type(model).__name__)
+    except TomaError:
+        raise
     except Exception as error:
         raise _capture_error(plain, error) from error
     specs = []

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Collection
 from typing import Any
 
-import torch
 from torch import fx
+
+from toma_fx.compat import is_operator
 
 UNKNOWN = 2**40
 """Sizes from here on stand for what depends on the data (text without its padding, say)."""
@@ -36,7 +38,14 @@ SCALES = {"aten.mul", "aten.div", "aten.add", "aten.to", "aten.reshape", "aten.v
 """Ops that may stand between scores, their softmax and its use."""
 
 
-COPIES = {"aten.contiguous", "aten.clone", "aten.alias", "aten.detach", "aten.dropout"}
+COPIES = {"aten.contiguous", "aten.clone", "aten.alias", "aten.detach"}
+
+
+DROPOUTS = {
+    "aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.feature_alpha_dropout",
+    "aten.native_dropout",
+}  # fmt: skip
+"""Ops (x, p, train) that drop elements, or channels, in training mode."""
 
 
 def module_path(node: fx.Node) -> str:
@@ -48,8 +57,8 @@ def module_path(node: fx.Node) -> str:
 
 def op_name(target: Any) -> str:
     """ "aten.view" for `torch.ops.aten.view.default`; the name of a plain function otherwise."""
-    if isinstance(target, torch._ops.OpOverload):
-        return f"{target.namespace}.{target._schema.name.split('::')[1]}"
+    if is_operator(target):
+        return str(target).rpartition(".")[0]
     return getattr(target, "__name__", str(target))
 
 
@@ -62,3 +71,28 @@ def int_size(size: Any) -> int:
     """A size, perhaps a node's, as a number; equal numbers for equal expressions."""
     size = size.meta["val"] if isinstance(size, fx.Node) else size
     return size if isinstance(size, int) else UNKNOWN + zlib.crc32(str(size).encode())
+
+
+def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
+    """Positional or keyword argument of a call."""
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+
+
+def is_inactive_dropout(node: fx.Node) -> bool:
+    """Whether a node is dropout in evaluation mode, which is the identity."""
+    return _is_call(node, DROPOUTS) and argument(node, 2, "train") is False
+
+
+def is_dead(node: fx.Node) -> bool:
+    """Whether nothing reads a node and it has no side effect.
+
+    torch tags attention and dropout as random even where no element is dropped, and its own dead
+    code elimination keeps what is random: erasing that would change the random numbers to come.
+    """
+    attention = _is_call(node, {ATTENTION}) and not argument(node, 4, "dropout_p", 0.0)
+    random = not (attention or is_inactive_dropout(node))
+    return not node.users and not node.is_impure(impure_random=random)
+
+
+def _is_call(node: fx.Node, ops: Collection[str]) -> bool:
+    return node.op == "call_function" and op_name(node.target) in ops

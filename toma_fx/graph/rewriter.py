@@ -7,34 +7,22 @@ which pass did what, and refuses name collisions.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
+from toma_fx.compat import tree_leaves
 from toma_fx.errors import RewriteError
-from toma_fx.graph.verify import fake_result
+from toma_fx.graph.nodes import is_dead, op_name
+from toma_fx.graph.templates import Opaque, trace_snippet
+from toma_fx.graph.templates import Templates as Templates
+from toma_fx.graph.verify import describe, fake_result, output_values, strides_of
 
-Templates = dict[tuple[Hashable, Any], fx.GraphModule]
-"""Traced snippets by key and input shapes."""
-
-
-class Opaque:
-    """A function as the target of one node: graphs with it run eagerly and can't be exported."""
-
-    __name__ = "opaque"
-    __module__ = __name__
-    __qualname__ = "Opaque"
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-
-    def __call__(self, *args: Any) -> Any:
-        """Call the function."""
-        return self.function(*args)
+ModuleStack = Mapping[str, tuple[str, Any]]
+"""`nn_module_stack` of a node: (path, class) of each module around it, outermost first."""
 
 
 class Rewriter:
@@ -42,6 +30,9 @@ class Rewriter:
 
     Attributes:
         graph_module: the graph being rewritten. log: (pass, action, node) of every change.
+        inputs: names that the inputs must have. outputs: fake values of the outputs; the verbs that
+            add or erase some keep both up to date, and verification compares them with the graph.
+        named: nodes that a pass leaves for the passes after it.
         changed: nodes made or changed since `settle`. spliced: nodes of the last `splice`.
     """
 
@@ -50,15 +41,20 @@ class Rewriter:
         self.graph_module = graph_module
         self.graph = graph_module.graph
         self.log: list[tuple[str, str, str]] = []
+        self.inputs = [n.name for n in self.graph.nodes if n.op == "placeholder"]
+        self.outputs = output_values(self.graph)
+        self.named: dict[str, tuple[fx.Node, ...]] = {}
         self.changed: set[fx.Node] = set()
         self.spliced: list[fx.Node] = []
+        self._restrided: set[fx.Node] = set()
         self._templates: Templates = {} if templates is None else templates
         self._fakes: dict[Hashable, Any] = {}
         self._pass = ""
         self._cursor: fx.Node | None = None
-        self._last_input = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
+        self._owner: fx.Node | None = None
         values = (n.meta.get("val") for n in self.graph.nodes)
-        self.mode = next(v.fake_mode for v in values if hasattr(v, "fake_mode"))
+        modes = (v.fake_mode for v in values if hasattr(v, "fake_mode"))
+        self.mode: Any = next(modes, nullcontext())
 
     @contextmanager
     def running(self, name: str) -> Iterator[None]:
@@ -70,30 +66,54 @@ class Rewriter:
     @contextmanager
     def after(self, *nodes: fx.Node) -> Iterator[None]:
         """Insert new nodes after the last of `nodes` in graph order."""
-        previous, self._cursor = self._cursor, max(nodes)
+        previous = self._cursor, self._owner
+        self._cursor = self._owner = max(nodes)
         yield
-        self._cursor = previous
+        self._cursor, self._owner = previous
+
+    @contextmanager
+    def before(self, node: fx.Node) -> Iterator[None]:
+        """Insert new nodes before `node`, as parts of the module that it belongs to."""
+        previous = self._cursor, self._owner
+        self._cursor, self._owner = node.prev, node
+        yield
+        self._cursor, self._owner = previous
 
     def settle(self) -> set[fx.Node]:
         """The nodes changed so far, still in the graph; starts a new count."""
         changed, self.changed = self.changed, set()
-        return {n for n in changed if not n._erased}
+        return changed
 
     def index(self) -> dict[str, fx.Node]:
         """All nodes by name."""
         return {n.name: n for n in self.graph.nodes}
 
+    def calls(self, *ops: str) -> list[fx.Node]:
+        """The calls of these ops, in graph order."""
+        nodes = self.graph.nodes
+        return [n for n in nodes if n.op == "call_function" and op_name(n.target) in ops]
+
+    # -- new nodes ---------------------------------------------------------------------------------
+
     def placeholder(self, name: str, like: Callable[[], Tensor]) -> fx.Node:
         """Append an input; `like` builds its fake value."""
-        with self.graph.inserting_after(self._last_input):
+        known = self.graph.find_nodes(op="placeholder")
+        place = known[-1] if known else next(iter(self.graph.nodes)).prev
+        with self.graph.inserting_after(place):
             node = self.graph.placeholder(name)
         if node.name != name:
             self.graph.erase_node(node)
             raise RewriteError("a node of that name exists", where=self._pass, got=name)
-        self._last_input = node
         with self.mode:
             node.meta["val"] = like()
+        self.inputs.append(name)
         self._record("add input", node)
+        return node
+
+    def insert(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """Insert one call at the cursor; its fake value is computed from its arguments."""
+        node = self._insert(target, args, kwargs)
+        self.retype(node)
         return node
 
     def splice(
@@ -112,20 +132,17 @@ class Rewriter:
         or a tuple of tensors).
         """
         self.spliced = []
-        fakes = [n.meta["val"] for n in inputs]
         if whole:
             return self._call(Opaque(function), tuple(inputs))
-        traced = self._traced(key, function, fakes)
+        fakes = [n.meta["val"] for n in inputs]
+        traced = trace_snippet(self._templates, key, function, fakes, self._pass)
         mapping: dict[fx.Node, Any] = dict(
-            zip((n for n in traced.graph.nodes if n.op == "placeholder"), inputs, strict=True)
+            zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True)
         )
-        results: list[fx.Node] = []
         for node in traced.graph.nodes:
             if node.op == "placeholder":
                 continue
             if node.op == "output":
-                out = node.args[0]
-                results = [mapping[n] for n in (out if isinstance(out, (tuple, list)) else [out])]
                 break
             if node.op != "call_function":
                 raise RewriteError(
@@ -136,16 +153,18 @@ class Rewriter:
                     "not with torch.tensor",
                 )
             args, kwargs = fx.map_arg((node.args, node.kwargs), mapping.__getitem__)
-            mapping[node] = self._insert(node.target, args, kwargs, node.meta.get("val"))
-        return results
+            mapping[node] = self._insert(node.target, args, kwargs)
+            mapping[node].meta["val"] = node.meta["val"]
+        results: Any = traced.graph.output_node().args[0]
+        return [mapping[n] for n in (results if isinstance(results, (tuple, list)) else [results])]
 
     def _call(self, target: Opaque, inputs: tuple[fx.Node, ...]) -> list[fx.Node]:
         """One node that calls a function, and one for each of its results if it has several."""
-        node = self._insert(target, inputs, {}, None)
-        made = node.meta["val"]
-        if not isinstance(made, tuple):
+        node = self.insert(target, *inputs)
+        values = node.meta["val"]
+        if not isinstance(values, tuple):
             return [node]
-        return [self._insert(operator.getitem, (node, i), {}, x) for i, x in enumerate(made)]
+        return [self.insert(operator.getitem, node, i) for i in range(len(values))]
 
     def fake(self, key: Hashable, function: Callable[[Tensor], Any], like: Tensor) -> Any:
         """What `function` gives for a fake tensor like `like`; kept by `key` and shape."""
@@ -157,55 +176,67 @@ class Rewriter:
                 )
         return self._fakes[known]
 
-    def _traced(
-        self, key: Hashable, function: Callable[..., Any], fakes: Sequence[Tensor]
-    ) -> fx.GraphModule:
-        like = tuple((tuple(f.shape), f.stride(), f.dtype, f.device) for f in fakes)
-        if (key, like) not in self._templates:
-            try:
-                with torch.no_grad(), self.mode:
-                    # spliced nodes share fake values, and tracing takes one value for one input
-                    own = [torch.empty_strided(*shape, dtype=d, device=v) for *shape, d, v in like]
-                    traced = make_fx(function, pre_dispatch=True)(*own)
-            except Exception as error:  # a method's functions are anybody's code
-                raise RewriteError(
-                    "tokens can't be merged here",
-                    where=f"{self._pass}: {key}",
-                    got=f"{type(error).__name__}: {error}",
-                    hint="exclude= the module, and please report this model",
-                ) from error
-            self._templates[key, like] = traced
-        return self._templates[key, like]
-
-    def _insert(self, target: Any, args: Any, kwargs: Any, value: Any) -> fx.Node:
-        if self._cursor is None:
+    def _insert(self, target: Any, args: Any, kwargs: Any) -> fx.Node:
+        if self._cursor is None or self._owner is None:
             raise RewriteError("no place to insert", where=self._pass)
         with self.graph.inserting_after(self._cursor):
             node = self.graph.call_function(target, args, kwargs)
-        stack = self._cursor.meta.get("nn_module_stack")
+        stack = self._owner.meta.get("nn_module_stack")
         if stack is not None:
             node.meta["nn_module_stack"] = stack
-        node.meta["toma_fx"] = self._pass
-        node.meta["val"] = value
-        if value is None:
-            self.retype(node)
+        self._adopt(node)
         self._cursor = node
         self.spliced.append(node)
-        self._record("insert", node)
         return node
+
+    def _adopt(self, node: fx.Node) -> None:
+        """Note which pass a new node is of."""
+        node.meta["toma_fx"] = self._pass
+        self._record("insert", node)
+
+    def inline(self, node: fx.Node, body: fx.Graph, operands: Sequence[Any]) -> None:
+        """Put the nodes of `body`, called on `operands`, where `node` calls it.
+
+        `node` returns a tuple and is used by `getitem` alone, as higher-order operators are.
+        """
+        mapping: dict[fx.Node, Any] = dict(
+            zip(body.find_nodes(op="placeholder"), operands, strict=True)
+        )
+        with self.graph.inserting_before(node):
+            results: Any = self.graph.graph_copy(body, mapping)
+        for old, new in mapping.items():
+            if old.op != "placeholder":
+                self._adopt(new)
+        for user in list(node.users):
+            self.replace(user, results[user.args[1]])
+        self.erase(node)
+
+    # -- changes -----------------------------------------------------------------------------------
 
     def replace_input(self, user: fx.Node, old: fx.Node, new: fx.Node) -> None:
         """Make `user` read `new` where it read `old`."""
         if old not in user.all_input_nodes:
             raise RewriteError("not an input", where=user.format_node() or user.name, got=old.name)
         user.replace_input_with(old, new)
+        if strides_of(old.meta.get("val")) != strides_of(new.meta.get("val")):
+            self._restrided.add(user)
         self._record("replace input", user)
 
-    def replace_uses(self, old: fx.Node, new: fx.Node, keep: Collection[fx.Node]) -> None:
+    def replace_uses(self, old: fx.Node, new: fx.Node, keep: Collection[fx.Node] = ()) -> None:
         """Make every user of `old` but those in `keep` read `new`."""
         for user in list(old.users):
             if user not in keep:
                 self.replace_input(user, old, new)
+
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Make every user of `old` read `new`, and erase `old`."""
+        self.replace_uses(old, new)
+        self.erase(old)
+
+    def set_argument(self, node: fx.Node, index: int, value: Any) -> None:
+        """Set `node.args[index]`; the value of the node stays what it is."""
+        node.update_arg(index, value)
+        self._record("set argument", node)
 
     def set_literal(self, node: fx.Node, path: Sequence[int], value: int | fx.Node) -> None:
         """Set the literal `node.args[path]`, an int, to another or to a node that counts it."""
@@ -236,11 +267,55 @@ class Rewriter:
                 hint="please report this model; exclude= the module meanwhile",
             ) from error
 
+    def update_strides(self) -> None:
+        """Recompute values whose inputs have other strides than before.
+
+        A view that the strides of its input no longer allow becomes a reshape. A node that runs no
+        more, or has another shape or dtype than recorded, is left for verification to report.
+        """
+        pending, self._restrided = self._restrided, set()
+        for node in self.graph.nodes if pending else ():
+            if node not in pending or node.op != "call_function":
+                continue
+            before, value = node.meta["val"], self._rerun(node)
+            if value is None or describe(value) != describe(before):
+                continue
+            node.meta["val"] = value
+            if strides_of(value) != strides_of(before):
+                pending.update(node.users)
+
+    def _rerun(self, node: fx.Node) -> Any:
+        """The value of a node on its inputs as they are now; None if it does not run."""
+        with self.mode:
+            try:
+                return fake_result(node)
+            except Exception:  # any operator of torch may run here
+                if node.target is not torch.ops.aten.view.default:
+                    return None
+            node.target = torch.ops.aten.reshape.default
+            self._record("view becomes reshape", node)
+            return fake_result(node)
+
+    def set_module_stacks(self, stacks: Mapping[fx.Node, ModuleStack]) -> None:
+        """Say which modules nodes belong to."""
+        for node, stack in stacks.items():
+            node.meta["nn_module_stack"] = dict(stack)
+
+    # -- inputs and outputs ------------------------------------------------------------------------
+
+    def flatten_signature(self) -> None:
+        """Take and return flat tuples, whatever trees the graph took and returned."""
+        output = self.graph.output_node()
+        self.graph.set_codegen(fx.graph.CodeGen())
+        output.args = (tuple(tree_leaves(output.args[0])),)
+        self._record("flatten signature", output)
+
     def add_outputs(self, nodes: Sequence[fx.Node]) -> None:
         """Append outputs."""
         output = self.graph.output_node()
         results: Any = output.args[0]
         output.args = ((*results, *nodes),)
+        self.outputs += [n.meta["val"] for n in nodes]
         self._record("add outputs", output)
 
     def erase_inputs(self, names: Collection[str]) -> None:
@@ -250,19 +325,31 @@ class Rewriter:
             RewriteError: one of them is used.
         """
         for node in self.graph.find_nodes(op="placeholder"):
-            if node.name not in names:
-                continue
-            if node.users:
-                raise RewriteError("an input is in use", where=self._pass, got=node.name)
-            self.graph.erase_node(node)
+            if node.name in names:
+                self.erase(node)
+                self.inputs.remove(node.name)
         self.graph_module.recompile()
 
+    # -- erasing -----------------------------------------------------------------------------------
+
+    def erase(self, node: fx.Node) -> None:
+        """Erase a node that nothing reads.
+
+        Raises:
+            RewriteError: it is used.
+        """
+        if node.users:
+            users = ", ".join(n.name for n in node.users)
+            raise RewriteError("a node in use can't be erased", where=node.name, got=users)
+        self.graph.erase_node(node)
+        self._record("erase", node)
+        self.changed.discard(node)
+
     def erase_dead(self) -> None:
-        """Erase nodes without users."""
-        before = len(self.graph.nodes)
-        self.graph.eliminate_dead_code()
-        if len(self.graph.nodes) != before:
-            self._record("erase dead code", self.graph.output_node())
+        """Erase nodes that nothing reads, readers before what they read, but no side effects."""
+        for node in reversed(self.graph.nodes):
+            if is_dead(node):
+                self.erase(node)
 
     def _record(self, action: str, node: fx.Node) -> None:
         self.changed.add(node)

@@ -3,31 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
+from toma_fx.compat import tree_leaves
 from toma_fx.errors import VerifyError
 
 
 def fake_result(node: fx.Node) -> Any:
     """Run one node on the fake values of its inputs."""
     target: Any = node.target
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val", n))
+    args, kwargs = fx.map_arg((node.args, node.kwargs), _value)
     with torch.no_grad():
         return target(*args, **kwargs)
 
 
+def _value(node: fx.Node) -> Any:
+    """The fake value of a node; the graph itself where a higher-order operator takes one."""
+    if node.op == "get_attr" and "val" not in node.meta:
+        return attrgetter(str(node.target))(node.graph.owning_module)
+    return node.meta["val"]
+
+
 def output_values(graph: fx.Graph) -> list[Any]:
     """Fake tensors (or constants) that a flat graph returns, in order."""
-    results: Any = graph.output_node().args[0]
+    results = tree_leaves(graph.output_node().args[0])
     return [r.meta["val"] if isinstance(r, fx.Node) else r for r in results]
 
 
-def _describe(value: Any) -> str:
-    leaves = pytree.tree_leaves(value)
+def strides_of(value: Any) -> tuple[tuple[int, ...] | None, ...]:
+    """Strides of the tensors of a value; None for a tensor whose shape depends on the data."""
+    tensors = [x for x in tree_leaves(value) if isinstance(x, torch.Tensor)]
+    static = [all(isinstance(s, int) for s in (*x.shape, *x.stride())) for x in tensors]
+    return tuple(x.stride() if known else None for x, known in zip(tensors, static, strict=True))
+
+
+def describe(value: Any) -> str:
+    """Shapes, dtypes and devices of a value as text, equal for equal ones."""
+    leaves = tree_leaves(value)
     return ", ".join(
         f"({_sizes(x)}) {x.dtype} {x.device}" if isinstance(x, torch.Tensor) else _size(x)
         for x in leaves
@@ -78,12 +94,12 @@ def verify(
         )
     _reexecute(graph, stage, changed)
     given = output_values(graph)
-    if _describe(given) != _describe(list(outputs)):
+    if describe(given) != describe(list(outputs)):
         raise VerifyError(
             "the outputs of the graph changed",
             where=stage,
-            expected=_describe(list(outputs)),
-            got=_describe(given),
+            expected=describe(list(outputs)),
+            got=describe(given),
         )
 
 
@@ -108,10 +124,18 @@ def _reexecute(graph: fx.Graph, stage: str, changed: Set[fx.Node] | None) -> Non
                     where=f"{stage}: {node.format_node()}",
                     got=f"{type(error).__name__}: {error}",
                 ) from error
-            if _describe(value) != _describe(node.meta["val"]):
+            recorded = node.meta["val"]
+            if describe(value) != describe(recorded):
                 raise VerifyError(
                     "a node's recorded value is stale",
                     where=f"{stage}: {node.format_node()}",
-                    expected=_describe(node.meta["val"]),
-                    got=_describe(value),
+                    expected=describe(recorded),
+                    got=describe(value),
+                )
+            if strides_of(value) != strides_of(recorded):
+                raise VerifyError(
+                    "a node's recorded strides are stale",
+                    where=f"{stage}: {node.format_node()}",
+                    expected=str(strides_of(recorded)),
+                    got=str(strides_of(value)),
                 )

@@ -295,9 +295,9 @@ def same(call: Call) -> Outcome:
     return Transfer(call.fact(call.node.args[0]))
 
 
-@rule("dropout", "feature_dropout", "native_dropout")
+@rule("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
 def dropout(call: Call) -> Outcome:
-    """Dropout is the identity in evaluation mode."""
-    if call.arg(2, "train") and carries_tokens(call.fact(call.node.args[0])):
+    """Dropout in training mode: other tokens draw other numbers. (A capture has no other.)"""
+    if carries_tokens(call.fact(call.node.args[0])):
         return call.no("active dropout")
     return Transfer(call.fact(call.node.args[0]))

@@ -1,0 +1,493 @@
+"""The passes that bring a graph to canonical form: before and after, twins that stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.graphs import apply, graph_of, text
+from toma_fx.capture import canonical
+from toma_fx.capture.canonical import (
+    DropUnusedAddend,
+    EraseAssertions,
+    EraseDropout,
+    FoldSlices,
+    InlineAutocast,
+    JoinPadding,
+    JoinWrites,
+    NameDtypes,
+    ShareShapeOps,
+    SkipCopies,
+)
+from toma_fx.capture.model import capture
+from toma_fx.errors import VerifyError
+from toma_fx.graph.passes import EraseDead, Pass
+from toma_fx.graph.rewriter import Rewriter
+from toma_fx.graph.specs import CAPTURED
+from toma_fx.graph.verify import verify
+
+X = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
+HALF = X[:, :3]
+MASK = torch.tensor([True, True, False, True])
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """Passes and a function on whose graph they act; a graph as text, before and after."""
+
+    passes: tuple[Pass, ...]
+    function: Callable[..., Any]
+    inputs: tuple[Tensor, ...]
+    before: str
+    after: str
+
+
+def without_autocast(x: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        y = x * 2
+        with torch.autocast("cpu", enabled=False):
+            y = y + x
+    return y + 1
+
+
+def every_dropout(x: Tensor) -> tuple[Tensor, Tensor]:
+    y = F.feature_alpha_dropout(F.alpha_dropout(F.dropout(x, 0.5, False), 0.5, False), 0.5, False)
+    y, mask = torch.native_dropout(torch.feature_dropout(y, 0.5, False), 0.5, False)
+    return y + 1, mask
+
+
+def write(x: Tensor, y: Tensor) -> Tensor:
+    z = x + 1
+    z[:, 1:4] = y
+    return z
+
+
+def write_all(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    out = torch.zeros_like(x)
+    out[:, :3] = y
+    out[:, 3:] = z
+    return out
+
+
+def write_transposed(x: Tensor, y: Tensor) -> Tensor:
+    z = x.transpose(0, 1).sin()  # keeps the strides of its operand, [1, 6], as writes into it do
+    z[:3] = y
+    return z.transpose(0, 1).view(12)
+
+
+def pad(x: Tensor, mask: Tensor) -> Tensor:
+    n = mask.sum().item()
+    torch._check(n >= 0)
+    torch._check(n <= 6)
+    return F.pad(x[:, :n], (0, 6 - n))
+
+
+def same_shapes(x: Tensor) -> Tensor:
+    return x.unsqueeze(0) + x.unsqueeze(0) + x.view(3, 4).sum() + x.view(3, -1).sum()
+
+
+def slices_of_transposed(x: Tensor) -> Tensor:
+    parts = x.transpose(0, 1)[:2], x.transpose(0, 1)[2:]
+    return torch.cat(parts).view(12) + 1
+
+
+def unused(x: Tensor) -> Tensor:
+    F.scaled_dot_product_attention(x[None], x[None], x[None])
+    F.dropout(x, 0.5, False)
+    return x + 1
+
+
+REWRITES = {
+    "autocast": Rewrite(
+        (InlineAutocast(), EraseDead()),
+        without_autocast,
+        (X,),
+        """\
+add: (float32[2, 6]) = wrap_with_autocast(cpu, torch.bfloat16, False, False, submod_3, x_0)
+getitem: float32[2, 6] = getitem(add, 0)
+add_1: float32[2, 6] = aten.add.Tensor(getitem, 1)
+return (add_1)""",
+        """\
+mul: float32[2, 6] = aten.mul.Tensor(x_0, 2)
+add_2: float32[2, 6] = aten.add.Tensor(mul, x_0)
+add_1: float32[2, 6] = aten.add.Tensor(add_2, 1)
+return (add_1)""",
+    ),
+    "assertion": Rewrite(
+        (EraseAssertions(),),
+        lambda x: x.to(torch.float64) + 1,
+        (X,),
+        """\
+_assert_tensor_metadata_default = aten._assert_tensor_metadata(x_0, dtype=torch.float32, device=cpu, layout=torch.strided)
+to: float64[2, 6] = aten.to.dtype(x_0, torch.float64)
+add: float64[2, 6] = aten.add.Tensor(to, 1)
+return (add)""",  # noqa: E501
+        """\
+to: float64[2, 6] = aten.to.dtype(x_0, torch.float64)
+add: float64[2, 6] = aten.add.Tensor(to, 1)
+return (add)""",
+    ),
+    "dropout": Rewrite(
+        (EraseDropout(),),
+        every_dropout,
+        (X,),
+        """\
+dropout: float32[2, 6] = aten.dropout(x_0, 0.5, False)
+alpha_dropout: float32[2, 6] = aten.alpha_dropout(dropout, 0.5, False)
+feature_alpha_dropout: float32[2, 6] = aten.feature_alpha_dropout(alpha_dropout, 0.5, False)
+feature_dropout: float32[2, 6] = aten.feature_dropout(feature_alpha_dropout, 0.5, False)
+native_dropout: (float32[2, 6], bool[2, 6]) = aten.native_dropout(feature_dropout, 0.5, False)
+getitem: float32[2, 6] = getitem(native_dropout, 0)
+getitem_1: bool[2, 6] = getitem(native_dropout, 1)
+add: float32[2, 6] = aten.add.Tensor(getitem, 1)
+return (add, getitem_1)""",
+        """\
+native_dropout: (float32[2, 6], bool[2, 6]) = aten.native_dropout(x_0, 0.5, False)
+getitem_1: bool[2, 6] = getitem(native_dropout, 1)
+add: float32[2, 6] = aten.add.Tensor(x_0, 1)
+return (add, getitem_1)""",
+    ),
+    "copy": Rewrite(
+        (SkipCopies(),),
+        write,
+        (X, HALF),
+        """\
+add: float32[2, 6] = aten.add.Tensor(x_0, 1)
+slice_1: float32[2, 3] = aten.slice.Tensor(add, 1, 1, 4)
+copy: float32[2, 3] = aten.copy(slice_1, x_1)
+slice_scatter: float32[2, 6] = aten.slice_scatter(add, copy, 1, 1, 4)
+return (slice_scatter)""",
+        """\
+add: float32[2, 6] = aten.add.Tensor(x_0, 1)
+slice_1: float32[2, 3] = aten.slice.Tensor(add, 1, 1, 4)
+slice_scatter: float32[2, 6] = aten.slice_scatter(add, x_1, 1, 1, 4)
+return (slice_scatter)""",
+    ),
+    "type_as": Rewrite(
+        (NameDtypes(),),
+        lambda x, y: x.type_as(y),
+        (X, X.double()),
+        """\
+type_as: float64[2, 6] = aten.type_as(x_0, x_1)
+return (type_as)""",
+        """\
+to_dtype: float64[2, 6] = aten.to.dtype(x_0, torch.float64)
+return (to_dtype)""",
+    ),
+    "padding": Rewrite(
+        (EraseAssertions(), JoinPadding()),
+        pad,
+        (X, MASK),
+        """\
+sum_1: int64[] = aten.sum(x_1)
+item: SymInt = aten.item(sum_1)
+ge_1: SymBool = ge(item, 0)
+_assert_scalar_default = aten._assert_scalar(ge_1, Runtime assertion failed for expression u0 >= 0 on node 'ge_1')
+le_1: SymBool = le(item, 6)
+_assert_scalar_default_1 = aten._assert_scalar(le_1, Runtime assertion failed for expression u0 <= 6 on node 'le_1')
+slice_1: float32[2, u0] = aten.slice.Tensor(x_0, 1, None, item)
+sub: SymInt = sub(6, item)
+pad: float32[2, 6] = aten.pad(slice_1, [0, sub])
+return (pad)""",  # noqa: E501
+        """\
+sum_1: int64[] = aten.sum(x_1)
+item: SymInt = aten.item(sum_1)
+ge_1: SymBool = ge(item, 0)
+_assert_scalar_default = aten._assert_scalar(ge_1, Runtime assertion failed for expression u0 >= 0 on node 'ge_1')
+le_1: SymBool = le(item, 6)
+_assert_scalar_default_1 = aten._assert_scalar(le_1, Runtime assertion failed for expression u0 <= 6 on node 'le_1')
+slice_1: float32[2, u0] = aten.slice.Tensor(x_0, 1, None, item)
+sub: SymInt = sub(6, item)
+full_default: float32[2, 6 - u0] = aten.full([2, sub], 0.0, dtype=torch.float32, device=cpu)
+cat_default: float32[2, 6] = aten.cat([slice_1, full_default], 1)
+return (cat_default)""",  # noqa: E501
+    ),
+    "write": Rewrite(
+        (SkipCopies(), JoinWrites(), EraseDead()),
+        write,
+        (X, HALF),
+        """\
+add: float32[2, 6] = aten.add.Tensor(x_0, 1)
+slice_1: float32[2, 3] = aten.slice.Tensor(add, 1, 1, 4)
+copy: float32[2, 3] = aten.copy(slice_1, x_1)
+slice_scatter: float32[2, 6] = aten.slice_scatter(add, copy, 1, 1, 4)
+return (slice_scatter)""",
+        """\
+add: float32[2, 6] = aten.add.Tensor(x_0, 1)
+slice_tensor: float32[2, 1] = aten.slice.Tensor(add, 1, 0, 1)
+slice_tensor_1: float32[2, 2] = aten.slice.Tensor(add, 1, 4, 6)
+cat_default: float32[2, 6] = aten.cat([slice_tensor, x_1, slice_tensor_1], 1)
+return (cat_default)""",
+    ),
+    "writes": Rewrite(
+        (SkipCopies(), JoinWrites(), EraseDead()),
+        write_all,
+        (X, HALF, 2 * HALF),
+        """\
+zeros_like: float32[2, 6] = aten.zeros_like(x_0, pin_memory=False)
+slice_1: float32[2, 3] = aten.slice.Tensor(zeros_like, 1, 0, 3)
+copy: float32[2, 3] = aten.copy(slice_1, x_1)
+slice_scatter: float32[2, 6] = aten.slice_scatter(zeros_like, copy, 1, 0, 3)
+slice_4: float32[2, 3] = aten.slice.Tensor(slice_scatter, 1, 3, 9223372036854775807)
+copy_1: float32[2, 3] = aten.copy(slice_4, x_2)
+slice_scatter_1: float32[2, 6] = aten.slice_scatter(slice_scatter, copy_1, 1, 3, 9223372036854775807)
+return (slice_scatter_1)""",  # noqa: E501
+        """\
+cat_default_1: float32[2, 6] = aten.cat([x_1, x_2], 1)
+return (cat_default_1)""",
+    ),
+    "write with strides": Rewrite(
+        (SkipCopies(), JoinWrites(), EraseDead()),
+        write_transposed,
+        (X, X[:, :3].T),
+        """\
+transpose: float32[6, 2] = aten.transpose.int(x_0, 0, 1)
+sin: float32[6, 2] = aten.sin(transpose)
+slice_1: float32[3, 2] = aten.slice.Tensor(sin, 0, 0, 3)
+copy: float32[3, 2] = aten.copy(slice_1, x_1)
+slice_scatter: float32[6, 2] = aten.slice_scatter(sin, copy, 0, 0, 3)
+transpose_3: float32[2, 6] = aten.transpose.int(slice_scatter, 0, 1)
+view_1: float32[12] = aten.view(transpose_3, [12])
+return (view_1)""",
+        """\
+transpose: float32[6, 2] = aten.transpose.int(x_0, 0, 1)
+sin: float32[6, 2] = aten.sin(transpose)
+slice_tensor: float32[3, 2] = aten.slice.Tensor(sin, 0, 3, 6)
+cat_default: float32[6, 2] = aten.cat([x_1, slice_tensor], 0)
+transpose_3: float32[2, 6] = aten.transpose.int(cat_default, 0, 1)
+view_1: float32[12] = aten.reshape(transpose_3, [12])
+return (view_1)""",
+    ),
+    "baddbmm": Rewrite(
+        (DropUnusedAddend(),),
+        lambda x, a, b: torch.baddbmm(x, a, b, beta=0, alpha=0.5),
+        (torch.zeros(2, 3, 4), X.view(2, 3, 2), X[:, None, :4].expand(2, 2, 4)),
+        """\
+baddbmm: float32[2, 3, 4] = aten.baddbmm(x_0, x_1, x_2, beta=0, alpha=0.5)
+return (baddbmm)""",
+        """\
+empty_memory_format: float32[1, 1, 1] = aten.empty.memory_format([1, 1, 1], dtype=torch.float32, device=cpu)
+baddbmm: float32[2, 3, 4] = aten.baddbmm(empty_memory_format, x_1, x_2, beta=0, alpha=0.5)
+return (baddbmm)""",  # noqa: E501
+    ),
+    "dead": Rewrite(
+        (EraseDead(),),
+        unused,
+        (X,),
+        """\
+unsqueeze: float32[1, 2, 6] = aten.unsqueeze(x_0, 0)
+unsqueeze_1: float32[1, 2, 6] = aten.unsqueeze(x_0, 0)
+unsqueeze_2: float32[1, 2, 6] = aten.unsqueeze(x_0, 0)
+scaled_dot_product_attention: float32[1, 2, 6] = aten.scaled_dot_product_attention(unsqueeze, unsqueeze_1, unsqueeze_2)
+dropout: float32[2, 6] = aten.dropout(x_0, 0.5, False)
+add: float32[2, 6] = aten.add.Tensor(x_0, 1)
+return (add)""",  # noqa: E501
+        """\
+add: float32[2, 6] = aten.add.Tensor(x_0, 1)
+return (add)""",
+    ),
+    "shape ops": Rewrite(
+        (ShareShapeOps(),),
+        same_shapes,
+        (X,),
+        """\
+unsqueeze: float32[1, 2, 6] = aten.unsqueeze(x_0, 0)
+unsqueeze_1: float32[1, 2, 6] = aten.unsqueeze(x_0, 0)
+add: float32[1, 2, 6] = aten.add.Tensor(unsqueeze, unsqueeze_1)
+view: float32[3, 4] = aten.view(x_0, [3, 4])
+sum_1: float32[] = aten.sum(view)
+add_1: float32[1, 2, 6] = aten.add.Tensor(add, sum_1)
+view_1: float32[3, 4] = aten.view(x_0, [3, -1])
+sum_2: float32[] = aten.sum(view_1)
+add_2: float32[1, 2, 6] = aten.add.Tensor(add_1, sum_2)
+return (add_2)""",
+        """\
+unsqueeze: float32[1, 2, 6] = aten.unsqueeze(x_0, 0)
+add: float32[1, 2, 6] = aten.add.Tensor(unsqueeze, unsqueeze)
+view: float32[3, 4] = aten.view(x_0, [3, 4])
+sum_1: float32[] = aten.sum(view)
+add_1: float32[1, 2, 6] = aten.add.Tensor(add, sum_1)
+sum_2: float32[] = aten.sum(view)
+add_2: float32[1, 2, 6] = aten.add.Tensor(add_1, sum_2)
+return (add_2)""",
+    ),
+    "slices": Rewrite(
+        (ShareShapeOps(), FoldSlices(), EraseDead()),
+        slices_of_transposed,
+        (X,),
+        """\
+transpose: float32[6, 2] = aten.transpose.int(x_0, 0, 1)
+slice_1: float32[2, 2] = aten.slice.Tensor(transpose, 0, 0, 2)
+transpose_1: float32[6, 2] = aten.transpose.int(x_0, 0, 1)
+slice_2: float32[4, 2] = aten.slice.Tensor(transpose_1, 0, 2, 9223372036854775807)
+cat: float32[6, 2] = aten.cat([slice_1, slice_2])
+view: float32[12] = aten.view(cat, [12])
+add: float32[12] = aten.add.Tensor(view, 1)
+return (add)""",
+        """\
+transpose: float32[6, 2] = aten.transpose.int(x_0, 0, 1)
+view: float32[12] = aten.reshape(transpose, [12])
+add: float32[12] = aten.add.Tensor(view, 1)
+return (add)""",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REWRITES)
+@torch.no_grad()
+def test_graph_before_and_after(name: str) -> None:
+    """The text of both graphs, and results that are equal bit by bit."""
+    case = REWRITES[name]
+    graph_module = graph_of(case.function, *case.inputs)
+    assert text(graph_module).splitlines() == case.before.splitlines()
+    after, _ = apply(graph_module, case.passes)
+    assert text(after).splitlines() == case.after.splitlines()
+    for got, want in zip(after(*case.inputs), graph_module(*case.inputs), strict=True):
+        assert got.dtype == want.dtype
+        assert torch.equal(got, want)
+
+
+def with_autocast(x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        y = x @ x.T
+    return y + 1
+
+
+def autocast_inside(x: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        y = x * 2
+        with torch.autocast("cpu", torch.bfloat16):
+            y = y @ x.T
+    return y + 1
+
+
+def write_every_second(x: Tensor, y: Tensor) -> Tensor:
+    z = x + 1
+    z[:, ::2] = y
+    return z
+
+
+def draws(x: Tensor) -> Tensor:
+    F.scaled_dot_product_attention(x[None], x[None], x[None], dropout_p=0.5)
+    F.dropout(x, 0.5, True)
+    torch.rand_like(x)
+    return x + 1
+
+
+def padded_in_front(x: Tensor, mask: Tensor) -> Tensor:
+    n = mask.sum().item()
+    torch._check(n >= 0)
+    torch._check(n <= 6)
+    return F.pad(x[:, :n], (6 - n, 0))
+
+
+TWINS: dict[str, tuple[str, Pass, Callable[..., Any], tuple[Tensor, ...]]] = {
+    "autocast on": ("wrap_with_autocast", InlineAutocast(), with_autocast, (X,)),
+    "autocast on inside": ("wrap_with_autocast", InlineAutocast(), autocast_inside, (X,)),
+    "assertion on data": ("aten._assert_scalar", EraseAssertions(), pad, (X, MASK)),
+    "active dropout": ("aten.dropout", EraseDropout(), lambda x: F.dropout(x, 0.5, True), (X,)),
+    "casting copy": ("aten.copy", SkipCopies(), write, (X, HALF.double())),
+    "fixed padding": ("aten.pad", JoinPadding(), lambda x: F.pad(x, (0, 2)), (X,)),
+    "padding in front": ("aten.pad", JoinPadding(), padded_in_front, (X, MASK)),
+    "write with a step": ("aten.slice_scatter", JoinWrites(), write_every_second, (X, HALF)),
+    "addend that counts": (
+        "aten.baddbmm",
+        DropUnusedAddend(),
+        lambda x, a, b: torch.baddbmm(x, a, b, beta=0.5),
+        (torch.zeros(2, 3, 3), X.view(2, 3, 2), X.view(2, 2, 3)),
+    ),
+    "random numbers": ("aten.rand_like", EraseDead(), draws, (X,)),
+    "other shapes": (
+        "aten.view", ShareShapeOps(), lambda x: x.view(3, 4).sum() + x.view(4, 3).sum(), (X,)
+    ),
+    "slices in another order": (
+        "aten.cat", FoldSlices(), lambda x: torch.cat([x[:, 2:], x[:, :2]], 1), (X,)
+    ),
+    "slices along another dimension": (
+        "aten.cat", FoldSlices(), lambda x: torch.cat([x[:, :2], x[:, 2:4]], 0), (X,)
+    ),
+    "slices with a gap": (
+        "aten.cat", FoldSlices(), lambda x: torch.cat([x[:, :2], x[:, 3:]], 1), (X,)
+    ),
+    "slices of a part": (
+        "aten.cat", FoldSlices(), lambda x: torch.cat([x[:, :2], x[:, 2:4]], 1), (X,)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TWINS)
+@torch.no_grad()
+def test_twins_stay_as_they_are(name: str) -> None:
+    """What looks alike and means something else is there before, and unchanged after."""
+    op, step, function, inputs = TWINS[name]
+    graph_module = graph_of(function, *inputs)
+    after, rewriter = apply(graph_module, [step])
+    assert rewriter.calls(op), "the graph holds what it should"
+    assert text(after) == text(graph_module)
+    assert rewriter.log == [(step.name, "changed nothing", "")]
+
+
+def test_every_pass_has_a_graph_before_and_after() -> None:
+    shown = {step.name for case in REWRITES.values() for step in case.passes}
+    assert shown == {step.name for step in canonical.PASSES} - {"flatten_signature"}
+    refused = {step.name for _, step, _, _ in TWINS.values()}
+    assert refused == shown - {"name_dtypes"}, "type_as has no twin: it reads a dtype and no more"
+
+
+def test_the_signature_becomes_flat() -> None:
+    """Inputs and outputs in containers become tuples; constants stay."""
+
+    class Nested(torch.nn.Module):
+        def forward(self, x: Tensor, options: dict[str, Any]) -> dict[str, Any]:
+            return {"x": x * options["scale"], "rest": [x + 1, None]}
+
+    captured = capture(Nested().eval(), (), {"x": X, "options": {"scale": X}})
+    assert [i.name for i in captured.inputs] == ["options_scale", "x"]
+    out = captured.graph_module(X, X)
+    assert isinstance(out, tuple)
+    assert torch.equal(out[0], X * X)
+    assert torch.equal(out[1], X + 1)
+    assert out[2] is None
+
+
+def test_strides_are_recorded_anew() -> None:
+    """A join is contiguous where a write keeps the strides of its base; views that no longer hold
+    become reshapes, and only these.
+    """
+    graph_module = graph_of(write_transposed, X, X[:, :3].T)
+    passes = REWRITES["write with strides"].passes
+    after, rewriter = apply(graph_module, passes)
+    old, new = Rewriter(graph_module).index()["transpose_3"], rewriter.index()["transpose_3"]
+    assert old.meta["val"].stride() == (6, 1), "the base's"
+    assert new.meta["val"].stride() == (1, 2), "the join's"
+    assert text(after).count("aten.reshape") == 1
+    new.meta["val"] = old.meta["val"]
+    with pytest.raises(VerifyError, match="strides are stale"):
+        verify(after, rewriter.inputs, rewriter.outputs, "test")
+
+
+def test_a_captured_graph_fits_its_spec() -> None:
+    """A graph with everything that the passes remove does not fit before, and does after."""
+
+    def everything(x: Tensor) -> Tensor:
+        return F.dropout(without_autocast(x), 0.5, False).to(torch.float64).type_as(x)
+
+    raw = graph_of(everything, X)
+    steps: list[Pass] = []
+    reasons = {
+        "dropout in evaluation mode": EraseDropout(),
+        "pins token counts": EraseAssertions(),
+        "hides a dtype": NameDtypes(),
+    }
+    for reason, step in reasons.items():
+        with pytest.raises(VerifyError, match=reason) as caught:
+            CAPTURED.check(apply(raw, steps)[0].graph, "stage")
+        assert caught.value.where.startswith("stage: %")
+        steps.append(step)
+    CAPTURED.check(apply(raw, canonical.PASSES[1:])[0].graph, "stage")
