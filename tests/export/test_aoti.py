@@ -29,7 +29,7 @@ from toma_fx.export.artifact import file_spec, verify_artifact
 from toma_fx.export.builder import export
 from toma_fx.export.loader import load
 from toma_fx.export.machine import architecture
-from toma_fx.export.programs import Programs, export_programs
+from toma_fx.export.programs import export_programs
 from toma_fx.export.to_aoti import files, lower, runtime, target
 from toma_fx.export.to_aoti.files import PACKAGE, WEIGHTS
 from toma_fx.export.to_aoti.target import AOTITarget
@@ -52,17 +52,6 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("aoti") / "artifact"
     export(optimized(), inputs(), out, AOTITarget())
     return out
-
-
-@pytest.fixture
-def exported(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Builds start from programs that were exported once."""
-    monkeypatch.setattr("toma_fx.export.builder.export_programs", lambda *_: programs())
-
-
-@cache
-def programs() -> Programs:
-    return export_programs(optimized(), inputs())
 
 
 @pytest.fixture
@@ -320,7 +309,7 @@ def test_a_package_without_the_program(copied: Path) -> None:
         load(rewritten(copied, rename))
 
 
-@pytest.mark.usefixtures("exported")
+@pytest.mark.usefixtures("exported_once")
 @pytest.mark.parametrize(
     ("options", "error"),
     [
@@ -335,7 +324,7 @@ def test_bad_options(tmp_path: Path, options: Any, error: type[Exception]) -> No
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.usefixtures("exported")
+@pytest.mark.usefixtures("exported_once")
 def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(target, "has_cpp_compiler", lambda: False)
     with pytest.raises(BuildError, match=r"C\+\+ compiler"):
@@ -343,7 +332,7 @@ def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.usefixtures("exported")
+@pytest.mark.usefixtures("exported_once")
 def test_an_interrupted_build_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs that were compiled are not compiled again, whenever the interruption comes."""
     compiled, at = [], ["reuse", "package", "weights", "open", ""]

@@ -28,12 +28,10 @@ from toma_fx.errors import (
     TomaError,
     UnknownNameError,
 )
-from toma_fx.export import builder as frame
 from toma_fx.export.artifact import verify_artifact
 from toma_fx.export.builder import export
 from toma_fx.export.loader import load
 from toma_fx.export.manifest import Manifest
-from toma_fx.export.programs import Programs, export_programs
 from toma_fx.export.to_onnx import lower
 from toma_fx.export.to_onnx.runtime import ORTRuntime
 from toma_fx.export.to_onnx.target import DEFAULT_OPSET, OPSETS, ONNXTarget
@@ -47,17 +45,6 @@ CPU = torch.device("cpu")
 @cache
 def optimized(name: str = "toma") -> Any:
     return toma_fx.optimize(model(), method=static(name))
-
-
-@cache
-def programs(denoiser: Any) -> Programs:
-    return export_programs(denoiser, inputs())
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Builds of the one-block model capture and export it once."""
-    monkeypatch.setattr(frame, "export_programs", lambda denoiser, _: programs(denoiser))
 
 
 def steps(denoiser: Any, count: int = 5) -> list[Tensor]:
@@ -91,7 +78,6 @@ def cached(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], l
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lower, "convert", first)
-        patch.setattr(frame, "export_programs", lambda denoiser, _: programs(denoiser))
         goes.append([])
         with pytest.raises(Interrupted):
             export(optimized(), inputs(), out, ONNXTarget())
@@ -260,7 +246,7 @@ def test_bfloat16_can_not_be_moved_to_a_cpu(cached: Any, tmp_path: Path) -> None
 # -- stateless ------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("exported_once")
 def test_stateless(tmp_path: Path) -> None:
     """One model that selects at every step and hands nothing on."""
     manifest = export(optimized(), inputs(), tmp_path / "out", ONNXTarget("stateless"))
@@ -299,7 +285,7 @@ def test_bad_form() -> None:
         ONNXTarget(form="statless")  # type: ignore[arg-type]
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("exported_once")
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
 def test_missing_package(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.import_module
@@ -316,7 +302,7 @@ def test_missing_package(package: str, tmp_path: Path, monkeypatch: pytest.Monke
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("exported_once")
 def test_full_disk(cached: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     out.mkdir()
@@ -335,7 +321,7 @@ def test_full_disk(cached: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     )
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("exported_once")
 def test_what_the_exporter_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise RuntimeError("outer") from ValueError("no such operator")
@@ -346,7 +332,7 @@ def test_what_the_exporter_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("exported_once")
 def test_another_opset_than_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     convert = lower.convert
 
@@ -386,7 +372,7 @@ def half(call: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("exported_once")
 @pytest.mark.parametrize("opset", [n for n in OPSETS if n != DEFAULT_OPSET])
 def test_opsets(opset: int, tmp_path: Path) -> None:
     manifest = export(optimized("grid"), inputs(), tmp_path / "out", ONNXTarget(opset=opset))
@@ -402,7 +388,7 @@ def test_opsets(opset: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("exported_once")
 def test_stateless_without_patterns(tmp_path: Path) -> None:
     """A method without patterns has one program, and both forms are the same."""
     manifest = export(optimized("todo"), inputs(), tmp_path / "out", ONNXTarget("stateless"))

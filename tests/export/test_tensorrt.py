@@ -35,6 +35,7 @@ from toma_fx.export.to_tensorrt import lower, runtime, target
 from toma_fx.export.to_tensorrt.coverage import load_table
 from toma_fx.export.to_tensorrt.target import TensorRTTarget
 
+pytestmark = pytest.mark.usefixtures("exported_once")
 TABLE = json.loads((ROOT / "tests" / "data" / "signatures.json").read_text())
 DTYPES = {
     "FLOAT": torch.float32,

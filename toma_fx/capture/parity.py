@@ -146,6 +146,17 @@ def fresh(value: Any, seed: int = 0) -> Any:
     return (value * (1 - 0.1 * share)).to(value.dtype)
 
 
+def tolerance(dtype: torch.dtype) -> float:
+    """What `relative_difference` of outputs of a dtype may be."""
+    return TOLERANCE.get(dtype, EXACT)
+
+
+def relative_difference(a: Tensor, b: Tensor) -> float:
+    """Largest difference between two tensors, relative to the largest value of `b`."""
+    a, b = a.double().nan_to_num(), b.double().nan_to_num()
+    return float((a - b).abs().max()) / (float(b.abs().max()) or 1.0)
+
+
 def _difference(got: Sequence[Any], expected: Sequence[Any]) -> str | None:
     """How two lists of outputs differ, in words; None if they don't."""
     if len(got) != len(expected):
@@ -157,10 +168,7 @@ def _difference(got: Sequence[Any], expected: Sequence[Any]) -> str | None:
             return f"output {i} is {tuple(a.shape)} {a.dtype}, not {tuple(b.shape)} {b.dtype}"
         if torch.equal(a, b) or not a.numel():
             continue
-        limit = TOLERANCE.get(b.dtype, EXACT)
-        a, b = a.double().nan_to_num(), b.double().nan_to_num()
-        size = float(b.abs().max()) or 1.0
-        found = float((a - b).abs().max()) / size
+        found, limit = relative_difference(a, b), tolerance(b.dtype)
         if not found <= limit:
             return f"output {i} differs by {found:.2g} of its largest value ({limit:.0e} allowed)"
     return None

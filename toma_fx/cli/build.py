@@ -14,7 +14,7 @@ from toma_fx.api import optimize
 from toma_fx.cli.options import target_options
 from toma_fx.cli.text import bytes_text
 from toma_fx.errors import BuildError, ConfigError
-from toma_fx.export.artifact import Report, Stage, check_place, reported
+from toma_fx.export.artifact import OnStage, Stage, check_output, report_stage
 from toma_fx.export.builder import export
 from toma_fx.export.to_tensorrt.dry_run import tensorrt_coverage
 from toma_fx.models.named import example, license_of
@@ -69,10 +69,10 @@ def build_artifact(args: argparse.Namespace, options: dict[str, Any], console: C
             "no output folder", where="--out", expected="a folder to make", got="nothing"
         )
     if args.out is not None:
-        check_place(args.out, args.overwrite)
+        check_output(args.out, args.overwrite)
     start = time.perf_counter()
     with ShownStages(console) as show:
-        with reported("load the model", show):
+        with report_stage("load the model", show):
             model, inputs = example(
                 args.model,
                 args.height,
@@ -108,14 +108,14 @@ def build_artifact(args: argparse.Namespace, options: dict[str, Any], console: C
 
 
 def _print_coverage(
-    optimized: Any, inputs: Any, route: Any, report: Report, console: Console
+    optimized: Any, inputs: Any, route: Any, report: OnStage, console: Console
 ) -> None:
     """Print what TensorRT takes of every program.
 
     Raises:
         BuildError: it does not take all.
     """
-    with reported("export and look up", report):
+    with report_stage("export and look up", report):
         coverages = tensorrt_coverage(optimized, inputs, route=route)
     for call, coverage in coverages.items():
         console.rule(f"program {call}", align="left")

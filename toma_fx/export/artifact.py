@@ -1,10 +1,10 @@
-"""The folder of an artifact: made all or nothing, verified before anything in it is used.
+"""The folder of an artifact: written all or nothing, verified before anything in it is used.
 
     .NAME.building/   stages of a build that is under way, or was interrupted
     NAME/             manifest.json and the files that it lists
 
-A build that is interrupted leaves the first; the next build of the same thing goes on with its
-finished stages. Only a build that came to its end makes, or replaces, the second.
+A build that is interrupted leaves the first; the next build of the same thing continues with its
+finished stages. Only a finished build creates, or replaces, the second.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ STAGES = "stages.json"
 
 @dataclass(frozen=True)
 class Stage:
-    """Something that happened to a stage of a build.
+    """Progress of a build.
 
     Attributes:
         name: of the stage. state: "begun", "done", or "kept", if an earlier build has done it.
@@ -44,7 +44,7 @@ class Stage:
     size: int = 0
 
 
-Report = Callable[[Stage], Any]
+OnStage = Callable[[Stage], Any]
 """Called with every stage of a build, as it begins and as it ends."""
 
 
@@ -53,8 +53,8 @@ def ignore(stage: Stage) -> None:
 
 
 @contextmanager
-def reported(name: str, report: Report) -> Iterator[None]:
-    """Report a stage without files: its beginning, and its end if it comes to one."""
+def report_stage(name: str, report: OnStage) -> Iterator[None]:
+    """OnStage a stage without files: its beginning, and its end if it comes to one."""
     report(Stage(name, "begun"))
     start = time.perf_counter()
     yield
@@ -100,8 +100,8 @@ def verify_artifact(folder: Path) -> Manifest:
             raise _changed(path, "a file", "a link" if path.is_symlink() else "nothing")
         if path.stat().st_size != spec.size:
             raise _changed(path, f"{spec.size} bytes", f"{path.stat().st_size} bytes")
-        if (found := file_spec(path).sha256) != spec.sha256:
-            raise _changed(path, f"SHA-256 {spec.sha256}", found)
+        if (digest := file_spec(path).sha256) != spec.sha256:
+            raise _changed(path, f"SHA-256 {spec.sha256}", digest)
     return manifest
 
 
@@ -119,10 +119,10 @@ class Build:
     """An artifact under construction.
 
     Attributes:
-        out: where it will be. folder: where it is being made.
+        out: where it will be. folder: where it is built.
     """
 
-    def __init__(self, out: Path, key: str, report: Report) -> None:
+    def __init__(self, out: Path, key: str, report: OnStage) -> None:
         """Use `building` instead."""
         self.out, self.folder = out, out.parent / f".{out.name}.building"
         self._old = out.parent / f".{out.name}.old"
@@ -130,7 +130,7 @@ class Build:
         self._done: dict[str, dict[str, Any]] = {}
 
     def stage(self, name: str, make: Callable[[Path], Any], *files: str) -> None:
-        """Make `files`: `make` gets the folder. Skipped if an earlier build of the same did it.
+        """Write `files`: `make` gets the folder. Skipped if an earlier build of the same did it.
 
         Raises:
             BuildError: the disk is full or can't be written.
@@ -153,16 +153,16 @@ class Build:
         return known is not None and all(self._unchanged(file, known) for file in files)
 
     def finish(self, manifest: Manifest) -> Manifest:
-        """Write the manifest with the checksums of what stages made; the artifact is complete."""
-        made = {file: spec for files in self._done.values() for file, spec in files.items()}
-        files = {f: FileSpec(**made[f]) for f in sorted(made) if (self.folder / f).is_file()}
+        """Write the manifest with the checksums of the files of all stages."""
+        specs = {file: spec for files in self._done.values() for file, spec in files.items()}
+        files = {f: FileSpec(**specs[f]) for f in sorted(specs) if (self.folder / f).is_file()}
         manifest = replace(manifest, files=files)
         with _disk(self.folder):
             _write(self.folder / MANIFEST, manifest.to_json())
         return manifest
 
     def start(self) -> None:
-        """Make the folder, or go on with the one that an interrupted build of the same left."""
+        """Create the folder, or continue in the one that an interrupted build of the same left."""
         left = self.folder / STAGES
         try:
             known = json.loads(left.read_text(encoding="utf-8"))
@@ -171,17 +171,17 @@ class Build:
             self._done = {}
         with _disk(self.out.parent):
             if self._old.exists() and not self.out.exists():
-                os.replace(self._old, self.out)  # a build ended between taking away and putting
+                os.replace(self._old, self.out)  # a build ended between the two moves of publish()
             if not self._done and self.folder.exists():
                 shutil.rmtree(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
 
     def discard(self) -> None:
-        """Forget the finished stages: what was made is wrong, not unfinished."""
+        """Forget the finished stages: what they wrote is wrong."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def publish(self) -> None:
-        """Put the finished folder in place, instead of what is there."""
+        """Move the finished folder to its place, instead of what is there."""
         with _disk(self.out.parent):
             (self.folder / STAGES).unlink(missing_ok=True)
             if self.out.exists():
@@ -198,7 +198,7 @@ class Build:
         return sum(spec["size"] for spec in self._done[name].values())
 
 
-def check_place(out: Path, overwrite: bool) -> None:
+def check_output(out: Path, overwrite: bool) -> None:
     """Passes if an artifact can be put at `out`.
 
     Raises:
@@ -206,7 +206,10 @@ def check_place(out: Path, overwrite: bool) -> None:
     """
     if out.exists() and not out.is_dir():
         raise BuildError(
-            "the output is no folder", where=str(out), expected="a folder to make", got="a file"
+            "the output is no folder",
+            where=str(out),
+            expected="a new or empty folder",
+            got="a file",
         )
     if out.exists() and any(out.iterdir()):
         artifact = _is_artifact_alone(out)
@@ -233,17 +236,17 @@ def _is_artifact_alone(folder: Path) -> bool:
 
 @contextmanager
 def building(
-    out: Path, key: str, *, overwrite: bool = False, report: Report = ignore
+    out: Path, key: str, *, overwrite: bool = False, report: OnStage = ignore
 ) -> Iterator[Build]:
-    """Make an artifact at `out`.
+    """Build an artifact at `out`.
 
     Inside, run stages, then `finish`. An exception leaves the finished stages for the next build
     with the same `key`, and whatever is at `out` as it was.
 
     Raises:
-        BuildError: as of `check_place`, or the disk is full or can't be written.
+        BuildError: as of `check_output`, or the disk is full or can't be written.
     """
-    check_place(out, overwrite)
+    check_output(out, overwrite)
     build = Build(out, key, report)
     build.start()
     yield build

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from toma_fx.capture.parity import fresh
+from toma_fx.capture.parity import fresh, relative_difference, tolerance
 from toma_fx.errors import BuildError
-from toma_fx.export.artifact import Report, building, check_place, ignore, reported
+from toma_fx.export.artifact import OnStage, building, check_output, ignore, report_stage
 from toma_fx.export.manifest import (
     VERSION,
     Constant,
@@ -35,13 +35,6 @@ from toma_fx.export.registry import make_target
 from toma_fx.export.targets import Lowered, Runtime, Target
 from toma_fx.plan.plan import MergePlan
 from toma_fx.run.schedule import Call, Schedule
-
-TOLERANCE = {"float16": 2e-2, "bfloat16": 5e-2}
-"""Largest difference relative to the largest value of an output, by dtype; else `EXACT`."""
-
-
-EXACT = 1e-4
-
 
 ALIKE = {"float16": 0.85, "bfloat16": 0.7}
 """Least share of tokens that an artifact's patterns treat as the process's do, by dtype of the
@@ -68,7 +61,7 @@ def export(
     *,
     overwrite: bool = False,
     license: str = "",
-    report: Report = ignore,
+    report: OnStage = ignore,
     **options: Any,
 ) -> Manifest:
     """Make an artifact of an optimized denoiser: a folder that runs without the model.
@@ -93,16 +86,16 @@ def export(
         DynamicError, ModelTypeError, SignatureError: see `export_programs`.
     """
     target = make_target(target, options)
-    check_place(Path(out), overwrite)
+    check_output(Path(out), overwrite)
     target.check_installed()
-    with reported("export", report):
+    with report_stage("export", report):
         programs = export_programs(optimized, inputs)
     target.check(programs)
     key = _key(programs, target)
     with building(Path(out), key, overwrite=overwrite, report=report) as work, torch.no_grad():
         lowered = target.lower(programs, work)
         manifest = manifest_of(programs, lowered, license)
-        with reported("compare with the process", report):
+        with report_stage("compare with the process", report):
             runtime = target.open(work.folder, manifest, programs.device, {})
             try:
                 figures = tuple(_compare(programs, manifest, runtime))
@@ -170,9 +163,9 @@ def _schedule(plan: MergePlan, programs: Iterable[ProgramSpec]) -> Schedule:
 def _compare(programs: Programs, manifest: Manifest, runtime: Runtime) -> Iterator[Parity]:
     """Some steps of a generation; every program takes part.
 
-    Which of two nearly equal tokens stays hangs on the last bit of a sum, and either is right. So
-    the process computes every step with the patterns that the artifact made, and these must treat
-    all but few tokens as those of the process do.
+    Which of two nearly equal tokens stays depends on the last bit of a sum, and either is right. So
+    the process computes every step with the patterns of the artifact, and these must merge all but
+    few tokens as those of the process do.
 
     Raises:
         BuildError: outputs or patterns differ by more than the tolerance.
@@ -192,16 +185,16 @@ def _compare(programs: Programs, manifest: Manifest, runtime: Runtime) -> Iterat
             limit = ALIKE.get(manifest.dtype, EXACTLY_ALIKE)
             if not alike >= limit:
                 expected = f"at least {limit:.0%} of the tokens merged alike"
-                raise _wrong(where, expected, f"{alike:.1%}")
+                raise _mismatch(where, expected, f"{alike:.1%}")
         for a, b, spec in zip(got, want, manifest.outputs, strict=True):
-            found, limit = difference(a, b), TOLERANCE.get(spec.dtype, EXACT)
+            found, limit = relative_difference(a, b), tolerance(b.dtype)
             if not found <= limit:
                 expected = f"a difference of at most {limit:.0e} of the largest value"
-                raise _wrong(f"{where}, {spec.name}", expected, f"{found:.2g}")
+                raise _mismatch(f"{where}, {spec.name}", expected, f"{found:.2g}")
             yield Parity(call, found, limit, alike)
 
 
-def _wrong(where: str, expected: str, got: str) -> BuildError:
+def _mismatch(where: str, expected: str, got: str) -> BuildError:
     return BuildError(
         "the artifact does not compute what the process computes",
         where=where,
@@ -220,13 +213,13 @@ def _alike(programs: Programs, a: Mapping[str, Tensor], b: Mapping[str, Tensor])
         size = group.batch, prod(setting.grid), PROBES
         random = torch.Generator().manual_seed(0)
         x = torch.randn(size, generator=random).to(dtype)
-        passed = []
+        results = []
         for tensors in (a, b):
             parts = {part: tensors[group.tensor(part)] for part in setting.parts}
             x = x.to(next(iter(parts.values())).device)
-            passed.append(setting.unmerge(setting.merge(x, parts), parts))
-        apart = (passed[0] - passed[1]).abs().amax(-1)
-        shares.append(float((apart <= NEAR * x.abs().max()).float().mean()))
+            results.append(setting.unmerge(setting.merge(x, parts), parts))
+        distance = (results[0] - results[1]).abs().amax(-1)
+        shares.append(float((distance <= NEAR * x.abs().max()).float().mean()))
     return min(shares)
 
 
@@ -236,12 +229,6 @@ def _checked_calls(manifest: Manifest) -> list[Call]:
     calls = manifest.calls(first + CHECKED_STEPS)[first:]
     order: tuple[Call, ...] = ("refresh", "reweigh", "reuse", "plain")
     return calls + [c for c in order if c in manifest.programs and c not in calls]
-
-
-def difference(a: Tensor, b: Tensor) -> float:
-    """Largest difference relative to the largest value of `b`."""
-    a, b = a.double().cpu().nan_to_num(), b.double().cpu().nan_to_num()
-    return float((a - b).abs().max()) / (float(b.abs().max()) or 1.0)
 
 
 def _structure(spec: pytree.TreeSpec) -> Structure:
@@ -255,16 +242,24 @@ def _structure(spec: pytree.TreeSpec) -> Structure:
 
 
 def _jsonable(value: Any) -> Any:
-    """A configuration as JSON values; what is none becomes text."""
+    """A configuration as JSON values; values of other types become text."""
     return json.loads(json.dumps(value, default=str))
 
 
+def source_digest(folder: Path = Path(__file__).parents[1]) -> str:
+    """SHA-256 of the package's source: builds of other code don't share stages."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 def _key(programs: Programs, target: Target) -> str:
-    """What decides whether finished stages of an interrupted build can be used."""
+    """Digest of all that a build depends on: finished stages of another key are not used."""
     digest = hashlib.sha256()
     specs = [TensorSpec.of(name, x) for name, x in programs.inputs.items()]
-    said = (version("toma_fx"), torch.__version__, repr(target), specs, programs.plan.to_json())
-    digest.update(repr(said).encode())
+    parts = (source_digest(), torch.__version__, repr(target), specs, programs.plan.to_json())
+    digest.update(repr(parts).encode())
     for name, x in programs.denoiser.denoiser.state_dict().items():
         digest.update(name.encode())
         digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

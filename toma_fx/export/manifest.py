@@ -11,14 +11,16 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from torch import Tensor
-
-from toma_fx.capture.grids import Raster
 from toma_fx.errors import ArtifactError
 from toma_fx.export.decode import check_file_name, decode, malformed
 from toma_fx.run.schedule import Call, Schedule
+
+if TYPE_CHECKING:  # `toma-fx info` reads manifests without torch
+    from torch import Tensor
+
+    from toma_fx.capture.grids import Raster
 
 VERSION = 1
 """Version of the form of the manifest; readers refuse others."""

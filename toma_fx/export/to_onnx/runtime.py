@@ -20,7 +20,7 @@ from toma_fx.export.to_onnx.weights import WEIGHTS
 
 # -- running --------------------------------------------------------------------------------------
 
-OPTIONS = ("providers", "threads", "prepack")
+LOAD_OPTIONS = ("providers", "threads", "prepack")
 
 
 Provider = str | tuple[str, Mapping[str, Any]]
@@ -41,7 +41,7 @@ class ORTRuntime(Runtime):
     ) -> None:
         """See `ONNXTarget.open`."""
         ort = import_onnx("onnxruntime")
-        check_options("load() of an onnx artifact", options, OPTIONS)
+        check_options("load() of an onnx artifact", options, LOAD_OPTIONS)
         self._device = device
         chosen = options.get("providers")
         providers = default_providers(device) if chosen is None else list(chosen)

@@ -12,7 +12,14 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from toma_fx import compat
-from toma_fx.export.to_tensorrt.coverage import Coverage, Place, Trap, Verdict, load_table, op_rows
+from toma_fx.export.to_tensorrt.coverage import (
+    Coverage,
+    Location,
+    Trap,
+    Verdict,
+    load_table,
+    op_rows,
+)
 from toma_fx.graph.nodes import module_path
 
 LARGEST_TOP_K = 3840
@@ -45,12 +52,12 @@ def aten_coverage(program: ExportedProgram, truncate_double: bool = False) -> Co
     made_of = load_table("torch_tensorrt")
     lowered = program.run_decompositions(decompositions())
     live = _live(lowered)
-    found: defaultdict[tuple[str, Verdict, str], list[Place]] = defaultdict(list)
+    found: defaultdict[tuple[str, Verdict, str], list[Location]] = defaultdict(list)
     for node in lowered.graph.nodes:
         if node.op == "call_function":
             name = op_name(node)
             verdict, note = _aten_verdict(node, name, made_of, node in live)
-            found[name, verdict, note].append(place_of(node))
+            found[name, verdict, note].append(location_of(node))
     answered = {DOUBLE} if truncate_double else set()
     traps = (replace(t, fatal=t.fatal and t.name not in answered) for t in ATEN_TRAPS)
     findings = tuple(f for trap in traps for f in trap.findings(lowered))
@@ -92,9 +99,9 @@ def op_name(node: fx.Node) -> str:
     return f"{module}.{getattr(target, '__name__', target)}"
 
 
-def place_of(node: fx.Node) -> Place:
+def location_of(node: fx.Node) -> Location:
     """A node's name and the path of its module."""
-    return Place(node.name, module_path(node))
+    return Location(node.name, module_path(node))
 
 
 def _live(program: ExportedProgram) -> set[fx.Node]:
@@ -242,43 +249,43 @@ VALIDATORS: Mapping[str, Callable[[fx.Node], str]] = {
 Those that say nothing are about TensorRT-RTX, about dynamic shapes, or said by another."""
 
 
-def _control_flow(program: ExportedProgram) -> Iterator[tuple[Place, str]]:
+def _control_flow(program: ExportedProgram) -> Iterator[tuple[Location, str]]:
     for node in program.graph.nodes:
         if compat.is_higher_order(node.target):
-            yield place_of(node), f"{node.target.name()} has no converter"
+            yield location_of(node), f"{node.target.name()} has no converter"
 
 
-def _named(*names: str) -> Callable[[ExportedProgram], Iterator[tuple[Place, str]]]:
-    def find(program: ExportedProgram) -> Iterator[tuple[Place, str]]:
+def _named(*names: str) -> Callable[[ExportedProgram], Iterator[tuple[Location, str]]]:
+    def find(program: ExportedProgram) -> Iterator[tuple[Location, str]]:
         for node in program.graph.nodes:
             if node.op == "call_function" and op_name(node).rpartition(".")[0] in names:
-                yield place_of(node), f"{op_name(node)} has no converter"
+                yield location_of(node), f"{op_name(node)} has no converter"
 
     return find
 
 
-def _scatter_reduce(program: ExportedProgram) -> Iterator[tuple[Place, str]]:
+def _scatter_reduce(program: ExportedProgram) -> Iterator[tuple[Location, str]]:
     for node in program.graph.nodes:
         reduces = node.op == "call_function" and op_name(node).startswith("aten.scatter_reduce")
         if reduces and not _argument(node, 5, "include_self", True):
-            yield place_of(node), "scatter_reduce without the initial values raises"
+            yield location_of(node), "scatter_reduce without the initial values raises"
 
 
-def _scatter_add(program: ExportedProgram) -> Iterator[tuple[Place, str]]:
+def _scatter_add(program: ExportedProgram) -> Iterator[tuple[Location, str]]:
     for node in program.graph.nodes:
         if node.op != "call_function":
             continue
         if op_name(node).startswith(("aten.scatter_add", "aten.scatter_reduce")):
             steps = _value(node.args[3]).shape[node.args[1]]
-            yield place_of(node), f"is written out as {steps} scatters one after the other"
+            yield location_of(node), f"is written out as {steps} scatters one after the other"
 
 
-def _dynamic(program: ExportedProgram) -> Iterator[tuple[Place, str]]:
+def _dynamic(program: ExportedProgram) -> Iterator[tuple[Location, str]]:
     for node in program.graph.nodes:
         value = node.meta.get("val")
         shape = value.shape if node.op == "placeholder" and isinstance(value, Tensor) else ()
         if not all(isinstance(size, int) for size in shape):
-            yield place_of(node), f"has the shape {tuple(map(str, shape))}"
+            yield location_of(node), f"has the shape {tuple(map(str, shape))}"
 
 
 def _values(program: ExportedProgram) -> Iterator[tuple[fx.Node, Tensor]]:
@@ -290,25 +297,25 @@ def _values(program: ExportedProgram) -> Iterator[tuple[fx.Node, Tensor]]:
             yield node, value
 
 
-def _ranks(program: ExportedProgram) -> Iterator[tuple[Place, str]]:
+def _ranks(program: ExportedProgram) -> Iterator[tuple[Location, str]]:
     for node, value in _values(program):
         if value.dim() > LARGEST_RANK:
             yield (
-                place_of(node),
+                location_of(node),
                 f"has {value.dim()} dimensions, at most {LARGEST_RANK} are possible",
             )
 
 
 def _of_type(
     wanted: Callable[[torch.dtype], bool],
-) -> Callable[[ExportedProgram], Iterator[tuple[Place, str]]]:
+) -> Callable[[ExportedProgram], Iterator[tuple[Location, str]]]:
     """Finds tensors by their element type, once a module."""
 
-    def find(program: ExportedProgram) -> Iterator[tuple[Place, str]]:
-        found: defaultdict[tuple[str, torch.dtype], list[Place]] = defaultdict(list)
+    def find(program: ExportedProgram) -> Iterator[tuple[Location, str]]:
+        found: defaultdict[tuple[str, torch.dtype], list[Location]] = defaultdict(list)
         for node, value in _values(program):
             if wanted(value.dtype):
-                place = place_of(node)
+                place = location_of(node)
                 found[place.module, value.dtype].append(place)
         for (_, dtype), places in found.items():
             more = f", like {len(places) - 1} more here" if len(places) > 1 else ""

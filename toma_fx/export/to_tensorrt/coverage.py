@@ -39,7 +39,7 @@ TABLES = Path(__file__).parent / "tables"
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """A node: its name in the graph, and the path of the module that it came from ("" if none)."""
 
     node: str
@@ -63,7 +63,7 @@ class OpRow:
     count: int
     verdict: Verdict
     note: str
-    places: tuple[Place, ...] = ()
+    places: tuple[Location, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Finding:
     """
 
     trap: str
-    place: Place
+    place: Location
     detail: str
     fatal: bool = True
 
@@ -158,12 +158,12 @@ def require(coverage: Coverage) -> None:
     )
 
 
-def _listed(places: Sequence[Place], most: int) -> str:
+def _listed(places: Sequence[Location], most: int) -> str:
     shown = ", ".join(str(p) for p in places[:most])
     return f"{shown} and {len(places) - most} more" if len(places) > most else shown
 
 
-def op_rows(found: Mapping[tuple[str, Verdict, str], Sequence[Place]]) -> tuple[OpRow, ...]:
+def op_rows(found: Mapping[tuple[str, Verdict, str], Sequence[Location]]) -> tuple[OpRow, ...]:
     """Rows of operators, the worst verdicts first."""
     order = ("missing", "refused", "conditional", "taken", "folded")
     rows = [
@@ -189,7 +189,7 @@ class Trap(Generic[P]):
 
     name: str
     about: str
-    find: Callable[[P], Iterator[tuple[Place, str]]]
+    find: Callable[[P], Iterator[tuple[Location, str]]]
     fatal: bool = True
 
     def findings(self, program: P) -> Iterator[Finding]:

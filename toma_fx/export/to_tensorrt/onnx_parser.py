@@ -9,7 +9,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from toma_fx.export.to_tensorrt.aten import ATEN_TRAPS, LARGEST_RANK, LARGEST_TOP_K
-from toma_fx.export.to_tensorrt.coverage import Coverage, Place, Trap, Verdict, load_table, op_rows
+from toma_fx.export.to_tensorrt.coverage import (
+    Coverage,
+    Location,
+    Trap,
+    Verdict,
+    load_table,
+    op_rows,
+)
 
 if TYPE_CHECKING:
     import onnx
@@ -67,7 +74,7 @@ def onnx_coverage(model: onnx.ModelProto, tensorrt: str | None = None) -> Covera
     made_of = load_table("onnx_tensorrt")
     version = _version(tensorrt or made_of["version"])
     own = {(f.domain, f.name) for f in model.functions}
-    found: defaultdict[tuple[str, Verdict, str], list[Place]] = defaultdict(list)
+    found: defaultdict[tuple[str, Verdict, str], list[Location]] = defaultdict(list)
     for node, scope in _onnx_nodes(model):
         if (node.domain, node.op_type) in own:
             continue
@@ -89,7 +96,7 @@ def _version(text: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def _onnx_place(node: onnx.NodeProto) -> Place:
+def _onnx_place(node: onnx.NodeProto) -> Location:
     """A node's name and, if the exporter wrote it down, its module."""
     notes = {p.key: p.value for p in node.metadata_props}
     scopes = notes.get("pkg.torch.onnx.name_scopes", "")
@@ -98,7 +105,7 @@ def _onnx_place(node: onnx.NodeProto) -> Place:
         # a list of names, outermost first; the last is the node's own
         parts = [p.strip(" '\"") for p in scopes.strip("[]").split(",")]
         path = parts[-2] if len(parts) > 1 else ""
-    return Place(node.name or node.output[0], path)
+    return Location(node.name or node.output[0], path)
 
 
 def _onnx_nodes(model: onnx.ModelProto) -> Iterator[tuple[onnx.NodeProto, _Scope]]:
@@ -189,7 +196,7 @@ def _onnx_verdict(
         return "refused", f"of {kind}, but it takes {', '.join(entry['types'])}"
     if not entry["restricted"]:
         return "taken", "imported"
-    rule = RULES.get("Reduce" if name.startswith("Reduce") else name)
+    rule = RESTRICTIONS.get("Reduce" if name.startswith("Reduce") else name)
     if rule is None:
         return "conditional", f"restricted: {', '.join(entry['mentions']) or 'see the source'}"
     given = {a.name: _attribute(a) for a in node.attribute}
@@ -267,10 +274,10 @@ def _constant(node: onnx.NodeProto, given: Mapping[str, Any], scope: _Scope) -> 
     return ", ".join(sorted(wrong))
 
 
-Rule = Callable[["onnx.NodeProto", Mapping[str, Any], _Scope], str]
+Restriction = Callable[["onnx.NodeProto", Mapping[str, Any], _Scope], str]
 
 
-RULES: Mapping[str, Rule] = {
+RESTRICTIONS: Mapping[str, Restriction] = {
     "TopK": _top_k,
     "ScatterND": _scatter_nd,
     "Reduce": partial(_constant_input, 1, "axes"),
@@ -288,24 +295,24 @@ RULES: Mapping[str, Rule] = {
 """Restrictions of the parser, by operator ("Reduce" for all reductions): what stands against it."""
 
 
-def _opset(opsets: Sequence[int], model: onnx.ModelProto) -> Iterator[tuple[Place, str]]:
+def _opset(opsets: Sequence[int], model: onnx.ModelProto) -> Iterator[tuple[Location, str]]:
     for used in model.opset_import:
         if used.domain in ("", "ai.onnx") and not opsets[0] <= used.version <= opsets[1]:
             text = f"opset {used.version}, the parser knows {opsets[0]} to {opsets[1]}"
-            yield Place(model.graph.name, ""), text
+            yield Location(model.graph.name, ""), text
 
 
-def _onnx_dynamic(model: onnx.ModelProto) -> Iterator[tuple[Place, str]]:
+def _onnx_dynamic(model: onnx.ModelProto) -> Iterator[tuple[Location, str]]:
     held = {t.name for t in model.graph.initializer}
     for given in model.graph.input:
         shape = given.type.tensor_type.shape
         if given.name not in held and not all(d.HasField("dim_value") for d in shape.dim):
             sizes = tuple(d.dim_param or "?" if not d.HasField("dim_value") else d.dim_value
                           for d in shape.dim)  # fmt: skip
-            yield Place(given.name, ""), f"has the shape {sizes}"
+            yield Location(given.name, ""), f"has the shape {sizes}"
 
 
-def _onnx_control_flow(model: onnx.ModelProto) -> Iterator[tuple[Place, str]]:
+def _onnx_control_flow(model: onnx.ModelProto) -> Iterator[tuple[Location, str]]:
     for node, scope in _onnx_nodes(model):
         if node.op_type != "If" or node.domain not in ("", "ai.onnx"):
             continue
@@ -317,12 +324,12 @@ def _onnx_control_flow(model: onnx.ModelProto) -> Iterator[tuple[Place, str]]:
                 yield _onnx_place(node), "branches give different numbers of dimensions"
 
 
-def _onnx_ranks(model: onnx.ModelProto) -> Iterator[tuple[Place, str]]:
+def _onnx_ranks(model: onnx.ModelProto) -> Iterator[tuple[Location, str]]:
     for info in (*model.graph.input, *model.graph.value_info, *model.graph.output):
         rank = len(info.type.tensor_type.shape.dim)
         if rank > LARGEST_RANK:
             yield (
-                Place(info.name, ""),
+                Location(info.name, ""),
                 f"has {rank} dimensions, at most {LARGEST_RANK} are possible",
             )
 

@@ -1,0 +1,24 @@
+"""What tests of artifacts share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from toma_fx.export import builder
+from toma_fx.export.programs import Programs, export_programs
+
+EXPORTED: dict[int, tuple[Any, Programs]] = {}
+
+
+@pytest.fixture
+def exported_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each optimized model is exported once, for the inputs of its first build."""
+
+    def export(optimized: Any, inputs: Any) -> Programs:
+        if id(optimized) not in EXPORTED:
+            EXPORTED[id(optimized)] = optimized, export_programs(optimized, inputs)
+        return EXPORTED[id(optimized)][1]
+
+    monkeypatch.setattr(builder, "export_programs", export)
