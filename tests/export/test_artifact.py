@@ -18,7 +18,7 @@ from tests.denoisers import relative
 from tests.examples import ROOT, load_example
 from tests.methods.test_methods import inputs, model
 from toma_fx.errors import ArtifactError, BuildError, ModelTypeError, SignatureError
-from toma_fx.export import artifact
+from toma_fx.export import artifact, builder
 from toma_fx.export.artifact import Build, Stage, verify_artifact
 from toma_fx.export.builder import export
 from toma_fx.export.loader import ArtifactDenoiser, load
@@ -292,6 +292,23 @@ def test_a_build_of_something_else_starts_anew(
     target.fail_at = ""
     other = toma_fx.optimize(model(), min_tokens=1, ratio=0.25, weights_every=2)
     export(other, inputs(), tmp_path / "a", target)
+    assert target.made.count("refresh.txt") == 2
+
+
+def test_a_build_by_other_code_starts_anew(
+    tmp_path: Path, optimized: Any, target: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "a.py").write_text("x = 1")
+    first = builder.source_digest(tmp_path / "package")
+    (tmp_path / "package" / "a.py").write_text("x = 2")
+    assert first != builder.source_digest(tmp_path / "package")
+    target.fail_at = "reuse.txt"
+    with pytest.raises(KeyboardInterrupt):
+        export(optimized, inputs(), tmp_path / "a", target)
+    target.fail_at = ""
+    monkeypatch.setattr(builder, "source_digest", lambda: "edited")
+    export(optimized, inputs(), tmp_path / "a", target)
     assert target.made.count("refresh.txt") == 2
 
 

@@ -20,7 +20,7 @@ from toma_fx.export.to_tensorrt.coverage import (
     load_table,
     op_rows,
 )
-from toma_fx.graph.nodes import module_path
+from toma_fx.graph.nodes import argument, module_path
 
 LARGEST_TOP_K = 3840
 
@@ -146,13 +146,6 @@ def _aten_verdict(
     return "taken", "converted; its use was checked"
 
 
-def _argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
-    """An argument by position or keyword."""
-    if len(node.args) > index:
-        return node.args[index]
-    return node.kwargs.get(name, default)
-
-
 def _value(argument: Any) -> Any:
     """What a node gives, as a fake tensor; other arguments as they are."""
     return argument.meta.get("val") if isinstance(argument, fx.Node) else argument
@@ -183,7 +176,7 @@ def _attention(node: fx.Node) -> str:
     query, key, value = (tuple(_value(a).shape) for a in node.args[:3])
     if key != value:
         return "keys and values differ in shape"
-    grouped = bool(_argument(node, 7, "enable_gqa", False))
+    grouped = bool(argument(node, 7, "enable_gqa", False))
     same = [i for i in range(len(query)) if i != len(query) - 2 and not (grouped and i == 1)]
     if len(query) != len(key) or any(query[i] != key[i] for i in same):
         return "queries and keys differ in more than their number"
@@ -191,12 +184,12 @@ def _attention(node: fx.Node) -> str:
 
 
 def _cat(node: fx.Node) -> str:
-    ranks = {_value(a).dim() for a in _argument(node, 0, "tensors")}
+    ranks = {_value(a).dim() for a in argument(node, 0, "tensors")}
     return "joins tensors of different ranks" if len(ranks) > 1 else ""
 
 
 def _index(node: fx.Node) -> str:
-    chosen = [_value(i).dtype for i in _argument(node, 1, "indices") if i is not None]
+    chosen = [_value(i).dtype for i in argument(node, 1, "indices") if i is not None]
     if torch.bool in chosen:
         return "a boolean index gives shapes that follow the data"
     return "" if {*chosen} <= {torch.int32, torch.int64} else "indices are no integers"
@@ -228,7 +221,7 @@ def _nothing(node: fx.Node) -> str:
 
 VALIDATORS: Mapping[str, Callable[[fx.Node], str]] = {
     "one_user_validator": _first_result_only,
-    "topk_validator": lambda node: _few_enough(_argument(node, 1, "k")),
+    "topk_validator": lambda node: _few_enough(argument(node, 1, "k")),
     "sort_validator": _sort,
     "scaled_dot_product_attention_validator": _attention,
     "cat_validator": _cat,
@@ -267,7 +260,7 @@ def _named(*names: str) -> Callable[[ExportedProgram], Iterator[tuple[Location, 
 def _scatter_reduce(program: ExportedProgram) -> Iterator[tuple[Location, str]]:
     for node in program.graph.nodes:
         reduces = node.op == "call_function" and op_name(node).startswith("aten.scatter_reduce")
-        if reduces and not _argument(node, 5, "include_self", True):
+        if reduces and not argument(node, 5, "include_self", True):
             yield location_of(node), "scatter_reduce without the initial values raises"
 
 
