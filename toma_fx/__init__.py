@@ -2,98 +2,92 @@
 
 pipe.unet = toma_fx.optimize(pipe.unet, toma=True)
 pipe.unet = torch.compile(pipe.unet)
+
+A public name is imported when it is first used: `import toma_fx` alone does not import torch.
 """
 
-from toma_fx import export
-from toma_fx.analysis.rules.base import tokenwise
-from toma_fx.api import explain, optimize, restore, summary
-from toma_fx.calibration import calibrate, recorded
-from toma_fx.errors import (
-    AdapterError,
-    ArtifactError,
-    BuildError,
-    CaptureError,
-    CompanionError,
-    ConfigError,
-    DynamicError,
-    MissingPackageError,
-    ModelTypeError,
-    NoMergeSites,
-    OffloadError,
-    ParityError,
-    RewriteError,
-    SharedStateError,
-    SignatureError,
-    StateError,
-    TileError,
-    TomaError,
-    TrainingModeError,
-    UnknownNameError,
-    VerifyError,
-)
-from toma_fx.export.loader import ArtifactDenoiser, load
-from toma_fx.methods.base import MethodConfig
-from toma_fx.methods.baselines import GridConfig, RandomConfig
-from toma_fx.methods.ca_tome import CAToMeConfig
-from toma_fx.methods.config import METHODS, PRESETS
-from toma_fx.methods.retom import ReToMConfig
-from toma_fx.methods.setting import Place, Setting
-from toma_fx.methods.todo import ToDoConfig
-from toma_fx.methods.tofu import ToFuConfig
-from toma_fx.methods.toma import ToMAConfig
-from toma_fx.methods.tomesd import ToMeSDConfig
-from toma_fx.run.batching import State
-from toma_fx.run.report import Report, Summary
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+if TYPE_CHECKING:  # the names of the table, for type checkers and editors
+    # isort: off
+    # fmt: off
+    from toma_fx import export as export
+    from toma_fx.analysis.rules.base import tokenwise as tokenwise
+    from toma_fx.api import (
+        explain as explain, optimize as optimize, restore as restore, summary as summary,
+    )
+    from toma_fx.calibration import calibrate as calibrate, recorded as recorded
+    from toma_fx.errors import (
+        AdapterError as AdapterError, ArtifactError as ArtifactError, BuildError as BuildError,
+        CaptureError as CaptureError, CompanionError as CompanionError, CompatError as CompatError,
+        ConfigError as ConfigError, DynamicError as DynamicError,
+        MissingPackageError as MissingPackageError, ModelTypeError as ModelTypeError,
+        NoMergeSites as NoMergeSites, OffloadError as OffloadError, ParityError as ParityError,
+        RewriteError as RewriteError, SharedStateError as SharedStateError,
+        SignatureError as SignatureError, StateError as StateError, TileError as TileError,
+        TomaError as TomaError, TrainingModeError as TrainingModeError,
+        UnknownNameError as UnknownNameError, VerifyError as VerifyError,
+    )
+    from toma_fx.export.loader import ArtifactDenoiser as ArtifactDenoiser, load as load
+    from toma_fx.methods.base import MethodConfig as MethodConfig
+    from toma_fx.methods.baselines import GridConfig as GridConfig, RandomConfig as RandomConfig
+    from toma_fx.methods.ca_tome import CAToMeConfig as CAToMeConfig
+    from toma_fx.methods.config import METHODS as METHODS, PRESETS as PRESETS
+    from toma_fx.methods.retom import ReToMConfig as ReToMConfig
+    from toma_fx.methods.setting import Place as Place, Setting as Setting
+    from toma_fx.methods.todo import ToDoConfig as ToDoConfig
+    from toma_fx.methods.tofu import ToFuConfig as ToFuConfig
+    from toma_fx.methods.toma import ToMAConfig as ToMAConfig
+    from toma_fx.methods.tomesd import ToMeSDConfig as ToMeSDConfig
+    from toma_fx.run.batching import State as State
+    from toma_fx.run.report import Report as Report, Summary as Summary
+    # fmt: on
+    # isort: on
 
-__all__ = [
-    "METHODS",
-    "PRESETS",
-    "AdapterError",
-    "ArtifactDenoiser",
-    "ArtifactError",
-    "BuildError",
-    "CAToMeConfig",
-    "CaptureError",
-    "CompanionError",
-    "ConfigError",
-    "DynamicError",
-    "GridConfig",
-    "MethodConfig",
-    "MissingPackageError",
-    "ModelTypeError",
-    "NoMergeSites",
-    "OffloadError",
-    "ParityError",
-    "Place",
-    "RandomConfig",
-    "ReToMConfig",
-    "Report",
-    "RewriteError",
-    "Setting",
-    "SharedStateError",
-    "SignatureError",
-    "State",
-    "StateError",
-    "Summary",
-    "TileError",
-    "ToDoConfig",
-    "ToFuConfig",
-    "ToMAConfig",
-    "ToMeSDConfig",
-    "TomaError",
-    "TrainingModeError",
-    "UnknownNameError",
-    "VerifyError",
-    "calibrate",
-    "explain",
-    "export",
-    "load",
-    "optimize",
-    "recorded",
-    "restore",
-    "summary",
-    "tokenwise",
-]
+_NAMES = {
+    "toma_fx.analysis.rules.base": "tokenwise",
+    "toma_fx.api": "explain optimize restore summary",
+    "toma_fx.calibration": "calibrate recorded",
+    "toma_fx.errors": (
+        "AdapterError ArtifactError BuildError CaptureError CompanionError CompatError "
+        "ConfigError DynamicError MissingPackageError ModelTypeError NoMergeSites OffloadError "
+        "ParityError RewriteError SharedStateError SignatureError StateError TileError TomaError "
+        "TrainingModeError UnknownNameError VerifyError"
+    ),
+    "toma_fx.export.loader": "ArtifactDenoiser load",
+    "toma_fx.methods.base": "MethodConfig",
+    "toma_fx.methods.baselines": "GridConfig RandomConfig",
+    "toma_fx.methods.ca_tome": "CAToMeConfig",
+    "toma_fx.methods.config": "METHODS PRESETS",
+    "toma_fx.methods.retom": "ReToMConfig",
+    "toma_fx.methods.setting": "Place Setting",
+    "toma_fx.methods.todo": "ToDoConfig",
+    "toma_fx.methods.tofu": "ToFuConfig",
+    "toma_fx.methods.toma": "ToMAConfig",
+    "toma_fx.methods.tomesd": "ToMeSDConfig",
+    "toma_fx.run.batching": "State",
+    "toma_fx.run.report": "Report Summary",
+}
+"""Modules, and the public names that are imported from each."""
+
+_MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
+
+__all__ = ["export", *_MODULES]
+
+
+if not TYPE_CHECKING:  # with it, type checkers would take every name for a public one
+
+    def __getattr__(name: str) -> Any:
+        if name == "export":
+            return importlib.import_module("toma_fx.export")
+        if name not in _MODULES:
+            raise AttributeError(f"module 'toma_fx' has no attribute {name!r}")
+        value = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

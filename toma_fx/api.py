@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
 from torch import nn
-from torch._dynamo.eval_frame import OptimizedModule
 
 from toma_fx.capture.guard import ModelGuard
 from toma_fx.capture.model import check_model
+from toma_fx.compat import accelerate_hook, is_compiled
 from toma_fx.errors import ConfigError, ModelTypeError
 from toma_fx.methods.base import MethodConfig
 from toma_fx.methods.config import make_config
@@ -102,7 +102,7 @@ def restore(model: T) -> T:
     found = optimized_of(model)
     if found is None:
         return model
-    hook = vars(found).get("_hf_hook")
+    hook = accelerate_hook(found)
     if hook is not None:
         from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 
@@ -172,7 +172,7 @@ def _plain(model: nn.Module) -> nn.Module:
     """The original of `model`, which must be in evaluation mode and not compiled."""
     model = restore(model)
     check_model(model)
-    if type(model) is OptimizedModule or model._compiled_call_impl is not None:
+    if is_compiled(model):
         raise ModelTypeError(
             "the model is compiled already",
             where="model",
@@ -182,7 +182,7 @@ def _plain(model: nn.Module) -> nn.Module:
             "or torch.compile(model, backend='toma_fx')",
         )
     for path, part in model.named_modules():
-        if type(part) is OptimizedModule or part._compiled_call_impl is not None:
+        if is_compiled(part):
             raise ModelTypeError(
                 "parts of the model are compiled already",
                 where=path,

@@ -2,7 +2,7 @@
 
 None of them is promised to stay. A name that is gone raises `CompatError` here; a name that means
 something else fails its test in `tests/test_compat.py`. Packages are imported when a function is
-called; what was looked up is remembered.
+called.
 """
 
 from __future__ import annotations
@@ -28,11 +28,10 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-@cache
 def _lookup(module: str, name: str) -> Any:
     """The object `name` of `module`; raises `CompatError` if there is none."""
     try:
-        found: Any = importlib.import_module(module)
+        found: Any = sys.modules.get(module) or importlib.import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
