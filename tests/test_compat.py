@@ -444,13 +444,13 @@ def test_programs_compiled_ahead(tmp_path: Path) -> None:
         assert torch.allclose(runner.loader.run([x])[0], model(x))
 
 
-def test_a_cpp_compiler_is_found_or_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpp_compiler_is_found_or_missed() -> None:
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
-    assert compat.has_cpp_compiler() is False
-    monkeypatch.setattr(config.cpp, "cxx", (sys.executable,))  # anything that knows --version
-    assert compat.has_cpp_compiler() is True
+    with config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        assert compat.has_cpp_compiler() is False
+    with config.patch({"cpp.cxx": (sys.executable,)}):  # anything that knows --version
+        assert compat.has_cpp_compiler() is True
 
 
 # -- diffusers, accelerate, peft ------------------------------------------------------------------
