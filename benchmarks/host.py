@@ -72,8 +72,8 @@ def step_parts(model: Any) -> dict[str, Callable[[], Any]]:
     guard = ModelGuard(model)
 
     def environment() -> Any:
-        with guard.kernel():
-            return guard.home
+        with guard.companions.kernel():
+            return guard.companions.environment
 
     def step() -> None:
         check_wrapping(optimized)

@@ -9,7 +9,10 @@ from __future__ import annotations
 import sys
 import threading
 import tomllib
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -74,6 +77,51 @@ def test_a_missing_module_is_a_missing_name() -> None:
 def test_a_missing_attribute_names_its_owner() -> None:
     with pytest.raises(CompatError, match=r"no Linear\._teleport"):
         compat._attribute("torch", nn.Linear(1, 1), "_teleport")
+
+
+# -- dictionaries ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [dict, OrderedDict, lambda a: vars(SimpleNamespace(a=a))])
+def test_every_write_to_a_dictionary_has_a_version(make: Any) -> None:
+    version, table = compat.dict_version(), make(a=1)
+    writes: list[Callable[[], Any]] = [
+        lambda: table.update(a=2),
+        lambda: table.__setitem__("a", True),
+        lambda: table.setdefault("b", 1),
+        lambda: table.pop("b"),
+        lambda: table.clear(),
+        lambda: table.update(a=2),
+        lambda: table.popitem(),
+    ]
+    seen = [version(table)]
+    for write in writes:
+        assert version(table) == seen[-1], "reading is no write"
+        write()
+        assert version(table) not in seen
+        seen.append(version(table))
+
+
+def test_attributes_that_are_set_have_a_version() -> None:
+    """In a loop, too, where the interpreter has ways of its own to set them."""
+    version, module = compat.dict_version(), Toy()
+    plain = SimpleNamespace(scale=0.0)
+    for owner in (module.linear, plain):
+        seen = {version(vars(owner))}
+        for i in range(200):
+            owner.eps = float(i)
+            seen.add(version(vars(owner)))
+        del owner.eps
+        seen.add(version(vars(owner)))
+        assert len(seen) == 202
+    tables = [*compat.module_tables(module.linear), *compat.hook_tables(module.linear)]
+    before = [version(table) for table in tables]
+    module.linear.weight = nn.Parameter(torch.zeros(2, 2))
+    module.linear.register_buffer("shift", torch.zeros(2))
+    module.linear.add_module("inner", nn.Identity())
+    module.linear.register_forward_hook(lambda *_: None)
+    module.linear.register_forward_pre_hook(lambda *_: None)
+    assert all(version(table) != b for table, b in zip(tables, before, strict=True))
 
 
 # -- nested values --------------------------------------------------------------------------------

@@ -144,8 +144,8 @@ def explain(
     denoiser = _plain(denoiser_of(model))
     args, kwargs = call_of(example_inputs)
     guard = ModelGuard(denoiser)
-    guard.check_merging(merging(config))
-    with tracing(), guard.kernel():
+    guard.companions.check_merging(merging(config))
+    with tracing(), guard.companions.kernel():
         return make_report(Specialization.make(denoiser, args, kwargs, config))
 
 

@@ -60,6 +60,11 @@ def _missing(package: str, name: str) -> CompatError:
     )
 
 
+def dict_version() -> Callable[[dict[Any, Any]], int]:
+    """Version counter of a dictionary: another number after every write, as in Dynamo's guards."""
+    return _lookup("torch._C._dynamo.guards", "dict_version")
+
+
 # -- nested values --------------------------------------------------------------------------------
 
 

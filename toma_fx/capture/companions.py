@@ -1,15 +1,26 @@
-"""Other libraries that act inside the forward pass: what they do, and what is refused."""
+"""Other libraries that act on a model: what of that is followed, and what is refused.
+
+Followed are diffusers' attention backends and, with merging off, autocast regions. Refused by name
+is what acts inside the forward pass and can't be in a graph: caches, offload hooks, parallelism.
+"""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from toma_fx.compat import (
+    accelerate_hook,
+    active_attention_backend,
+    attention_backend,
+    diffusers_hooks,
+    parallel_config,
+)
 from toma_fx.errors import CompanionError, OffloadError
 
 KERNELS = {
@@ -21,7 +32,102 @@ KERNELS = {
 """Attention backends of diffusers that are torch's own attention with one kernel."""
 
 
-# -- what lies outside the model ------------------------------------------------------------------
+class Companions:
+    """What other libraries do around a model, asked at each step.
+
+    Raises:
+        CompanionError: another library acts inside the forward pass (`OffloadError`: by hooks).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = dict(model.named_modules())
+        _check_parallel(model)
+        _check_hooks(modules)
+        self._first = next(model.parameters(), None)
+        self._users: dict[str | None, list[str]] = {}  # by attention backend; None: the global one
+        for path, module in modules.items():
+            processor = getattr(module, "processor", None)
+            if processor is not None:
+                self._users.setdefault(attention_backend(processor), []).append(path)
+
+    @property
+    def environment(self) -> tuple[Any, ...]:
+        """Where the model runs: dtype and device, autocast regions, attention backends.
+
+        Dtype and device are those of its first parameter, if it has one. Of the parameter itself:
+        while another thread traces, the model holds a stand-in for it.
+        """
+        if self._first is None:
+            return _autocast("cpu"), self.backends
+        device = self._first.device
+        return self._first.dtype, device, _autocast(device.type), self.backends
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """The attention backends of diffusers that act now; the global one where none is set."""
+        active = active_attention_backend() if None in self._users else ""
+        return tuple(dict.fromkeys(active if name is None else name for name in self._users))
+
+    def kernel(self) -> AbstractContextManager[Any]:
+        """What the graph runs under: the attention kernel that the backend asks for.
+
+        In the graph attention is one op; which kernel runs it is not recorded there.
+
+        Raises:
+            CompanionError: parts of the model ask for different kernels.
+        """
+        backends = self.backends
+        kernels = {KERNELS.get(name) for name in backends}
+        if len(kernels) > 1:
+            raise CompanionError(
+                "parts of the model ask for different attention kernels",
+                where=self._paths(next(name for name in backends if name in KERNELS))[0],
+                expected="one attention backend for the whole model",
+                got=", ".join(backends),
+                hint="denoiser.set_attention_backend(...), or denoiser.reset_attention_backend()",
+            )
+        kernel = next(iter(kernels), None)
+        return nullcontext() if kernel is None else sdpa_kernel(kernel)
+
+    def check_merging(self, merges: Callable[[str], bool]) -> None:
+        """Refuse to merge where it would not do what it should.
+
+        Args:
+            merges: whether attention at a module path is to be merged; of "", whether anything is.
+
+        Raises:
+            CompanionError: inside an autocast region, or attention is to be merged and its backend
+                isn't torch's own.
+        """
+        autocast = _autocast("cpu" if self._first is None else self._first.device.type)
+        if autocast and merges(""):
+            # the graph leaves casting to autocast, which would also cast what selects the tokens
+            raise CompanionError(
+                "tokens are selected in float32, and autocast would round that",
+                where="torch.autocast around the call",
+                expected="no autocast region around the optimized denoiser",
+                got=", ".join(f"torch.autocast({kind!r}, {dtype})" for kind, dtype in autocast),
+                hint="cast the model instead: denoiser.to(torch.bfloat16), and call it outside, or "
+                "inside torch.autocast(..., enabled=False)",
+            )
+        for name in self.backends:
+            if name == "native" or name in KERNELS:
+                continue
+            where = next(filter(merges, self._paths(name)), None)
+            if where is not None:
+                raise CompanionError(
+                    "the attention backend hides the attention",
+                    where=where,
+                    expected="torch's scaled_dot_product_attention in the graph",
+                    got=f"the attention backend {name!r}",
+                    hint='denoiser.set_attention_backend("native"), and compile: denoiser.compile()'
+                    '; or leave attention alone: branches=("mlp",)',
+                )
+
+    def _paths(self, backend: str) -> list[str]:
+        """Paths of the modules whose attention a backend computes."""
+        following = self._users.get(None, []) if backend == active_attention_backend() else []
+        return [*self._users.get(backend, []), *following]
 
 
 def _autocast(device: str) -> tuple[tuple[str, torch.dtype], ...]:
@@ -31,28 +137,7 @@ def _autocast(device: str) -> tuple[tuple[str, torch.dtype], ...]:
     return tuple((kind, torch.get_autocast_dtype(kind)) for kind in active)
 
 
-def _dispatching(modules: Mapping[str, nn.Module]) -> dict[str | None, list[str]]:
-    """Attention backend -> paths of the modules that use it; None is the global one.
-
-    A processor that calls torch's attention directly counts as native.
-    """
-    found: dict[str | None, list[str]] = {}
-    for path, module in modules.items():
-        processor = getattr(module, "processor", None)
-        if processor is not None:
-            backend = getattr(processor, "_attention_backend", "native")
-            found.setdefault(getattr(backend, "value", backend), []).append(path)
-    return found
-
-
-def _active_backend() -> str:
-    """The attention backend that holds in diffusers now, set by `attention_backend(...)`, say."""
-    dispatch = sys.modules.get("diffusers.models.attention_dispatch")
-    active = getattr(getattr(dispatch, "_AttentionBackendRegistry", None), "_active_backend", None)
-    return str(getattr(active, "value", active) or "native")
-
-
-# -- who else acts inside the forward pass --------------------------------------------------------
+# -- what is refused ------------------------------------------------------------------------------
 
 _REMOVE = (
     "for root in {denoiser, toma_fx.restore(denoiser)}: for name in {names}: "
@@ -115,18 +200,13 @@ def _is_diffusers(hook: Any) -> bool:
     return type(hook).__module__.startswith("diffusers.hooks.")
 
 
-def _hooks(module: nn.Module) -> dict[str, Any]:
-    """Hooks in the registry of diffusers that a module has itself."""
-    return getattr(vars(module).get("_diffusers_hook"), "hooks", None) or {}
-
-
 def check_wrapping(stand_in: nn.Module) -> None:
     """Refuse diffusers' own hooks on a stand-in; hooks of the user act around its call.
 
     Raises:
         OffloadError: there are some.
     """
-    hooks = {name: hook for name, hook in _hooks(stand_in).items() if _is_diffusers(hook)}
+    hooks = {name: hook for name, hook in diffusers_hooks(stand_in).items() if _is_diffusers(hook)}
     if hooks:
         _refuse({"the optimized denoiser": hooks})
 
@@ -148,7 +228,7 @@ def _refuse(found: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _check_parallel(model: nn.Module) -> None:
-    config = getattr(model, "_parallel_config", None)
+    config = parallel_config(model)
     if config is not None:
         what, hint = _PARALLEL
         raise CompanionError(
@@ -163,7 +243,7 @@ def _check_parallel(model: nn.Module) -> None:
 def _check_hooks(modules: Mapping[str, nn.Module]) -> None:
     """Refuse weights that are elsewhere until a submodule runs."""
     for path, module in modules.items():
-        hook = vars(module).get("_hf_hook")
+        hook = accelerate_hook(module)
         if hook is not None and (path or getattr(hook, "offload", False)):
             raise OffloadError(
                 "the weights are moved while the model runs",
@@ -173,7 +253,7 @@ def _check_hooks(modules: Mapping[str, nn.Module]) -> None:
                 hint="pipe.remove_all_hooks(), then pipe.enable_model_cpu_offload(), "
                 "or pipe.to(device)",
             )
-    _refuse({path: hooks for path, module in modules.items() if (hooks := _hooks(module))})
+    _refuse({path: hooks for path, module in modules.items() if (hooks := diffusers_hooks(module))})
     meta = [n for n, p in modules[""].named_parameters() if p.is_meta] if "" in modules else []
     if meta:
         raise OffloadError(

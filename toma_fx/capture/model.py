@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from toma_fx.capture.canonical import flat_graph
 from toma_fx.capture.grids import Raster, raster, size_hints
-from toma_fx.capture.guard import STAND_IN
+from toma_fx.compat import WRAPPING
 from toma_fx.errors import CaptureError, ModelTypeError, TomaError, TrainingModeError
 
 
@@ -111,7 +111,7 @@ def bare(model: nn.Module) -> nn.Module:
     bare = copy.copy(model)
     own = vars(bare)
     forward = own.get("_old_forward", own.get("forward"))
-    for name in STAND_IN:
+    for name in WRAPPING:
         own.pop(name, None)
     if forward is not None and getattr(forward, "__func__", None) is not type(model).forward:
         own["forward"] = forward  # the user's own

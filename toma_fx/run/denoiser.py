@@ -26,8 +26,9 @@ from torch.utils import _pytree as pytree
 
 from toma_fx.capture.companions import check_wrapping
 from toma_fx.capture.grids import Raster
-from toma_fx.capture.guard import STAND_IN, ModelGuard
+from toma_fx.capture.guard import ModelGuard
 from toma_fx.capture.model import check_model, flatten_call
+from toma_fx.compat import WRAPPING
 from toma_fx.errors import AdapterError, CaptureError, CompanionError, SignatureError
 from toma_fx.methods.base import MethodConfig
 from toma_fx.run.batching import State, batched, checked_states, fitting, following
@@ -107,7 +108,7 @@ class OptimizedDenoiser(nn.Module):
         return type(self.__dict__["denoiser"])
 
     def __getattr__(self, name: str) -> Any:
-        if name in STAND_IN:  # hooks on the original are not hooks on this
+        if name in WRAPPING:  # hooks on the original are not hooks on this
             raise AttributeError(name)
         return getattr(self.__dict__["denoiser"], name)
 
@@ -115,7 +116,7 @@ class OptimizedDenoiser(nn.Module):
         if name == "training":
             self.denoiser.training = value
         model = self.__dict__.get("denoiser")
-        inner = model is not None and name not in self.__dict__ and name not in STAND_IN
+        inner = model is not None and name not in self.__dict__ and name not in WRAPPING
         if inner and (hasattr(model, name) or isinstance(value, (nn.Module, nn.Parameter))):
             setattr(model, name, value)
         else:
@@ -171,7 +172,7 @@ class OptimizedDenoiser(nn.Module):
         turn = self._prepare(args, kwargs)
         done = False
         try:
-            with torch.no_grad(), beside_tracing(), turn.guard.kernel():
+            with torch.no_grad(), beside_tracing(), turn.guard.companions.kernel():
                 results = turn.run(*turn.inputs)
             outputs = self._finish(turn, results)
             done = True
@@ -272,7 +273,7 @@ class OptimizedDenoiser(nn.Module):
         args, kwargs, timestep = self._normalised(args, kwargs)
         leaves, tree = flatten_call(args, kwargs)
         guard = self._current_guard()
-        signature = (tree, guard.home, *(_leaf_key(leaf) for leaf in leaves))
+        signature = (tree, guard.companions.environment, *(_leaf_key(leaf) for leaf in leaves))
         if self._fixed is not None and signature != self._fixed[0]:
             raise self._mismatch(args, kwargs)
         text = kwargs.get("encoder_hidden_states")
@@ -332,9 +333,9 @@ class OptimizedDenoiser(nn.Module):
         key = (given.guard.key, given.signature, rasters)
 
         def make() -> Specialization:
-            given.guard.check_merging(merging(self.config_toma))
+            given.guard.companions.check_merging(merging(self.config_toma))
             try:
-                with given.guard.kernel():
+                with given.guard.companions.kernel():
                     made = Specialization.make(
                         self.denoiser, given.args, given.kwargs, self.config_toma
                     )
@@ -433,7 +434,7 @@ class OptimizedDenoiser(nn.Module):
         run = specialization.runner(call, self._compile)
         program = specialization.program(call)
         names = program.pattern_inputs if program is not None else ()
-        with torch.no_grad(), beside_tracing(), given.guard.kernel():
+        with torch.no_grad(), beside_tracing(), given.guard.companions.kernel():
             results = run(*given.leaves, *(patterns[name] for name in names))
         made_names = program.pattern_outputs if program is not None else ()
         own = len(results) - len(made_names)

@@ -1,0 +1,136 @@
+"""The state of a model as a key: equal where two states have the same graphs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from toma_fx.capture.attributes import (
+    ATOMS,
+    HELPER_DEPTH,
+    as_bytes,
+    is_helper,
+    tracked_attributes,
+)
+from toma_fx.compat import ADAPTER_SWITCHES, hook_tables, module_tables
+from toma_fx.errors import AdapterError
+
+Adapters = tuple[set[str], tuple[str, ...]]
+
+
+def state_key(model: nn.Module) -> str:
+    """Digest of types, attributes, parameters by identity, and buffers by shape, dtype and device.
+
+    Of adapters (tuner layers of peft) only those that act count.
+
+    Raises:
+        AdapterError: adapters are fused and switched off.
+    """
+    digest = hashlib.sha256()
+    idle: set[str] = set()
+    for path, module in model.named_modules():
+        parent = path.rpartition(".")[0]
+        if path in idle or parent in idle:
+            idle.add(path)
+            continue
+        children, parameters, buffers = module_tables(module)
+        adapters = _adapters(module, path)
+        if adapters is not None:
+            names, acting = adapters
+            idle.update(f"{path}.{k}.{n}" for k in children for n in names - set(acting))
+        described = (
+            path,
+            _describe_owner(module, HELPER_DEPTH, root=not path, adapters=adapters),
+            [(name, id(p)) for name, p in parameters.items()],
+            [(name, str(_shape(b))) for name, b in buffers.items()],
+            [n for table in hook_tables(module) for n in table],  # numbers never come again
+        )
+        digest.update(repr(described).encode())
+    return digest.hexdigest()
+
+
+def _adapters(module: nn.Module, path: str) -> Adapters | None:
+    """(names of the adapters of a tuner layer, those that act now in order), None for others."""
+    own = vars(module)
+    scaling = own.get("scaling")
+    if not isinstance(scaling, dict) or not own.keys() >= ADAPTER_SWITCHES:
+        return None
+    disabled, merged, active = (
+        own[n] for n in ("_disable_adapters", "merged_adapters", "_active_adapter")
+    )
+    if disabled and merged:
+        raise AdapterError(
+            "fused adapters are switched off",
+            where=path,
+            expected="adapters that are fused, or switched off",
+            got="both; the model itself would unfuse them in its next forward pass",
+            hint="unfuse_lora() first",
+        )
+    acting = (active,) if isinstance(active, str) else tuple(active)
+    if disabled or merged:
+        acting = ()
+    return set(scaling), tuple(name for name in acting if name in scaling)
+
+
+def _shape(tensor: Tensor | None) -> tuple[Any, ...] | None:
+    return None if tensor is None else (tuple(tensor.shape), tensor.dtype, tensor.device)
+
+
+def _describe_owner(
+    owner: Any, depth: int, *, root: bool = False, adapters: Adapters | None = None
+) -> Any:
+    """Type and attributes of a module or helper."""
+    values = tracked_attributes(owner, root=root)
+    acting: tuple[str, ...] = ()
+    if adapters is not None:
+        names, acting = adapters
+        values = {
+            name: _only_acting(value, names, acting)
+            for name, value in values.items()
+            if name not in ADAPTER_SWITCHES
+        }
+    return _kind(owner), acting, [(n, _describe(values[n], depth)) for n in sorted(values)]
+
+
+def _describe(value: Any, depth: int, around: tuple[int, ...] = ()) -> Any:
+    """A structure of texts and numbers that is the same for two values that act alike.
+
+    Args:
+        depth: how far to follow helpers. around: ids of the containers that the value is in.
+    """
+    kind = type(value)
+    if kind in ATOMS:
+        return repr(value)
+    if isinstance(value, (Tensor, nn.Module)):
+        return id(value)
+    if id(value) in around:
+        return "the container", around.index(id(value))
+    around = (*around, id(value))
+    if isinstance(value, Mapping):
+        return _kind(value), [(repr(k), _describe(v, depth, around)) for k, v in value.items()]
+    if isinstance(value, (set, frozenset)):
+        return _kind(value), sorted(map(repr, value))
+    if isinstance(value, (list, tuple)):
+        return _kind(value), [_describe(v, depth, around) for v in value]
+    if isinstance(value, partial):
+        return _kind(value), _describe((value.func, value.args, value.keywords), depth, around)
+    if is_helper(value):
+        return _describe_owner(value, depth - 1) if depth else _kind(value)
+    if kind.__module__ == "torch":
+        return repr(value)
+    return _kind(value), as_bytes(value) or id(value)
+
+
+def _kind(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _only_acting(value: Any, names: set[str], acting: tuple[str, ...]) -> Any:
+    """A table by adapter name without the adapters that don't act; any other value as it is."""
+    if isinstance(value, dict) and value.keys() <= names:
+        return {name: value[name] for name in acting if name in value}
+    return value
