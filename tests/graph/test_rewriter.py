@@ -155,7 +155,7 @@ def test_a_view_of_other_strides_becomes_a_reshape() -> None:
             back = rewriter.insert(aten.transpose.int, copied, 0, 1)
         rewriter.replace_uses(add, back, keep=(turned,))
     assert adds[0].meta["val"].stride() == (6, 1)
-    rewriter.update_strides()
+    rewriter.settle()
     assert [n.target for n in rewriter.calls("aten.view", "aten.reshape")] == [
         aten.reshape.default,
         aten.view.default,
@@ -176,7 +176,7 @@ def test_other_shapes_are_not_updated_but_reported() -> None:
     with rewriter.after(add):
         cut = rewriter.insert(aten.slice.Tensor, add, 1, 0, 3)
     rewriter.replace_uses(add, cut, keep=(cut,))
-    rewriter.update_strides()
+    rewriter.settle()
     (relu,) = rewriter.calls("aten.relu")
     assert relu.meta["val"].shape == (2, 6)
     with pytest.raises(VerifyError, match=r"recorded value is stale(.|\n)*%relu"):

@@ -403,3 +403,39 @@ def test_kinds_of_programs_agree() -> None:
             got = mixed(X, *masks, *old)
             for a, b in zip(got, wanted, strict=True):
                 torch.testing.assert_close(a[row], b[row], rtol=0, atol=2e-6)
+
+
+class Picture(nn.Module):
+    """A block on tokens that lie transposed in memory, as those of a picture do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+
+    def forward(self, picture: Tensor) -> Tensor:
+        x = picture.flatten(2).transpose(1, 2)
+        n = self.block.norm(x)
+        x = self.block.out(self.block.attention(n, n, None).reshape(2, N, C)) + x
+        return (self.block.mlp(x) + x).double().view(2, N * C)
+
+
+@torch.no_grad()
+def test_values_behind_a_segment_may_lie_otherwise_in_memory() -> None:
+    """A sum lies as its first operand does: out + x contiguous, x + update transposed.
+
+    Strides are recorded anew behind the segment, and a view that they rule out becomes a reshape.
+    """
+    picture = X.view(2, C, 4, 4)
+    model = Picture().eval().requires_grad_(False)
+    captured = capture(model, (picture,), {})
+    analysis, flow = analyse(captured)
+    plan = make_plan(analysis, flow, AttendingConfig(scope="block", branches=BOTH))
+    program = rewrite(captured, analysis, flow, plan, "refresh")
+    before, after = (
+        {n.name: n for n in g.graph.nodes} for g in (captured.graph_module, program.graph_module)
+    )
+    assert before["to"].meta["val"].stride() == (N * C, C, 1)
+    assert after["to"].meta["val"].stride() == (N * C, 1, N)
+    assert "view becomes reshape" in [action for _, action, _ in program.log]
+    out, *_ = program.graph_module(picture)
+    assert (out - model(picture)).abs().max() > 1e-3

@@ -99,9 +99,8 @@ def _run(rewriter: Rewriter, step: Pass, stage: str) -> None:
     seen = len(rewriter.log)
     with rewriter.running(step.name):
         step.apply(rewriter)
-        rewriter.update_strides()
-    if len(rewriter.log) > seen:
         changed = rewriter.settle()
+    if len(rewriter.log) > seen:
         verify(rewriter.graph_module, rewriter.inputs, rewriter.outputs, stage, changed)
 
 

@@ -80,7 +80,8 @@ class Rewriter:
         self._cursor, self._owner = previous
 
     def settle(self) -> set[fx.Node]:
-        """The nodes changed so far, still in the graph; starts a new count."""
+        """The nodes changed so far, still in the graph, their strides up to date; starts anew."""
+        self._update_strides()
         changed, self.changed = self.changed, set()
         return changed
 
@@ -267,7 +268,7 @@ class Rewriter:
                 hint="please report this model; exclude= the module meanwhile",
             ) from error
 
-    def update_strides(self) -> None:
+    def _update_strides(self) -> None:
         """Recompute values whose inputs have other strides than before.
 
         A view that the strides of its input no longer allow becomes a reshape. A node that runs no
