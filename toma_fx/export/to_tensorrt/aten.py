@@ -22,10 +22,17 @@ from toma_fx.export.to_tensorrt.coverage import (
 )
 from toma_fx.graph.nodes import argument, module_path
 
+Find = Callable[[ExportedProgram], Iterator[tuple[Location, str]]]
+"""A check of a whole program: where something stands against an engine, and what."""
+
+
 LARGEST_TOP_K = 3840
 
 
 LARGEST_RANK = 8
+
+
+UNCONVERTED = ("aten.one_hot.", "aten.searchsorted.")
 
 
 DOUBLE = "float64"
@@ -49,20 +56,20 @@ def aten_coverage(program: ExportedProgram, truncate_double: bool = False) -> Co
 
     Cost: decomposing the program, seconds for a few thousand nodes.
     """
-    made_of = load_table("torch_tensorrt")
+    table = load_table("torch_tensorrt")
     lowered = program.run_decompositions(decompositions())
     live = _live(lowered)
     found: defaultdict[tuple[str, Verdict, str], list[Location]] = defaultdict(list)
     for node in lowered.graph.nodes:
         if node.op == "call_function":
-            name = op_name(node)
-            verdict, note = _aten_verdict(node, name, made_of, node in live)
+            name = table_name(node)
+            verdict, note = _aten_verdict(node, name, table, node in live)
             found[name, verdict, note].append(location_of(node))
     answered = {DOUBLE} if truncate_double else set()
     traps = (replace(t, fatal=t.fatal and t.name not in answered) for t in ATEN_TRAPS)
     findings = tuple(f for trap in traps for f in trap.findings(lowered))
-    source = f"{made_of['source']['file']}"
-    return Coverage("torch-tensorrt", made_of["version"], source, op_rows(found), findings)
+    source = f"{table['source']['file']}"
+    return Coverage("torch-tensorrt", table["version"], source, op_rows(found), findings)
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
@@ -88,15 +95,16 @@ def _overloads(name: str) -> list[Any]:
     return [getattr(packet, o) for o in wanted if o in packet.overloads()]
 
 
-def op_name(node: fx.Node) -> str:
-    """Name of a node's operator, as the table has it."""
+def table_name(node: fx.Node) -> str:
+    """Name of a node's operator, as the table has it; "" if it has none."""
     target: Any = node.target
-    if compat.is_higher_order(target):
-        return f"higher_order.{target.name()}"
+    if node.op != "call_function":
+        return ""
     if compat.is_operator(target):
         return str(target)
-    module = getattr(target, "__module__", "").removeprefix("_")
-    return f"{module}.{getattr(target, '__name__', target)}"
+    if compat.is_higher_order(target):
+        return f"higher_order.{target.name()}"
+    return f"{target.__module__.removeprefix('_')}.{target.__name__}"
 
 
 def location_of(node: fx.Node) -> Location:
@@ -122,25 +130,25 @@ def _live(program: ExportedProgram) -> set[fx.Node]:
 
 
 def _aten_verdict(
-    node: fx.Node, name: str, made_of: Mapping[str, Any], live: bool
+    node: fx.Node, name: str, table: Mapping[str, Any], live: bool
 ) -> tuple[Verdict, str]:
-    if name in made_of["lowered"]:
-        return "taken", f"by the pass {made_of['lowered'][name]}"
+    if name in table["lowered"]:
+        return "taken", f"by the pass {table['lowered'][name]}"
     if not live:
         return "folded", "needs no input of the call"
     packet = name.rpartition(".")[0]
-    if {name, packet} & set(made_of["decomposed"]["own"]):
+    if {name, packet} & set(table["decomposed"]["own"]):
         return "taken", "decomposed by Torch-TensorRT"
-    entry = made_of["converters"].get(name)
+    entry = table["converters"].get(name)
     if entry is None:
         return "missing", "no converter"
     if not entry["validated"]:
         return "taken", "converted"
-    known = [name for name in entry["validators"] if name in VALIDATORS]
-    refusals = [text for name in known if (text := VALIDATORS[name](node))]
-    if refusals:
+    validators = set(entry["validators"]) - IRRELEVANT
+    known = sorted(validators & set(VALIDATORS))
+    if refusals := [text for name in known if (text := VALIDATORS[name](node))]:
         return "refused", "; ".join(refusals)
-    unknown = sorted(set(entry["validators"]) - set(known))
+    unknown = sorted(validators - set(VALIDATORS))
     if unknown:
         return "conditional", f"subject to {', '.join(unknown)}"
     return "taken", "converted; its use was checked"
@@ -153,7 +161,7 @@ def _value(argument: Any) -> Any:
 
 def _first_result_only(node: fx.Node) -> str:
     users = list(node.users)
-    if len(users) == 1 and op_name(users[0]) == "operator.getitem" and users[0].args[1] == 0:
+    if len(users) == 1 and table_name(users[0]) == "operator.getitem" and users[0].args[1] == 0:
         return ""
     return "only its first result may be used, once"
 
@@ -215,10 +223,6 @@ def _logical(node: fx.Node) -> str:
     return "" if plain else "bits of integers, not truth values"
 
 
-def _nothing(node: fx.Node) -> str:
-    return ""
-
-
 VALIDATORS: Mapping[str, Callable[[fx.Node], str]] = {
     "one_user_validator": _first_result_only,
     "topk_validator": lambda node: _few_enough(argument(node, 1, "k")),
@@ -226,59 +230,62 @@ VALIDATORS: Mapping[str, Callable[[fx.Node], str]] = {
     "scaled_dot_product_attention_validator": _attention,
     "cat_validator": _cat,
     "index_dtype_validator": _index,
-    "index_has_bool_indices": _nothing,
-    "index_nonbool_validator": _nothing,
     "is_only_operator_on_placeholder": _between_input_and_output,
     "to_copy_dtype_validator": _cast,
     "bitwise_type_validator": _logical,
     "bitwise_not_type_validator": _logical,
-    "has_static_shapes_in_args": _nothing,
-    "convolution_capability_validator": _nothing,
-    "cumsum_validator": _nothing,
-    "getitem_validator": _nothing,
 }
-"""What Torch-TensorRT's validators look at, by their names: the reason for a refusal or "".
-
-Those that say nothing are about TensorRT-RTX, about dynamic shapes, or said by another."""
+"""What Torch-TensorRT's validators look at, by their names: the reason for a refusal or ""."""
 
 
-def _control_flow(program: ExportedProgram) -> Iterator[tuple[Location, str]]:
-    for node in program.graph.nodes:
-        if compat.is_higher_order(node.target):
-            yield location_of(node), f"{node.target.name()} has no converter"
+IRRELEVANT = {
+    "index_has_bool_indices", "index_nonbool_validator", "has_static_shapes_in_args",
+    "convolution_capability_validator", "cumsum_validator", "getitem_validator",
+}  # fmt: skip
+"""Validators about TensorRT-RTX or dynamic shapes, or that repeat another one."""
 
 
-def _named(*names: str) -> Callable[[ExportedProgram], Iterator[tuple[Location, str]]]:
+def _each_node(describe: Callable[[fx.Node], str]) -> Find:
+    """A check that says something about single nodes, or ""."""
+
     def find(program: ExportedProgram) -> Iterator[tuple[Location, str]]:
         for node in program.graph.nodes:
-            if node.op == "call_function" and op_name(node).rpartition(".")[0] in names:
-                yield location_of(node), f"{op_name(node)} has no converter"
+            if text := describe(node):
+                yield location_of(node), text
 
     return find
 
 
-def _scatter_reduce(program: ExportedProgram) -> Iterator[tuple[Location, str]]:
-    for node in program.graph.nodes:
-        reduces = node.op == "call_function" and op_name(node).startswith("aten.scatter_reduce")
-        if reduces and not argument(node, 5, "include_self", True):
-            yield location_of(node), "scatter_reduce without the initial values raises"
+def _control_flow(node: fx.Node) -> str:
+    target: Any = node.target
+    return f"{target.name()} has no converter" if compat.is_higher_order(target) else ""
 
 
-def _scatter_add(program: ExportedProgram) -> Iterator[tuple[Location, str]]:
-    for node in program.graph.nodes:
-        if node.op != "call_function":
-            continue
-        if op_name(node).startswith(("aten.scatter_add", "aten.scatter_reduce")):
-            steps = _value(node.args[3]).shape[node.args[1]]
-            yield location_of(node), f"is written out as {steps} scatters one after the other"
+def _unconverted(node: fx.Node) -> str:
+    name = table_name(node)
+    return f"{name} has no converter" if name.startswith(UNCONVERTED) else ""
 
 
-def _dynamic(program: ExportedProgram) -> Iterator[tuple[Location, str]]:
-    for node in program.graph.nodes:
-        value = node.meta.get("val")
-        shape = value.shape if node.op == "placeholder" and isinstance(value, Tensor) else ()
-        if not all(isinstance(size, int) for size in shape):
-            yield location_of(node), f"has the shape {tuple(map(str, shape))}"
+def _scatter_reduce(node: fx.Node) -> str:
+    reduces = table_name(node).startswith("aten.scatter_reduce.")
+    if reduces and not argument(node, 5, "include_self", True):
+        return "scatter_reduce without the initial values raises"
+    return ""
+
+
+def _scatter_add(node: fx.Node) -> str:
+    if not table_name(node).startswith(("aten.scatter_add.", "aten.scatter_reduce.")):
+        return ""
+    steps = _value(node.args[3]).shape[node.args[1]]
+    return f"is written out as {steps} scatters one after the other"
+
+
+def _dynamic(node: fx.Node) -> str:
+    value = node.meta.get("val")
+    shape = value.shape if node.op == "placeholder" and isinstance(value, Tensor) else ()
+    if all(isinstance(size, int) for size in shape):
+        return ""
+    return f"has the shape {tuple(map(str, shape))}"
 
 
 def _values(program: ExportedProgram) -> Iterator[tuple[fx.Node, Tensor]]:
@@ -293,43 +300,33 @@ def _values(program: ExportedProgram) -> Iterator[tuple[fx.Node, Tensor]]:
 def _ranks(program: ExportedProgram) -> Iterator[tuple[Location, str]]:
     for node, value in _values(program):
         if value.dim() > LARGEST_RANK:
-            yield (
-                location_of(node),
-                f"has {value.dim()} dimensions, at most {LARGEST_RANK} are possible",
-            )
+            text = f"has {value.dim()} dimensions, at most {LARGEST_RANK} are possible"
+            yield location_of(node), text
 
 
-def _of_type(
-    wanted: Callable[[torch.dtype], bool],
-) -> Callable[[ExportedProgram], Iterator[tuple[Location, str]]]:
+def _of_type(wanted: Callable[[torch.dtype], bool]) -> Find:
     """Finds tensors by their element type, once a module."""
 
     def find(program: ExportedProgram) -> Iterator[tuple[Location, str]]:
         found: defaultdict[tuple[str, torch.dtype], list[Location]] = defaultdict(list)
         for node, value in _values(program):
             if wanted(value.dtype):
-                place = location_of(node)
-                found[place.module, value.dtype].append(place)
-        for (_, dtype), places in found.items():
-            more = f", like {len(places) - 1} more here" if len(places) > 1 else ""
-            yield places[0], f"is {dtype}{more}"
+                location = location_of(node)
+                found[location.module, value.dtype].append(location)
+        for (_, dtype), locations in found.items():
+            more = f", like {len(locations) - 1} more here" if len(locations) > 1 else ""
+            yield locations[0], f"is {dtype}{more}"
 
     return find
 
 
 ATEN_TRAPS: tuple[Trap[ExportedProgram], ...] = (
-    Trap("control flow", "cond, while_loop, scan", _control_flow),
-    Trap(
-        "no converter", "operators known to have none", _named("aten.one_hot", "aten.searchsorted")
-    ),
-    Trap("scatter_reduce", "include_self=False", _scatter_reduce),
-    Trap("scatter_add", "no single layer does it", _scatter_add, fatal=False),
-    Trap("dynamic shapes", "engines here have static ones", _dynamic),
+    Trap("control flow", "cond, while_loop, scan", _each_node(_control_flow)),
+    Trap("no converter", "operators known to have none", _each_node(_unconverted)),
+    Trap("scatter_reduce", "include_self=False", _each_node(_scatter_reduce)),
+    Trap("scatter_add", "no single layer does it", _each_node(_scatter_add), fatal=False),
+    Trap("dynamic shapes", "engines here have static ones", _each_node(_dynamic)),
     Trap("rank", "tensors of too many dimensions", _ranks),
-    Trap(
-        DOUBLE,
-        "only with the option truncate_double",
-        _of_type(lambda dtype: dtype == torch.float64),
-    ),
-    Trap("complex", "no such element type", _of_type(lambda dtype: dtype.is_complex)),
+    Trap(DOUBLE, "only with the option truncate_double", _of_type(lambda d: d == torch.float64)),
+    Trap("complex", "no such element type", _of_type(lambda d: d.is_complex)),
 )
