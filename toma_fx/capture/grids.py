@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
+from toma_fx.compat import is_fake
 from toma_fx.methods.windows import Size
 
 
@@ -69,7 +69,7 @@ def raster(value: Any) -> Raster | None:
     value = value.transpose(at, -2)
     if value.dim() == 3:
         value = value[0]
-    if isinstance(value, FakeTensor) or value.is_meta or value.shape[0] < 4:
+    if is_fake(value) or value.is_meta or value.shape[0] < 4:
         return None
     ids = value.detach().double().cpu()
     varying = (ids != ids[:1]).any(0).nonzero().flatten()

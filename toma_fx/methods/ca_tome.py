@@ -16,8 +16,8 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
+from toma_fx.compat import is_fake
 from toma_fx.methods.base import Renewal
 from toma_fx.methods.cells import CellConfig
 from toma_fx.methods.checks import check_choice, is_number
@@ -76,7 +76,7 @@ class CAToMe(ToMeSD):
 
     def _count_similar(self, best: Tensor) -> int:
         """How many sources of each batch element merge."""
-        if self.threshold >= 1 or isinstance(best, FakeTensor):
+        if self.threshold >= 1 or is_fake(best):
             return 0
         return int((best.flatten(1) >= self.threshold).sum(-1).max())
 

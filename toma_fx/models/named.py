@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
+from toma_fx.compat import tree_map
 from toma_fx.errors import ModelTypeError
 from toma_fx.models import tiny
 
@@ -45,7 +45,7 @@ def example(
         tokens, pooled = (x.to(dtype) for x in loaded.conditioning(torch.zeros(batch).long()))
         images = torch.randn(batch, 3, size, width or size).to(dtype)
         inputs = tiny.denoiser_inputs(name, images, torch.ones(batch), tokens, pooled)
-        inputs = pytree.tree_map_only(torch.Tensor, lambda x: x.to(device), inputs)
+        inputs = tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, inputs)
         # diffusers warns of any cast of Flux, though nothing changes
         model = loaded.denoiser if dtype == torch.float32 else loaded.denoiser.to(dtype)
         return model.to(device), inputs

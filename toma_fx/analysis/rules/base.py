@@ -96,7 +96,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return add
 
 
-def tokenwise(op: str | torch._ops.OpOverload | torch._ops.OpOverloadPacket) -> None:
+def tokenwise(op: str | Callable[..., Any]) -> None:
     """Declare that a custom operator treats every token alike, as a linear layer does.
 
     Its first argument is a tensor [..., C] and so are its results, of the same shape but for the
