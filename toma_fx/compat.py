@@ -61,7 +61,7 @@ def _missing(package: str, name: str) -> CompatError:
 
 
 def dict_version() -> Callable[[dict[Any, Any]], int]:
-    """Version counter of a dictionary: another number after every write, as in Dynamo's guards."""
+    """Version of a dictionary: a greater number after every write. Dynamo's guards go by it."""
     return _lookup("torch._C._dynamo.guards", "dict_version")
 
 
@@ -348,8 +348,7 @@ def has_cpp_compiler() -> bool:
 # -- diffusers, accelerate, peft ------------------------------------------------------------------
 
 HOOKS, ORIGINAL_FORWARD = "_diffusers_hook", "_old_forward"
-"""Where a module has its registry of diffusers' hooks, and the `forward` that accelerate replaced.
-"""
+"""Where a module has diffusers' registry of hooks, and the `forward` that accelerate replaced."""
 
 WRAPPING = frozenset({"_hf_hook", ORIGINAL_FORWARD, "forward", HOOKS})
 """Attributes by which accelerate and diffusers wrap the call of a module."""
@@ -360,8 +359,7 @@ HISTORY = frozenset(
 """Attributes that tell how a model of diffusers came about; its forward pass reads none of them."""
 
 ADAPTER_SWITCHES = frozenset({"_active_adapter", "_disable_adapters", "merged_adapters"})
-"""Attributes of a tuner layer of peft that say which adapters act. Its public properties
-`active_adapters`, `disable_adapters` and `merged` read them."""
+"""Attributes of a tuner layer of peft that say which adapters act; public properties read them."""
 
 
 def diffusers_hooks(module: nn.Module) -> dict[str, Any]:
@@ -376,10 +374,7 @@ def accelerate_hook(module: nn.Module) -> Any:
 
 
 def attention_backend(processor: Any) -> str | None:
-    """The attention backend that a processor is set to; None for the global one.
-
-    One that knows no backends calls torch's attention: "native".
-    """
+    """The attention backend of a processor: None for the global one, "native" if it knows none."""
     backend = getattr(processor, "_attention_backend", "native")
     return getattr(backend, "value", backend)
 

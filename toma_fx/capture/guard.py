@@ -3,16 +3,17 @@
 A graph depends on a model's modules, its parameters and its plain Python attributes (adapter
 scales, processors, flags). `ModelGuard` remembers them. At each step it asks two questions:
 
-1. Was anything written? Every dictionary of the model has a version counter (see
-   `compat.dict_version`), and few other containers hold state. This takes some 50 ns a module.
+1. Was anything written? Every dictionary of the model has a version (see `compat.dict_version`),
+   and few other containers hold state. This takes about 0.1 us a module.
 2. If so: does anything differ? The model is walked and compared, objects by identity and plain
    values by value. An adapter scale that is set to what it was, or `eval()`, changes nothing.
 
 `key` names the state by value: a model that returns to an earlier state (an adapter switched back)
 finds its earlier graphs.
 
-Outside the guard: values inside tensors (shared with the graph, a change shows at once), and what
-lies outside the model; `companions` names what of that is followed.
+Outside the guard: values inside tensors (shared with the graph, a change shows at once); the class
+of an object, where nothing else of the model changes with it; and what lies outside the model, of
+which `companions` follows some.
 """
 
 from __future__ import annotations
@@ -75,9 +76,9 @@ class Snapshot:
         self._shape: list[Any] = []
         self._plain: list[Any] = []
         self._objects: list[Any] = []
-        # what may be written: dictionaries with their versions, other containers, their contents
+        # what may be written: dictionaries, and other containers with their contents
         self._dicts: list[dict[Any, Any]] = []
-        self._versions: list[int] = []
+        self._versions = 0  # their sum: versions only grow
         self._empty: list[Collection[Any]] = []
         self._data: list[Any] = []
         self._lists: list[tuple[Collection[Any], list[Any]]] = []
@@ -86,6 +87,9 @@ class Snapshot:
         for owner, depth in self._owners:  # grows as it is walked
             self._add_owner(owner, depth, root=owner is model)
         self._bytes = as_bytes(self._data)
+        # read in the order of addresses, memory is fetched ahead
+        self._dicts.sort(key=id)
+        self._empty.sort(key=id)
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -99,7 +103,7 @@ class Snapshot:
         """Whether nothing of the model was written since, be it with equal values."""
         return (
             not any(self._empty)
-            and [*map(self._version, self._dicts)] == self._versions
+            and sum(map(self._version, self._dicts)) == self._versions
             and as_bytes(self._data) == self._bytes
             and all(_same_items(items, before) for items, before in self._lists)
         )
@@ -168,7 +172,7 @@ class Snapshot:
         """Notice writes to a dictionary; call it before its contents are read."""
         if table:
             self._dicts.append(table)
-            self._versions.append(self._version(table))
+            self._versions += self._version(table)
         else:
             self._empty.append(table)
 
