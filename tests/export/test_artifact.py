@@ -229,9 +229,15 @@ def test_it_stays_where_it_is(tmp_path: Path, optimized: Any, target: InProcess)
     export(optimized, inputs(), tmp_path / "a", target)
     loaded = opened(target, tmp_path / "a")
     assert loaded.to("cpu", torch.float32) is loaded
+    assert loaded.to(torch.ones(1), True) is loaded
+    assert loaded.to(torch.device("cpu"), non_blocking=True) is loaded
     for change in ({"device": "meta"}, {"dtype": torch.float16}):
         with pytest.raises(ArtifactError):
             loaded.to(**change)
+        with pytest.raises(ArtifactError):
+            loaded.to(*change.values())
+    with pytest.raises(ArtifactError):
+        loaded.to(torch.ones(1, device="meta"))
     with pytest.raises(ArtifactError):
         loaded.train()
 

@@ -11,16 +11,18 @@ import linecache
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from toma_fx.capture.canonical import flat_graph
 from toma_fx.capture.grids import Raster, raster, size_hints
-from toma_fx.compat import WRAPPING
+from toma_fx.compat import ORIGINAL_FORWARD, WRAPPING, tree_flatten
 from toma_fx.errors import CaptureError, ModelTypeError, TomaError, TrainingModeError
+
+if TYPE_CHECKING:
+    from toma_fx.compat import TreeSpec
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,13 @@ class Captured:
 
     graph_module: fx.GraphModule
     inputs: tuple[InputSpec, ...]
-    out_spec: pytree.TreeSpec
+    out_spec: TreeSpec
     hints: tuple[Raster, ...] = ()
 
 
 def flatten_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], Any]:
     """Flatten a call; keyword order does not matter."""
-    return pytree.tree_flatten((tuple(args), dict(sorted(kwargs.items()))))
+    return tree_flatten((tuple(args), dict(sorted(kwargs.items()))))
 
 
 def check_model(model: Any) -> None:
@@ -110,7 +112,7 @@ def bare(model: nn.Module) -> nn.Module:
     """The model without what others wrapped around its call (offload hooks); shares everything."""
     bare = copy.copy(model)
     own = vars(bare)
-    forward = own.get("_old_forward", own.get("forward"))
+    forward = own.get(ORIGINAL_FORWARD, own.get("forward"))
     for name in WRAPPING:
         own.pop(name, None)
     if forward is not None and getattr(forward, "__func__", None) is not type(model).forward:

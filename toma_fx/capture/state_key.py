@@ -59,10 +59,8 @@ def _adapters(module: nn.Module, path: str) -> Adapters | None:
     scaling = own.get("scaling")
     if not isinstance(scaling, dict) or not own.keys() >= ADAPTER_SWITCHES:
         return None
-    disabled, merged, active = (
-        own[n] for n in ("_disable_adapters", "merged_adapters", "_active_adapter")
-    )
-    if disabled and merged:
+    layer: Any = module
+    if layer.disable_adapters and layer.merged:
         raise AdapterError(
             "fused adapters are switched off",
             where=path,
@@ -70,9 +68,7 @@ def _adapters(module: nn.Module, path: str) -> Adapters | None:
             got="both; the model itself would unfuse them in its next forward pass",
             hint="unfuse_lora() first",
         )
-    acting = (active,) if isinstance(active, str) else tuple(active)
-    if disabled or merged:
-        acting = ()
+    acting = () if layer.disable_adapters or layer.merged else tuple(layer.active_adapters)
     return set(scaling), tuple(name for name in acting if name in scaling)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from toma_fx.capture.grids import raster
+from toma_fx.compat import ORIGINAL_FORWARD
 from toma_fx.errors import ArtifactError, SignatureError
 from toma_fx.export.artifact import verify_artifact
 from toma_fx.export.manifest import Manifest, TensorSpec, raster_spec
@@ -167,7 +168,7 @@ class ArtifactDenoiser(nn.Module):
         Raises:
             ArtifactError: the attribute is what accelerate sets for its hooks.
         """
-        if name == "_old_forward":
+        if name == ORIGINAL_FORWARD:
             raise ArtifactError(
                 "an artifact can't be offloaded",
                 where="enable_model_cpu_offload()",
@@ -200,7 +201,7 @@ class ArtifactDenoiser(nn.Module):
         Raises:
             ArtifactError: another device or dtype is asked for.
         """
-        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        device, dtype = _destination((*args, *kwargs.values()))
         wrong_device = device is not None and device.type != self._device.type
         if wrong_device or (dtype is not None and dtype != self.dtype):
             raise ArtifactError(
@@ -221,6 +222,19 @@ class ArtifactDenoiser(nn.Module):
         if mode:
             raise ArtifactError("an artifact can't be trained", where="train()")
         return self
+
+
+def _destination(values: Sequence[Any]) -> tuple[torch.device | None, torch.dtype | None]:
+    """Device and dtype among the arguments of `Module.to`."""
+    device, dtype = None, None
+    for value in values:
+        if isinstance(value, Tensor):
+            device, dtype = value.device, value.dtype
+        elif isinstance(value, torch.dtype):
+            dtype = value
+        elif isinstance(value, (str, torch.device)) or type(value) is int:
+            device = torch.device(value)
+    return device, dtype
 
 
 class _Config(dict[str, Any]):

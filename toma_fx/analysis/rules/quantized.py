@@ -23,17 +23,12 @@ from toma_fx.analysis.rules.base import (
     Outcome,
     carries_tokens,
     rule,
-    tokenwise,
+    treats_alike,
 )
 from toma_fx.graph.nodes import shape_of
 
 PACKED = ("_weight_int8pack_mm", "_weight_int4pack_mm", "_weight_int4pack_mm_for_cpu")
 """Products of [N, C] with a weight that is packed in a layout of its own."""
-
-
-for _name in PACKED:
-    if hasattr(torch.ops.aten, _name):
-        tokenwise(f"aten::{_name}")
 
 
 @rule("_int_mm")
@@ -122,6 +117,7 @@ def _scaled_apart(call: Call, layout: Layout, scale: Any) -> Rejected | None:
 
 RULES.update(
     {
+        **{f"aten.{name}": treats_alike for name in PACKED},
         "torchao.choose_qparams_affine": choose_scales,
         "torchao.choose_scale_float8": choose_scale,
         "torchao.quantize_affine": quantize,
