@@ -33,7 +33,7 @@ from common import command_line, device_name, publish, resident, save, versions
 from denoiser import Variant, random_model, step_inputs, summary, time_in_turn
 
 import toma_fx
-from toma_fx.cli.run import call_of
+from toma_fx.cli.run import arguments_for
 from toma_fx.export.artifact import Stage
 from toma_fx.models import tiny
 from toma_fx.models.named import example
@@ -106,7 +106,7 @@ def probe(args: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     if runtime in ARTIFACTS:
         run = toma_fx.load(folder, **load_options(runtime))
-        inputs = call_of(run.manifest, {})
+        inputs = arguments_for(run.manifest, {})
         seconds, early, late = time.perf_counter() - start, inputs, inputs
     else:
         model, early, late = load_model(args)

@@ -54,28 +54,28 @@ def run_artifact(args: argparse.Namespace, options: dict[str, Any], console: Con
     _print_times(times, loaded, denoiser.device, console)
 
 
-def arguments_for(manifest: Manifest, given: Mapping[str, Tensor]) -> dict[str, Any]:
+def arguments_for(manifest: Manifest, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Keyword arguments of a step, nested as the model takes them.
 
     Args:
-        manifest: of an artifact. given: inputs by their names in the programs; random values, and
-            the positions that the programs were made for, stand in for all if there are none.
+        manifest: of an artifact. tensors: inputs by their names in the programs; if none,
+            random values, and the positions that the programs are for.
 
     Raises:
         ConfigError: some inputs are given, but not all, or others.
     """
     names = [spec.tensor.name for spec in manifest.inputs]
-    if given and set(given) != set(names):
+    if tensors and set(tensors) != set(names):
         raise ConfigError(
             "the inputs are not those of the artifact",
             where="--inputs",
             expected=", ".join(names),
-            got=", ".join(sorted(given)),
+            got=", ".join(sorted(tensors)),
         )
     random = torch.Generator().manual_seed(0)
     call: dict[str, Any] = {}
     for spec in manifest.inputs:
-        value = given[spec.tensor.name] if given else _random(spec, random)
+        value = tensors[spec.tensor.name] if tensors else _random(spec, random)
         _put(call, spec.path, value)
     for constant in manifest.constants:
         _put(call, constant.path, constant.value)

@@ -44,8 +44,8 @@ class AOTIRuntime(Runtime):
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """One step. Programs read memory as their examples lay: contiguous."""
         spec = self._specs[call]
-        given = (*inputs, *(patterns[name] for name in spec.patterns_in))
-        results = self._runners[call].run([x.contiguous() for x in given])
+        tensors = (*inputs, *(patterns[name] for name in spec.patterns_in))
+        results = self._runners[call].run([x.contiguous() for x in tensors])
         return parted(results, spec.patterns_out)
 
     def _complete(self, runners: Mapping[str, Any], entry: str) -> Any:

@@ -74,21 +74,24 @@ def _give_constants_a_node(model: Any) -> None:
 def _transpose_weights(model: Any) -> None:
     """Make `Transpose(weight)` a weight; it is transposed when it is written."""
     ir = import_onnx("onnx_ir")
-    made: dict[tuple[str, tuple[int, ...]], Any] = {}
+    transposed: dict[tuple[str, tuple[int, ...]], Any] = {}
     for node in list(model.graph):
         source = node.inputs[0] if node.op_type == "Transpose" else None
         if source is None or not source.is_initializer() or source.const_value.nbytes < INLINE:
             continue
         order = tuple(node.attributes["perm"].as_ints())
         key = source.name, order
-        if key not in made:
-            made[key] = ir.Value(
+        if key not in transposed:
+            transposed[key] = ir.Value(
                 name=f"{source.name}.{''.join(map(str, order))}",
                 const_value=_Transposed.of(source.const_value, order),
             )
-            made[key].dtype, made[key].shape = source.dtype, made[key].const_value.shape
-            model.graph.register_initializer(made[key])
-        ir.convenience.replace_all_uses_with(node.outputs[0], made[key])
+            transposed[key].dtype, transposed[key].shape = (
+                source.dtype,
+                transposed[key].const_value.shape,
+            )
+            model.graph.register_initializer(transposed[key])
+        ir.convenience.replace_all_uses_with(node.outputs[0], transposed[key])
 
 
 class _Transposed:

@@ -128,9 +128,9 @@ class _Bound:
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """One step; outputs live until the next."""
         named = (patterns[name] for name in self._names[len(inputs) :])
-        given = separate_inputs([*inputs, *named], self._outputs.values())
+        tensors = separate_inputs([*inputs, *named], self._outputs.values())
         binding = self._session.io_binding()
-        for name, x in zip(self._names, given, strict=True):
+        for name, x in zip(self._names, tensors, strict=True):
             binding.bind_input(name, *self._place(x))
         for name, x in self._outputs.items():
             binding.bind_output(name, *self._place(x))
@@ -161,12 +161,12 @@ def default_providers(device: torch.device) -> list[Provider]:
         if importlib.util.find_spec("tensorrt") is not None:
             wanted.append(("TensorrtExecutionProvider", {**index, "trt_fp16_enable": True}))
         wanted.append(("CUDAExecutionProvider", index))
-    found = [p for p in wanted if _provider(p) in available]
-    return [*found, "CPUExecutionProvider"]
+    return [*(p for p in wanted if _provider(p) in available), "CPUExecutionProvider"]
 
 
-def _provider(given: Any) -> str:
-    return str(given[0]) if isinstance(given, (tuple, list)) else str(given)
+def _provider(provider: Any) -> str:
+    """Name of a provider, which may come with options."""
+    return str(provider[0] if isinstance(provider, (tuple, list)) else provider)
 
 
 def _known(ort: Any, providers: Sequence[Any]) -> list[str]:

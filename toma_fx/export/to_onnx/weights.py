@@ -105,7 +105,7 @@ def _point(model: Any, weights: Sequence[Any], path: Path) -> None:
             file.seek(start + begin)
             digest = hashlib.sha256(file.read(end - begin)).digest()
             stored.setdefault((entry["dtype"], tuple(entry["shape"]), digest), name)
-    given: dict[str, Any] = {}
+    placed: dict[str, Any] = {}
     for value in weights:
         tensor = value.const_value
         digest = hashlib.sha256(_bytes(tensor)).digest()
@@ -114,8 +114,8 @@ def _point(model: Any, weights: Sequence[Any], path: Path) -> None:
         if place not in stored:
             continue
         name = stored[place]
-        if name in given:
-            ir.convenience.replace_all_uses_with(value, given[name])
+        if name in placed:
+            ir.convenience.replace_all_uses_with(value, placed[name])
             model.graph.initializers.pop(value.name)
             continue
         begin, end = header[name]["data_offsets"]
@@ -128,10 +128,10 @@ def _point(model: Any, weights: Sequence[Any], path: Path) -> None:
             name=name,
             base_dir=str(path.parent),
         )
-        given[name] = value
-    for i, value in enumerate(given.values()):
+        placed[name] = value
+    for i, value in enumerate(placed.values()):
         value.name = f"weight.{i}.moving"  # names may have to change places
-    for final, value in given.items():
+    for final, value in placed.items():
         value.name = final
 
 

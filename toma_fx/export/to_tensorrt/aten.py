@@ -204,9 +204,9 @@ def _index(node: fx.Node) -> str:
 
 
 def _between_input_and_output(node: fx.Node) -> str:
-    given = any(a.op == "placeholder" for a in node.all_input_nodes)
-    taken = any(user.op == "output" for user in node.users)
-    return "copies an input to an output" if given and taken else ""
+    from_input = any(a.op == "placeholder" for a in node.all_input_nodes)
+    to_output = any(user.op == "output" for user in node.users)
+    return "copies an input to an output" if from_input and to_output else ""
 
 
 def _cast(node: fx.Node) -> str:

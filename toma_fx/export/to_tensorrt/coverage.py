@@ -56,14 +56,14 @@ class OpRow:
     Attributes:
         name: as "aten.add.Tensor", or the ONNX operator type, with its domain unless ONNX's own.
         count: nodes that this holds for. verdict: whether TensorRT takes them.
-        note: how, or why not. places: the nodes, if they are not taken.
+        note: how, or why not. locations: the nodes, if they are not taken.
     """
 
     name: str
     count: int
     verdict: Verdict
     note: str
-    places: tuple[Location, ...] = ()
+    locations: tuple[Location, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,12 @@ class Finding:
     """Something that a check of `TRAPS` found.
 
     Attributes:
-        trap: name of the check. place: where. detail: what is there.
+        trap: name of the check. location: where. detail: what is there.
         fatal: whether no engine can be made of it; otherwise it makes a worse one.
     """
 
     trap: str
-    place: Location
+    location: Location
     detail: str
     fatal: bool = True
 
@@ -119,7 +119,7 @@ class Coverage(Printed):
         for name in ("note", "where"):
             table.add_column(name, overflow="fold")
         for row in self.ops:
-            where = _listed(row.places, 3)
+            where = _listed(row.locations, 3)
             table.add_row(row.name, str(row.count), row.verdict, row.note, where)
         nodes = sum(row.count for row in self.ops)
         left = sum(row.count for row in self.uncovered)
@@ -131,7 +131,7 @@ class Coverage(Printed):
                 found.add_column(name, overflow="fold")
             for f in self.findings:
                 kind = f.trap if f.fatal else f"{f.trap} (no obstacle)"
-                found.add_row(kind, str(f.place), f.detail)
+                found.add_row(kind, str(f.location), f.detail)
             parts.append(found)
         return parts
 
@@ -145,8 +145,8 @@ def require(coverage: Coverage) -> None:
     """
     if coverage.complete:
         return
-    lines = [f"{r.name} ({r.note}) at {_listed(r.places, 5)}" for r in coverage.uncovered]
-    lines += [f"{f.trap} ({f.detail}) at {f.place}" for f in coverage.findings if f.fatal]
+    lines = [f"{r.name} ({r.note}) at {_listed(r.locations, 5)}" for r in coverage.uncovered]
+    lines += [f"{f.trap} ({f.detail}) at {f.location}" for f in coverage.findings if f.fatal]
     raise BuildError(
         "TensorRT does not take the whole program",
         where="; ".join(lines),
@@ -158,9 +158,9 @@ def require(coverage: Coverage) -> None:
     )
 
 
-def _listed(places: Sequence[Location], most: int) -> str:
-    shown = ", ".join(str(p) for p in places[:most])
-    return f"{shown} and {len(places) - most} more" if len(places) > most else shown
+def _listed(locations: Sequence[Location], most: int) -> str:
+    shown = ", ".join(str(x) for x in locations[:most])
+    return f"{shown} and {len(locations) - most} more" if len(locations) > most else shown
 
 
 def op_rows(found: Mapping[tuple[str, Verdict, str], Sequence[Location]]) -> tuple[OpRow, ...]:
@@ -194,5 +194,5 @@ class Trap(Generic[P]):
 
     def findings(self, program: P) -> Iterator[Finding]:
         """What it finds in a program."""
-        for place, detail in self.find(program):
-            yield Finding(self.name, place, detail, self.fatal)
+        for location, detail in self.find(program):
+            yield Finding(self.name, location, detail, self.fatal)

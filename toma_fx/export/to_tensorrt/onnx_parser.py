@@ -71,24 +71,24 @@ def onnx_coverage(model: onnx.ModelProto, tensorrt: str | None = None) -> Covera
     Raises:
         ImportError: the package onnx is missing.
     """
-    made_of = load_table("onnx_tensorrt")
-    version = _version(tensorrt or made_of["version"])
+    table = load_table("onnx_tensorrt")
+    version = _version(tensorrt or table["version"])
     own = {(f.domain, f.name) for f in model.functions}
     found: defaultdict[tuple[str, Verdict, str], list[Location]] = defaultdict(list)
     for node, scope in _onnx_nodes(model):
         if (node.domain, node.op_type) in own:
             continue
         name = node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{node.op_type}"
-        verdict, note = _onnx_verdict(node, name, scope, made_of["operators"], version)
-        found[name, verdict, note].append(_onnx_place(node))
+        verdict, note = _onnx_verdict(node, name, scope, table["operators"], version)
+        found[name, verdict, note].append(_onnx_location(node))
     traps = (
         *ONNX_TRAPS,
-        Trap("opset", "newer than the parser", partial(_opset, made_of["opsets"])),
+        Trap("opset", "newer than the parser", partial(_opset, table["opsets"])),
     )
     findings = tuple(f for trap in traps for f in trap.findings(model))
-    source = made_of["source"]
+    source = table["source"]
     text = f"{source['repository']} {source['path']}, {source['commit']}"
-    return Coverage("onnx-tensorrt", made_of["version"], text, op_rows(found), findings)
+    return Coverage("onnx-tensorrt", table["version"], text, op_rows(found), findings)
 
 
 def _version(text: str) -> tuple[int, int]:
@@ -96,7 +96,7 @@ def _version(text: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def _onnx_place(node: onnx.NodeProto) -> Location:
+def _onnx_location(node: onnx.NodeProto) -> Location:
     """A node's name and, if the exporter wrote it down, its module."""
     notes = {p.key: p.value for p in node.metadata_props}
     scopes = notes.get("pkg.torch.onnx.name_scopes", "")
@@ -153,7 +153,7 @@ def _scope(graph: Any, outer: _Scope) -> _Scope:
                 if attribute.name == "value":
                     note(node.output[0], attribute.t)
                 elif attribute.name in ("value_int", "value_ints"):
-                    constants[node.output[0]] = _attribute(attribute)
+                    constants[node.output[0]] = _attribute_value(attribute)
     return _Scope(constants, types, ranks)
 
 
@@ -169,7 +169,7 @@ def _array(tensor: Any) -> Any:
     return numpy_helper.to_array(tensor)
 
 
-def _attribute(attribute: Any) -> Any:
+def _attribute_value(attribute: Any) -> Any:
     from onnx import helper
 
     value = helper.get_attribute_value(attribute)
@@ -199,8 +199,8 @@ def _onnx_verdict(
     rule = RESTRICTIONS.get("Reduce" if name.startswith("Reduce") else name)
     if rule is None:
         return "conditional", f"restricted: {', '.join(entry['mentions']) or 'see the source'}"
-    given = {a.name: _attribute(a) for a in node.attribute}
-    refusal = rule(node, given, scope)
+    attributes = {a.name: _attribute_value(a) for a in node.attribute}
+    refusal = rule(node, attributes, scope)
     return ("refused", refusal) if refusal else ("taken", "imported; its use was checked")
 
 
@@ -210,14 +210,14 @@ def _input(node: onnx.NodeProto, index: int) -> str:
 
 
 def _constant_input(
-    index: int, words: str, node: onnx.NodeProto, given: Mapping[str, Any], scope: _Scope
+    index: int, words: str, node: onnx.NodeProto, attributes: Mapping[str, Any], scope: _Scope
 ) -> str:
     name = _input(node, index)
     return "" if not name or name in scope.constants else f"{words} must be known at build time"
 
 
-def _top_k(node: onnx.NodeProto, given: Mapping[str, Any], scope: _Scope) -> str:
-    if not given.get("sorted", 1):
+def _top_k(node: onnx.NodeProto, attributes: Mapping[str, Any], scope: _Scope) -> str:
+    if not attributes.get("sorted", 1):
         return "values must be sorted"
     k = scope.constants.get(_input(node, 1))
     if k is None:
@@ -226,33 +226,33 @@ def _top_k(node: onnx.NodeProto, given: Mapping[str, Any], scope: _Scope) -> str
     return "" if number < LARGEST_TOP_K else f"K is {number}, it must be under {LARGEST_TOP_K}"
 
 
-def _scatter_nd(node: onnx.NodeProto, given: Mapping[str, Any], scope: _Scope) -> str:
-    how = given.get("reduction", "none")
-    return "" if how == "none" else f"reduction {how}"
+def _scatter_nd(node: onnx.NodeProto, attributes: Mapping[str, Any], scope: _Scope) -> str:
+    reduction = attributes.get("reduction", "none")
+    return "" if reduction == "none" else f"reduction {reduction}"
 
 
-def _one_output(node: onnx.NodeProto, given: Mapping[str, Any], scope: _Scope) -> str:
+def _one_output(node: onnx.NodeProto, attributes: Mapping[str, Any], scope: _Scope) -> str:
     return "more than the first output is used" if any(node.output[1:]) else ""
 
 
-def _onnx_attention(node: onnx.NodeProto, given: Mapping[str, Any], scope: _Scope) -> str:
+def _onnx_attention(node: onnx.NodeProto, attributes: Mapping[str, Any], scope: _Scope) -> str:
     if any(node.input[4:]) or any(node.output[1:]):
         return "inputs or outputs for a cache"
-    if given.get("softcap", 0.0) or given.get("qk_matmul_output_mode", 0):
+    if attributes.get("softcap", 0.0) or attributes.get("qk_matmul_output_mode", 0):
         return "softcap or qk_matmul_output_mode"
     ranks = {scope.ranks.get(name, 4) for name in node.input[:4] if name}
     return "" if ranks <= {4} else "inputs and mask need 4 dimensions"
 
 
-def _pool(node: onnx.NodeProto, given: Mapping[str, Any], scope: _Scope) -> str:
-    if any(d != 1 for d in given.get("dilations", ())):
+def _pool(node: onnx.NodeProto, attributes: Mapping[str, Any], scope: _Scope) -> str:
+    if any(d != 1 for d in attributes.get("dilations", ())):
         return "dilations"
-    return _one_output(node, given, scope) or (
-        "" if len(given.get("kernel_shape", (1, 1))) in (2, 3) else "not of 2 or 3 dimensions"
+    return _one_output(node, attributes, scope) or (
+        "" if len(attributes.get("kernel_shape", (1, 1))) in (2, 3) else "not of 2 or 3 dimensions"
     )
 
 
-def _resize(node: onnx.NodeProto, given: Mapping[str, Any], scope: _Scope) -> str:
+def _resize(node: onnx.NodeProto, attributes: Mapping[str, Any], scope: _Scope) -> str:
     allowed = {
         "mode": ("nearest", "linear"),
         "coordinate_transformation_mode": (
@@ -264,13 +264,15 @@ def _resize(node: onnx.NodeProto, given: Mapping[str, Any], scope: _Scope) -> st
         "antialias": (0,),
     }  # fmt: skip
     wrong = [
-        f"{k} {given[k]}" for k, values in allowed.items() if k in given and given[k] not in values
+        f"{k} {attributes[k]}"
+        for k, values in allowed.items()
+        if k in attributes and attributes[k] not in values
     ]
     return ", ".join(wrong)
 
 
-def _constant(node: onnx.NodeProto, given: Mapping[str, Any], scope: _Scope) -> str:
-    wrong = {"sparse_value", "value_string", "value_strings"} & set(given)
+def _constant(node: onnx.NodeProto, attributes: Mapping[str, Any], scope: _Scope) -> str:
+    wrong = {"sparse_value", "value_string", "value_strings"} & set(attributes)
     return ", ".join(sorted(wrong))
 
 
@@ -303,13 +305,13 @@ def _opset(opsets: Sequence[int], model: onnx.ModelProto) -> Iterator[tuple[Loca
 
 
 def _onnx_dynamic(model: onnx.ModelProto) -> Iterator[tuple[Location, str]]:
-    held = {t.name for t in model.graph.initializer}
-    for given in model.graph.input:
-        shape = given.type.tensor_type.shape
-        if given.name not in held and not all(d.HasField("dim_value") for d in shape.dim):
+    initializers = {t.name for t in model.graph.initializer}
+    for value in model.graph.input:
+        shape = value.type.tensor_type.shape
+        if value.name not in initializers and not all(d.HasField("dim_value") for d in shape.dim):
             sizes = tuple(d.dim_param or "?" if not d.HasField("dim_value") else d.dim_value
                           for d in shape.dim)  # fmt: skip
-            yield Location(given.name, ""), f"has the shape {sizes}"
+            yield Location(value.name, ""), f"has the shape {sizes}"
 
 
 def _onnx_control_flow(model: onnx.ModelProto) -> Iterator[tuple[Location, str]]:
@@ -321,17 +323,15 @@ def _onnx_control_flow(model: onnx.ModelProto) -> Iterator[tuple[Location, str]]
         for outputs in zip(*(b.output for b in branches), strict=True):
             ranks = {r.get(o.name) for r, o in zip(known, outputs, strict=True)}
             if len(ranks) > 1:
-                yield _onnx_place(node), "branches give different numbers of dimensions"
+                yield _onnx_location(node), "branches give different numbers of dimensions"
 
 
 def _onnx_ranks(model: onnx.ModelProto) -> Iterator[tuple[Location, str]]:
     for info in (*model.graph.input, *model.graph.value_info, *model.graph.output):
         rank = len(info.type.tensor_type.shape.dim)
         if rank > LARGEST_RANK:
-            yield (
-                Location(info.name, ""),
-                f"has {rank} dimensions, at most {LARGEST_RANK} are possible",
-            )
+            text = f"has {rank} dimensions, at most {LARGEST_RANK} are possible"
+            yield Location(info.name, ""), text
 
 
 ONNX_TRAPS: tuple[Trap[Any], ...] = (

@@ -109,14 +109,14 @@ class _Engine:
             ArtifactError: TensorRT could not run it.
         """
         names = self._inputs[len(inputs) :]
-        given = separate_inputs([*inputs, *(patterns[name] for name in names)], self._outputs)
-        for name, x in zip(self._inputs, given, strict=True):
+        tensors = separate_inputs([*inputs, *(patterns[name] for name in names)], self._outputs)
+        for name, x in zip(self._inputs, tensors, strict=True):
             if name in self._bound:
                 self._context.set_tensor_address(name, x.data_ptr())
         caller = torch.cuda.current_stream(stream.device)
         stream.wait_stream(caller)
         done = self._context.execute_async_v3(stream.cuda_stream)
-        caller.wait_stream(stream)  # `given` is not used again before that
+        caller.wait_stream(stream)  # `tensors` are not used again before that
         if not done:
             raise self._unfit("a step", "TensorRT could not run it; its log says why")
         return self._outputs
