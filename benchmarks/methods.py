@@ -52,9 +52,10 @@ import toma_fx
 from toma_fx.methods.base import BRANCHES, MethodConfig
 from toma_fx.methods.config import make_config
 from toma_fx.models import tiny
+from toma_fx.passes.uses import PLAIN, REFRESH
 from toma_fx.run.denoiser import OptimizedDenoiser
 from toma_fx.run.report import make_report
-from toma_fx.run.schedule import Call, call_at
+from toma_fx.run.schedule import due
 
 LABELS = tuple(range(len(tiny.CLASSES)))
 RATIOS = (0.25, 0.75)
@@ -315,17 +316,18 @@ def facts(optimized: Any, batch: int, steps: int) -> dict[str, Any]:
     }
 
 
-def schedule(config: MethodConfig, steps: int) -> dict[Call, int]:
+def schedule(config: MethodConfig, steps: int) -> dict[str, int]:
     """How many steps of each kind a generation has."""
     return dict(Counter(calls(config, steps)))
 
 
-def calls(config: MethodConfig, steps: int) -> list[Call]:
+def calls(config: MethodConfig, steps: int) -> list[str]:
     """The kind of each step of a generation."""
-    found: list[Call] = []
-    for step in range(steps):
-        found.append(call_at(config, step, has_pattern=any(c != "plain" for c in found)))
-    return found
+    kinds = [due(config, step) for step in range(steps)]
+    first = next((i for i, kind in enumerate(kinds) if kind != PLAIN.name), None)
+    if config.patterned and first is not None:
+        kinds[first] = REFRESH.name
+    return kinds
 
 
 # -- time -----------------------------------------------------------------------------------------
@@ -343,8 +345,8 @@ class Timed:
     """
 
     optimized: OptimizedDenoiser
-    walk: list[Call]
-    kinds: dict[Call, int]
+    walk: list[str]
+    kinds: dict[str, int]
     compile_s: float = 0.0
     seconds: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
 

@@ -95,7 +95,7 @@ def _merged(specialization: Specialization, state: State) -> Iterator[tuple[str,
     plan = specialization.plan
     places = places_of(specialization.analysis, specialization.flow)
     for group in plan.groups:
-        pattern = {part: state.patterns[group.tensor(part)] for part in group.setting.parts}
+        pattern = {part: state.kept[group.tensor(part)] for part in group.setting.parts}
         left = group.setting.count_merged(pattern)
         members = (
             (s.stream, i) for s in plan.segments if s.group == group.name for i in s.branches

@@ -38,7 +38,6 @@ struct Json {
 
   const std::string& text() const { return std::get<std::string>(value); }
   int64_t integer() const { return static_cast<int64_t>(std::get<double>(value)); }
-  bool truth() const { return std::get<bool>(value); }
   bool null() const { return std::holds_alternative<std::nullptr_t>(value); }
   const Array& array() const { return std::get<Array>(value); }
   const Object& object() const { return std::get<Object>(value); }
@@ -238,8 +237,9 @@ class Program {
  public:
   Program(const std::string& package, const Json& spec, const Tensors& weights)
       : entry_(spec["entry"].text()),
-        takes_(texts(spec["patterns_in"])),
-        gives_(texts(spec["patterns_out"])),
+        takes_(texts(spec["takes"])),
+        gives_(texts(spec["gives"])),
+        instead_(spec["instead"].text()),
         loader_(std::make_unique<torch::inductor::AOTIModelPackageLoader>(package, entry_)) {
     std::unordered_map<std::string, at::Tensor> constants;
     for (const std::string& name : loader_->get_constant_fqns()) {
@@ -256,15 +256,25 @@ class Program {
         constants, /*use_inactive=*/false, /*check_full_update=*/true, /*user_managed=*/true);
   }
 
-  // Replaces the patterns that this kind of step makes anew, and returns the model's outputs.
+  // Whether everything is kept that this kind of program takes.
+  bool runnable(const std::map<std::string, at::Tensor>& kept) const {
+    for (const std::string& name : takes_) {
+      if (kept.find(name) == kept.end()) return false;
+    }
+    return true;
+  }
+
+  const std::string& instead() const { return instead_; }
+
+  // Replaces the kept tensors that this kind of program gives, and returns the model's outputs.
   std::vector<at::Tensor> run(
-      const std::vector<at::Tensor>& inputs, std::map<std::string, at::Tensor>& patterns) {
+      const std::vector<at::Tensor>& inputs, std::map<std::string, at::Tensor>& kept) {
     std::vector<at::Tensor> given;
     for (const at::Tensor& x : inputs) given.push_back(x.contiguous());
-    for (const std::string& name : takes_) given.push_back(patterns.at(name).contiguous());
+    for (const std::string& name : takes_) given.push_back(kept.at(name).contiguous());
     std::vector<at::Tensor> results = loader_->run(given);
     const size_t own = results.size() - gives_.size();
-    for (size_t i = 0; i < gives_.size(); ++i) patterns[gives_[i]] = results[own + i].clone();
+    for (size_t i = 0; i < gives_.size(); ++i) kept[gives_[i]] = results[own + i].clone();
     results.resize(own);
     return results;
   }
@@ -272,6 +282,7 @@ class Program {
  private:
   std::string entry_;
   std::vector<std::string> takes_, gives_;
+  std::string instead_;
   std::unique_ptr<torch::inductor::AOTIModelPackageLoader> loader_;
 };
 
@@ -280,8 +291,8 @@ class Artifact {
   explicit Artifact(const std::string& folder)
       : manifest_(JsonReader::read(slurp(folder + "/manifest.json"))),
         device_(manifest_["device"]["type"].text()) {
-    if (manifest_["version"].integer() != 1 || manifest_["target"]["name"].text() != "aoti") {
-      throw std::runtime_error("no AOTInductor artifact of version 1: " + folder);
+    if (manifest_["version"].integer() != 2 || manifest_["target"]["name"].text() != "aoti") {
+      throw std::runtime_error("no AOTInductor artifact of version 2: " + folder);
     }
     // libtorch says "2.13.0", the artifact "2.13.0+cpu" (or "+cu130")
     const std::string made_with = manifest_["versions"]["torch"].text();
@@ -295,10 +306,10 @@ class Artifact {
     for (const Json& input : manifest_["inputs"].array()) inputs_.push_back(input["tensor"]);
   }
 
-  // One step of a generation, from 0; patterns are kept from step to step.
+  // One step of a generation, from 0; `kept` lives from step to step.
   std::vector<at::Tensor> step(
       int64_t index, const std::map<std::string, at::Tensor>& given,
-      std::map<std::string, at::Tensor>& patterns) {
+      std::map<std::string, at::Tensor>& kept) {
     std::vector<at::Tensor> inputs;
     for (const Json& spec : inputs_) {
       const std::string& name = spec["name"].text();
@@ -308,17 +319,25 @@ class Artifact {
       }
       inputs.push_back(x);
     }
-    return programs_.at(call(index, !patterns.empty())).run(inputs, patterns);
+    return programs_.at(kind(index, kept)).run(inputs, kept);
   }
 
-  // Which program runs at a step.
-  std::string call(int64_t index, bool has_patterns) const {
+  // Which kind of program runs at a step: the one that is due, or what stands in for it.
+  std::string kind(int64_t index, const std::map<std::string, at::Tensor>& kept) const {
+    std::string name = due(index);
+    for (size_t tries = 0; !programs_.at(name).runnable(kept); ++tries) {
+      if (tries == programs_.size()) throw std::runtime_error("no program can run");
+      name = programs_.at(name).instead();
+    }
+    return name;
+  }
+
+  // Which kind of program is due at a step.
+  std::string due(int64_t index) const {
     const Json& schedule = manifest_["schedule"];
     const int64_t since = index - schedule["first_step"].integer();
     const Json& last = schedule["last_step"];
     if (since < 0 || (!last.null() && index > last.integer())) return "plain";
-    if (!schedule["patterned"].truth()) return "reuse";
-    if (!has_patterns) return "refresh";
     const auto begin = texts(schedule["begin"]), cycle = texts(schedule["cycle"]);
     const size_t i = static_cast<size_t>(since);
     return i < begin.size() ? begin[i] : cycle[(i - begin.size()) % cycle.size()];
@@ -348,12 +367,12 @@ void generate(const std::string& folder, const std::string& given, const std::st
   for (const auto& [name, x] : inputs.tensors) {
     steps = std::max<int64_t>(steps, std::stoll(name.substr(0, name.find('/'))) + 1);
   }
-  std::map<std::string, at::Tensor> patterns;
+  std::map<std::string, at::Tensor> kept;
   for (int64_t i = 0; i < steps; ++i) {
-    const std::string call = artifact.call(i, !patterns.empty());
-    const at::Tensor output = artifact.step(i, inputs.tensors, patterns).at(0);
+    const std::string kind = artifact.kind(i, kept);
+    const at::Tensor output = artifact.step(i, inputs.tensors, kept).at(0);
     write(out + "." + std::to_string(i), output);
-    std::cout << "step " << i << " " << call << " " << output.sizes() << " mean of magnitudes "
+    std::cout << "step " << i << " " << kind << " " << output.sizes() << " mean of magnitudes "
               << output.to(at::kDouble).abs().mean().item<double>() << std::endl;
   }
 }

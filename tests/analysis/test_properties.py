@@ -26,6 +26,7 @@ from toma_fx.capture.model import Captured, capture, flatten_call
 from toma_fx.errors import TomaError
 from toma_fx.methods.toma import ToMAConfig
 from toma_fx.passes.pipeline import rewrite
+from toma_fx.passes.uses import REUSE
 from toma_fx.plan.plan import MergePlan, PatternGroup
 from toma_fx.plan.planner import make_plan
 
@@ -323,7 +324,7 @@ def program_output(
     planned: Planned, plan: MergePlan, inputs: dict[str, Tensor], make: Callable[..., Patterns]
 ) -> Tensor:
     """Output of the reuse program on the patterns that `make` gives each group."""
-    program = rewrite(*planned, plan, "reuse")
+    program = rewrite(*planned, plan, REUSE)
     patterns = [part for group in plan.groups for part in make(group)]
     return program.graph_module(*flatten_call((), inputs)[0], *patterns)[0]
 

@@ -27,6 +27,7 @@ from tests.zoo.check import FRESH, Traced, difference, trace
 from toma_fx.analysis.rules.base import RULES
 from toma_fx.capture.model import flatten_call
 from toma_fx.passes.pipeline import rewrite
+from toma_fx.passes.uses import REFRESH, REUSE
 from toma_fx.plan.plan import MergePlan
 
 EXACT = 2e-5
@@ -63,9 +64,9 @@ def permuted(found: Traced, scope: str) -> float:
     plan: MergePlan = found.plan(scope=scope)
     segments, groups = tuple(map(whole, plan.segments)), tuple(map(whole, plan.groups))
     plan = dataclasses.replace(plan, segments=segments, groups=groups)
-    program = rewrite(found.captured, found.analysis, found.flow, plan, "reuse")
+    program = rewrite(found.captured, found.analysis, found.flow, plan, REUSE)
     nodes = {n.name: n for n in program.graph_module.graph.nodes}
-    given = [nodes[name].meta["val"] for name in program.pattern_inputs]
+    given = [nodes[name].meta["val"] for name in program.takes]
     g, patterns = torch.Generator().manual_seed(7), []
     for index, *_ in zip(*[iter(given)] * 3, strict=True):
         order = torch.rand(index.shape, generator=g).argsort(-1)
@@ -935,8 +936,8 @@ def test_half_precision_is_near_float32(name: str, dtype: torch.dtype) -> None:
     whole, half = plain(name), traced(build().to(dtype), in_dtype(make, dtype))
     assert merged(half) == merged(whole)
     plan = whole.plan()
-    program = rewrite(whole.captured, whole.analysis, whole.flow, plan, "refresh")
-    count = len(program.pattern_outputs)
+    program = rewrite(whole.captured, whole.analysis, whole.flow, plan, REFRESH)
+    count = len(program.gives)
     patterns = program.graph_module(*flatten_call((), make(FRESH))[0])[-count:]
     want = whole.run(plan, "reuse", *patterns)
     cast = [p.to(dtype) if p.is_floating_point() else p for p in patterns]
@@ -1103,9 +1104,9 @@ def test_windows_of_a_video(tile: Any) -> None:
     depth, height, width = group.setting.tile
     assert group.setting.grid == (4, 8, 4)
     assert (depth, height, width) == (tile or (1, height, width))
-    program = rewrite(found.captured, found.analysis, found.flow, found.plan(), "refresh")
+    program = rewrite(found.captured, found.analysis, found.flow, found.plan(), REFRESH)
     results = program.graph_module(*flatten_call((), make(FRESH))[0])
-    index = results[-len(program.pattern_outputs)]
+    index = results[-len(program.gives)]
     assert index.shape[-2:] == (
         math.prod((4, 8, 4)) // (depth * height * width),
         group.setting.keep,

@@ -25,7 +25,7 @@ from toma_fx.export.loader import ArtifactDenoiser, load
 from toma_fx.export.manifest import Device, Manifest, ProgramSpec, TargetSpec
 from toma_fx.export.programs import Programs
 from toma_fx.export.targets import Lowered, Runtime, Target
-from toma_fx.run.schedule import Schedule, call_at
+from toma_fx.run.schedule import Schedule, due
 
 pytestmark = pytest.mark.usefixtures("exported_once")
 
@@ -69,7 +69,7 @@ class InProcess(Target):
                 (folder / file).write_text(file)
 
             build.stage(call, write, file)
-            specs[call] = ProgramSpec(file, call, made.pattern_inputs, made.pattern_outputs)
+            specs[call] = ProgramSpec(file, call, made.takes, made.gives, made.instead)
         return Lowered(TargetSpec("in-process", {}), Device("cpu", "", ""), specs, {})
 
     def open(  # type: ignore[override]  # of an instance: it knows the programs
@@ -134,7 +134,7 @@ def test_a_model_that_does_not_merge(
         toma_fx.optimize(plain, min_tokens=1, **options), inputs(), tmp_path / "a", target
     )
     assert list(made.programs) == ["plain"]
-    assert made.calls(3) == ["plain"] * 3
+    assert made.kinds(3) == ["plain"] * 3
     assert {p.call for p in made.parity} == {"plain"}
     with torch.no_grad():
         got = opened(target, tmp_path / "a")(**inputs())
@@ -253,8 +253,7 @@ def test_schedule_says_what_the_configuration_says(options: dict[str, Any]) -> N
     config = toma_fx.ToMAConfig(**options)
     schedule = Schedule.of(config)
     for step in range(1500):
-        for has_pattern in (True, False):
-            assert schedule.call(step, has_pattern) == call_at(config, step, has_pattern)
+        assert due(schedule, step) == due(config, step)
 
 
 # -- all or nothing -------------------------------------------------------------------------------
@@ -384,7 +383,7 @@ def test_the_published_schema(tmp_path: Path, optimized: Any, target: InProcess)
     data = json.loads((tmp_path / "a" / "manifest.json").read_text())
     check = jsonschema.Draft202012Validator(json.loads(written.text())).validate
     check(data)
-    for wrong in ({"version": 2}, {"files": {"a": 3}}, {"schedule": {}}, {"more": 1}):
+    for wrong in ({"version": 3}, {"files": {"a": 3}}, {"schedule": {}}, {"more": 1}):
         with pytest.raises(jsonschema.ValidationError):
             check({**data, **wrong})
 
@@ -414,7 +413,7 @@ def edited(folder: Path, change: dict[str, Any]) -> None:
         (lambda a: linked(a / "reuse.txt"), "link"),
         (lambda a: (a / "manifest.json").unlink(), "no artifact"),
         (lambda a: (a / "manifest.json").write_text("{"), "JSON"),
-        (lambda a: edited(a, {"version": 2}), "another version"),
+        (lambda a: edited(a, {"version": 1}), "another version"),
         (lambda a: edited(a, {"files": {"../../passwd": {"size": 1, "sha256": ""}}}), "outside"),
         (lambda a: edited(a, {"files": {}}), "files that are listed"),
         (lambda a: edited(a, {"surprise": 1}), "the fields"),

@@ -115,8 +115,8 @@ def test_what_the_manifest_says(cached: Any) -> None:
     own = [spec.tensor.name for spec in manifest.inputs]
     for program in manifest.programs.values():
         graph = onnx.load(cached[0] / program.file, load_external_data=False).graph
-        assert names(graph.input) == [*own, *program.patterns_in]
-        assert names(graph.output) == [*names(manifest.outputs), *program.patterns_out]
+        assert names(graph.input) == [*own, *program.takes]
+        assert names(graph.output) == [*names(manifest.outputs), *program.gives]
 
 
 def test_weights_are_there_once(cached: Any) -> None:
@@ -251,9 +251,9 @@ def test_stateless(tmp_path: Path) -> None:
     """One model that selects at every step and hands nothing on."""
     manifest = export(optimized(), inputs(), tmp_path / "out", ONNXTarget("stateless"))
     assert list(manifest.programs) == ["refresh"]
-    assert manifest.patterns == ()
+    assert manifest.kept == ()
     assert (manifest.schedule.begin, manifest.schedule.cycle) == ((), ("refresh",))
-    assert manifest.calls(3) == ["refresh"] * 3
+    assert manifest.kinds(3) == ["refresh"] * 3
     graph = onnx.load(tmp_path / "out" / "refresh.onnx", load_external_data=False).graph
     assert names(graph.output) == ["output_0"]
     assert names(graph.input) == ["sample", "timestep"]

@@ -237,7 +237,7 @@ def test_exported_to_onnx(name: str) -> None:
     assert list(exported) == (["reuse"] if name == "todo" else ["refresh", "reuse"])
     for program, want in zip(exported.values(), steps[-len(exported) :], strict=True):
         got = run_onnx(program)
-        assert len(got) == 1 + len(program.pattern_outputs)
+        assert len(got) == 1 + len(program.gives)
         assert relative(got[0], want) < 1e-5
     assert relative(steps[0], model()(**inputs())) > 1e-3, "it merges"
 
@@ -335,7 +335,7 @@ def test_dynamic_form_runs_eagerly_inside_torch_compile() -> None:
     for seed in range(4):
         call = inputs(seed, 800.0 - seed)
         assert torch.equal(compiled(**call), eager(**call))
-        shapes.add(next(iter(eager.states[0].patterns.values())).shape)
+        shapes.add(next(iter(eager.states[0].buffers.values())).shape)
     assert len(shapes) > 1, "the number of tokens follows the data"
 
 

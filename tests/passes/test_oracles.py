@@ -14,6 +14,7 @@ from toma_fx.analysis.propagate import analyse
 from toma_fx.capture.model import capture, flatten_call
 from toma_fx.methods.toma import ToMAConfig
 from toma_fx.passes.pipeline import rewrite
+from toma_fx.passes.uses import REUSE
 from toma_fx.plan.plan import MergePlan
 from toma_fx.plan.planner import make_plan
 
@@ -37,7 +38,7 @@ def run_reuse(
     captured = capture(model, (), inputs)
     analysis, flow = analyse(captured)
     plan = edit(make_plan(analysis, flow, config))
-    program = rewrite(captured, analysis, flow, plan, "reuse")
+    program = rewrite(captured, analysis, flow, plan, REUSE)
     given = [tensor for group in plan.groups for tensor in patterns(group)]
     leaves = flatten_call((), inputs)[0]
     return program.graph_module(*leaves, *given)[0]

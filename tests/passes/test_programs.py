@@ -21,6 +21,7 @@ from toma_fx.capture.model import capture
 from toma_fx.graph.printing import print_node
 from toma_fx.methods.setting import Pattern
 from toma_fx.passes.pipeline import Program, rewrite
+from toma_fx.passes.uses import REFRESH, uses_of
 from toma_fx.plan.planner import make_plan
 
 N, C = 16, 8
@@ -123,7 +124,8 @@ def programs(
     analysis, flow = analyse(captured, grid=(4, 4))
     plan = make_plan(analysis, flow, config)
     assert {s.scope for s in plan.segments} == {"keys" if config.keys_only else config.scope}
-    results = [rewrite(captured, analysis, flow, plan, use) for use in uses]
+    rows = uses_of(config)
+    results = [rewrite(captured, analysis, flow, plan, rows[use]) for use in uses]
     return model, captured.graph_module.graph, results
 
 
@@ -430,7 +432,7 @@ def test_values_behind_a_segment_may_lie_otherwise_in_memory() -> None:
     captured = capture(model, (picture,), {})
     analysis, flow = analyse(captured)
     plan = make_plan(analysis, flow, AttendingConfig(scope="block", branches=BOTH))
-    program = rewrite(captured, analysis, flow, plan, "refresh")
+    program = rewrite(captured, analysis, flow, plan, REFRESH)
     before, after = (
         {n.name: n for n in g.graph.nodes} for g in (captured.graph_module, program.graph_module)
     )

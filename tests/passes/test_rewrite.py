@@ -18,6 +18,7 @@ from toma_fx.graph.flops import graph_flops
 from toma_fx.graph.nodes import op_name
 from toma_fx.methods.toma import ToMAConfig
 from toma_fx.passes.pipeline import rewrite
+from toma_fx.passes.uses import REFRESH, REUSE, REWEIGH, uses_of
 from toma_fx.plan.planner import make_plan
 
 
@@ -105,7 +106,7 @@ def test_graph_before_and_after() -> None:
     captured, analysis, flow = captured_block()
     before = ops(captured.graph_module.graph).replace("p_", "")
     assert before.splitlines() == BEFORE.splitlines()
-    program = rewrite(captured, analysis, flow, make_plan(analysis, flow, CONFIG), "reuse")
+    program = rewrite(captured, analysis, flow, make_plan(analysis, flow, CONFIG), REUSE)
     after = ops(program.graph_module.graph).splitlines()
     middle = BEFORE.splitlines()[2:-2]
     assert after == [*ADDED_FRONT.splitlines(), *middle, *ADDED_BACK.splitlines()]
@@ -133,14 +134,16 @@ def test_twins_are_refused_with_the_reason(leak: str, reason: str) -> None:
 @pytest.mark.parametrize("use", ["refresh", "reweigh", "reuse"])
 def test_programs_share_parameters_and_name_their_patterns(use: Any) -> None:
     captured, analysis, flow = captured_block()
-    program = rewrite(captured, analysis, flow, make_plan(analysis, flow, CONFIG), use)
+    program = rewrite(
+        captured, analysis, flow, make_plan(analysis, flow, CONFIG), uses_of(CONFIG)[use]
+    )
     own = {id(p) for p in captured.graph_module.parameters()}
     assert own
     assert {id(p) for p in program.graph_module.parameters()} == own
     inputs = [n.name for n in program.graph_module.graph.nodes if n.op == "placeholder"]
-    assert inputs == [i.name for i in captured.inputs] + list(program.pattern_inputs)
+    assert inputs == [i.name for i in captured.inputs] + list(program.takes)
     count = {"refresh": (0, 3), "reweigh": (1, 2), "reuse": (3, 0)}[use]
-    assert (len(program.pattern_inputs), len(program.pattern_outputs)) == count
+    assert (len(program.takes), len(program.gives)) == count
 
 
 @torch.no_grad()
@@ -148,16 +151,14 @@ def test_reweigh_with_the_same_tokens_equals_refresh() -> None:
     captured, analysis, flow = captured_block()
     plan = make_plan(analysis, flow, CONFIG)
     x, ids = torch.randn(1, 16, 8), denoisers.ids(4, 4)
-    out, *pattern = rewrite(captured, analysis, flow, plan, "refresh").graph_module(x, ids)
-    again, *weights = rewrite(captured, analysis, flow, plan, "reweigh").graph_module(
+    out, *pattern = rewrite(captured, analysis, flow, plan, REFRESH).graph_module(x, ids)
+    again, *weights = rewrite(captured, analysis, flow, plan, REWEIGH).graph_module(
         x, ids, pattern[0]
     )
     assert torch.equal(out, again)
     assert all(torch.equal(a, b) for a, b in zip(pattern[1:], weights, strict=True))
     changed = torch.randn(1, 16, 8)
-    other = rewrite(captured, analysis, flow, plan, "reweigh").graph_module(
-        changed, ids, pattern[0]
-    )
+    other = rewrite(captured, analysis, flow, plan, REWEIGH).graph_module(changed, ids, pattern[0])
     assert not torch.equal(other[1], pattern[1]), "weights follow the tokens"
 
 
@@ -171,13 +172,14 @@ def test_a_wrong_literal_is_caught_before_it_runs() -> None:
     assert any(t.patches for t in transfers.values())
     broken = dataclasses.replace(analysis, transfers=transfers)
     with pytest.raises(RewriteError, match="reshape"):
-        rewrite(captured, broken, flow, plan, "reuse")
+        rewrite(captured, broken, flow, plan, REUSE)
 
 
 def test_log_says_which_pass_did_what() -> None:
     captured, analysis, flow = captured_block()
-    program = rewrite(captured, analysis, flow, make_plan(analysis, flow, CONFIG), "reuse")
-    assert {name for name, _, _ in program.log} == {"provide_patterns", "merge_segments"}
+    program = rewrite(captured, analysis, flow, make_plan(analysis, flow, CONFIG), REUSE)
+    changed = {name for name, action, _ in program.log if action != "changed nothing"}
+    assert changed == {"provide_patterns", "merge_segments"}
     assert ("merge_segments", "set literal", "reshape") in program.log
 
 
@@ -187,7 +189,7 @@ def test_rotary_tables_are_gathered_once_for_all_blocks() -> None:
     analysis, flow = analyse(captured)
     uses = [p for t in analysis.transfers.values() for p in t.positionals]
     assert len(uses) == 16, "q and k, cos and sin, in four attentions"
-    program = rewrite(captured, analysis, flow, make_plan(analysis, flow, ToMAConfig()), "reuse")
+    program = rewrite(captured, analysis, flow, make_plan(analysis, flow, ToMAConfig()), REUSE)
     targets = [op_name(n.target) for n in program.graph_module.graph.nodes]
     assert targets.count("aten.take_along_dim") == 2
 

@@ -231,7 +231,7 @@ def test_tomesd_on_flux(flux: nn.Module, monkeypatch: pytest.MonkeyPatch, scope:
 
 def merged_counts(optimized: Any) -> list[int]:
     """Merged tokens of every block in the last step."""
-    patterns = optimized.states[0].patterns
+    patterns = optimized.states[0].buffers
     return [p.shape[1] for name, p in patterns.items() if name.endswith("_places")]
 
 
@@ -260,7 +260,7 @@ def test_ca_tome_on_sdxl(
             tied.append(True)
         else:
             tied.append(not agrees(optimized, eager, unet, call))
-        patterns = {k: v.clone() for k, v in optimized.states[0].patterns.items()}
+        patterns = {k: v.clone() for k, v in optimized.states[0].buffers.items()}
         counts.append(merged_counts(optimized))
         kept.append(patterns)
     for i in range(1, 5):
@@ -464,7 +464,7 @@ def test_random_baseline_is_toma_with_drawn_destinations(
     options = {"tile": 4, "min_tokens": 90, "scope": "sublayer"}
     optimized = toma_fx.optimize(unet, method="random", ratio=0.5, seed=3, **options)
     got = optimized(**call)[0]
-    patterns = {k: v for k, v in optimized.states[0].patterns.items() if k.endswith("_idx")}
+    patterns = {k: v for k, v in optimized.states[0].buffers.items() if k.endswith("_idx")}
     by_windows = {p.shape[1]: p for p in patterns.values()}
     assert sorted(by_windows) == [6, 24]
     for drawn in patterns.values():

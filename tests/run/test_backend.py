@@ -222,13 +222,15 @@ def test_timesteps_that_are_python_numbers(kind: type, compilations: list[dict[s
 
 
 @pytest.mark.usefixtures("compilations")
-def test_without_a_timestep_every_call_refreshes() -> None:
+def test_without_a_timestep_the_conditioning_tells_a_generation() -> None:
     compiled = Compiled(Timed().eval())
     inputs = denoisers.flux_inputs()
     del inputs["timestep"]
     for _ in range(3):
         compiled(**inputs)
-    assert compiled.counts == {"refresh": 3}
+    assert compiled.counts == {"refresh": 1, "reuse": 2}
+    compiled(**{**inputs, "encoder_hidden_states": inputs["encoder_hidden_states"].clone()})
+    assert compiled.counts == {"refresh": 2, "reuse": 2}
 
 
 @pytest.mark.usefixtures("compilations")

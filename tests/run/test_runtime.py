@@ -13,7 +13,8 @@ import toma_fx
 from tests import denoisers
 from toma_fx.errors import SignatureError
 from toma_fx.methods.toma import ToMAConfig
-from toma_fx.run.schedule import call_at
+from toma_fx.passes.uses import REFRESH, REUSE
+from toma_fx.run.schedule import due, runnable
 
 SMALL: dict[str, Any] = {"min_tokens": 60, "tile": 4}
 
@@ -53,8 +54,14 @@ def test_schedule(config: dict[str, Any], expected: str) -> None:
 
 def test_first_merged_step_refreshes_even_off_the_grid() -> None:
     config = ToMAConfig(destinations_every=4, first_step=3)
-    assert call_at(config, 5, has_pattern=False) == "refresh"
-    assert call_at(config, 2, has_pattern=True) == "plain"
+    kinds = {"reuse": REUSE, "refresh": REFRESH}
+    assert due(config, 5) == "reuse"
+    assert due(config, 2) == "plain"
+    optimized = toma_fx.optimize(denoisers.sdxl(), **SMALL, destinations_every=4, first_step=3)
+    specialization, _ = optimized.specialized((), denoisers.sdxl_inputs(batch=1))
+    assert {name: specialization.use(name) for name in kinds} == kinds
+    assert runnable("reuse", specialization, set()) == "refresh"
+    assert runnable("reuse", specialization, set(specialization.gives("refresh"))) == "reuse"
 
 
 @torch.no_grad()
@@ -73,9 +80,9 @@ def test_resets() -> None:
 def test_patterns_live_in_buffers_with_fixed_addresses() -> None:
     optimized = toma_fx.optimize(denoisers.sdxl(), **SMALL, destinations_every=2, weights_every=1)
     steps(optimized, 1)
-    before = {k: (v.data_ptr(), v.clone()) for k, v in optimized.states[0].patterns.items()}
+    before = {k: (v.data_ptr(), v.clone()) for k, v in optimized.states[0].buffers.items()}
     steps(optimized, 3, start=800)
-    after = optimized.states[0].patterns
+    after = optimized.states[0].buffers
     assert {k: v.data_ptr() for k, v in after.items()} == {k: p for k, (p, _) in before.items()}
     assert any(not torch.equal(after[k], v) for k, (_, v) in before.items())
 
@@ -230,7 +237,7 @@ def test_no_gradients_are_kept_whatever_the_mode(mode: Any) -> None:
         for i in range(4):
             out = optimized(**denoisers.flux_inputs(8, 8, seed=i, timestep=0.9 - i / 10))[0]
             assert not out.requires_grad
-    assert not any(p.requires_grad for p in optimized.states[0].patterns.values())
+    assert not any(p.requires_grad for p in optimized.states[0].buffers.values())
     assert optimized.states[0].step == 4
 
 

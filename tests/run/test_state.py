@@ -11,7 +11,7 @@ import torch
 import toma_fx
 from tests import denoisers
 from toma_fx.errors import SharedStateError, SignatureError, StateError
-from toma_fx.run.batching import State, rows_of
+from toma_fx.run.batching import State, share_rows
 from toma_fx.run.generation import MAX_PASSES, Generation, PassState
 
 SMALL: dict[str, Any] = {"min_tokens": 60, "tile": 4}
@@ -26,9 +26,10 @@ def passes(calls: list[tuple[float | None, Any]]) -> list[tuple[int, int]]:
     generation = Generation()
     out = []
     for timestep, conditioning in calls:
-        state = generation.turn(timestep, conditioning)
+        state = generation.advance(timestep, conditioning)
+        assert state is not None
         out.append((generation.passes.index(state), state.step))
-        state.done("reuse")
+        state.count("reuse")
     return out
 
 
@@ -74,21 +75,21 @@ def test_calls_at_one_timestep_open_few_passes() -> None:
 def test_patterns_of_another_graph_are_forgotten() -> None:
     state = PassState()
     state.bind("one")
-    state.store(["idx"], [torch.ones(2)])
+    state.keep(["idx"], [torch.ones(2)])
     state.bind("one")
-    assert state.has_pattern
+    assert state.kept == {"idx"}
     state.bind("other")
-    assert not state.has_pattern
-    assert not state.patterns
+    assert not state.kept
+    assert not state.buffers
 
 
-def test_rows_of_states() -> None:
+def test_share_rows_states() -> None:
     two = State(1, {"p": torch.zeros(2, 3)})
-    assert rows_of([two, State(), State()], 4) == [2, 1, 1]
-    assert rows_of([State()], 3) == [3]
+    assert share_rows([two, State(), State()], 4) == [2, 1, 1]
+    assert share_rows([State()], 3) == [3]
     for states, batch in (([two], 3), ([two, State()], 2), ([State(), State()], 3)):
         with pytest.raises(StateError, match="do not fill the batch"):
-            rows_of(states, batch)
+            share_rows(states, batch)
 
 
 # -- states held by the caller --------------------------------------------------------------------
@@ -116,11 +117,11 @@ def test_step_equals_the_stand_in_and_changes_no_state() -> None:
     assert optimized.totals == {"refresh": 2, "reuse": 2, "reweigh": 1, "plain": 1}
     assert optimized.totals == stand_in.totals
     assert not optimized.states
-    kept = {k: v.clone() for k, v in states[2].patterns.items()}
+    kept = {k: v.clone() for k, v in states[2].kept.items()}
     first = optimized.step(call(7, 2), states[2])
     again = optimized.step(call(7, 2), states[2])
     assert torch.equal(first[0][0], again[0][0]), "a state may be used again"
-    assert all(torch.equal(v, kept[k]) for k, v in states[2].patterns.items())
+    assert all(torch.equal(v, kept[k]) for k, v in states[2].kept.items())
     assert [s.step for s in states] == list(range(7))
 
 
@@ -174,7 +175,7 @@ def test_states_that_do_not_fit_are_refused() -> None:
         optimized.step(denoisers.flux_inputs(8, 12, batch=1), begun)
     with pytest.raises(StateError, match="do not fill the batch"):
         optimized.step(call(1, 2, batch=2), begun)
-    with pytest.raises(StateError, match="merge and requests that do not"):
+    with pytest.raises(StateError, match="no program serves requests"):
         optimized.step(together(call(1, 2), call(2, 0)), [begun, State()])
 
 
@@ -320,7 +321,7 @@ def test_an_exception_after_a_step_leaves_the_state_usable(monkeypatch: pytest.M
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(PassState, "store", fails)
+        patched.setattr(PassState, "keep", fails)
         with pytest.raises(KeyboardInterrupt):
             optimized(**call(1, 0))
     optimized(**call(1, 0))

@@ -22,7 +22,7 @@ from toma_fx.analysis.propagate import analyse
 from toma_fx.capture.model import Captured, capture, flatten_call
 from toma_fx.methods.toma import ToMAConfig
 from toma_fx.passes.pipeline import rewrite
-from toma_fx.passes.provide_patterns import Use
+from toma_fx.passes.uses import uses_of
 from toma_fx.plan.plan import MergePlan
 from toma_fx.plan.planner import make_plan
 
@@ -71,12 +71,12 @@ class Traced:
         config = {"min_tokens": 16, **self.case.config, **fields}
         return make_plan(self.analysis, self.flow, ToMAConfig(**config))
 
-    def run(self, plan: MergePlan, use: Use, *given: Tensor) -> list[Tensor]:
+    def run(self, plan: MergePlan, use: str, *given: Tensor) -> list[Tensor]:
         """The model's outputs by a program of the plan, on fresh inputs."""
-        program = rewrite(self.captured, self.analysis, self.flow, plan, use)
+        program = rewrite(self.captured, self.analysis, self.flow, plan, uses_of(plan.config)[use])
         leaves = flatten_call((), self.case.inputs(FRESH))[0]
         results = program.graph_module(*leaves, *given)
-        return tensors(results[: len(results) - len(program.pattern_outputs)])
+        return tensors(results[: len(results) - len(program.gives)])
 
 
 def tensors(outputs: Any) -> list[Tensor]:

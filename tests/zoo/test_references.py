@@ -16,7 +16,7 @@ from tests.zoo.check import FRESH, Traced, difference, tensors, trace
 from tests.zoo.references import FAMILIES, REFERENCES, Places
 from toma_fx.capture.model import flatten_call
 from toma_fx.passes.pipeline import rewrite
-from toma_fx.passes.provide_patterns import Use
+from toma_fx.passes.uses import uses_of
 from toma_fx.plan.plan import MergePlan
 
 TOLERANCE = 1e-5
@@ -51,12 +51,14 @@ def planned(traced: Traced, scope: str) -> tuple[MergePlan, Settings]:
 
 
 def run(
-    traced: Traced, plan: MergePlan, use: Use, inputs: Inputs, *given: Tensor
+    traced: Traced, plan: MergePlan, use: str, inputs: Inputs, *given: Tensor
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs and patterns of a program of the plan."""
-    program = rewrite(traced.captured, traced.analysis, traced.flow, plan, use)
+    program = rewrite(
+        traced.captured, traced.analysis, traced.flow, plan, uses_of(plan.config)[use]
+    )
     results = program.graph_module(*flatten_call((), inputs)[0], *given)
-    count = len(results) - len(program.pattern_outputs)
+    count = len(results) - len(program.gives)
     return tensors(results[:count]), list(results[count:])
 
 

@@ -88,6 +88,28 @@ def example_values(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[An
     return values
 
 
+def models_being_compiled(arguments: Sequence[Argument]) -> list[nn.Module]:
+    """The models whose call Dynamo is compiling in this thread, by the tensors that they own.
+
+    Dynamo names a tensor by an expression over the variables of the compiled function, such as
+    `L['self']._modules['block']._parameters['weight']`: what stands before the first table of a
+    module is the model. After a graph break it is the same, wherever the graph begins.
+    """
+    from torch._dynamo.symbolic_convert import tls
+
+    translator = getattr(tls, "current_tx", None)
+    if translator is None:
+        return []
+    frame = translator.output.root_tx
+    scope = {"L": frame.f_locals, "G": frame.f_globals}
+    names = dict.fromkeys(_TABLE.split(a.source)[0] for a in arguments if a.kind == "owned")
+    owners = [eval(name, scope) for name in names]
+    return [owner for owner in owners if isinstance(owner, nn.Module)]
+
+
+_TABLE = re.compile(r"\._(?:modules|parameters|buffers)\b")
+
+
 def capture_dynamo(
     gm: fx.GraphModule, arguments: Sequence[Argument], values: Sequence[Any]
 ) -> Captured:

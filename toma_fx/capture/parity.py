@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
+from toma_fx.capture.dynamo import Argument
 from toma_fx.capture.grids import raster
 from toma_fx.capture.model import Captured, bare, flatten_call
 from toma_fx.errors import CaptureError, ParityError
@@ -112,6 +113,42 @@ class Expected:
             if values and isinstance(output, Tensor) and not same:
                 return name
         return ""
+
+
+def check_replay(
+    gm: fx.GraphModule, arguments: Sequence[Argument], values: Sequence[Any], captured: Captured
+) -> None:
+    """Compare what was captured of a Dynamo graph with that graph, on fresh inputs.
+
+    Args:
+        gm: the graph. arguments: its inputs. values: of the call that it was captured for; where
+            they are fake or on the meta device nothing can run, and nothing is checked.
+
+    Raises:
+        ParityError: they differ.
+    """
+    if any(isinstance(x, FakeTensor) or getattr(x, "is_meta", False) for x in values):
+        return
+    pairs = list(zip(arguments, values, strict=True))
+    inputs = [fresh(v) if a.kind == "tensor" else v for a, v in pairs]
+
+    def run() -> list[Any]:
+        with torch.no_grad():
+            return [x.detach() if isinstance(x, Tensor) else x for x in gm(*inputs)]
+
+    expected = run()
+    leaves = [a.given(v) for (a, _), v in zip(pairs, inputs, strict=True) if a.captured]
+    with torch.no_grad():
+        results = captured.graph_module(*leaves)
+    difference = _difference(list(results), expected)
+    if difference is not None and _difference(run(), expected) is None:
+        raise ParityError(
+            "the captured graph does not compute what Dynamo's graph computes",
+            where="a graph of torch.compile(backend='toma_fx')",
+            expected="its outputs on inputs that it was not captured with",
+            got=difference,
+            hint="toma_fx.optimize(model).compile() captures the model itself; please report this",
+        )
 
 
 class _Recorder(fx.Interpreter):

@@ -237,8 +237,8 @@ def _token_map(image: Tensor, merged: OptimizedDenoiser, index: int) -> Image.Im
     group = merged.specializations[-1].plan.groups[0]
     setting = cast(ToMA, group.setting)
     (height, width), (h, w) = setting.grid, setting.tile
-    idx = state.patterns[group.tensor("idx")][index]
-    share = state.patterns[group.tensor("unmerge")][index]
+    idx = state.buffers[group.tensor("idx")][index]
+    share = state.buffers[group.tensor("unmerge")][index]
     target = torch.take_along_dim(idx, share.argmax(-1), -1)
     picture = Image.blend(_picture(image), Image.new("RGB", (CELL, CELL), "white"), 0.35)
     draw = ImageDraw.Draw(picture)

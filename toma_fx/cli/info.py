@@ -39,7 +39,7 @@ def show_manifest(args: argparse.Namespace, options: dict[str, Any], console: Co
 def _rows(manifest: Manifest) -> list[tuple[str, str]]:
     """What to show of a manifest: (name, text)."""
     target, device = manifest.target, manifest.device
-    patterns = sum(map(_bytes, manifest.patterns))
+    patterns = sum(map(_bytes, manifest.kept))
     rows = [
         ("target", ", ".join([target.name, *(f"{k} {v}" for k, v in target.options.items())])),
         ("built for", " ".join(w for w in (device.type, device.name, device.arch) if w)),
@@ -47,7 +47,7 @@ def _rows(manifest: Manifest) -> list[tuple[str, str]]:
         ("license", manifest.license or "not stated"),
         ("method", _method(manifest.plan)),
         ("merges", _merged_steps(manifest.schedule)),
-        ("patterns", f"{len(manifest.patterns)} tensors, {bytes_text(patterns)}"),
+        ("patterns", f"{len(manifest.kept)} tensors, {bytes_text(patterns)}"),
     ]
     rows += [
         (f"program {call}", program.file + (f": {program.entry}" if program.entry else ""))
@@ -74,7 +74,7 @@ def _merged_steps(schedule: Schedule) -> str:
         return "nothing"
     order = " ".join((*schedule.begin, f"({' '.join(schedule.cycle)}) ..."))
     steps = f"steps {first} to {'the last' if last is None else last}"
-    return f"{steps}: {order}" if schedule.patterned else f"{steps}, without patterns"
+    return f"{steps}: {order}"
 
 
 def _method(plan: Mapping[str, Any]) -> str:

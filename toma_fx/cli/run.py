@@ -37,9 +37,9 @@ def run_artifact(args: argparse.Namespace, options: dict[str, Any], console: Con
     call = arguments_for(denoiser.manifest, tensors)
     timestep = call.get("timestep") if not args.inputs else None
     times, outputs = defaultdict[str, list[float]](list), None
-    calls = denoiser.manifest.calls(args.steps)
+    kinds = denoiser.manifest.kinds(args.steps)
     for rounds in range(2):  # the first round warms up
-        for step, program in enumerate(calls):
+        for step, program in enumerate(kinds):
             if timestep is not None:
                 call["timestep"] = (timestep * (1 - step / args.steps)).to(timestep.dtype)
             start = time.perf_counter()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -33,8 +33,7 @@ from toma_fx.export.manifest import (
 from toma_fx.export.programs import Programs, export_programs
 from toma_fx.export.registry import make_target
 from toma_fx.export.targets import Lowered, Runtime, Target
-from toma_fx.plan.plan import MergePlan
-from toma_fx.run.schedule import Call, Schedule
+from toma_fx.run.schedule import Schedule
 
 ALIKE = {"float16": 0.85, "bfloat16": 0.7}
 """Least share of tokens that an artifact's patterns treat as the process's do, by dtype of the
@@ -123,7 +122,7 @@ def manifest_of(programs: Programs, lowered: Lowered, license: str) -> Manifest:
     constants = tuple(
         Constant(path, leaf) for path, leaf, _ in leaves if not isinstance(leaf, Tensor)
     )
-    used = {n for p in lowered.programs.values() for n in (*p.patterns_in, *p.patterns_out)}
+    used = {n for p in lowered.programs.values() for n in (*p.takes, *p.gives)}
     return Manifest(
         version=VERSION,
         target=lowered.target,
@@ -133,15 +132,13 @@ def manifest_of(programs: Programs, lowered: Lowered, license: str) -> Manifest:
         dtype=TensorSpec.of("", next(denoiser.denoiser.parameters())).dtype,
         license=license,
         plan=_jsonable(programs.plan.to_json()),
-        schedule=_schedule(programs.plan, lowered.programs.values()),
+        schedule=_schedule(programs, lowered.programs),
         parameters=denoiser.parameter_names,
         inputs=inputs,
         constants=constants,
         outputs=tuple(TensorSpec.of(name, x) for name, x in programs.outputs.items()),
         structure=_structure(captured.out_spec),
-        patterns=tuple(
-            TensorSpec.of(name, x) for name, x in programs.patterns.items() if name in used
-        ),
+        kept=tuple(TensorSpec.of(name, x) for name, x in programs.kept.items() if name in used),
         programs=lowered.programs,
         versions={"toma_fx": version("toma_fx"), "torch": torch.__version__, **lowered.versions},
         parity=(),
@@ -149,15 +146,15 @@ def manifest_of(programs: Programs, lowered: Lowered, license: str) -> Manifest:
     )
 
 
-def _schedule(plan: MergePlan, programs: Iterable[ProgramSpec]) -> Schedule:
-    """Which program runs when."""
-    if not plan.segments:
+def _schedule(programs: Programs, lowered: Mapping[str, ProgramSpec]) -> Schedule:
+    """Which kind is due when; for a kind that the target left out, what runs instead of it."""
+    if not programs.plan.segments:
         return Schedule.plain()
-    schedule = Schedule.of(plan.config)
-    if schedule.patterned and not any(program.patterns_out for program in programs):
-        # no program hands patterns on: every merged step selects anew
-        return replace(schedule, begin=(), cycle=("refresh",))
-    return schedule
+
+    def replacing(kind: str) -> str:
+        return kind if kind in lowered else programs[kind].instead
+
+    return Schedule.of(programs.plan.config, replacing)
 
 
 def _compare(programs: Programs, manifest: Manifest, runtime: Runtime) -> Iterator[Parity]:
@@ -171,7 +168,7 @@ def _compare(programs: Programs, manifest: Manifest, runtime: Runtime) -> Iterat
         BuildError: outputs or patterns differ by more than the tolerance.
     """
     patterns = dict[str, Tensor]()
-    for step, call in enumerate(_checked_calls(manifest)):
+    for step, call in enumerate(_checked_kinds(manifest)):
         where = f"step {step} ({call})"
         inputs = [fresh(x, seed=step) for x in programs.inputs.values()]
         outputs, given = runtime.run(call, inputs, patterns)
@@ -223,12 +220,11 @@ def _alike(programs: Programs, a: Mapping[str, Tensor], b: Mapping[str, Tensor])
     return min(shares)
 
 
-def _checked_calls(manifest: Manifest) -> list[Call]:
-    """Programs of the first merged steps, and those that no such step runs."""
+def _checked_kinds(manifest: Manifest) -> list[str]:
+    """Kinds of the first merged steps, and those that no such step runs."""
     first = manifest.schedule.first_step
-    calls = manifest.calls(first + CHECKED_STEPS)[first:]
-    order: tuple[Call, ...] = ("refresh", "reweigh", "reuse", "plain")
-    return calls + [c for c in order if c in manifest.programs and c not in calls]
+    kinds = manifest.kinds(first + CHECKED_STEPS)[first:]
+    return kinds + [kind for kind in manifest.programs if kind not in kinds]
 
 
 def _structure(spec: pytree.TreeSpec) -> Structure:

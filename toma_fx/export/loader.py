@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import hashlib
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,26 +13,90 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toma_fx.capture.grids import raster
+from toma_fx.capture.grids import Raster
 from toma_fx.compat import ORIGINAL_FORWARD
 from toma_fx.errors import ArtifactError, SignatureError
 from toma_fx.export.artifact import verify_artifact
-from toma_fx.export.manifest import Manifest, TensorSpec, raster_spec
+from toma_fx.export.manifest import InputSpec, Manifest, ProgramSpec, TensorSpec, raster_spec
 from toma_fx.export.registry import TARGETS, target_class
 from toma_fx.export.targets import Runtime
-from toma_fx.run.generation import Generation, PassState
+from toma_fx.run.batching import State, step_states
+from toma_fx.run.calls import CONDITIONING, TIMESTEP, call_of_step, number_of
+from toma_fx.run.generation import Rasters
+from toma_fx.run.stepper import GENERATIONS, OWN_STATE, StepCall, Stepper
 
 NUMBERS = ("timestep", "_ids")
 """Ends of the names of inputs that may come in any dtype that holds their values: schedulers count
 timesteps in integers or not, pipelines number positions in the dtype of their embeddings."""
 
 
+class ArtifactPrograms:
+    """The programs of an artifact, by kind: a `run.stepper.ProgramSet`."""
+
+    def __init__(self, manifest: Manifest, runtime: Runtime) -> None:
+        self._manifest, self._runtime = manifest, runtime
+        self.schedule = manifest.schedule
+        self.settings = tuple((spec.name, spec.shape, spec.dtype) for spec in manifest.kept)
+        self.batch_sizes = frozenset(spec.shape[0] for spec in manifest.kept if spec.shape)
+
+    def takes(self, kind: str) -> tuple[str, ...]:
+        """Names of the kept tensors that follow the model's own inputs."""
+        return self._spec(kind).takes
+
+    def gives(self, kind: str) -> tuple[str, ...]:
+        """Names of the kept tensors that follow the model's own outputs."""
+        return self._spec(kind).gives
+
+    def instead(self, kind: str) -> str:
+        """The kind that runs while something that `kind` takes is not kept."""
+        return self._spec(kind).instead
+
+    def mixed(self, kinds: Collection[str]) -> str | None:
+        """None: artifacts hold no program for requests that are due different kinds."""
+        return None
+
+    def count(self, kind: str) -> None:
+        """Nothing to count in an artifact."""
+
+    def runner(self, kind: str) -> Callable[..., list[Tensor]]:
+        """The program: (inputs, kept tensors) -> (outputs, kept tensors), flat."""
+        own, spec = len(self._manifest.inputs), self._spec(kind)
+
+        def run(*flat: Tensor) -> list[Tensor]:
+            kept = dict(zip(spec.takes, flat[own:], strict=True))
+            outputs, given = self._runtime.run(kind, flat[:own], kept)
+            # the next run may write to the same memory
+            return [x.clone() for x in (*outputs, *(given[name] for name in spec.gives))]
+
+        return run
+
+    def _spec(self, kind: str) -> ProgramSpec:
+        if kind not in self._manifest.programs:
+            raise ArtifactError(
+                "the artifact lacks a program that its schedule names",
+                where="manifest.json",
+                expected=f"a program of the kind {kind!r}",
+                got=", ".join(self._manifest.programs),
+                hint="the artifact is damaged or was edited: build it anew",
+            )
+        return self._manifest.programs[kind]
+
+
+@dataclass(frozen=True)
+class ArtifactCall:
+    """A call that fits an artifact: inputs of its programs, and the arguments they came from."""
+
+    inputs: tuple[Tensor, ...]
+    arguments: Mapping[tuple[str, ...], Any]
+
+
 class ArtifactDenoiser(nn.Module):
     """A denoiser that runs from an artifact. Made by `toma_fx.load`.
 
     Called by keyword as the original, or with its arguments in the order of the manifest. It keeps
-    the merging state as an optimized denoiser does: by `cache_context`, from step to step, reset at
-    the end of a pipeline call. It has no parameters: weights are in the artifact.
+    state as an optimized denoiser does: by `cache_context` and `own_state`, from step to step,
+    reset at the end of a pipeline call; or the caller holds it, `step(inputs, state)`. It has no
+    parameters: weights are in the artifact.
 
     Attributes:
         manifest: what the artifact says of itself. config: the original's configuration.
@@ -41,10 +106,9 @@ class ArtifactDenoiser(nn.Module):
         super().__init__()
         self.manifest = manifest
         self.config = _Config(manifest.model_config)
-        self._runtime, self._device = runtime, device
-        self._generations: dict[str, Generation] = {}
-        self._context = ""
-        self._busy = threading.Lock()
+        self._programs, self._device = ArtifactPrograms(manifest, runtime), device
+        self._stepper = Stepper(GENERATIONS, "the loaded artifact", OWN_STATE)
+        self._digest = hashlib.sha256(manifest.to_json().encode()).hexdigest()
         self.training = False
         inside = manifest.model_config.get("projection_class_embeddings_input_dim")
         if inside is not None:  # SDXL's pipelines compare it with what they made
@@ -69,56 +133,52 @@ class ArtifactDenoiser(nn.Module):
 
         Raises:
             SignatureError: other inputs than the artifact was built for: names the first.
-            SharedStateError: another thread is in the middle of a generation.
+            SharedStateError: another thread is in a step, or in the middle of a generation.
         """
-        inputs, leaves = self._inputs(args, kwargs)
-        with self._busy, torch.no_grad():
-            generation = self._generations.setdefault(self._context, Generation())
-            timestep = _number(leaves.get(("timestep",)))
-            conditioning = leaves.get(("encoder_hidden_states",))
-            if generation.starts(timestep, conditioning):
-                self._check_rasters(leaves)
-            try:
-                state = generation.turn(timestep, conditioning)
-                outputs = self._step(state, inputs)
-            except BaseException:
-                generation.restart()
-                raise
+        call = self._call(args, kwargs)
+        outputs = self._stepper.step(
+            lambda: self._step_call(call), lambda rasters: self._find(rasters)
+        )
         return self._structured(outputs)
 
-    def _step(self, state: PassState, inputs: Sequence[Tensor]) -> list[Tensor]:
-        call = self.manifest.schedule.call(state.step, state.has_pattern)
-        program = self.manifest.programs[call]
-        patterns = {name: state.patterns[name] for name in program.patterns_in}
-        outputs, made = self._runtime.run(call, inputs, patterns)
-        if made:
-            state.store(list(made), list(made.values()))
-        state.done(call)
-        return [x.clone() for x in outputs]
+    def step(self, inputs: Any, state: State | Sequence[State]) -> tuple[Any, Any]:
+        """One denoising step with the state in the caller's hands; changes nothing else.
+
+        Args:
+            inputs: keyword arguments of the call (a dict), or a pair (args, kwargs).
+            state: `State()` before a request's first step, then what the last step returned. Or a
+                list of them, one per request, when the batch holds several, in batch order; an
+                artifact serves requests that are due the same kind of program.
+
+        Returns:
+            (outputs as the denoiser returned them, next state or list of next states).
+
+        Raises:
+            StateError: no states, states that do not fill the batch, that belong to another
+                artifact's shapes, or that are due different kinds of programs.
+            SignatureError: inputs that the artifact was not built for.
+        """
+        args, kwargs = call_of_step(inputs)
+        call = self._call(args, kwargs)
+        step_call = self._step_call(call)
+        self._find(Rasters.read(step_call.ids).values)
+        model = (self._digest, str(self._device))
+        outputs, following = step_states(
+            self._stepper, self._programs, call.inputs, state, model, nullcontext
+        )
+        return self._structured(outputs), following
 
     # -- what a call is -------------------------------------------------------------------------
 
-    def _inputs(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> tuple[list[Tensor], dict[tuple[str, ...], Any]]:
-        """The inputs of the programs, and every leaf by its path."""
-        given = {**dict(zip(self.manifest.parameters, args, strict=False)), **kwargs}
-        leaves = dict(_leaves(given))
-        inputs = []
-        for spec in self.manifest.inputs:
-            value = leaves.get(spec.path)
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                value = torch.tensor(value, dtype=getattr(torch, spec.tensor.dtype))
-            want = f"{spec.tensor.shape} {spec.tensor.dtype}"
-            if not isinstance(value, Tensor):
-                raise _misfit(spec.path, want, repr(value))
-            if spec.path[-1].endswith(NUMBERS):
-                value = _exactly(value, getattr(torch, spec.tensor.dtype))
-            found = TensorSpec.of(spec.tensor.name, value)
-            got = f"{found.shape} {found.dtype}"
-            if got != want:
-                raise _misfit(spec.path, want, got)
-            inputs.append(value.to(self._device))
+    def _call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ArtifactCall:
+        """A call, checked against the manifest.
+
+        Raises:
+            SignatureError: names the first argument that does not fit.
+        """
+        named = {**dict(zip(self.manifest.parameters, args, strict=False)), **kwargs}
+        leaves = dict(_leaves(named))
+        inputs = tuple(self._input(spec, leaves.get(spec.path)) for spec in self.manifest.inputs)
         known = {spec.path for spec in self.manifest.inputs}
         for constant in self.manifest.constants:
             if leaves.get(constant.path) != constant.value:
@@ -130,16 +190,43 @@ class ArtifactDenoiser(nn.Module):
             raise _misfit(
                 extra, "nothing: the artifact has no such input", repr(leaves[extra])[:80]
             )
-        return inputs, leaves
+        return ArtifactCall(inputs, leaves)
 
-    def _check_rasters(self, leaves: Mapping[tuple[str, ...], Any]) -> None:
-        """Position ids must enumerate the grid that the programs merge on."""
-        for spec in self.manifest.inputs:
-            if spec.raster is None:
-                continue
-            got = raster_spec(raster(leaves[spec.path]))
-            if got != spec.raster:
-                raise _misfit(spec.path, f"positions of a grid {spec.raster}", str(got))
+    def _input(self, spec: InputSpec, value: Any) -> Tensor:
+        """One input of the programs, on their device."""
+        dtype = getattr(torch, spec.tensor.dtype)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            value = torch.tensor(value, dtype=dtype)
+        want = f"{spec.tensor.shape} {spec.tensor.dtype}"
+        if not isinstance(value, Tensor):
+            raise _misfit(spec.path, want, repr(value))
+        if spec.path[-1].endswith(NUMBERS):
+            value = _cast_exactly(value, dtype)
+        own = TensorSpec.of(spec.tensor.name, value)
+        got = f"{own.shape} {own.dtype}"
+        if got != want:
+            raise _misfit(spec.path, want, got)
+        placed: Tensor = value.to(self._device)
+        return placed
+
+    def _step_call(self, call: ArtifactCall) -> StepCall:
+        arguments, specs = call.arguments, self.manifest.inputs
+        conditioning = arguments.get((CONDITIONING,))
+        return StepCall(
+            signature=None,
+            leaves=call.inputs,
+            ids=[arguments[spec.path] if spec.raster is not None else None for spec in specs],
+            timestep=number_of(arguments.get((TIMESTEP,))),
+            conditioning=conditioning if isinstance(conditioning, Tensor) else None,
+        )
+
+    def _find(self, rasters: tuple[Raster | None, ...]) -> tuple[Hashable, ArtifactPrograms]:
+        """The programs; position ids must enumerate the grid that they merge on."""
+        for spec, raster in zip(self.manifest.inputs, rasters, strict=True):
+            if spec.raster is not None and raster_spec(raster) != spec.raster:
+                want = f"positions of a grid {spec.raster}"
+                raise _misfit(spec.path, want, str(raster_spec(raster)))
+        return None, self._programs
 
     def _structured(self, outputs: list[Tensor]) -> Any:
         structure = self.manifest.structure
@@ -177,19 +264,17 @@ class ArtifactDenoiser(nn.Module):
             )
         super().__setattr__(name, value)
 
-    @contextmanager
-    def cache_context(self, name: str) -> Iterator[None]:
-        """Keep separate patterns for the calls inside ("cond", "uncond" of true CFG)."""
-        previous, self._context = self._context, name
-        try:
-            yield
-        finally:
-            self._context = previous
+    def cache_context(self, name: str) -> AbstractContextManager[None]:
+        """Keep separate state for the calls inside ("cond", "uncond" of true CFG)."""
+        return self._stepper.cache_context(name)
+
+    def own_state(self) -> AbstractContextManager[None]:
+        """Calls of this thread inside keep their state apart from everybody else's."""
+        return self._stepper.own_state()
 
     def reset(self) -> None:
-        """Forget every pattern; the next call is step 0 of a new generation."""
-        for generation in self._generations.values():
-            generation.restart()
+        """Forget what is kept; the next call is step 0 of a new generation."""
+        self._stepper.reset()
 
     def _reset_stateful_cache(self, *args: Any, **kwargs: Any) -> None:
         """Called by diffusers pipelines at the end of a generation."""
@@ -304,18 +389,12 @@ def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
         yield path, value
 
 
-def _exactly(value: Tensor, dtype: torch.dtype) -> Tensor:
+def _cast_exactly(value: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor in another dtype, if that changes no value."""
     if value.dtype == dtype:
         return value
     cast = value.to(dtype)
     return cast if torch.equal(cast.to(value.dtype), value) else value
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, Tensor):
-        return float(value.reshape(-1)[0]) if value.numel() else None
-    return None if value is None else float(value)
 
 
 def _misfit(path: Sequence[str], expected: str, got: str) -> SignatureError:

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any, Self
 
 from toma_fx.errors import ArtifactError
 from toma_fx.export.decode import check_file_name, decode, malformed
-from toma_fx.run.schedule import Call, Schedule
+from toma_fx.run.schedule import Schedule, due, runnable
 
 if TYPE_CHECKING:  # `toma-fx info` reads manifests without torch
     from torch import Tensor
 
     from toma_fx.capture.grids import Raster
 
-VERSION = 1
+VERSION = 2
 """Version of the form of the manifest; readers refuse others."""
 
 
@@ -96,14 +96,15 @@ class ProgramSpec:
 
     Attributes:
         file: the file that holds it. entry: its name inside, where a file holds several.
-        patterns_in, patterns_out: names of the patterns that follow the model's own inputs and
-            outputs, in this order.
+        takes, gives: names of the kept tensors that follow the model's own inputs and outputs, in
+            this order. instead: the kind that runs while one that it takes is not kept.
     """
 
     file: str
     entry: str
-    patterns_in: tuple[str, ...]
-    patterns_out: tuple[str, ...]
+    takes: tuple[str, ...]
+    gives: tuple[str, ...]
+    instead: str
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ class Manifest:
         plan: what merges, as `MergePlan.to_json()` gives it. schedule: which program runs when.
         parameters: of a call, in order, for arguments without keywords.
         inputs, constants, outputs, structure: what a call takes and gives.
-        patterns: every pattern tensor. programs: by kind of step.
+        kept: every tensor that is kept from step to step. programs: by kind of step.
         versions: of toma_fx, torch, and what the target is made with.
         parity: the check that the build ended with. files: by path inside the folder.
     """
@@ -186,15 +187,28 @@ class Manifest:
     constants: tuple[Constant, ...]
     outputs: tuple[TensorSpec, ...]
     structure: Structure
-    patterns: tuple[TensorSpec, ...]
+    kept: tuple[TensorSpec, ...]
     programs: Mapping[str, ProgramSpec]
     versions: Mapping[str, str]
     parity: tuple[Parity, ...]
     files: Mapping[str, FileSpec]
 
-    def calls(self, steps: int) -> list[Call]:
-        """Programs of the first steps of a generation."""
-        return [self.schedule.call(i, i > self.schedule.first_step) for i in range(steps)]
+    def kinds(self, steps: int) -> list[str]:
+        """Kinds of the programs of the first steps of a generation."""
+        kept: set[str] = set()
+        kinds = []
+        for step in range(steps):
+            kinds.append(runnable(due(self.schedule, step), self, kept))
+            kept.update(self.programs[kinds[-1]].gives)
+        return kinds
+
+    def takes(self, kind: str) -> tuple[str, ...]:
+        """Names of the kept tensors that a kind of program takes."""
+        return self.programs[kind].takes
+
+    def instead(self, kind: str) -> str:
+        """The kind that runs while something that `kind` takes is not kept."""
+        return self.programs[kind].instead
 
     def to_json(self) -> str:
         """As JSON text."""

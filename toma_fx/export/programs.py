@@ -16,12 +16,12 @@ from toma_fx.errors import ModelTypeError
 from toma_fx.export.selection import ExpandSelection
 from toma_fx.graph.rewriter import Rewriter
 from toma_fx.graph.verify import output_values
-from toma_fx.passes.pipeline import copy_graph, rewrite
+from toma_fx.passes.pipeline import copy_graph
 from toma_fx.plan.plan import MergePlan
 from toma_fx.run.calls import call_of
 from toma_fx.run.denoiser import OptimizedDenoiser, optimized_of
 from toma_fx.run.programs import Specialization, tracing
-from toma_fx.run.schedule import LONGEST, Call, call_at
+from toma_fx.run.schedule import LONGEST, due, runnable
 
 
 @dataclass(frozen=True)
@@ -29,17 +29,18 @@ class Exported:
     """One exported program.
 
     Attributes:
-        program: (model inputs, pattern inputs) -> (model outputs, pattern outputs), flat, of static
+        program: (model inputs, kept tensors) -> (model outputs, kept tensors), flat, of static
             shapes and operators of torch alone. Inputs are tensors; constants are gone.
         example: inputs that it was exported with, in order.
-        pattern_inputs, pattern_outputs: names of the patterns, which follow the model's own inputs
-            and outputs in this order.
+        takes, gives: names of the kept tensors, which follow the model's own inputs and outputs in
+            this order. instead: the kind that runs while one that it takes is not kept.
     """
 
     program: ExportedProgram
     example: tuple[Tensor, ...]
-    pattern_inputs: tuple[str, ...]
-    pattern_outputs: tuple[str, ...]
+    takes: tuple[str, ...]
+    gives: tuple[str, ...]
+    instead: str
 
     @cached_property
     def module(self) -> fx.GraphModule:
@@ -48,34 +49,33 @@ class Exported:
 
 
 @dataclass(frozen=True)
-class Programs(Mapping[Call, Exported]):
+class Programs(Mapping[str, Exported]):
     """The programs that the schedule of an optimized denoiser runs, by kind of step.
 
     Attributes:
-        denoiser: what they were made of. specialization: what was captured of it. plan: its
-            plan.
-        by_call: "refresh", "reweigh", "reuse" and "plain", those of them that some step runs.
+        denoiser: what they were made of. specialization: what was captured of it. plan: its plan.
+        by_kind: those that some step runs.
         paths: keyword of every leaf of a call, and keys below it where arguments are nested, in
             the order of `leaves`. leaves: tensors and constants of the example call.
-        patterns: an example of every pattern tensor, by name.
+        kept: an example of every kept tensor, by name.
     """
 
     denoiser: OptimizedDenoiser
     specialization: Specialization
     plan: MergePlan
-    by_call: Mapping[Call, Exported]
+    by_kind: Mapping[str, Exported]
     paths: tuple[tuple[str, ...], ...]
     leaves: tuple[Any, ...]
-    patterns: Mapping[str, Tensor]
+    kept: Mapping[str, Tensor]
 
-    def __getitem__(self, call: Call) -> Exported:
-        return self.by_call[call]
+    def __getitem__(self, kind: str) -> Exported:
+        return self.by_kind[kind]
 
-    def __iter__(self) -> Iterator[Call]:
-        return iter(self.by_call)
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.by_kind)
 
     def __len__(self) -> int:
-        return len(self.by_call)
+        return len(self.by_kind)
 
     @property
     def device(self) -> torch.device:
@@ -83,13 +83,13 @@ class Programs(Mapping[Call, Exported]):
         return next(self.denoiser.denoiser.parameters()).device
 
     def run(
-        self, call: Call, inputs: Sequence[Tensor], patterns: Mapping[str, Tensor]
+        self, kind: str, inputs: Sequence[Tensor], kept: Mapping[str, Tensor]
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """One step in this process: (the model's outputs, patterns that the program gives)."""
-        made = self.by_call[call]
+        """One step in this process: (the model's outputs, kept tensors that the program gives)."""
+        exported = self.by_kind[kind]
         with torch.no_grad():
-            results = list(made.module(*inputs, *(patterns[name] for name in made.pattern_inputs)))
-        return parted(results, made.pattern_outputs)
+            results = list(exported.module(*inputs, *(kept[name] for name in exported.takes)))
+        return split_outputs(results, exported.gives)
 
     @property
     def inputs(self) -> dict[str, Tensor]:
@@ -104,12 +104,12 @@ class Programs(Mapping[Call, Exported]):
         return {f"output_{i}": x for i, x in enumerate(fakes)}
 
 
-def parted(
-    results: Sequence[Tensor], patterns: Sequence[str]
+def split_outputs(
+    results: Sequence[Tensor], gives: Sequence[str]
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """What a program gives: the model's own outputs, and the patterns after them by their names."""
-    own = len(results) - len(patterns)
-    return list(results[:own]), dict(zip(patterns, results[own:], strict=True))
+    """What a program gives: the model's own outputs, and the kept tensors after them by name."""
+    own = len(results) - len(gives)
+    return list(results[:own]), dict(zip(gives, results[own:], strict=True))
 
 
 def export_programs(optimized: Any, example_inputs: Any) -> Programs:
@@ -133,52 +133,57 @@ def export_programs(optimized: Any, example_inputs: Any) -> Programs:
             got=type(optimized).__name__,
         )
     denoiser.config_toma.check_static("export")
-    specialization, given = denoiser.specialized(*call_of(example_inputs))
+    specialization, arguments = denoiser.specialized(*call_of(example_inputs))
+    leaves = arguments.leaves
+    by_kind: dict[str, Exported] = {}
+    kept: dict[str, Tensor] = {}
+    for kind in kinds_that_run(specialization):
+        by_kind[kind] = _export(specialization, kind, leaves, kept)
+    args, kwargs = arguments.call.args, dict(sorted(arguments.call.kwargs.items()))
+    paths = pytree.tree_flatten_with_path((args, kwargs))[0]
+    names = tuple(_path(path[1:]) for path, _ in paths)
     plan = specialization.plan
-    by_call: dict[Call, Exported] = {}
-    patterns: dict[str, Tensor] = {}
-    for call in _calls(plan):
-        by_call[call] = _exported(specialization, plan, call, given.leaves, patterns)
-    tree = (
-        ((), dict(sorted(given.kwargs.items()))) if not given.args else (given.args, given.kwargs)
-    )
-    paths = tuple(_path(path[1:]) for path, _ in pytree.tree_flatten_with_path(tree)[0])
-    return Programs(denoiser, specialization, plan, by_call, paths, tuple(given.leaves), patterns)
+    return Programs(denoiser, specialization, plan, by_kind, names, tuple(leaves), kept)
 
 
-def _exported(
+def _export(
     specialization: Specialization,
-    plan: MergePlan,
-    call: Call,
+    kind: str,
     leaves: Sequence[Any],
-    patterns: dict[str, Tensor],
+    kept: dict[str, Tensor],
 ) -> Exported:
-    """One program, without the inputs that are constants; notes the patterns that it gives."""
-    captured = specialization.captured
-    taken: tuple[str, ...] = ()
-    given: tuple[str, ...] = ()
+    """One program, without the inputs that are constants; adds what it gives to `kept`."""
+    program = specialization.program(kind)
     with tracing(), torch.no_grad():
-        if call == "plain":
-            graph_module = copy_graph(captured.graph_module)
-        else:
-            program = rewrite(captured, specialization.analysis, specialization.flow, plan, call)
-            graph_module = program.graph_module
-            taken, given = program.pattern_inputs, program.pattern_outputs
-        pairs = zip(captured.inputs, leaves, strict=True)
+        graph_module = copy_graph(program.graph_module)
+        pairs = zip(specialization.captured.inputs, leaves, strict=True)
         constants = [spec.name for spec, leaf in pairs if not _is_tensor(leaf)]
         rewriter = Rewriter(graph_module)
         expand = ExpandSelection()
         with rewriter.running(expand.name):
             expand.apply(rewriter)
         rewriter.erase_inputs(constants)
-        tensors = (*filter(_is_tensor, leaves), *(patterns[name] for name in taken))
+        tensors = (*filter(_is_tensor, leaves), *(kept[name] for name in program.takes))
         # programs of static shapes have static strides too, and runtimes hand over contiguous ones
         example = tuple(x.contiguous() for x in tensors)
-        if given:
+        if program.gives:
             results = graph_module(*example)
-            patterns.update(zip(given, results[len(results) - len(given) :], strict=True))
+            own = len(results) - len(program.gives)
+            kept.update(zip(program.gives, results[own:], strict=True))
         exported = torch.export.export(graph_module, example, strict=False)
-    return Exported(exported, example, taken, given)
+    return Exported(exported, example, program.takes, program.gives, program.use.instead)
+
+
+def kinds_that_run(specialization: Specialization) -> list[str]:
+    """The kinds of programs that some step of a generation runs, in the order of `uses`."""
+    schedule = specialization.schedule
+    kept: set[str] = set()
+    ran = set()
+    for step in range(max(LONGEST, (schedule.last_step or 0) + 2)):
+        kind = runnable(due(schedule, step), specialization, kept)
+        kept.update(specialization.gives(kind))
+        ran.add(kind)
+    return [kind for kind in specialization.uses if kind in ran]
 
 
 def _is_tensor(leaf: Any) -> bool:
@@ -188,15 +193,3 @@ def _is_tensor(leaf: Any) -> bool:
 def _path(keys: Sequence[Any]) -> tuple[str, ...]:
     """Keyword of a leaf, and keys below it."""
     return tuple(str(getattr(key, "key", getattr(key, "idx", key))) for key in keys)
-
-
-def _calls(plan: MergePlan) -> list[Call]:
-    """The kinds of steps in a generation, those that give patterns first."""
-    config = plan.config
-    if not plan.segments:
-        return ["plain"]
-    first = call_at(config, config.first_step, False)
-    later = (call_at(config, step, True) for step in range(LONGEST))
-    order: tuple[Call, ...] = ("refresh", "reweigh", "reuse", "plain")
-    ran = {first, *later, *(["plain"] if config.last_step is not None else [])}
-    return [call for call in order if call in ran]

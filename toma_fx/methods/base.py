@@ -26,10 +26,6 @@ Share = Literal["stream", "block", "branch"]
 """Branches that have one pattern: all of a residual stream, those of a block, or one."""
 
 
-Renewal = Literal["refresh", "reweigh", "reuse"]
-"""What a step does with the pattern: select and weigh, weigh for the same destinations, or keep."""
-
-
 BRANCHES = ("attention", "cross", "mlp")
 """Kinds of branches of a residual stream."""
 
@@ -62,6 +58,8 @@ class MethodConfig(ABC):
         overridable: fields that `overrides` may set.
         patterned: whether there is a pattern; if not, nothing is ever selected.
         keys_only: whether only keys and values of self-attention merge; nothing is unmerged then.
+        uses: kinds of programs (`toma_fx.passes.uses.Use`) that `renewal` names beside the
+            package's own.
 
     Raises:
         ConfigError: a value outside its domain. UnknownNameError: an unknown choice or field.
@@ -86,6 +84,7 @@ class MethodConfig(ABC):
     overridable: ClassVar[tuple[str, ...]] = ("min_tokens",)
     patterned: ClassVar[bool] = True
     keys_only: ClassVar[bool] = False
+    uses: ClassVar[tuple[Any, ...]] = ()
 
     def __post_init__(self) -> None:
         for name in ("branches", "include", "exclude"):
@@ -154,8 +153,10 @@ class MethodConfig(ABC):
                 hint=self.static_form,
             )
 
-    def renewal(self, since: int) -> Renewal:
-        """What a step does with the pattern, `since` steps after the first that merges."""
+    def renewal(self, since: int) -> str:
+        """The kind of program that is due `since` steps after the first that merges."""
+        if not self.patterned:
+            return "reuse"
         if self.select_at is not None:
             return "refresh" if since in self.select_at else "reuse"
         return "refresh" if since % self.destinations_every == 0 else "reuse"

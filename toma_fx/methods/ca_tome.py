@@ -18,7 +18,6 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from toma_fx.compat import is_fake
-from toma_fx.methods.base import Renewal
 from toma_fx.methods.cells import CellConfig
 from toma_fx.methods.checks import check_choice, is_number
 from toma_fx.methods.setting import Pattern, Place
@@ -157,7 +156,7 @@ class CAToMeConfig(CellConfig):
         scaled = {round(step * self.steps / PUBLISHED_STEPS) for step in listed}
         return tuple(sorted({0} | {step for step in scaled if step < self.steps}))
 
-    def renewal(self, since: int) -> Renewal:
+    def renewal(self, since: int) -> str:
         """Checkpoints match anew."""
         due = self.refresh_steps
         if self.select_at is not None or due is None:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 import toma_fx.methods.ops  # noqa: F401 - registers the operator
 from toma_fx.errors import TileError
-from toma_fx.methods.base import BRANCHES, MethodConfig, Renewal, Scope, Share
+from toma_fx.methods.base import BRANCHES, MethodConfig, Scope, Share
 from toma_fx.methods.checks import is_count, is_number, is_size
 from toma_fx.methods.facility import facility_location
 from toma_fx.methods.setting import Pattern, Place, Setting
@@ -232,7 +232,7 @@ class ToMAConfig(MethodConfig):
         """Whether the ratio is 0."""
         return self.ratio == 0
 
-    def renewal(self, since: int) -> Renewal:
+    def renewal(self, since: int) -> str:
         """Weights may be recomputed between two selections."""
         due = super().renewal(since)
         return "reweigh" if due == "reuse" and since % self.weights_every == 0 else due

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
+from typing import ClassVar, Self
 
 from torch import Tensor, fx
 
@@ -29,22 +30,31 @@ from toma_fx.analysis.labels import token_dim, tokens_of
 from toma_fx.errors import RewriteError
 from toma_fx.graph.rewriter import Rewriter
 from toma_fx.passes import snippets as tokens
+from toma_fx.passes.job import Job
 from toma_fx.passes.snippets import PatternNodes, Span, span_of
 from toma_fx.plan.plan import MergePlan, MergeSegment
 
 
 @dataclass(frozen=True)
 class MergeSegments:
-    """Rewrite every segment of `plan`; `patterns` are the pattern nodes of its groups."""
+    """Rewrite every segment of `plan`; patterns are those that `ProvidePatterns` handed on."""
 
     plan: MergePlan
     analysis: Analysis
     flow: Flow
-    patterns: Mapping[str, PatternNodes]
+    name: ClassVar[str] = "merge_segments"
+
+    @classmethod
+    def of(cls, job: Job) -> Self:
+        """The pass for a job."""
+        return cls(job.plan, job.analysis, job.flow)
 
     def apply(self, rewriter: Rewriter) -> None:
         """Rewrite the graph."""
-        work = _Work(self, rewriter, rewriter.index())
+        patterns = {
+            g.name: PatternNodes(g.setting, rewriter.named[g.name]) for g in self.plan.groups
+        }
+        work = _Work(self, rewriter, patterns, rewriter.index())
         for segment in self.plan.segments:
             work.rewrite(segment)
 
@@ -61,6 +71,7 @@ class _Work:
 
     task: MergeSegments
     rewriter: Rewriter
+    patterns: Mapping[str, PatternNodes]
     nodes: dict[str, fx.Node]
     made: dict[str, dict[tuple[str, ...], fx.Node]] = field(default_factory=dict)
 
@@ -100,7 +111,7 @@ class _Work:
         """The merged form of an entry, made once per group."""
         key, made = ("merge", segment.group), self.made.setdefault(name, {})
         if key not in made:
-            node, pattern = self.nodes[name], self.task.patterns[segment.group]
+            node, pattern = self.nodes[name], self.patterns[segment.group]
             dim = token_dim(self.task.flow.layout(name))
             with self.rewriter.after(node, *pattern.nodes):
                 made[key] = tokens.merged(
@@ -141,7 +152,7 @@ class _Work:
 
     def length(self, patch: Patch, segment: MergeSegment) -> int | fx.Node:
         """What a literal becomes: a number, or a node where it depends on the data."""
-        image, pattern = segment.image.name, self.task.patterns[segment.group]
+        image, pattern = segment.image.name, self.patterns[segment.group]
         value = patch.value({image: segment.setting.merged_count})
         if not segment.setting.dynamic:
             return value
@@ -163,7 +174,7 @@ class _Work:
         What is added to the stream merges as the stream does (merging is linear); tables that
         multiply, and masks, are gathered at the destinations.
         """
-        pattern = self.task.patterns[segment.group]
+        pattern = self.patterns[segment.group]
         span = span_of(positional.tokens, segment.image)
         rank = operand.meta["val"].dim() + positional.lead
         content = positional.additive and positional.dim + positional.lead == 1 and rank == 3
@@ -194,7 +205,7 @@ class _Work:
     ) -> None:
         """Unmerge at the exit and hand the result to everyone outside."""
         end, span = self.nodes[segment.exit], self.span(segment.exit, segment)
-        pattern = self.task.patterns[segment.group]
+        pattern = self.patterns[segment.group]
         with self.rewriter.after(end):
             if segment.base:
                 whole = (self.nodes[segment.base], self.span(segment.base, segment))

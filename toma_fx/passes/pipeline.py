@@ -9,33 +9,32 @@ from torch import fx
 
 from toma_fx.analysis.dataflow import Flow
 from toma_fx.analysis.facts import Analysis
-from toma_fx.analysis.labels import tokens_of
 from toma_fx.capture.model import Captured
 from toma_fx.errors import RewriteError
+from toma_fx.graph.passes import run_passes
 from toma_fx.graph.rewriter import Rewriter, Templates
-from toma_fx.graph.verify import output_values, verify
-from toma_fx.passes.merge_segments import MergeSegments
-from toma_fx.passes.provide_patterns import ProvidePatterns, Use, pattern_inputs, pattern_outputs
-from toma_fx.passes.snippets import Span, span_of
-from toma_fx.plan.plan import MergePlan, PatternGroup
+from toma_fx.graph.specs import CAPTURED, REWRITTEN
+from toma_fx.graph.verify import output_values
+from toma_fx.passes.job import Job
+from toma_fx.passes.uses import Use
+from toma_fx.plan.plan import MergePlan
 
 
 @dataclass(frozen=True)
 class Program:
-    """One use of a rewritten graph.
+    """One kind of program of a captured graph.
 
     Attributes:
-        use: "refresh" (selects and weighs), "reweigh" (weighs for given destinations), "reuse"
-            (patterns are inputs), "mixed" (each row of the batch does one of these).
-        graph_module: (model inputs, pattern inputs) -> (model outputs, pattern outputs), flat.
-        pattern_inputs, pattern_outputs: their names, in order.
+        use: its kind.
+        graph_module: (model inputs, masks, kept tensors) -> (model outputs, kept tensors), flat.
+        takes, gives: names of the further inputs and outputs, in order.
         log: (pass, action, node) of every change.
     """
 
     use: Use
     graph_module: fx.GraphModule
-    pattern_inputs: tuple[str, ...]
-    pattern_outputs: tuple[str, ...]
+    takes: tuple[str, ...]
+    gives: tuple[str, ...]
     log: tuple[tuple[str, str, str], ...]
 
 
@@ -50,13 +49,6 @@ def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(graph_module, graph, graph_module.__class__.__name__)
 
 
-def _feature_span(flow: Flow, group: PatternGroup) -> Span:
-    label = tokens_of(flow.layout(group.feature))
-    if label is None:
-        raise RewriteError("no token axis", where=group.name, got=group.feature)
-    return span_of(label, group.image)
-
-
 def rewrite(
     captured: Captured,
     analysis: Analysis,
@@ -65,39 +57,27 @@ def rewrite(
     use: Use,
     templates: Templates | None = None,
 ) -> Program:
-    """Build the program for one use; the captured graph is not changed.
+    """Make one kind of program; the captured graph is not changed.
 
     `templates` may be shared by the rewrites of one captured graph: it saves tracing again.
 
     Raises:
-        RewriteError, VerifyError: the graph can't be merged as planned.
+        RewriteError, VerifyError: the graph can't be rewritten as planned.
     """
-    graph_module = copy_graph(captured.graph_module)
-    rewriter = Rewriter(graph_module, templates)
-    inputs = [i.name for i in captured.inputs]
-    outputs = output_values(captured.graph_module.graph)
-
-    def check(stage: str) -> None:
-        expected = [*outputs, *output_values(graph_module.graph)[len(outputs) :]]
-        verify(graph_module, inputs, expected, stage, rewriter.settle())
-
-    spans = {g.name: _feature_span(flow, g) for g in plan.groups}
-    provide = ProvidePatterns(plan, use, spans)
-    with rewriter.running("provide_patterns"):
-        patterns = provide.apply(rewriter)
-    inputs.extend(pattern_inputs(plan, use))
-    check("provide_patterns")
-    with rewriter.running("merge_segments"):
-        MergeSegments(plan, analysis, flow, patterns).apply(rewriter)
-    check("merge_segments")
-    with rewriter.running("erase_dead"):
-        rewriter.erase_dead()
-    check("erase_dead")
-    graph_module.recompile()
-    return Program(
-        use,
-        graph_module,
-        pattern_inputs(plan, use),
-        pattern_outputs(plan, use),
-        tuple(rewriter.log),
-    )
+    if not use.passes:
+        return Program(use, captured.graph_module, (), (), ())
+    rewriter = Rewriter(copy_graph(captured.graph_module), templates)
+    job = Job(captured, analysis, flow, plan, use)
+    steps = [make_pass(job) for make_pass in use.passes]
+    run_passes(rewriter, steps, use.name, before=CAPTURED, after=REWRITTEN)
+    takes, gives = (*use.masks(plan), *use.takes(plan)), use.gives(plan)
+    wanted = [*(i.name for i in captured.inputs), *takes]
+    own = len(output_values(captured.graph_module.graph))
+    if rewriter.inputs != wanted or len(rewriter.outputs) != own + len(gives):
+        raise RewriteError(
+            "a program does not take and give what its kind says",
+            where=f"kind {use.name!r}",
+            expected=f"inputs {wanted}, {own + len(gives)} outputs",
+            got=f"inputs {rewriter.inputs}, {len(rewriter.outputs)} outputs",
+        )
+    return Program(use, rewriter.graph_module, takes, gives, tuple(rewriter.log))

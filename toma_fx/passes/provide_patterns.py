@@ -1,63 +1,77 @@
-"""Pass: give the graph one pattern per group.
+"""Pass: give the graph the parts of one pattern per group.
 
-refresh:  feature -> select -> chosen parts -> weights -> weighed parts; all are also outputs
-reweigh:  chosen parts are inputs;  feature -> weights -> weighed parts, also outputs
-reuse:    all parts are inputs
-mixed:    all parts are inputs, and two masks [B]; rows to select anew take
-          chosen = where(select, fresh, given), rows to weigh anew likewise; all are also outputs
+What a program takes and gives decides, part by part, where a part comes from:
 
-ToMA chooses idx and weighs merge and unmerge; which parts there are is the method's affair.
+    given alone        computed    feature -> select -> chosen parts -> weights -> weighed parts
+    taken alone        kept        an input
+    taken and given    by row      where(mask, computed, kept): rows of a batch differ
+    neither            computed
+
+Parts that are given are also outputs. Two masks [B] tell the rows to select
+anew and the rows to weigh anew; `chosen` parts follow the first, `weighed` parts the second.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, fx
 
+from toma_fx.analysis.labels import tokens_of
+from toma_fx.errors import RewriteError
 from toma_fx.graph.rewriter import Rewriter
 from toma_fx.methods.setting import Setting
-from toma_fx.passes.snippets import PatternNodes, Span, image_part
+from toma_fx.passes.job import Job
+from toma_fx.passes.snippets import Span, image_part, span_of
 from toma_fx.plan.plan import MergePlan, PatternGroup
 
-Use = Literal["refresh", "reweigh", "reuse", "mixed"]
-
-
-MASKS = ("pattern_select", "pattern_weigh")
+MASKS = {"pattern_select": ("refresh",), "pattern_weigh": ("refresh", "reweigh")}
+"""Inputs of a program that chooses by row, before its kept tensors: the kinds of the rows that they
+hold true for."""
 
 
 @dataclass(frozen=True)
 class ProvidePatterns:
-    """Insert pattern nodes or inputs for every group of `plan`, according to `use`.
+    """Insert nodes or inputs for the parts of every group of `plan`.
 
-    `spans` tells where the image lies in each group's feature.
+    The nodes of a group's parts are handed on as `rewriter.named[group.name]`.
+
+    Attributes:
+        taken, given: names of the kept tensors that the program takes and gives.
+        spans: where the image lies in each group's feature.
     """
 
     plan: MergePlan
-    use: Use
+    taken: frozenset[str]
+    given: frozenset[str]
     spans: Mapping[str, Span]
+    name: ClassVar[str] = "provide_patterns"
 
-    def apply(self, rewriter: Rewriter) -> dict[str, PatternNodes]:
-        """Returns the pattern nodes of each group."""
+    @classmethod
+    def of(cls, job: Job) -> Self:
+        """The pass for a job."""
+        plan = job.plan
+        takes, gives = frozenset(job.use.takes(plan)), frozenset(job.use.gives(plan))
+        return cls(plan, takes, gives, {g.name: _feature_span(job, g) for g in plan.groups})
+
+    def apply(self, rewriter: Rewriter) -> None:
+        """Rewrite the graph."""
         nodes = rewriter.index()
-        masks = self._masks(rewriter, nodes) if self.use == "mixed" else ()
-        patterns = {
-            g.name: self._provide(rewriter, g, nodes[g.feature], masks) for g in self.plan.groups
-        }
-        outputs = [
-            node
-            for p in patterns.values()
-            for part, node in zip(p.setting.parts, p.nodes, strict=True)
-            if part in parts_given(p.setting, self.use)
-        ]
+        masks = self._add_masks(rewriter, nodes) if self.taken & self.given else ()
+        outputs: list[fx.Node] = []
+        for group in self.plan.groups:
+            names = [group.tensor(part) for part in group.setting.parts]
+            parts = self._provide(rewriter, group, nodes[group.feature], masks)
+            rewriter.named[group.name] = tuple(parts)
+            pairs = zip(names, parts, strict=True)
+            outputs += [node for name, node in pairs if name in self.given]
         if outputs:
             rewriter.add_outputs(outputs)
-        return patterns
 
-    def _masks(self, rewriter: Rewriter, nodes: Mapping[str, fx.Node]) -> tuple[fx.Node, ...]:
+    def _add_masks(self, rewriter: Rewriter, nodes: Mapping[str, fx.Node]) -> tuple[fx.Node, ...]:
         first = self.plan.groups[0]
         device = nodes[first.feature].meta["val"].device
 
@@ -66,14 +80,14 @@ class ProvidePatterns:
 
         return tuple(rewriter.placeholder(name, mask) for name in MASKS)
 
-    def _given(self, rewriter: Rewriter, group: PatternGroup, image: Tensor) -> list[fx.Node]:
-        """Inputs of a group's parts, those that the program takes."""
-        names = parts_taken(group.setting, self.use)
-        likes = rewriter.fake(("parts", group.setting), lambda x: parts_of(group.setting, x), image)
+    def _add_inputs(self, rewriter: Rewriter, group: PatternGroup, image: Tensor) -> list[fx.Node]:
+        """Inputs for the parts of a group that the program takes."""
+        setting = group.setting
+        likes = rewriter.fake(("parts", setting), lambda x: parts_of(setting, x), image)
         return [
-            rewriter.placeholder(group.tensor(name), like.clone)
-            for name, like in zip(group.setting.parts, likes, strict=True)
-            if name in names
+            rewriter.placeholder(group.tensor(part), like.clone)
+            for part, like in zip(setting.parts, likes, strict=True)
+            if group.tensor(part) in self.taken
         ]
 
     def _provide(
@@ -82,14 +96,17 @@ class ProvidePatterns:
         group: PatternGroup,
         feature: fx.Node,
         masks: tuple[fx.Node, ...],
-    ) -> PatternNodes:
+    ) -> Sequence[fx.Node]:
+        """The nodes of all parts of a group, in order."""
         setting, span = group.setting, self.spans[group.name]
         if not setting.parts:
-            return PatternNodes(setting, ())
-        given = self._given(rewriter, group, span.image(feature.meta["val"]))
-        if self.use == "reuse":
-            return PatternNodes(setting, tuple(given))
+            return ()
+        inputs = self._add_inputs(rewriter, group, span.image(feature.meta["val"]))
+        names = [group.tensor(part) for part in setting.parts]
+        if self.taken.issuperset(names) and self.given.isdisjoint(names):
+            return inputs
         number = len(setting.chosen)
+        select_kept = self.taken.issuperset(names[:number])
 
         def select(x: Tensor) -> tuple[Tensor, ...]:
             return setting.select(x)
@@ -99,57 +116,39 @@ class ProvidePatterns:
 
         with rewriter.after(feature):
             image = image_part(rewriter, feature, span)
-            chosen = given
-            if self.use != "reweigh":
-                chosen = rewriter.splice(
-                    ("select", setting), select, [image], whole=setting.dynamic
-                )
-            if self.use == "mixed":
-                chosen = _where(rewriter, masks[0], chosen, given[:number])
+            chosen = inputs[:number]
+            if masks or not select_kept:
+                key = ("select", setting)
+                computed = rewriter.splice(key, select, [image], whole=setting.dynamic)
+                chosen = _where(rewriter, masks[0], computed, chosen) if masks else computed
             weights: list[fx.Node] = []
             if setting.weighed:
                 weights = rewriter.splice(("weigh", setting), weigh, [image, *chosen])
-            if self.use == "mixed":
-                weights = _where(rewriter, masks[1], weights, given[number:])
-        return PatternNodes(setting, (*chosen, *weights))
+            if masks:
+                weights = _where(rewriter, masks[1], weights, inputs[number:])
+        return (*chosen, *weights)
+
+
+def _feature_span(job: Job, group: PatternGroup) -> Span:
+    label = tokens_of(job.flow.layout(group.feature))
+    if label is None:
+        raise RewriteError("no token axis", where=group.name, got=group.feature)
+    return span_of(label, group.image)
 
 
 def _where(
-    rewriter: Rewriter, mask: fx.Node, fresh: Iterable[fx.Node], kept: Iterable[fx.Node]
+    rewriter: Rewriter, mask: fx.Node, computed: Iterable[fx.Node], kept: Iterable[fx.Node]
 ) -> list[fx.Node]:
-    """Rows of `fresh` where the mask says so, of `kept` elsewhere."""
+    """Rows of `computed` where the mask is true, of `kept` elsewhere."""
 
-    def chosen(mask: Tensor, fresh: Tensor, kept: Tensor) -> Tensor:
-        return torch.where(mask.view(-1, *[1] * (fresh.dim() - 1)), fresh, kept)
+    def choose(mask: Tensor, computed: Tensor, kept: Tensor) -> Tensor:
+        return torch.where(mask.view(-1, *[1] * (computed.dim() - 1)), computed, kept)
 
-    pairs = zip(fresh, kept, strict=True)
-    return [rewriter.splice("chosen", chosen, [mask, new, old])[0] for new, old in pairs]
+    pairs = zip(computed, kept, strict=True)
+    return [rewriter.splice("choose", choose, [mask, new, old])[0] for new, old in pairs]
 
 
 def parts_of(setting: Setting, x: Tensor) -> tuple[Tensor, ...]:
-    """The whole pattern of tokens [B, N, C]."""
+    """All parts of the pattern of tokens [B, N, C]."""
     chosen = setting.select(x)
     return (*chosen, *setting.weights(x, dict(zip(setting.chosen, chosen, strict=True))))
-
-
-def parts_taken(setting: Setting, use: Use) -> tuple[str, ...]:
-    """Parts of a pattern that a program takes."""
-    taken = {"refresh": (), "reweigh": setting.chosen}
-    return taken.get(use, setting.parts)
-
-
-def parts_given(setting: Setting, use: Use) -> tuple[str, ...]:
-    """Parts of a pattern that a program gives."""
-    given = {"reuse": (), "reweigh": setting.weighed}
-    return given.get(use, setting.parts)
-
-
-def pattern_inputs(plan: MergePlan, use: Use) -> tuple[str, ...]:
-    """Names of the pattern inputs of a program, in order."""
-    parts = tuple(g.tensor(part) for g in plan.groups for part in parts_taken(g.setting, use))
-    return (*MASKS, *parts) if use == "mixed" else parts
-
-
-def pattern_outputs(plan: MergePlan, use: Use) -> tuple[str, ...]:
-    """Names of the pattern outputs of a program, after the model's own, in order."""
-    return tuple(g.tensor(part) for g in plan.groups for part in parts_given(g.setting, use))

@@ -11,7 +11,8 @@ concrete shapes gets its own programs. Inference only: no gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,22 +22,36 @@ from torch._dynamo.source import ConstantSource
 from torch._inductor import compile_fx as inductor
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
+from torch.utils.weak import WeakIdKeyDictionary
 
-from toma_fx.capture.dynamo import Argument, arguments_of, capture_dynamo, example_values
+from toma_fx.capture.dynamo import (
+    Argument,
+    arguments_of,
+    capture_dynamo,
+    example_values,
+    models_being_compiled,
+)
 from toma_fx.capture.grids import Raster
+from toma_fx.capture.guard import ModelGuard
+from toma_fx.capture.parity import check_replay
 from toma_fx.errors import ConfigError, NoMergeSites, UnknownNameError, nearest
 from toma_fx.methods.base import MethodConfig
 from toma_fx.methods.config import make_config
 from toma_fx.methods.toma import ToMAConfig
 from toma_fx.passes.pipeline import copy_graph
-from toma_fx.run.generation import GENERATIONS, Generation, Implicit, PassState, Rasters
-from toma_fx.run.programs import TRACING, Specialization, SpecializationCache
-from toma_fx.run.schedule import Call, call_at
+from toma_fx.run.calls import CONDITIONING, TIMESTEP, number_of
+from toma_fx.run.denoiser import merging
+from toma_fx.run.generation import Rasters
+from toma_fx.run.programs import Runner, Specialization, SpecializationCache
+from toma_fx.run.stepper import GENERATIONS, StepCall, Stepper
 
 CAPACITY = 16
 """Sets of concrete shapes whose programs and patterns are kept for one Dynamo graph."""
 
 
+STEPPERS: MutableMapping[Tensor, Stepper] = WeakIdKeyDictionary()
+"""State of the models that run, by a tensor that they own, while it lives. torch calls a back end
+once for every graph of a model and hands it nothing that the graphs share but such tensors."""
 STATIC = {"_dynamo_static_input_type": "unguarded"}
 """How Dynamo marks an input whose address never changes."""
 
@@ -140,22 +155,16 @@ def _unmerged(
     return run
 
 
-@dataclass(frozen=True)
-class Turn:
-    """What a call runs: a program of a specialization, for a pass of a generation."""
-
-    specialization: Specialization
-    call: Call
-    generation: Generation
-    state: PassState
-
-
 class MergedGraph:
     """A Dynamo graph that runs with token merging: called as the graph is.
 
     Attributes:
         gm: the graph. arguments: its inputs. options: how to merge and compile.
         cache: the specializations that live, by concrete shapes and position grids.
+
+    Raises:
+        CompanionError: another library acts inside the forward pass, or attention or autocast are
+            such that merging would not do what it should.
     """
 
     def __init__(self, gm: fx.GraphModule, options: Options) -> None:
@@ -163,85 +172,67 @@ class MergedGraph:
         self.arguments = arguments_of(gm)
         self.options = options
         self.cache = SpecializationCache(CAPACITY)
-        self._implicit = Implicit()
-        self._timestep = _position(self.arguments, "timestep")
-        self._conditioning = _position(self.arguments, "encoder_hidden_states")
+        self._own_stepper = _new_stepper()
+        self._timestep = _position(self.arguments, TIMESTEP)
+        self._conditioning = _position(self.arguments, CONDITIONING)
+        self._kernel: Callable[[], AbstractContextManager[Any]] = nullcontext
+        for model in models_being_compiled(self.arguments):
+            guard = ModelGuard(model)
+            guard.companions.check_merging(merging(options.config))
+            self._kernel = guard.companions.kernel
 
     def specialize(self, values: Sequence[Any]) -> Specialization:
         """Graph, analysis and plan for the shapes of `values`; made when first asked for.
 
         Raises:
-            CaptureError, NoMergeSites, TileError, UnknownNameError: see `toma_backend`.
+            CaptureError, NoMergeSites, ParityError, TileError, UnknownNameError: see
+                `toma_backend`.
         """
-        rasters = self._rasters(values).values
-        return self._specialization(self._signature(values), rasters, values)
+        return self._specialization(values, Rasters.read(self._ids(values)).values)
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         """One denoising step.
 
         Raises:
-            CaptureError, NoMergeSites, TileError: at the first call with new shapes.
-            SharedStateError: another thread is in the middle of a generation.
+            CaptureError, NoMergeSites, ParityError, TileError: at the first call with new shapes.
+            SharedStateError: another thread is in a step, or in the middle of a generation.
         """
-        with self._implicit.busy, torch.no_grad():
-            turn = self._turn(args)
-            try:
-                return self._step(turn, args)
-            except BaseException:
-                turn.generation.restart()
-                raise
+        owned = [v for a, v in zip(self.arguments, args, strict=True) if a.kind == "owned"]
+        identity = tuple(map(id, owned))
+        call = self._step_call(args, identity)
+
+        def find(rasters: tuple[Raster | None, ...]) -> tuple[Hashable, Specialization]:
+            specialization = self._specialization(args, rasters)
+            return (id(self), identity, call.signature, rasters), specialization
+
+        return tuple(self._stepper(owned).step(lambda: call, find))
 
     # -- which program --------------------------------------------------------------------------
 
-    def _turn(self, args: Sequence[Any]) -> Turn:
-        """What this call runs. The one place that asks the state."""
-        signature = self._signature(args)
-        # models of one class and shape share what Dynamo compiled, but not their patterns
-        key = ("", (self._model(args), *signature))
-        generation = self._implicit.generation(key, GENERATIONS * CAPACITY)
-        timestep = None if self._timestep is None else _number(args[self._timestep])
-        conditioning = None if self._conditioning is None else args[self._conditioning]
-        if timestep is None:
-            generation.restart()  # nothing would tell that a generation starts: always refresh
-        known = self._implicit.rasters.get(key)
-        fresh = generation.starts(timestep, conditioning)
-        if known is None or fresh or not known.of(args):
-            # position ids are read once a generation: on a GPU reading waits for it
-            known = self._implicit.rasters[key] = self._rasters(args)
-        specialization = self._specialization(signature, known.values, args)
-        state = generation.turn(timestep, conditioning)
-        state.bind((signature, known.values))
-        plan = specialization.plan
-        call: Call = "plain"
-        if plan.segments:
-            call = call_at(plan.config, state.step, state.has_pattern)
-        return Turn(specialization, call, generation, state)
-
-    def _step(self, turn: Turn, args: Sequence[Any]) -> tuple[Any, ...]:
-        inputs = [a.given(v) for a, v in zip(self.arguments, args, strict=True) if a.captured]
-        program = turn.specialization.program(turn.call)
-        names: tuple[str, ...] = ()
-        if program is not None:
-            inputs += [turn.state.patterns[name] for name in program.pattern_inputs]
-            names = program.pattern_outputs
-        results = self._runner(turn.specialization, turn.call)(*inputs)
-        own = len(results) - len(names)
-        if names:
-            turn.state.store(names, results[own:])
-        turn.state.done(turn.call)
-        turn.specialization.count(turn.call)
-        # a CUDA graph writes its outputs to the same place again
-        return tuple(r.clone() if isinstance(r, Tensor) and r.is_cuda else r for r in results[:own])
-
-    def _model(self, values: Sequence[Any]) -> tuple[int, ...]:
-        """Tells models apart: the identities of what they own."""
+    def _step_call(self, values: Sequence[Any], identity: tuple[int, ...]) -> StepCall:
         pairs = zip(self.arguments, values, strict=True)
-        return tuple(id(v) for a, v in pairs if a.kind == "owned")
+        conditioning = None if self._conditioning is None else values[self._conditioning]
+        return StepCall(
+            # a graph for each batch size: guidance that ends in mid-run comes with another one
+            signature=(id(self), *self._signature(values)),
+            leaves=[a.given(v) for a, v in pairs if a.captured],
+            ids=self._ids(values),
+            timestep=None if self._timestep is None else number_of(values[self._timestep]),
+            conditioning=conditioning if isinstance(conditioning, Tensor) else None,
+            context=identity,
+            kernel=self._kernel,
+        )
 
-    def _rasters(self, values: Sequence[Any]) -> Rasters:
-        """What the graph's own inputs enumerate, if they are position ids."""
+    def _stepper(self, owned: Sequence[Tensor]) -> Stepper:
+        """That of the model: its graphs share it, since a generation may change between them."""
+        if not owned:
+            return self._own_stepper
+        return STEPPERS.setdefault(owned[0], self._own_stepper)
+
+    def _ids(self, values: Sequence[Any]) -> list[Any]:
+        """The graph's own inputs, which may be position ids."""
         pairs = zip(self.arguments, values, strict=True)
-        return Rasters.read([v if a.kind == "tensor" else None for a, v in pairs])
+        return [v if a.kind == "tensor" else None for a, v in pairs]
 
     def _signature(self, values: Sequence[Any]) -> tuple[Any, ...]:
         return tuple(a.key(v) for a, v in zip(self.arguments, values, strict=True))
@@ -249,39 +240,30 @@ class MergedGraph:
     # -- making programs ------------------------------------------------------------------------
 
     def _specialization(
-        self,
-        signature: tuple[Any, ...],
-        rasters: tuple[Raster | None, ...],
-        values: Sequence[Any],
+        self, values: Sequence[Any], rasters: tuple[Raster | None, ...]
     ) -> Specialization:
-        return self.cache.get((signature, rasters), lambda: self._make(values))
+        return self.cache.get((self._signature(values), rasters), lambda: self._make(values))
 
     def _make(self, values: Sequence[Any]) -> Specialization:
         captured = capture_dynamo(self.gm, self.arguments, values)
+        check_replay(self.gm, self.arguments, values, captured)
         config = self.options.config
         try:
-            return Specialization.of(captured, config)
+            return Specialization.of(captured, config, self._make_runner)
         except NoMergeSites as error:
             if self.options.allow_unmerged:
-                return Specialization.of(captured, ToMAConfig(ratio=0.0))
+                return Specialization.of(captured, ToMAConfig(ratio=0.0), self._make_runner)
             raise _no_sites(error) from error
 
-    def _runner(self, specialization: Specialization, call: Call) -> Callable[..., Any]:
-        with TRACING:
-            if call not in specialization.runners:
-                program = specialization.program(call)
-                patterns = program.pattern_inputs if program is not None else ()
-                graph_module = copy_graph(specialization.graph_module(call))
-                specialization.runners[call] = self._compiled(graph_module, patterns)
-            return specialization.runners[call]
+    def _make_runner(self, specialization: Specialization, kind: str) -> Runner:
+        program = specialization.program(kind)
+        return self._compile(copy_graph(program.graph_module), program.takes)
 
-    def _compiled(
-        self, graph_module: fx.GraphModule, patterns: Sequence[str]
-    ) -> Callable[..., Any]:
+    def _compile(self, graph_module: fx.GraphModule, takes: Sequence[str]) -> Runner:
         """Compile a program, told what Dynamo knew about its inputs.
 
-        Without the sources and marks on its inputs, Inductor would take parameters and patterns for
-        fresh tensors, and CUDA graphs would copy them at every call.
+        Without the sources and marks on its inputs, Inductor would take parameters and kept tensors
+        for fresh tensors, and CUDA graphs would copy them at every call.
         """
         given: list[Any] = self.gm.graph.find_nodes(op="placeholder")
         known = [
@@ -289,7 +271,7 @@ class MergedGraph:
             for n, argument in zip(given, self.arguments, strict=True)
             if argument.captured
         ]
-        known += [(_own_source(name), STATIC) for name in patterns]
+        known += [(_own_source(name), STATIC) for name in takes]
         nodes: list[Any] = graph_module.graph.find_nodes(op="placeholder")
         for node, (source, marks) in zip(nodes, known, strict=True):
             node._dynamo_source = source
@@ -302,8 +284,16 @@ class MergedGraph:
         fakes = [node.meta["val"] for node in nodes]
         patches = dict(self.options.patches)
         compiled: Any = inductor.compile_fx(graph_module, fakes, config_patches=patches)
-        run: Callable[..., Any] = compiled
+        run: Runner = compiled
         return run
+
+
+def _new_stepper() -> Stepper:
+    hint = (
+        "one thread at a time; toma_fx.optimize(model).compile() has own_state() for threads and "
+        "step(inputs, state) for servers"
+    )
+    return Stepper(GENERATIONS * CAPACITY, "a model compiled with backend='toma_fx'", hint)
 
 
 def _own_source(name: str) -> ConstantSource:
@@ -314,12 +304,6 @@ def _position(arguments: Sequence[Argument], name: str) -> int | None:
     """Where the graph's input of that name is."""
     found = [i for i, a in enumerate(arguments) if a.captured and a.name == name]
     return found[0] if found else None
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, Tensor):
-        return float(value.reshape(-1)[0]) if value.numel() else None
-    return float(value)
 
 
 def _no_sites(error: NoMergeSites) -> NoMergeSites:

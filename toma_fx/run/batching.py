@@ -1,9 +1,10 @@
-"""States held by the caller, several requests in one batch."""
+"""States held by the caller, and several requests in one batch: which program serves them, and the
+kept tensors it takes and gives."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,16 +12,76 @@ from torch import Tensor
 
 from toma_fx.errors import StateError
 from toma_fx.passes.provide_patterns import MASKS
-from toma_fx.run.programs import Specialization
-from toma_fx.run.schedule import Call, call_at
+from toma_fx.run.schedule import due, runnable
+from toma_fx.run.stepper import ProgramSet, Stepper, clone_graph_outputs, run_program
 
 
-def checked_states(state: Any) -> list[State]:
-    """The state or states given to `step`, as a list.
+@dataclass(frozen=True)
+class State:
+    """State of one request, held by the caller of `step(inputs, state)`.
+
+    A value: `step` returns the next one and changes none, so that a server may keep, copy, drop or
+    replay it.
+
+    Attributes:
+        step: steps done.
+        kept: kept tensors by name, first dimension the request's rows of the batch; empty before
+            the first merged step.
+        settings: groups and settings that they fit. model: identifies the model's state, dtype and
+            device.
+    """
+
+    step: int = 0
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
+    settings: Hashable = None
+    model: Hashable = None
+
+    @property
+    def rows(self) -> int | None:
+        """Rows of the batch that are this request's; None while nothing is kept."""
+        return next((len(p) for p in self.kept.values()), None)
+
+
+def step_states(
+    stepper: Stepper,
+    programs: ProgramSet,
+    leaves: Sequence[Any],
+    state: Any,
+    model: Hashable,
+    kernel: Any,
+) -> tuple[list[Any], Any]:
+    """One step of the requests of a batch.
+
+    Args:
+        stepper: counts the step. programs: of the call's signature. leaves: inputs of the programs.
+        state: a state, or a list of one for each request. model: identifies the model.
+        kernel: makes the context that the program runs under.
+
+    Returns:
+        (the model's own outputs, the next state or list of states).
 
     Raises:
-        StateError: something else.
+        StateError: no states, or they fit neither the call nor each other.
     """
+    states = [_check_fits(s, programs, model) for s in _as_list(state)]
+    rows = _rows_of(states, programs)
+    kind, masks = _kind_for(states, rows, programs)
+    kept = _join(states, rows)
+    tensors = {**kept, **masks}
+    inputs = [*leaves, *(tensors[name] for name in programs.takes(kind))]
+    results = run_program(programs.runner(kind), inputs, kernel)
+    gives = programs.gives(kind)
+    own = len(results) - len(gives)
+    stepper.count(programs, kind)
+    given = dict(zip(gives, clone_graph_outputs(results[own:]), strict=True))
+    following = [replace(s, step=s.step + 1) for s in states]
+    if given:
+        following = _cut(following, {**kept, **given}, rows, programs.settings, model)
+    outputs = clone_graph_outputs(results[:own])
+    return outputs, following[0] if isinstance(state, State) else following
+
+
+def _as_list(state: Any) -> list[State]:
     states = [state] if isinstance(state, State) else state
     if isinstance(states, (list, tuple)) and states and all(isinstance(s, State) for s in states):
         return list(states)
@@ -33,93 +94,37 @@ def checked_states(state: Any) -> list[State]:
     )
 
 
-def fitting(state: State, specialization: Specialization, model: Hashable) -> State:
-    """The state, without its patterns if the model has changed since.
+def _check_fits(state: State, programs: ProgramSet, model: Hashable) -> State:
+    """The state, without its kept tensors if the model has changed since.
 
     Raises:
-        StateError: the patterns were made for another size or configuration.
+        StateError: they were made for another size or configuration.
     """
-    if not state.patterns:
+    if not state.kept:
         return state
     if state.model != model:
         return State(state.step)
-    if state.settings != specialization.settings:
+    if state.settings != programs.settings:
         raise StateError(
             "the state belongs to another call",
             where="step(inputs, state)",
-            expected=f"patterns for {specialization.settings}",
-            got=f"patterns for {state.settings}",
+            expected=f"kept tensors for {programs.settings}",
+            got=f"kept tensors for {state.settings}",
             hint="keep one state per request; start with State() when its size changes",
         )
     return state
 
 
-def batched(
-    states: Sequence[State], specialization: Specialization
-) -> tuple[Call, dict[str, Tensor]]:
-    """The program that serves all states, and the patterns and masks it takes, by name.
+def _rows_of(states: Sequence[State], programs: ProgramSet) -> list[int]:
+    """Rows of the batch of each state.
 
     Raises:
-        StateError: the states do not fill the batch, or only some of them merge at their step.
+        StateError: the rows do not fill the batch, or the requests can't be told apart.
     """
-    plan = specialization.plan
-    if not plan.segments:
-        return "plain", {}
-    rows = rows_of(states, _batch(specialization, len(states)))
-    calls = [call_at(plan.config, s.step, bool(s.patterns)) for s in states]
-    kinds = set(calls)
-    if kinds == {"plain"} or kinds == {"refresh"}:
-        return calls[0], {}
-    if "plain" in kinds:
-        raise StateError(
-            "a batch can't hold requests that merge and requests that do not",
-            where="step(inputs, state)",
-            expected="steps that all lie inside, or all outside, first_step to last_step",
-            got=", ".join(f"step {s.step}: {c}" for s, c in zip(states, calls, strict=True)),
-            hint="batch requests of the same phase together",
-        )
-    if len(kinds) == 1:
-        return calls[0], _joined(states)
-    plan.config.check_static("step(inputs, states) with states at different steps")
-    like = next(s.patterns for s in states if s.patterns)
-    device = next(iter(like.values())).device
-    masks = {
-        name: torch.tensor(
-            [call in due for call, n in zip(calls, rows, strict=True) for _ in range(n)],
-            device=device,
-        )
-        for name, due in zip(MASKS, (("refresh",), ("refresh", "reweigh")), strict=True)
-    }
-    filled = [s if s.patterns else _blank(s, like, n) for s, n in zip(states, rows, strict=True)]
-    return "mixed", {**masks, **_joined(filled)}
-
-
-def following(
-    states: Sequence[State],
-    patterns: Mapping[str, Tensor],
-    call: Call,
-    specialization: Specialization,
-    model: Hashable,
-) -> list[State]:
-    """The next state of each request: its rows of the patterns that the step used."""
-    if call == "plain":
-        return [State(s.step + 1, s.patterns, s.settings, s.model) for s in states]
-    kept = {name: value for name, value in patterns.items() if name not in MASKS}
-    rows = rows_of(states, _batch(specialization, len(states)))
-    cut = {name: torch.split(value, rows) for name, value in kept.items()}
-    if len(states) > 1:  # a piece must not keep the whole batch alive
-        cut = {name: tuple(p.clone() for p in pieces) for name, pieces in cut.items()}
-    settings = specialization.settings
-    return [
-        State(s.step + 1, {name: parts[i] for name, parts in cut.items()}, settings, model)
-        for i, s in enumerate(states)
-    ]
-
-
-def _batch(specialization: Specialization, requests: int) -> int:
-    """Rows of the batch, as the patterns see them."""
-    sizes = {g.batch for g in specialization.plan.groups}
-    if len(sizes) > 1 and requests > 1:
+    sizes = programs.batch_sizes
+    if not sizes:
+        return [1] * len(states)
+    if len(sizes) > 1 and len(states) > 1:
         raise StateError(
             "the requests of this batch can't be told apart",
             where="step(inputs, state)",
@@ -127,49 +132,11 @@ def _batch(specialization: Specialization, requests: int) -> int:
             got=f"parts of the model that work on {sorted(sizes)} rows",
             hint="one request per call",
         )
-    return max(sizes)
+    return share_rows(states, max(sizes))
 
 
-def _blank(state: State, like: Mapping[str, Tensor], rows: int) -> State:
-    """The state with zeros where its first patterns will be."""
-    zeros = {name: p.new_zeros((rows, *p.shape[1:])) for name, p in like.items()}
-    return State(state.step, zeros)
-
-
-def _joined(states: Sequence[State]) -> dict[str, Tensor]:
-    if len(states) == 1:
-        return dict(states[0].patterns)
-    return {name: torch.cat([s.patterns[name] for s in states]) for name in states[0].patterns}
-
-
-@dataclass(frozen=True)
-class State:
-    """Merging state of one request, held by the caller of `OptimizedDenoiser.step`.
-
-    A value: `step` returns the next one and changes none, so that a server may keep, copy, drop or
-    replay it.
-
-    Attributes:
-        step: steps done.
-        patterns: tensors by name, first dimension the request's rows of the batch; empty before the
-            first merged step.
-        settings: groups and settings that the patterns fit. model: identifies the model's state,
-            dtype and device.
-    """
-
-    step: int = 0
-    patterns: Mapping[str, Tensor] = field(default_factory=dict)
-    settings: Hashable = None
-    model: Hashable = None
-
-    @property
-    def rows(self) -> int | None:
-        """Rows of the batch that are this request's; None while there is no pattern."""
-        return next((len(p) for p in self.patterns.values()), None)
-
-
-def rows_of(states: Sequence[State], batch: int) -> list[int]:
-    """Rows of the batch that belong to each state; states without patterns share the rest evenly.
+def share_rows(states: Sequence[State], batch: int) -> list[int]:
+    """Rows of the batch of each state; states that keep nothing share the rest evenly.
 
     Raises:
         StateError: the rows do not add up to `batch`.
@@ -187,3 +154,66 @@ def rows_of(states: Sequence[State], batch: int) -> list[int]:
             "or two states where its rows do not lie side by side",
         )
     return [left // open_ if r is None else r for r in known]
+
+
+def _kind_for(
+    states: Sequence[State], rows: Sequence[int], programs: ProgramSet
+) -> tuple[str, dict[str, Tensor]]:
+    """The kind of program that serves all states, and its masks by name.
+
+    Raises:
+        StateError: no kind does.
+    """
+    kinds = [runnable(due(programs.schedule, s.step), programs, s.kept) for s in states]
+    if len(set(kinds)) == 1:
+        return kinds[0], {}
+    serving = programs.mixed(set(kinds))
+    if serving is None:
+        raise StateError(
+            "no program serves requests that are due these kinds in one batch",
+            where="step(inputs, state)",
+            expected="steps that all lie inside, or all outside, first_step to last_step; "
+            "of an artifact, steps that are due one kind",
+            got=", ".join(f"step {s.step}: {kind}" for s, kind in zip(states, kinds, strict=True)),
+            hint="batch requests of the same phase together",
+        )
+    device = next(iter(next(s.kept for s in states if s.kept).values())).device
+    masks = {
+        name: torch.tensor(
+            [kind in true for kind, n in zip(kinds, rows, strict=True) for _ in range(n)],
+            device=device,
+        )
+        for name, true in MASKS.items()
+    }
+    return serving, masks
+
+
+def _join(states: Sequence[State], rows: Sequence[int]) -> dict[str, Tensor]:
+    """The kept tensors of a batch; rows of requests that do not keep one yet are zeros."""
+    if len(states) == 1:
+        return dict(states[0].kept)
+    like = {name: x for s in reversed(states) for name, x in s.kept.items()}
+    pairs = list(zip(states, rows, strict=True))
+    return {
+        name: torch.cat(
+            [s.kept[name] if name in s.kept else x.new_zeros((n, *x.shape[1:])) for s, n in pairs]
+        )
+        for name, x in like.items()
+    }
+
+
+def _cut(
+    states: Sequence[State],
+    kept: Mapping[str, Tensor],
+    rows: Sequence[int],
+    settings: Hashable,
+    model: Hashable,
+) -> list[State]:
+    """The states with their rows of the kept tensors of a batch."""
+    pieces = {name: torch.split(value, list(rows)) for name, value in kept.items()}
+    if len(states) > 1:  # a piece must not keep the memory of the batch
+        pieces = {name: tuple(p.clone() for p in cut) for name, cut in pieces.items()}
+    return [
+        replace(s, kept={n: cut[i] for n, cut in pieces.items()}, settings=settings, model=model)
+        for i, s in enumerate(states)
+    ]

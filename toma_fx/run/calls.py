@@ -2,85 +2,143 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from toma_fx.capture.grids import Raster, raster
-from toma_fx.capture.guard import ModelGuard
 from toma_fx.errors import ConfigError, SignatureError
+
+TIMESTEP = "timestep"
+"""The argument that tells how far a generation is."""
+CONDITIONING = "encoder_hidden_states"
+"""The argument whose tensor stays the same through a generation."""
 
 
 def call_of(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """(args, kwargs) of example inputs given as dict, tuple, or pair of both."""
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, (tuple, list)):
-        pair = len(example_inputs) == 2 and isinstance(example_inputs[0], (tuple, list))
-        if pair and isinstance(example_inputs[1], Mapping):
-            return tuple(example_inputs[0]), dict(example_inputs[1])
+    """(args, kwargs) of example inputs given as dict, tuple, or pair of both.
+
+    Raises:
+        ConfigError: something else.
+    """
+    if isinstance(example_inputs, (tuple, list)) and not _is_pair(example_inputs):
         return tuple(example_inputs), {}
-    raise ConfigError(
-        "example_inputs= is not a call",
-        where="example_inputs",
-        expected="a dict of keyword arguments, a tuple of positional ones, or a pair of both",
-        got=type(example_inputs).__name__,
-    )
+    call = _keyword_call(example_inputs)
+    if call is None:
+        raise ConfigError(
+            "example_inputs= is not a call",
+            where="example_inputs",
+            expected="a dict of keyword arguments, a tuple of positional ones, or a pair of both",
+            got=type(example_inputs).__name__,
+        )
+    return call
 
 
-Signature = tuple[Any, ...]
+def call_of_step(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(args, kwargs) of the inputs of `step`.
+
+    Raises:
+        SignatureError: neither a dict nor a pair.
+    """
+    call = _keyword_call(inputs)
+    if call is None:
+        raise SignatureError(
+            "the inputs are not a call",
+            where="step(inputs, state)",
+            expected="a dict of keyword arguments, or a pair (args, kwargs)",
+            got=type(inputs).__name__,
+        )
+    return call
+
+
+def _is_pair(inputs: Sequence[Any]) -> bool:
+    pair = len(inputs) == 2 and isinstance(inputs[0], (tuple, list))
+    return pair and isinstance(inputs[1], Mapping)
+
+
+def _keyword_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if isinstance(inputs, (tuple, list)) and _is_pair(inputs):
+        return tuple(inputs[0]), dict(inputs[1])
+    return None
 
 
 @dataclass(frozen=True)
-class Arguments:
-    """One call in canonical form.
+class NamedCall:
+    """One call, by keyword where the forward signature names the argument.
 
     Attributes:
-        args, kwargs: keywords where the forward signature names them. leaves: flattened.
-        guard: the model's state.
-        signature: what the graph is specialized to, but for the values of position ids.
-        timestep: as a number. conditioning: the text tokens, if the model has them.
+        args, kwargs: of the call. timestep: as a number. conditioning: the text tokens, if the
+            model has them.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    leaves: list[Any]
-    guard: ModelGuard
-    signature: Signature
     timestep: float | None
     conditioning: Tensor | None
 
-    @property
-    def rasters(self) -> tuple[Raster | None, ...]:
-        """What the position ids among the leaves enumerate; on a GPU reading waits for it."""
-        return tuple(raster(leaf) for leaf in self.leaves)
+
+def name_arguments(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], where: str
+) -> NamedCall:
+    """A call in canonical form; a Python number as timestep becomes a tensor.
+
+    The denoisers themselves make it one, and a graph takes tensors. A call with more positional
+    arguments than the signature names stays as it is.
+
+    Raises:
+        SignatureError: it does not fit the signature.
+    """
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise SignatureError(
+            "the call does not fit the denoiser's forward",
+            where=where,
+            expected=str(signature),
+            got=str(error),
+        ) from error
+    named: dict[str, Any] = {}
+    rest: tuple[Any, ...] = ()
+    for name, value in bound.arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            rest = value
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            named.update(value)
+        else:
+            named[name] = value
+    text = kwargs.get(CONDITIONING) if rest else named.get(CONDITIONING)
+    conditioning = text if isinstance(text, Tensor) else None
+    if rest:
+        return NamedCall(args, kwargs, None, conditioning)
+    timestep = named.get(TIMESTEP)
+    if isinstance(timestep, (int, float)) and not isinstance(timestep, bool):
+        dtype = torch.float64 if isinstance(timestep, float) else torch.int64
+        named[TIMESTEP] = torch.tensor(timestep, dtype=dtype)
+    return NamedCall((), named, number_of(timestep), conditioning)
 
 
-def _call_of(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """(args, kwargs) of the inputs of `step`."""
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    pair = isinstance(inputs, (tuple, list)) and len(inputs) == 2
-    if pair and isinstance(inputs[0], (tuple, list)) and isinstance(inputs[1], Mapping):
-        return tuple(inputs[0]), dict(inputs[1])
-    raise SignatureError(
-        "the inputs are not a call",
-        where="step(inputs, state)",
-        expected="a dict of keyword arguments, or a pair (args, kwargs)",
-        got=type(inputs).__name__,
-    )
+def number_of(timestep: Any) -> float | None:
+    """A timestep, or the first of a batch, as a number; None if there is none."""
+    if isinstance(timestep, Tensor):
+        return float(timestep.reshape(-1)[0]) if timestep.numel() else None
+    return float(timestep) if isinstance(timestep, (int, float)) else None
 
 
-def _leaf_key(leaf: Any) -> Any:
+def leaf_key(leaf: Any) -> Any:
+    """What a graph depends on of a leaf of a call: shape, dtype and device, or type and value."""
     if isinstance(leaf, Tensor):
         return (tuple(leaf.shape), leaf.dtype, leaf.device)
     return (type(leaf).__name__, repr(leaf))
 
 
-def _named_leaves(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[str, Any]]:
+def describe_leaves(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """(name, shape and dtype or value) of every leaf of a call."""
     leaves = pytree.tree_flatten_with_path((tuple(args), dict(sorted(kwargs.items()))))[0]
     out = []
@@ -89,3 +147,24 @@ def _named_leaves(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[
         shown = f"{tuple(leaf.shape)} {leaf.dtype}" if isinstance(leaf, Tensor) else repr(leaf)
         out.append((name, shown))
     return out
+
+
+def first_difference(
+    captured: Sequence[tuple[str, Any]], call: Sequence[tuple[str, Any]], where: str
+) -> SignatureError:
+    """The error for a call that does not fit a captured one: names the first difference."""
+    known, own = dict(captured), dict(call)
+    hint = "call optimize() without example_inputs to capture each signature when it first occurs"
+    what = "the call does not fit the captured signature"
+    for name in [*known, *own]:
+        want, got = known.get(name, "nothing"), own.get(name, "nothing")
+        if want != got:
+            return SignatureError(what, where=name, expected=str(want), got=str(got), hint=hint)
+    return SignatureError(
+        what,
+        where=where,
+        expected="the captured structure, with the model on the same device and in the same dtype, "
+        "in the same autocast region and with the same attention backend",
+        got="another",
+        hint=hint,
+    )

@@ -1,6 +1,6 @@
 """Which step of which generation a call is.
 
-    one context and signature: Generation ---- pass 0: PassState (step, pattern buffers)
+    one context and signature: Generation ---- pass 0: PassState (step, kept tensors)
                                           \--- pass 1: PassState (true CFG without labels)
 
 Nobody tells a denoiser that a generation starts, or that guidance calls it twice a step. Both are
@@ -23,64 +23,6 @@ from torch import Tensor
 
 from toma_fx.capture.grids import Raster, raster
 from toma_fx.errors import SharedStateError
-from toma_fx.run.calls import Signature
-from toma_fx.run.schedule import Call
-
-GENERATIONS = 4
-"""Implicit states that are kept for each specialization that may live."""
-
-
-@dataclass(frozen=True)
-class Rasters:
-    """What the inputs of a call enumerate, and the tensors that told it."""
-
-    values: tuple[Raster | None, ...]
-    ids: tuple[tuple[int, weakref.ref[Tensor]], ...]
-
-    @classmethod
-    def read(cls, leaves: Sequence[Any]) -> Rasters:
-        """Read the position ids among the leaves of a call."""
-        values = tuple(raster(leaf) for leaf in leaves)
-        ids = [(i, weakref.ref(leaves[i])) for i, found in enumerate(values) if found is not None]
-        return cls(values, tuple(ids))
-
-    def of(self, leaves: Sequence[Any]) -> bool:
-        """Whether these leaves hold the very tensors that were read."""
-        return all(ref() is leaves[i] for i, ref in self.ids)
-
-
-@dataclass
-class Implicit:
-    """The state that a denoiser keeps for whoever calls it.
-
-    Attributes:
-        generations: by context and signature, used last at the end. rasters: what their inputs
-            enumerate. busy: held during a call.
-    """
-
-    generations: OrderedDict[tuple[str, Signature], Generation] = field(default_factory=OrderedDict)
-    rasters: dict[tuple[str, Signature], Rasters] = field(default_factory=dict)
-    busy: threading.Lock = field(default_factory=threading.Lock)
-
-    def running(self, context: str, timestep: float | None) -> Generation | None:
-        """The generation of a context that a call at `timestep` goes on with.
-
-        Its inputs may have changed shape: guidance that ends in mid-run halves the batch.
-        """
-        me = threading.get_ident()
-        for (name, _), generation in reversed(self.generations.items()):
-            if name == context and generation.thread == me and generation.behind(timestep):
-                return generation
-        return None
-
-    def generation(self, key: tuple[str, Signature], capacity: int) -> Generation:
-        """The generation of a context and signature; the one unused longest is dropped."""
-        found = self.generations.setdefault(key, Generation())
-        self.generations.move_to_end(key)
-        while len(self.generations) > capacity:
-            self.rasters.pop(self.generations.popitem(last=False)[0], None)
-        return found
-
 
 MAX_PASSES = 4
 """Calls at one timestep that count as passes of one step; more start over at the first."""
@@ -91,54 +33,53 @@ class PassState:
     """State of one pass of a generation.
 
     Attributes:
-        owner: identifies what the patterns were made for; None before the first step.
-        step: steps done. patterns: fixed-address buffers by name. has_pattern: whether they are
-            filled. counts: steps done per kind of program.
+        owner: identifies what the kept tensors were made for; None before the first step.
+        step: steps done. kept: names of the tensors that are valid now.
+        buffers: kept tensors by name, at fixed addresses; they outlive the generation.
+        counts: steps done per kind of program.
     """
 
     owner: Hashable = None
     step: int = 0
-    patterns: dict[str, Tensor] = field(default_factory=dict)
-    has_pattern: bool = False
-    counts: dict[Call, int] = field(default_factory=dict)
+    kept: set[str] = field(default_factory=set)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
     _conditioning: weakref.ref[Tensor] | None = None
     _steady: bool = False
 
     def restart(self) -> None:
         """Back to before the first step; buffers keep their addresses."""
-        self.step, self.has_pattern = 0, False
-        self.counts = {}
+        self.step, self.kept, self.counts = 0, set(), {}
         self._conditioning, self._steady = None, False
 
     def bind(self, owner: Hashable) -> None:
-        """Forget the patterns if they were made for something else (another graph, say)."""
+        """Forget the kept tensors if they were made for something else (another graph, say)."""
         if self.owner != owner:
-            self.owner, self.has_pattern = owner, False
-            self.patterns = {}
+            self.owner, self.kept, self.buffers = owner, set(), {}
 
-    def store(self, names: Sequence[str], values: Sequence[Tensor]) -> None:
-        """Copy pattern outputs into the buffers."""
+    def keep(self, names: Sequence[str], values: Sequence[Tensor]) -> None:
+        """Copy outputs into the buffers."""
         with torch.inference_mode(False), torch.no_grad():
             for name, value in zip(names, values, strict=True):
                 shape = tuple(value.shape)
-                if name not in self.patterns or self.patterns[name].shape != shape:
+                if name not in self.buffers or self.buffers[name].shape != shape:
                     buffer = torch.empty(shape, dtype=value.dtype, device=value.device)
                     torch._dynamo.mark_static_address(buffer, guard=False)
-                    self.patterns[name] = buffer
-                self.patterns[name].copy_(value)
-        self.has_pattern = True
+                    self.buffers[name] = buffer
+                self.buffers[name].copy_(value)
+        self.kept.update(names)
 
-    def done(self, call: Call) -> None:
+    def count(self, kind: str) -> None:
         """Count a step."""
         self.step += 1
-        self.counts[call] = self.counts.get(call, 0) + 1
+        self.counts[kind] = self.counts.get(kind, 0) + 1
 
     def follows(self, conditioning: Tensor | None) -> bool:
         """Whether the last call had this very conditioning tensor."""
         last = None if self._conditioning is None else self._conditioning()
         return last is not None and last is conditioning
 
-    def alike(self, conditioning: Tensor | None) -> bool:
+    def is_like(self, conditioning: Tensor | None) -> bool:
         """Whether nothing of the conditioning says that another generation begins."""
         return self.follows(conditioning) or (conditioning is None and self._conditioning is None)
 
@@ -146,7 +87,7 @@ class PassState:
         """Whether a conditioning tensor that earlier steps shared is replaced."""
         return self._steady and not self.follows(conditioning)
 
-    def see(self, conditioning: Tensor | None) -> None:
+    def note(self, conditioning: Tensor | None) -> None:
         """Remember the conditioning of a call."""
         self._steady = conditioning is not None and self.follows(conditioning)
         self._conditioning = None if conditioning is None else weakref.ref(conditioning)
@@ -156,7 +97,7 @@ class Generation:
     """The generation that runs under one context and signature.
 
     Attributes:
-        passes: their states; buffers outlive the generation. thread: who runs it.
+        passes: their states. thread: who runs it.
     """
 
     def __init__(self) -> None:
@@ -185,8 +126,10 @@ class Generation:
     def starts(self, timestep: float | None, conditioning: Tensor | None) -> bool:
         """Whether a call with these begins a new generation.
 
-        Timesteps fall. Models that count the other way are known by their second rise in a row with
-        one conditioning tensor; their first two steps both are the first of a generation.
+        Timesteps fall, so one that rises begins a generation: 999, 500, 1 | 999, ... A model that
+        counts upwards (0.1, 0.2, 0.3, ...) looks like that at every step. It is known by its second
+        rise in a row with one conditioning tensor: from then on its direction is up, and a fall
+        begins a generation. So its steps are 0, 0, 1, 2, ...: the second begins once more.
         """
         if not self.running:
             return True
@@ -197,49 +140,48 @@ class Generation:
             return False
         direction = 1 if timestep > self._timestep else -1
         if self._direction == 0:
-            return direction > 0 and not (self._risen and first.alike(conditioning))
+            return direction > 0 and not (self._risen and first.is_like(conditioning))
         return direction != self._direction or first.breaks_off(conditioning)
 
     def follow(self, other: Generation) -> None:
-        """Go on from the step of a generation that this one takes over from, with no pattern."""
+        """Go on from the step of a generation that this one takes over from, with nothing kept."""
         self.passes[0].step = other.passes[0].step
         other.restart()
 
-    def behind(self, timestep: float | None) -> bool:
+    def precedes(self, timestep: float | None) -> bool:
         """Whether this generation runs and a call at `timestep` would be a later step of it."""
         if not self.running or timestep is None or self._timestep is None:
             return False
         return (timestep - self._timestep) * (self._direction or -1) > 0
 
-    def turn(self, timestep: float | None, conditioning: Tensor | None) -> PassState:
+    def advance(self, timestep: float | None, conditioning: Tensor | None) -> PassState | None:
         """The state of this call; restarts when a new generation begins.
 
-        Raises:
-            SharedStateError: another thread is in the middle of this generation.
+        None if another thread is in the middle of this generation: nothing has changed then.
         """
         me = threading.get_ident()
         if self.starts(timestep, conditioning):
-            again = self.running and self.passes[0].alike(conditioning)
+            again = self.running and self.passes[0].is_like(conditioning)
             risen = again and None not in (timestep, self._timestep)
             self.restart()
             self._risen = risen
         elif self.thread != me:
-            raise shared_state("another thread is in the middle of a generation with it")
+            return None
         self.thread = me
         if self.running and timestep is not None and timestep == self._timestep:
             self._at = self._next_pass(conditioning)
         else:
             if self.running and self._count is None:
                 self._count = self._opened
-            if None not in (timestep, self._timestep):
-                self._direction = 1 if timestep > self._timestep else -1  # type: ignore[operator]
+            if timestep is not None and self._timestep is not None:
+                self._direction = 1 if timestep > self._timestep else -1
             self._at = 0
         self._opened = max(self._opened, self._at + 1)
         self._timestep = timestep
         if self._at == len(self.passes):
             self.passes.append(PassState())
         state = self.passes[self._at]
-        state.see(conditioning)
+        state.note(conditioning)
         return state
 
     def _next_pass(self, conditioning: Tensor | None) -> int:
@@ -251,13 +193,68 @@ class Generation:
         return self._at + 1 if self._at + 1 < MAX_PASSES else 0
 
 
-def shared_state(got: str) -> SharedStateError:
+@dataclass(frozen=True)
+class Rasters:
+    """What the inputs of a call enumerate, and the tensors that told it."""
+
+    values: tuple[Raster | None, ...]
+    ids: tuple[tuple[int, weakref.ref[Tensor]], ...]
+
+    @classmethod
+    def read(cls, leaves: Sequence[Any]) -> Rasters:
+        """Read the position ids among the leaves of a call; on a GPU this waits for it."""
+        values = tuple(raster(leaf) for leaf in leaves)
+        ids = [(i, weakref.ref(leaves[i])) for i, found in enumerate(values) if found is not None]
+        return cls(values, tuple(ids))
+
+    def are_of(self, leaves: Sequence[Any]) -> bool:
+        """Whether these leaves hold the very tensors that were read."""
+        return all(ref() is leaves[i] for i, ref in self.ids)
+
+
+Key = tuple[Hashable, Hashable]
+"""Context and signature of a call."""
+
+
+@dataclass
+class Implicit:
+    """The state that is kept for whoever calls a denoiser.
+
+    Attributes:
+        generations: by context and signature, used last at the end. rasters: what their inputs
+            enumerate. busy: held during a call.
+    """
+
+    generations: OrderedDict[Key, Generation] = field(default_factory=OrderedDict)
+    rasters: dict[Key, Rasters] = field(default_factory=dict)
+    busy: threading.Lock = field(default_factory=threading.Lock)
+
+    def running(self, context: Hashable, timestep: float | None) -> Generation | None:
+        """The generation of a context that a call at `timestep` goes on with.
+
+        Its inputs may have changed shape: guidance that ends in mid-run halves the batch.
+        """
+        me = threading.get_ident()
+        for (other, _), generation in reversed(self.generations.items()):
+            if other == context and generation.thread == me and generation.precedes(timestep):
+                return generation
+        return None
+
+    def generation(self, key: Key, capacity: int) -> Generation:
+        """The generation of a context and signature; the one unused longest is dropped."""
+        generation = self.generations.setdefault(key, Generation())
+        self.generations.move_to_end(key)
+        while len(self.generations) > capacity:
+            self.rasters.pop(self.generations.popitem(last=False)[0], None)
+        return generation
+
+
+def shared_state_error(where: str, got: str, hint: str) -> SharedStateError:
     """The error for two threads on one implicit state."""
     return SharedStateError(
-        "the implicit state of an optimized denoiser can't be shared by threads",
-        where="the optimized denoiser",
+        "implicit state can't be shared by threads",
+        where=where,
         expected="one generation at a time",
         got=got,
-        hint="run each thread inside `with denoiser.own_state():`, or hold the state yourself: "
-        "denoiser.step(inputs, state); denoiser.reset() ends a generation that was broken off",
+        hint=hint,
     )

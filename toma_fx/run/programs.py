@@ -6,9 +6,10 @@ from __future__ import annotations
 import linecache
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,13 +21,18 @@ from toma_fx.analysis.facts import Analysis
 from toma_fx.analysis.propagate import analyse
 from toma_fx.capture.model import Captured, capture, check_model
 from toma_fx.capture.parity import Expected
+from toma_fx.errors import UnknownNameError, nearest
 from toma_fx.graph.rewriter import Templates
 from toma_fx.graph.verify import output_values, verify
 from toma_fx.methods.base import MethodConfig
 from toma_fx.passes.pipeline import Program, rewrite
+from toma_fx.passes.uses import Use, uses_of
 from toma_fx.plan.plan import MergePlan
 from toma_fx.plan.planner import make_plan
-from toma_fx.run.schedule import Call
+from toma_fx.run.schedule import Schedule, Scheduled
+
+Runner = Callable[..., Sequence[Any]]
+"""A program to call: (inputs, masks, kept tensors) -> (outputs, kept tensors), flat."""
 
 TRACING: threading.RLock = convert_frame.compile_lock
 """Held while a graph is made: tracing swaps the parameters of the model that is traced. It is
@@ -71,12 +77,18 @@ def tracing() -> Iterator[None]:
                 linecache.cache.pop(key, None)
 
 
+def run_eagerly(specialization: Specialization, kind: str) -> Runner:
+    """The program of a kind as it is."""
+    return specialization.program(kind).graph_module.forward
+
+
 @dataclass
 class Specialization:
     """Everything made for one call signature; programs are rewritten when first used.
 
     Attributes:
         captured, analysis, flow, plan: from the stages of that name.
+        make_runner: makes a program of this callable.
         programs: rewritten so far. runners: what is called for each, compiled or not.
         counts: steps run per kind.
     """
@@ -85,14 +97,20 @@ class Specialization:
     analysis: Analysis
     flow: Flow
     plan: MergePlan
+    make_runner: Callable[[Specialization, str], Runner] = run_eagerly
     templates: Templates = field(default_factory=dict)
-    programs: dict[Call, Program] = field(default_factory=dict)
-    runners: dict[Call, Callable[..., Any]] = field(default_factory=dict)
-    counts: dict[Call, int] = field(default_factory=dict)
+    programs: dict[str, Program] = field(default_factory=dict)
+    runners: dict[str, Runner] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def make(
-        cls, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], config: MethodConfig
+        cls,
+        model: nn.Module,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        config: MethodConfig,
+        make_runner: Callable[[Specialization, str], Runner] = run_eagerly,
     ) -> Specialization:
         """Capture, check, analyse and plan one call.
 
@@ -105,15 +123,20 @@ class Specialization:
         captured = capture(model, args, kwargs)
         if expected is not None:
             expected.check(captured)
-        return cls.of(captured, config)
+        return cls.of(captured, config, make_runner)
 
     @classmethod
-    def of(cls, captured: Captured, config: MethodConfig) -> Specialization:
-        """Analyse and plan a captured graph."""
+    def of(
+        cls,
+        captured: Captured,
+        config: MethodConfig,
+        make_runner: Callable[[Specialization, str], Runner] = run_eagerly,
+    ) -> Specialization:
+        """Analyze and plan a captured graph."""
         outputs = output_values(captured.graph_module.graph)
         verify(captured.graph_module, [i.name for i in captured.inputs], outputs, "capture")
         analysis, flow = analyse(captured, config.grid)
-        return cls(captured, analysis, flow, make_plan(analysis, flow, config))
+        return cls(captured, analysis, flow, make_plan(analysis, flow, config), make_runner)
 
     @property
     def dynamic(self) -> bool:
@@ -122,47 +145,93 @@ class Specialization:
 
     @property
     def settings(self) -> Hashable:
-        """What a pattern must agree on to fit: groups and their settings."""
+        """What kept tensors must agree on to fit: groups and their settings."""
         return tuple((g.name, g.setting) for g in self.plan.groups)
 
-    def program(self, call: Call) -> Program | None:
-        """The rewritten program of a call; None for the unmerged one."""
-        if call == "plain":
+    @property
+    def batch_sizes(self) -> frozenset[int]:
+        """Rows of the batch, as the patterns see them."""
+        return frozenset(g.batch for g in self.plan.groups)
+
+    @cached_property
+    def uses(self) -> Mapping[str, Use]:
+        """Kinds of programs, by name."""
+        return uses_of(self.plan.config)
+
+    @cached_property
+    def schedule(self) -> Scheduled:
+        """Which kind is due when."""
+        return self.plan.config if self.plan.segments else Schedule.plain()
+
+    def takes(self, kind: str) -> tuple[str, ...]:
+        """Names of the masks and kept tensors that follow the model's own inputs."""
+        use = self.use(kind)
+        return (*use.masks(self.plan), *use.takes(self.plan))
+
+    def gives(self, kind: str) -> tuple[str, ...]:
+        """Names of the kept tensors that follow the model's own outputs."""
+        return self.use(kind).gives(self.plan)
+
+    def instead(self, kind: str) -> str:
+        """The kind that runs while something that `kind` takes is not kept."""
+        return self.use(kind).instead
+
+    def use(self, kind: str) -> Use:
+        """The row of a kind.
+
+        Raises:
+            UnknownNameError: the schedule names a kind that there is not.
+        """
+        if kind not in self.uses:
+            raise UnknownNameError(
+                f"unknown kind of program {kind!r}",
+                where=f"schedule of method {self.plan.config.name!r}",
+                hint=nearest(kind, self.uses),
+            )
+        return self.uses[kind]
+
+    def mixed(self, kinds: Collection[str]) -> str | None:
+        """The kind that serves a batch of requests that are due these kinds, if there is one.
+
+        Raises:
+            DynamicError: it would need static shapes.
+        """
+        serving = next((u for u in self.uses.values() if set(kinds) <= set(u.serves)), None)
+        if serving is None:
             return None
-        if call not in self.programs:
+        self.plan.config.check_static("step(inputs, states) with states at different steps")
+        return serving.name
+
+    def program(self, kind: str) -> Program:
+        """The program of a kind."""
+        if kind not in self.programs:
             with tracing():
-                if call not in self.programs:
-                    self.programs[call] = rewrite(
-                        self.captured, self.analysis, self.flow, self.plan, call, self.templates
+                if kind not in self.programs:
+                    self.programs[kind] = rewrite(
+                        self.captured,
+                        self.analysis,
+                        self.flow,
+                        self.plan,
+                        self.use(kind),
+                        self.templates,
                     )
-        return self.programs[call]
+        return self.programs[kind]
 
-    def graph_module(self, call: Call) -> fx.GraphModule:
-        """The graph that runs for a call."""
-        program = self.program(call)
-        return self.captured.graph_module if program is None else program.graph_module
+    def runner(self, kind: str) -> Runner:
+        """The callable of a kind."""
+        if kind not in self.runners:
+            with TRACING:
+                if kind not in self.runners:
+                    self.runners[kind] = self.make_runner(self, kind)
+        return self.runners[kind]
 
-    def runner(self, call: Call, options: Mapping[str, Any] | None) -> Callable[..., Any]:
-        """The callable for a call, compiled with `options` unless they are None."""
-        if call not in self.runners:
-            graph_module = self.graph_module(call)
-            run: Callable[..., Any] = graph_module.forward
-            if self.dynamic:
-                # under torch.compile too: compiled, it would keep the shapes it was traced with
-                run = torch._dynamo.disable(run)
-            elif options is not None:
-                run = torch.compile(graph_module, **options)
-            self.runners[call] = run
-        return self.runners[call]
-
-    def count(self, call: Call) -> None:
+    def count(self, kind: str) -> None:
         """Count a step."""
-        self.counts[call] = self.counts.get(call, 0) + 1
+        self.counts[kind] = self.counts.get(kind, 0) + 1
 
     def _graph_modules(self) -> Iterator[fx.GraphModule]:
         yield self.captured.graph_module
-        for program in self.programs.values():
-            yield program.graph_module
+        yield from (p.graph_module for p in self.programs.values() if p.use.passes)
 
     def fits(self, parameters: set[int]) -> bool:
         """Whether every parameter of the graph is among these ids, or shares such memory."""

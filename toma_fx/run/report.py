@@ -13,11 +13,12 @@ from torch import nn
 
 from toma_fx.graph.flops import graph_flops
 from toma_fx.methods.windows import Size, size_text
+from toma_fx.passes.uses import PLAIN, REFRESH, REUSE
 from toma_fx.plan.plan import Rejection
 from toma_fx.run.denoiser import OptimizedDenoiser
 from toma_fx.run.printed import Printed
 from toma_fx.run.programs import Specialization
-from toma_fx.run.schedule import Call, call_at
+from toma_fx.run.schedule import due
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,8 @@ def make_report(specialization: Specialization) -> Report:
     if not plan.segments:
         total = graph_flops(before)
         return Report((), plan.rejections, total, total, total)
-    usual = call_at(plan.config, plan.config.first_step + 1, has_pattern=True)
-    after = specialization.graph_module("reuse" if usual == "plain" else usual).graph
+    usual = due(plan.config, plan.config.first_step + 1)
+    after = specialization.program(REUSE.name if usual == PLAIN.name else usual).graph_module.graph
     streams = {s.name: s for s in specialization.analysis.streams}
     rows = []
     for segment in plan.segments:
@@ -131,7 +132,7 @@ def make_report(specialization: Specialization) -> Report:
             )
     refresh = after
     if plan.config.patterned:
-        refresh = specialization.graph_module("refresh").graph
+        refresh = specialization.program(REFRESH.name).graph_module.graph
     return Report(
         tuple(rows), plan.rejections, graph_flops(before), graph_flops(after), graph_flops(refresh)
     )
@@ -149,7 +150,7 @@ class Live:
     inputs: dict[str, tuple[int, ...]]
     segments: int
     tokens: tuple[tuple[int, int], ...]
-    steps: dict[Call, int]
+    steps: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ class Summary(Printed):
     config: dict[str, Any]
     captures: int
     live: tuple[Live, ...]
-    steps: dict[Call, int]
+    steps: dict[str, int]
 
     def to_json(self) -> str:
         """The summary as JSON text."""

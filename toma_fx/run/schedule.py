@@ -1,76 +1,24 @@
-"""Which program a step runs."""
+"""Which kind of program is due at a step, and which one runs.
+
+schedule --step--> kind that is due --what it takes is kept?--> that kind
+                                    \--else----------------> the kind that runs instead
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, Self
+from typing import Protocol, Self
 
-from toma_fx.methods.base import MethodConfig, Renewal
+from toma_fx.errors import ConfigError
+from toma_fx.methods.base import MethodConfig
 
 LONGEST = 1000
 """Steps of a generation that a schedule is written down for, and that are exported."""
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """Which program runs when.
-
-    Attributes:
-        first_step, last_step: the steps that merge, from 0; others run "plain".
-        patterned: whether there are patterns at all; if not, merged steps run "reuse".
-        begin: programs of the first merged steps. cycle: what follows them, over and over. A step
-            without a pattern refreshes in any case.
-    """
-
-    first_step: int
-    last_step: int | None
-    patterned: bool
-    begin: tuple[Renewal, ...]
-    cycle: tuple[Renewal, ...]
-
-    @classmethod
-    def of(cls, config: MethodConfig) -> Self:
-        """The schedule of a configuration."""
-        calls: list[Renewal] = ["reuse"]
-        if config.patterned:
-            calls = [config.renewal(i) for i in range(LONGEST)]
-        begin, cycle = _periodic(calls)
-        return cls(config.first_step, config.last_step, config.patterned, begin, cycle)
-
-    @classmethod
-    def plain(cls) -> Self:
-        """That of a model of which nothing merges: every step comes after the last that would."""
-        return cls(0, -1, False, (), ("reuse",))
-
-    def call(self, step: int, has_pattern: bool) -> Call:
-        """The program of a step (from 0): the same as `state.call_at` of the configuration."""
-        return call_at(self, step, has_pattern)
-
-    def renewal(self, since: int) -> Renewal:
-        """What a step does with the pattern, `since` steps after the first that merges."""
-        if since < len(self.begin):
-            return self.begin[since]
-        return self.cycle[(since - len(self.begin)) % len(self.cycle)]
-
-
-def _periodic(calls: Sequence[Renewal]) -> tuple[tuple[Renewal, ...], tuple[Renewal, ...]]:
-    """The shortest (begin, cycle) that continue to give `calls`."""
-    for period in range(1, len(calls) // 2):
-        start = len(calls)
-        while start > period and calls[start - 1] == calls[start - 1 - period]:
-            start -= 1
-        start -= period
-        if start + 2 * period <= len(calls) and start <= len(calls) // 2:
-            return tuple(calls[:start]), tuple(calls[start : start + period])
-    return tuple(calls[:-1]), (calls[-1],)
-
-
-Call = Literal["plain", "refresh", "reweigh", "reuse", "mixed"]
-
-
 class Scheduled(Protocol):
-    """What decides which program runs: a method's configuration, or the schedule of an artifact."""
+    """What decides which kind is due: a method's configuration, or the schedule of an artifact."""
 
     @property
     def first_step(self) -> int: ...  # noqa: D102
@@ -78,16 +26,90 @@ class Scheduled(Protocol):
     @property
     def last_step(self) -> int | None: ...  # noqa: D102
 
-    @property
-    def patterned(self) -> bool: ...  # noqa: D102
-
-    def renewal(self, since: int) -> Renewal: ...  # noqa: D102
+    def renewal(self, since: int) -> str: ...  # noqa: D102
 
 
-def call_at(config: Scheduled, step: int, has_pattern: bool) -> Call:
-    """Which program runs at `step` (from 0) of a generation."""
-    if step < config.first_step or (config.last_step is not None and step > config.last_step):
+@dataclass(frozen=True)
+class Schedule:
+    """A schedule as plain data.
+
+    Attributes:
+        first_step, last_step: the steps that merge, from 0; others run "plain".
+        begin: kinds of the first merged steps. cycle: what follows them, over and over.
+    """
+
+    first_step: int
+    last_step: int | None
+    begin: tuple[str, ...]
+    cycle: tuple[str, ...]
+
+    @classmethod
+    def of(cls, config: MethodConfig, replacing: Callable[[str], str] = str) -> Self:
+        """The schedule of a configuration; `replacing` gives the kind that stands for a kind."""
+        kinds = [replacing(config.renewal(i)) for i in range(LONGEST)]
+        return cls(config.first_step, config.last_step, *_shortest_cycle(kinds))
+
+    @classmethod
+    def plain(cls) -> Self:
+        """That of a model of which nothing merges: every step comes after the last that would."""
+        return cls(0, -1, (), ("reuse",))
+
+    def renewal(self, since: int) -> str:
+        """The kind that is due `since` steps after the first that merges."""
+        if since < len(self.begin):
+            return self.begin[since]
+        return self.cycle[(since - len(self.begin)) % len(self.cycle)]
+
+
+def _shortest_cycle(kinds: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The shortest (begin, cycle) that continue to give `kinds`.
+
+    For each period, shortest first, walk back from the end while every kind equals the one a period
+    earlier: what is left in front is the beginning. A cycle counts only if it was seen twice and
+    begins in the first half, so that a list that never repeats isn't taken for a long cycle. Of
+    a b c b c b c: period 1 fails at once, period 2 walks back to a: begin (a,), cycle (b, c).
+    """
+    for period in range(1, len(kinds) // 2):
+        start = len(kinds)
+        while start > period and kinds[start - 1] == kinds[start - 1 - period]:
+            start -= 1
+        start -= period
+        if start + 2 * period <= len(kinds) and start <= len(kinds) // 2:
+            return tuple(kinds[:start]), tuple(kinds[start : start + period])
+    return tuple(kinds[:-1]), (kinds[-1],)
+
+
+def due(schedule: Scheduled, step: int) -> str:
+    """The kind of program that is due at `step` (from 0) of a generation."""
+    last = schedule.last_step
+    if step < schedule.first_step or (last is not None and step > last):
         return "plain"
-    if not config.patterned:
-        return "reuse"
-    return config.renewal(step - config.first_step) if has_pattern else "refresh"
+    return schedule.renewal(step - schedule.first_step)
+
+
+class Kinds(Protocol):
+    """Kinds of programs by name: what each takes, and what runs instead of it."""
+
+    def takes(self, kind: str) -> tuple[str, ...]: ...  # noqa: D102
+
+    def instead(self, kind: str) -> str: ...  # noqa: D102
+
+
+def runnable(kind: str, kinds: Kinds, kept: Collection[str]) -> str:
+    """The kind itself if all that it takes is kept, else what runs instead.
+
+    Raises:
+        ConfigError: neither it nor what runs instead can run: the kinds of a method are wrong.
+    """
+    tried = [kind]
+    while not all(name in kept for name in kinds.takes(tried[-1])):
+        other = kinds.instead(tried[-1])
+        if other in tried:
+            raise ConfigError(
+                "no program can run without kept tensors",
+                where=f"kind {kind!r}",
+                expected="a kind that takes nothing, among those that run instead",
+                got=" -> ".join(tried),
+            )
+        tried.append(other)
+    return tried[-1]

@@ -59,7 +59,7 @@ def lower(options: Mapping[str, Any], programs: Programs, build: Build) -> Lower
     build.stage(weights, lambda folder: save_weights(folder, programs), WEIGHTS)
     shutil.rmtree(build.folder / PARTS, ignore_errors=True)
     specs: dict[str, ProgramSpec] = {
-        call: ProgramSpec(PACKAGE, call, program.pattern_inputs, program.pattern_outputs)
+        call: ProgramSpec(PACKAGE, call, program.takes, program.gives, program.instead)
         for call, program in programs.items()
     }
     target = TargetSpec("aoti", {name: str(value) for name, value in options.items()})

@@ -13,7 +13,7 @@ from torch import Tensor
 from toma_fx.compat import load_programs
 from toma_fx.errors import ArtifactError
 from toma_fx.export.manifest import Manifest
-from toma_fx.export.programs import parted
+from toma_fx.export.programs import split_outputs
 from toma_fx.export.targets import Runtime
 from toma_fx.export.to_aoti.files import PACKAGE, WEIGHTS, load_weights
 
@@ -44,9 +44,9 @@ class AOTIRuntime(Runtime):
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """One step. Programs read memory as their examples lay: contiguous."""
         spec = self._specs[call]
-        tensors = (*inputs, *(patterns[name] for name in spec.patterns_in))
+        tensors = (*inputs, *(patterns[name] for name in spec.takes))
         results = self._runners[call].run([x.contiguous() for x in tensors])
-        return parted(results, spec.patterns_out)
+        return split_outputs(results, spec.gives)
 
     def _complete(self, runners: Mapping[str, Any], entry: str) -> Any:
         """The loader of a program that has been given all its constants."""

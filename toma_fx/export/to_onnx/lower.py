@@ -44,8 +44,8 @@ def lower(form: str, opset: int, programs: Programs, build: Build) -> Lowered:
 
         files = (file_of(call), WEIGHTS) if call == first else (file_of(call),)
         build.stage(f"onnx {call}", write, *files)
-        taken, given = program.pattern_inputs, program.pattern_outputs
-        specs[str(call)] = ProgramSpec(file_of(call), "", taken, given)
+        takes, gives, instead = program.takes, program.gives, program.instead
+        specs[call] = ProgramSpec(file_of(call), "", takes, gives, instead)
     target = TargetSpec("onnx", {"form": form, "opset": str(opset)})
     device = Device(programs.device.type, "", "")
     versions = {p: version_of(p) for p in ("onnx", "onnxscript", "onnxruntime")}
@@ -54,8 +54,8 @@ def lower(form: str, opset: int, programs: Programs, build: Build) -> Lowered:
 
 def stateless_programs(programs: Programs) -> Mapping[Any, Exported]:
     """The programs that take no patterns, without the patterns that they give."""
-    alone = {call: program for call, program in programs.items() if not program.pattern_inputs}
-    return {call: replace(program, pattern_outputs=()) for call, program in alone.items()}
+    alone = {call: program for call, program in programs.items() if not program.takes}
+    return {call: replace(program, gives=()) for call, program in alone.items()}
 
 
 def convert(call: str, program: Exported, names: IONames, opset: int) -> Any:

@@ -29,9 +29,9 @@ class IONames:
     @classmethod
     def of(cls, programs: Programs, program: Exported) -> IONames:
         """Names of the manifest."""
-        patterns = programs.patterns
-        inputs = {**programs.inputs, **{name: patterns[name] for name in program.pattern_inputs}}
-        outputs = {**programs.outputs, **{name: patterns[name] for name in program.pattern_outputs}}
+        patterns = programs.kept
+        inputs = {**programs.inputs, **{name: patterns[name] for name in program.takes}}
+        outputs = {**programs.outputs, **{name: patterns[name] for name in program.gives}}
         return cls(
             tuple(TensorSpec.of(name, x) for name, x in inputs.items()),
             tuple(TensorSpec.of(name, x) for name, x in outputs.items()),

@@ -14,7 +14,7 @@ from torch import Tensor
 from toma_fx.errors import ArtifactError, UnknownNameError, nearest
 from toma_fx.export.manifest import Manifest, TensorSpec
 from toma_fx.export.packages import import_onnx, missing_onnx
-from toma_fx.export.programs import parted
+from toma_fx.export.programs import split_outputs
 from toma_fx.export.targets import Runtime, check_options, separate_inputs
 from toma_fx.export.to_onnx.weights import WEIGHTS
 
@@ -53,12 +53,12 @@ class ORTRuntime(Runtime):
         self._kept = shared
         self.sessions: dict[str, Any] = {}
         self._programs: dict[str, _Bound] = {}
-        specs = {spec.name: spec for spec in (*manifest.outputs, *manifest.patterns)}
+        specs = {spec.name: spec for spec in (*manifest.outputs, *manifest.kept)}
         for call, program in manifest.programs.items():
             session = self._session(ort, folder / program.file, options, providers)
             self.sessions[call] = session
             outputs = [specs[x.name] for x in session.get_outputs()]
-            self._programs[call] = _Bound(session, outputs, program.patterns_out, device)
+            self._programs[call] = _Bound(session, outputs, program.gives, device)
 
     def run(
         self, call: str, inputs: Sequence[Tensor], patterns: Mapping[str, Tensor]
@@ -135,7 +135,7 @@ class _Bound:
         for name, x in self._outputs.items():
             binding.bind_output(name, *self._place(x))
         self._session.run_with_iobinding(binding)
-        return parted(list(self._outputs.values()), self._patterns)
+        return split_outputs(list(self._outputs.values()), self._patterns)
 
     def _place(self, x: Tensor) -> tuple[str, int, Any, list[int], int]:
         """Arguments of ONNX Runtime for a tensor: device, type, shape, address."""
@@ -217,7 +217,7 @@ def _check_device(providers: Sequence[str], device: torch.device, manifest: Mani
 
 def _dtypes(manifest: Manifest) -> set[str]:
     """Of weights, inputs, outputs and patterns."""
-    specs = (*(spec.tensor for spec in manifest.inputs), *manifest.outputs, *manifest.patterns)
+    specs = (*(spec.tensor for spec in manifest.inputs), *manifest.outputs, *manifest.kept)
     return {manifest.dtype, *(spec.dtype for spec in specs)}
 
 

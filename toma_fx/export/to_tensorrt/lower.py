@@ -40,7 +40,7 @@ def lower(
     # another machine must not go on with engines of this one
     machine = f"for {name}, {arch}, TensorRT {trt.__version__}"
     specs: dict[str, ProgramSpec] = {
-        call: ProgramSpec(f"{call}.engine", "", program.pattern_inputs, program.pattern_outputs)
+        call: ProgramSpec(f"{call}.engine", "", program.takes, program.gives, program.instead)
         for call, program in programs.items()
     }
     finished = all(build.has(f"engine {c} {machine}", s.file) for c, s in specs.items())

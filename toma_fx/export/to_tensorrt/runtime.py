@@ -11,7 +11,7 @@ from torch import Tensor
 
 from toma_fx.errors import ArtifactError
 from toma_fx.export.manifest import Manifest, TensorSpec
-from toma_fx.export.programs import parted
+from toma_fx.export.programs import split_outputs
 from toma_fx.export.targets import Runtime, separate_inputs
 
 _DTYPES = {
@@ -43,7 +43,7 @@ class TensorRTRuntime(Runtime):
         self._logger = trt.Logger(trt.Logger.WARNING)  # the runtime keeps no reference
         self._runtime = trt.Runtime(self._logger)
         self._stream = torch.cuda.Stream(device)
-        patterns = {spec.name: spec for spec in manifest.patterns}
+        patterns = {spec.name: spec for spec in manifest.kept}
         own = [spec.tensor for spec in manifest.inputs]
         numbered = manifest.target.options.get("route") == "torch"
         self._engines = {
@@ -51,8 +51,8 @@ class TensorRTRuntime(Runtime):
                 trt,
                 self._runtime,
                 folder / program.file,
-                [*own, *(patterns[name] for name in program.patterns_in)],
-                [*manifest.outputs, *(patterns[name] for name in program.patterns_out)],
+                [*own, *(patterns[name] for name in program.takes)],
+                [*manifest.outputs, *(patterns[name] for name in program.gives)],
                 numbered,
                 device,
             )
@@ -64,7 +64,7 @@ class TensorRTRuntime(Runtime):
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """One step; see `Runtime.run`."""
         results = self._engines[call].run(inputs, patterns, self._stream)
-        return parted(results, self._programs[call].patterns_out)
+        return split_outputs(results, self._programs[call].gives)
 
 
 class _Engine:
