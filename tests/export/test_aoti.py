@@ -249,7 +249,7 @@ def no_arch(data: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (other_torch, "version of torch"),
+        (other_torch, r"versions\.torch"),
         (other_arch, "aarch64"),
         (wider_arch, "without avx10_9"),
         (no_arch, "without a check"),
@@ -264,7 +264,7 @@ def test_other_machines_are_refused(copied: Path, change: Any, said: str) -> Non
 def test_other_devices_are_refused(copied: Path) -> None:
     with pytest.raises(ArtifactError, match="device"):
         load(rewritten(copied, other_device), device="cpu")
-    with pytest.raises(ArtifactError, match="another device"):
+    with pytest.raises(ArtifactError, match=r"device\.type"):
         AOTITarget.open(copied, verify_artifact(copied), CPU, {})
 
 

@@ -437,7 +437,7 @@ def test_another_device(tmp_path: Path, optimized: Any, target: InProcess, name:
         pytest.importorskip("onnxruntime")
     export(optimized, inputs(), tmp_path / "a", target)
     edited(tmp_path / "a", {"target": {**TARGET, "name": name}})
-    with pytest.raises(ArtifactError, match="another device"):
+    with pytest.raises(ArtifactError, match="device"):
         load(tmp_path / "a", device="meta")
 
 

@@ -149,9 +149,6 @@ def _print_times(
     console.print(text, highlight=False, soft_wrap=True)
 
 
-# -- files of tensors -----------------------------------------------------------------------------
-
-
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     """Tensors by name.
 

@@ -25,7 +25,6 @@ from toma_fx.export.manifest import FileSpec, Manifest
 
 MANIFEST = "manifest.json"
 
-
 STAGES = "stages.json"
 
 

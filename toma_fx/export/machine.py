@@ -66,29 +66,26 @@ def check_machine(
         ArtifactError: naming the first difference.
     """
     built = manifest.device
-    if (used := manifest.versions.get(package, "unknown")) != version:
-        raise ArtifactError(
-            f"the artifact was made with another version of {package}",
-            where=f"versions.{package}",
-            expected=f"{package} {used}",
-            got=f"{package} {version}",
-            hint="install that version, or build the artifact anew",
-        )
-    if device.type != built.type:
-        raise ArtifactError(
-            "the artifact was compiled for another device",
-            where="device.type",
-            expected=built.type,
-            got=device.type,
-            hint="build it for that device",
-        )
+    pairs = [
+        (f"versions.{package}", manifest.versions.get(package, "unknown"), version),
+        ("device.type", built.type, device.type),
+    ]
+    for where, expected, got in pairs:
+        if expected != got:
+            raise _other_machine(where, expected, got)
     available = arch(device)
     lacking = set(built.arch.split()) - set(available.split())
     if lacking or not built.arch:
-        raise ArtifactError(
-            "the artifact was compiled for another processor",
-            where="device.arch",
-            expected=f"{built.arch or 'an architecture'} ({built.name})",
-            got=f"{available}: without {', '.join(sorted(lacking)) or 'a check'}",
-            hint="build it on a machine of this kind",
-        )
+        expected = f"{built.arch or 'an architecture'} ({built.name})"
+        got = f"{available}: without {', '.join(sorted(lacking)) or 'a check'}"
+        raise _other_machine("device.arch", expected, got)
+
+
+def _other_machine(where: str, expected: str, got: str) -> ArtifactError:
+    return ArtifactError(
+        "the artifact was compiled for something else",
+        where=where,
+        expected=expected,
+        got=got,
+        hint="build it on a machine and with versions like these, or install those",
+    )

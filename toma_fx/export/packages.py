@@ -7,6 +7,8 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 from toma_fx.errors import MissingPackageError
@@ -45,6 +47,30 @@ def missing_onnx(package: str, extra: str) -> MissingPackageError:
 def version_of(package: str) -> str:
     """Version of a package of the extra `[onnx]`."""
     return str(getattr(import_onnx(package), "__version__", "unknown"))
+
+
+def import_tensorrt(name: str) -> Any:
+    """TensorRT or Torch-TensorRT.
+
+    Raises:
+        MissingPackageError: names the versions that belong together.
+    """
+    return import_package(name, partial(_missing_tensorrt, name))
+
+
+def _missing_tensorrt(name: str, error: Exception) -> MissingPackageError:
+    from toma_fx.export.to_tensorrt.coverage import load_table
+
+    table = load_table("torch_tensorrt")
+    wanted = [r for r in table["requires"] if r.startswith(("torch", "tensorrt"))]
+    return MissingPackageError(
+        f"TensorRT artifacts need the package {name.replace('_', '-')}",
+        where=name,
+        expected=f"torch-tensorrt {table['version']} with {', '.join(sorted(wanted))}",
+        got=f"torch {version('torch')}; {type(error).__name__}: {error}",
+        hint="on a machine with an NVIDIA GPU: pip install toma_fx[tensorrt] "
+        "--extra-index-url https://pypi.nvidia.com",
+    )
 
 
 @contextmanager

@@ -17,9 +17,7 @@ from toma_fx.export.programs import Programs
 
 PACKAGE = "programs.pt2"
 
-
 WEIGHTS = "weights.safetensors"
-
 
 PARTS = "parts"
 """Folder of intermediate files, removed when the build ends."""
@@ -46,9 +44,6 @@ def join_parts(folder: Path, parts: Mapping[str, str]) -> None:
             archive.extractall(folder / PARTS / call)
             files[call] = [str(folder / PARTS / call / name) for name in archive.namelist()]
     package_programs(folder / PACKAGE, files)
-
-
-# -- weights ----------------------------------------------------------------------------------
 
 
 def weights_of(programs: Programs) -> dict[str, Tensor]:

@@ -17,8 +17,6 @@ from toma_fx.export.programs import split_outputs
 from toma_fx.export.targets import Runtime
 from toma_fx.export.to_aoti.files import PACKAGE, WEIGHTS, load_weights
 
-# -- running ------------------------------------------------------------------------------------
-
 
 class AOTIRuntime(Runtime):
     """Compiled programs with their weights."""

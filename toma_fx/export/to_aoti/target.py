@@ -53,7 +53,7 @@ class AOTITarget(Target):
     inductor: tuple[tuple[str, Any], ...] = ()
 
     def check_installed(self) -> None:
-        """Raise, before anything is exported, for a wrong option or without a C++ compiler.
+        """Raise for a wrong option, or without a C++ compiler.
 
         Raises:
             BuildError: no C++ compiler. UnknownNameError: no such option of Inductor.
@@ -83,7 +83,7 @@ class AOTITarget(Target):
             )
 
     def check(self, programs: Programs) -> None:
-        """Raise, before anything is made, if the programs can't be compiled here.
+        """Raise if the programs can't be compiled here.
 
         Raises:
             BuildError: a device that can't be compiled for, quantized weights kept as tensor

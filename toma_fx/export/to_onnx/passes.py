@@ -8,8 +8,6 @@ from typing import Any
 from toma_fx.export.packages import import_onnx
 from toma_fx.export.to_onnx.weights import INLINE
 
-# -- the graph ------------------------------------------------------------------------------------
-
 
 def cast_mixed_joins(model: Any) -> None:
     """Give the inputs of each Concat the type of its output: ATen promotes them, ONNX does not."""

@@ -18,10 +18,7 @@ from toma_fx.export.programs import split_outputs
 from toma_fx.export.targets import Runtime, check_options, separate_inputs
 from toma_fx.export.to_onnx.weights import WEIGHTS
 
-# -- running --------------------------------------------------------------------------------------
-
 LOAD_OPTIONS = ("providers", "threads", "prepack")
-
 
 Provider = str | tuple[str, Mapping[str, Any]]
 

@@ -36,14 +36,11 @@ if TYPE_CHECKING:
 
 Form = Literal["cached", "stateless"]
 
-
 OPSETS = range(18, 26)
 """What `torch.onnx` writes and ONNX Runtime reads correctly."""
 
-
 DEFAULT_OPSET = 23
 """The first with attention as one operator: it needs no tokens x tokens matrix on a GPU."""
-
 
 BUILD_PACKAGES = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 
@@ -83,16 +80,12 @@ class ONNXTarget(Target):
             )
 
     def check_installed(self) -> None:
-        """Raise, before anything is exported, if a package is missing.
-
-        Raises:
-            MissingPackageError: names it and the extra.
-        """
+        """Raise `MissingPackageError`, which names the extra, if a package is missing."""
         for package in BUILD_PACKAGES:
             import_onnx(package)
 
     def check(self, programs: Programs) -> None:
-        """Raise, before anything is made, if ONNX models can't be made or compared here.
+        """Raise if ONNX models can't be made or compared here.
 
         Raises:
             MissingPackageError: on a GPU, ONNX Runtime without CUDA.
@@ -121,11 +114,7 @@ class ONNXTarget(Target):
             )
 
     def lower(self, programs: Programs, build: Build) -> Lowered:
-        """Write one model for each program, and the weights with the first of them.
-
-        Raises:
-            BuildError: a program can't be expressed in ONNX; the disk is full.
-        """
+        """Write one model for each program; `BuildError` if one can't be expressed in ONNX."""
         from toma_fx.export.to_onnx.lower import lower
 
         return lower(self.form, self.opset, programs, build)

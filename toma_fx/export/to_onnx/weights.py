@@ -12,7 +12,6 @@ from toma_fx.export.packages import import_onnx
 
 WEIGHTS = "weights.safetensors"
 
-
 INLINE = 1024
 """Bytes below which a constant stays in the model, where shape inference sees it."""
 
@@ -29,12 +28,8 @@ _SAFETENSORS = {
     "FLOAT8E5M2": "F8_E5M2",
 }
 
-
 _ALIGNED = 64
 """Bytes that every tensor of the weights file starts at a multiple of."""
-
-
-# -- weights --------------------------------------------------------------------------------------
 
 
 def _bytes(tensor: Any) -> memoryview:

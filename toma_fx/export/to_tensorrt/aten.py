@@ -25,21 +25,14 @@ from toma_fx.graph.nodes import argument, module_path
 Find = Callable[[ExportedProgram], Iterator[tuple[Location, str]]]
 """A check of a whole program: where something stands against an engine, and what."""
 
-
 LARGEST_TOP_K = 3840
-
 
 LARGEST_RANK = 8
 
-
 UNCONVERTED = ("aten.one_hot.", "aten.searchsorted.")
-
 
 DOUBLE = "float64"
 """Name of the check that an option of the build answers."""
-
-
-# -- programs of torch.export ---------------------------------------------------------------------
 
 
 def aten_coverage(program: ExportedProgram, truncate_double: bool = False) -> Coverage:
@@ -236,7 +229,6 @@ VALIDATORS: Mapping[str, Callable[[fx.Node], str]] = {
     "bitwise_not_type_validator": _logical,
 }
 """What Torch-TensorRT's validators look at, by their names: the reason for a refusal or ""."""
-
 
 IRRELEVANT = {
     "index_has_bool_indices", "index_nonbool_validator", "has_static_shapes_in_args",

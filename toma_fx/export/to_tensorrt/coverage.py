@@ -31,11 +31,7 @@ Verdict = Literal["taken", "folded", "conditional", "refused", "missing"]
 """taken: converted, decomposed or removed by name. folded: computed at build time. conditional: it
 depends on what no rule here looks at. refused: known, but not as it is used. missing: unknown."""
 
-
 TABLES = Path(__file__).parent / "tables"
-
-
-# -- what is found --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

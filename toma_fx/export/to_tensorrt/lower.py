@@ -11,11 +11,11 @@ from toma_fx.errors import BuildError
 from toma_fx.export.artifact import Build
 from toma_fx.export.machine import compute_capability
 from toma_fx.export.manifest import Device, ProgramSpec, TargetSpec
+from toma_fx.export.packages import import_tensorrt
 from toma_fx.export.programs import Exported, Programs
 from toma_fx.export.targets import Lowered
 from toma_fx.export.to_onnx.names import file_of
 from toma_fx.export.to_onnx.target import ONNXTarget
-from toma_fx.export.to_tensorrt.packages import import_tensorrt
 
 
 def lower(

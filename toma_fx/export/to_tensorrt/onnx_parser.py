@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     import onnx
 
 
-# -- ONNX models ----------------------------------------------------------------------------------
-
 SINCE: Mapping[str, tuple[int, int]] = {
     "Attention": (10, 14),
     "RMSNormalization": (10, 15),
@@ -32,21 +30,19 @@ SINCE: Mapping[str, tuple[int, int]] = {
 }
 """Operators that the parser of TensorRT 10 got late, by release notes: from which version."""
 
-
 _TYPES = {
     "FLOAT": "FP32", "FLOAT16": "FP16", "BFLOAT16": "BF16", "INT64": "INT64", "INT32": "INT32",
     "INT8": "INT8", "UINT8": "UINT8", "BOOL": "BOOL", "FLOAT8E4M3FN": "FP8", "INT4": "INT4",
     "FLOAT4E2M1": "FP4", "DOUBLE": "FP32",
 }  # fmt: skip
 
-
-_DECIDING = {"Where": 1, "OneHot": 2, "If": -1, "Loop": -1, "Constant": -1, "ConstantOfShape": -1}
+_DECIDING = {"Where": 1, "OneHot": 2, "Constant": -1, "ConstantOfShape": -1}
 """Which input decides on the element type, where it is not the first; -1: the first output."""
 
 
 @dataclass(frozen=True)
-class _Scope:
-    """What is known of the values in a graph of an ONNX model.
+class _Values:
+    """What is known of the values of an ONNX model.
 
     Attributes:
         constants: values known at build time, as arrays if they are small. types: element types.
@@ -61,8 +57,8 @@ class _Scope:
 def onnx_coverage(model: onnx.ModelProto, tensorrt: str | None = None) -> Coverage:
     """What the ONNX parser of TensorRT takes of a model.
 
-    Looks up every node, those of subgraphs and of the model's own functions included: its type,
-    the element type of its data and the restrictions of the table that concern such programs.
+    Looks up every node: its type, the element type of its data and the restrictions of the table
+    that concern our programs. These have no subgraphs, which are not looked into.
 
     Args:
         model: with or without its external data. tensorrt: version to build with, as "10.13" (the
@@ -73,13 +69,11 @@ def onnx_coverage(model: onnx.ModelProto, tensorrt: str | None = None) -> Covera
     """
     table = load_table("onnx_tensorrt")
     version = _version(tensorrt or table["version"])
-    own = {(f.domain, f.name) for f in model.functions}
+    values = _known_values(model.graph)
     found: defaultdict[tuple[str, Verdict, str], list[Location]] = defaultdict(list)
-    for node, scope in _onnx_nodes(model):
-        if (node.domain, node.op_type) in own:
-            continue
+    for node in model.graph.node:
         name = node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{node.op_type}"
-        verdict, note = _onnx_verdict(node, name, scope, table["operators"], version)
+        verdict, note = _onnx_verdict(node, name, values, table["operators"], version)
         found[name, verdict, note].append(_onnx_location(node))
     traps = (
         *ONNX_TRAPS,
@@ -108,31 +102,12 @@ def _onnx_location(node: onnx.NodeProto) -> Location:
     return Location(node.name or node.output[0], path)
 
 
-def _onnx_nodes(model: onnx.ModelProto) -> Iterator[tuple[onnx.NodeProto, _Scope]]:
-    """Every node with what is known of the values around it."""
-    empty = _Scope({}, {}, {})
-    yield from _graph_nodes(model.graph, empty)
-    for function in model.functions:
-        for node in function.node:
-            yield node, empty
-
-
-def _graph_nodes(graph: Any, outer: _Scope) -> Iterator[tuple[onnx.NodeProto, _Scope]]:
-    scope = _scope(graph, outer)
-    for node in graph.node:
-        yield node, scope
-        for attribute in node.attribute:
-            graphs = (
-                [attribute.g, *attribute.graphs] if attribute.HasField("g") else attribute.graphs
-            )
-            for inner in graphs:
-                yield from _graph_nodes(inner, scope)
-
-
-def _scope(graph: Any, outer: _Scope) -> _Scope:
+def _known_values(graph: Any) -> _Values:
     from onnx import TensorProto
 
-    constants, types, ranks = dict(outer.constants), dict(outer.types), dict(outer.ranks)
+    constants: dict[str, Any] = {}
+    types: dict[str, str] = {}
+    ranks: dict[str, int] = {}
 
     def note(name: str, tensor: Any) -> None:
         constants[name] = _array(tensor)
@@ -154,7 +129,7 @@ def _scope(graph: Any, outer: _Scope) -> _Scope:
                     note(node.output[0], attribute.t)
                 elif attribute.name in ("value_int", "value_ints"):
                     constants[node.output[0]] = _attribute_value(attribute)
-    return _Scope(constants, types, ranks)
+    return _Values(constants, types, ranks)
 
 
 def _array(tensor: Any) -> Any:
@@ -179,7 +154,7 @@ def _attribute_value(attribute: Any) -> Any:
 def _onnx_verdict(
     node: onnx.NodeProto,
     name: str,
-    scope: _Scope,
+    values: _Values,
     operators: Mapping[str, Any],
     version: tuple[int, int],
 ) -> tuple[Verdict, str]:
@@ -190,17 +165,19 @@ def _onnx_verdict(
     if since > version:
         return "refused", f"only from TensorRT {since[0]}.{since[1]}"
     decides = _DECIDING.get(name, 0)
-    values = [node.output[0]] if decides < 0 else list(node.input)[decides : decides + 1]
-    kind = scope.types.get(values[0], "UNDEFINED") if values else "UNDEFINED"
+    names = [node.output[0]] if decides < 0 else list(node.input)[decides : decides + 1]
+    kind = values.types.get(names[0], "UNDEFINED") if names else "UNDEFINED"
     if kind != "UNDEFINED" and _TYPES.get(kind, kind) not in entry["types"]:
         return "refused", f"of {kind}, but it takes {', '.join(entry['types'])}"
+    if any(a.HasField("g") or a.graphs for a in node.attribute):
+        return "conditional", "its subgraph was not looked into"
     if not entry["restricted"]:
         return "taken", "imported"
     rule = RESTRICTIONS.get("Reduce" if name.startswith("Reduce") else name)
     if rule is None:
         return "conditional", f"restricted: {', '.join(entry['mentions']) or 'see the source'}"
     attributes = {a.name: _attribute_value(a) for a in node.attribute}
-    refusal = rule(node, attributes, scope)
+    refusal = rule(node, attributes, values)
     return ("refused", refusal) if refusal else ("taken", "imported; its use was checked")
 
 
@@ -210,49 +187,49 @@ def _input(node: onnx.NodeProto, index: int) -> str:
 
 
 def _constant_input(
-    index: int, words: str, node: onnx.NodeProto, attributes: Mapping[str, Any], scope: _Scope
+    index: int, words: str, node: onnx.NodeProto, attributes: Mapping[str, Any], values: _Values
 ) -> str:
     name = _input(node, index)
-    return "" if not name or name in scope.constants else f"{words} must be known at build time"
+    return "" if not name or name in values.constants else f"{words} must be known at build time"
 
 
-def _top_k(node: onnx.NodeProto, attributes: Mapping[str, Any], scope: _Scope) -> str:
+def _top_k(node: onnx.NodeProto, attributes: Mapping[str, Any], values: _Values) -> str:
     if not attributes.get("sorted", 1):
         return "values must be sorted"
-    k = scope.constants.get(_input(node, 1))
+    k = values.constants.get(_input(node, 1))
     if k is None:
         return "K must be known at build time"
     number = int(k.reshape(-1)[0]) if hasattr(k, "reshape") else int(k)
     return "" if number < LARGEST_TOP_K else f"K is {number}, it must be under {LARGEST_TOP_K}"
 
 
-def _scatter_nd(node: onnx.NodeProto, attributes: Mapping[str, Any], scope: _Scope) -> str:
+def _scatter_nd(node: onnx.NodeProto, attributes: Mapping[str, Any], values: _Values) -> str:
     reduction = attributes.get("reduction", "none")
     return "" if reduction == "none" else f"reduction {reduction}"
 
 
-def _one_output(node: onnx.NodeProto, attributes: Mapping[str, Any], scope: _Scope) -> str:
+def _one_output(node: onnx.NodeProto, attributes: Mapping[str, Any], values: _Values) -> str:
     return "more than the first output is used" if any(node.output[1:]) else ""
 
 
-def _onnx_attention(node: onnx.NodeProto, attributes: Mapping[str, Any], scope: _Scope) -> str:
+def _onnx_attention(node: onnx.NodeProto, attributes: Mapping[str, Any], values: _Values) -> str:
     if any(node.input[4:]) or any(node.output[1:]):
         return "inputs or outputs for a cache"
     if attributes.get("softcap", 0.0) or attributes.get("qk_matmul_output_mode", 0):
         return "softcap or qk_matmul_output_mode"
-    ranks = {scope.ranks.get(name, 4) for name in node.input[:4] if name}
+    ranks = {values.ranks.get(name, 4) for name in node.input[:4] if name}
     return "" if ranks <= {4} else "inputs and mask need 4 dimensions"
 
 
-def _pool(node: onnx.NodeProto, attributes: Mapping[str, Any], scope: _Scope) -> str:
+def _pool(node: onnx.NodeProto, attributes: Mapping[str, Any], values: _Values) -> str:
     if any(d != 1 for d in attributes.get("dilations", ())):
         return "dilations"
-    return _one_output(node, attributes, scope) or (
+    return _one_output(node, attributes, values) or (
         "" if len(attributes.get("kernel_shape", (1, 1))) in (2, 3) else "not of 2 or 3 dimensions"
     )
 
 
-def _resize(node: onnx.NodeProto, attributes: Mapping[str, Any], scope: _Scope) -> str:
+def _resize(node: onnx.NodeProto, attributes: Mapping[str, Any], values: _Values) -> str:
     allowed = {
         "mode": ("nearest", "linear"),
         "coordinate_transformation_mode": (
@@ -271,13 +248,12 @@ def _resize(node: onnx.NodeProto, attributes: Mapping[str, Any], scope: _Scope) 
     return ", ".join(wrong)
 
 
-def _constant(node: onnx.NodeProto, attributes: Mapping[str, Any], scope: _Scope) -> str:
+def _constant(node: onnx.NodeProto, attributes: Mapping[str, Any], values: _Values) -> str:
     wrong = {"sparse_value", "value_string", "value_strings"} & set(attributes)
     return ", ".join(sorted(wrong))
 
 
-Restriction = Callable[["onnx.NodeProto", Mapping[str, Any], _Scope], str]
-
+Restriction = Callable[["onnx.NodeProto", Mapping[str, Any], _Values], str]
 
 RESTRICTIONS: Mapping[str, Restriction] = {
     "TopK": _top_k,
@@ -314,18 +290,6 @@ def _onnx_dynamic(model: onnx.ModelProto) -> Iterator[tuple[Location, str]]:
             yield Location(value.name, ""), f"has the shape {sizes}"
 
 
-def _onnx_control_flow(model: onnx.ModelProto) -> Iterator[tuple[Location, str]]:
-    for node, scope in _onnx_nodes(model):
-        if node.op_type != "If" or node.domain not in ("", "ai.onnx"):
-            continue
-        branches = [a.g for a in node.attribute if a.name in ("then_branch", "else_branch")]
-        known = [_scope(branch, scope).ranks for branch in branches]
-        for outputs in zip(*(b.output for b in branches), strict=True):
-            ranks = {r.get(o.name) for r, o in zip(known, outputs, strict=True)}
-            if len(ranks) > 1:
-                yield _onnx_location(node), "branches give different numbers of dimensions"
-
-
 def _onnx_ranks(model: onnx.ModelProto) -> Iterator[tuple[Location, str]]:
     for info in (*model.graph.input, *model.graph.value_info, *model.graph.output):
         rank = len(info.type.tensor_type.shape.dim)
@@ -336,10 +300,8 @@ def _onnx_ranks(model: onnx.ModelProto) -> Iterator[tuple[Location, str]]:
 
 ONNX_TRAPS: tuple[Trap[Any], ...] = (
     Trap("dynamic shapes", "engines here have static ones", _onnx_dynamic),
-    Trap("branches", "those of an If must give equal ranks", _onnx_control_flow),
     Trap("rank", "tensors of too many dimensions", _onnx_ranks),
 )
-
 
 TRAPS: tuple[Trap[Any], ...] = (*ATEN_TRAPS, *ONNX_TRAPS)
 """Every check, for programs of torch.export and for ONNX models."""

@@ -27,9 +27,6 @@ _DTYPES = {
 """torch's names of the element types of engines."""
 
 
-# -- running ------------------------------------------------------------------------------------
-
-
 class TensorRTRuntime(Runtime):
     """The engines of an artifact, on a stream of their own."""
 

@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from toma_fx.errors import BuildError, ConfigError
+from toma_fx.export.packages import import_tensorrt
 from toma_fx.export.targets import Lowered, Runtime, Target, check_options
 from toma_fx.export.to_onnx.target import ONNXTarget
-from toma_fx.export.to_tensorrt.packages import import_tensorrt
 from toma_fx.methods.checks import check_choice
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from toma_fx.export.programs import Programs
 
 Route = Literal["torch", "onnx"]
-
 
 LEVELS = range(6)
 """TensorRT's optimization levels."""
@@ -80,11 +79,7 @@ class TensorRTTarget(Target):
             )
 
     def check_installed(self) -> None:
-        """Raise, before anything is exported, if TensorRT is not here.
-
-        Raises:
-            MissingPackageError: names the package and the versions that belong together.
-        """
+        """Raise `MissingPackageError`, with the versions that fit, if TensorRT is not here."""
         import_tensorrt("tensorrt")
         if self.route == "torch":
             import_tensorrt("torch_tensorrt")
@@ -92,7 +87,7 @@ class TensorRTTarget(Target):
             ONNXTarget().check_installed()
 
     def check(self, programs: Programs) -> None:
-        """Raise, before anything is made, if no engine can come of it.
+        """Raise if no engine can be built here.
 
         Raises:
             BuildError: the model is not on a GPU, or, on the route "torch", an operator is not
@@ -115,11 +110,7 @@ class TensorRTTarget(Target):
                 require(aten_coverage(program.program, truncate_double=True))
 
     def lower(self, programs: Programs, build: Build) -> Lowered:
-        """Build one engine for each program.
-
-        Raises:
-            BuildError: TensorRT does not take a program, or finds no way to compute it.
-        """
+        """Build one engine for each program; `BuildError` with what TensorRT says if it can't."""
         from toma_fx.export.to_tensorrt.lower import lower
 
         return lower(programs, build, **asdict(self))
