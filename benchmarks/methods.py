@@ -747,7 +747,7 @@ def show(results: dict[str, Any], page: Path | None) -> None:
 
 # -- picture --------------------------------------------------------------------------------------
 
-COLOURS = {
+COLORS = {
     "toma": "#d62728", "random": "#7f7f7f", "grid": "#000000", "tomesd": "#1f77b4",
     "tofu": "#17becf", "retom": "#2ca02c", "todo": "#ff7f0e", "ca-tome": "#9467bd",
 }  # fmt: skip
@@ -756,11 +756,11 @@ MARKERS = {"published": "D", "stack": "o", "attention": "s", "stack, first half"
 
 @dataclass(frozen=True)
 class Point:
-    """A row's number in the table, where it lies, and its colour."""
+    """A row's number in the table, where it lies, and its color."""
 
     number: int
     at: tuple[float, float]
-    colour: str
+    color: str
 
 
 def position(results: dict[str, Any], row: dict[str, Any]) -> tuple[dict[str, float], bool]:
@@ -799,7 +799,7 @@ def panel(axis: Any, results: dict[str, Any], name: str) -> None:
         if known != measured:
             continue
         error = quartiles(every(row, "mse"))
-        style = {"color": COLOURS[row["method"]], "marker": MARKERS[row["placement"]]}
+        style = {"color": COLORS[row["method"]], "marker": MARKERS[row["placement"]]}
         at = (x["median"], error["median"])
         bars = {
             "xerr": [[at[0] - x["low"]], [x["high"] - at[0]]],
@@ -827,7 +827,7 @@ def join_ratios(axis: Any, rows: Sequence[dict[str, Any]], points: Sequence[Poin
         if row["ratio"] is not None:
             lines.setdefault((row["placement"], row["method"]), []).append(point)
     for line in lines.values():
-        axis.plot(*zip(*(p.at for p in line), strict=True), color=line[0].colour, lw=0.8, zorder=1)
+        axis.plot(*zip(*(p.at for p in line), strict=True), color=line[0].color, lw=0.8, zorder=1)
 
 
 def write_numbers(axis: Any, points: Sequence[Point]) -> None:
@@ -850,26 +850,26 @@ def write_numbers(axis: Any, points: Sequence[Point]) -> None:
 
         move = next(filter(free, ring), ring[0])
         taken.append((spot[0] + move[0], spot[1] + move[1]))
-        thin = {"arrowstyle": "-", "lw": 0.4, "color": point.colour, "shrinkA": 0, "shrinkB": 2}
+        thin = {"arrowstyle": "-", "lw": 0.4, "color": point.color, "shrinkA": 0, "shrinkB": 2}
         far = math.hypot(*move) > 16
         axis.annotate(
             str(point.number), point.at, tuple(m * 72 / axis.figure.dpi for m in move),
             textcoords="offset points", ha="center", va="center", fontsize=7.5,
-            color=point.colour, arrowprops=thin if far else None, zorder=3,
+            color=point.color, arrowprops=thin if far else None, zorder=3,
             path_effects=[withStroke(linewidth=2, foreground="white")],
         )  # fmt: skip
 
 
 def legend(figure: Any) -> None:
-    """What colours and marks mean, below the panels."""
+    """What colors and marks mean, below the panels."""
     from matplotlib.lines import Line2D
 
-    colours = [Line2D([], [], color=c, marker="o", ls="", label=m) for m, c in COLOURS.items()]
+    colors = [Line2D([], [], color=c, marker="o", ls="", label=m) for m, c in COLORS.items()]
     marks = [
         Line2D([], [], color="none", mec="black", marker=m, ls="", label=p)
         for p, m in MARKERS.items()
     ]
-    for handles, height in ((colours, 0.025), (marks, 0.0)):
+    for handles, height in ((colors, 0.025), (marks, 0.0)):
         at = {"loc": "lower center", "bbox_to_anchor": (0.5, height)}
         figure.legend(handles=handles, ncols=len(handles), frameon=False, **at)
 

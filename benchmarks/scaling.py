@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from toma_fx.analysis.propagate import analyse
+from toma_fx.analysis.propagate import analyze
 from toma_fx.capture.model import capture
 from toma_fx.graph.verify import output_values, verify
 from toma_fx.methods.toma import ToMAConfig
@@ -48,7 +48,7 @@ SCOPES = ("sublayer", "block", "stack")
 PIXELS = 1024
 BATCH = {"sdxl": 2, "flux": 1}
 """SDXL's pipeline stacks the two passes of guidance; Flux is distilled."""
-STAGES = ("capture", "verify", "analyse", "plan", "refresh", "reuse")
+STAGES = ("capture", "verify", "analyze", "plan", "refresh", "reuse")
 """As in `Specialization`; `verify` is of the captured graph, the last two are rewrites."""
 TOTALS = {"after capture": STAGES[1:], "total": STAGES}
 LIMIT_S, LIMIT_MIB = 20.0, 4096.0
@@ -121,7 +121,7 @@ def point(name: str, depth: float, scope: str) -> dict[str, Any]:
     names = [i.name for i in captured.inputs]
     outputs = output_values(graph_module.graph)
     watch("verify", lambda: verify(graph_module, names, outputs, "capture"))
-    analysis, flow = watch("analyse", lambda: analyse(captured, config.grid))
+    analysis, flow = watch("analyze", lambda: analyze(captured, config.grid))
     plan = watch("plan", lambda: make_plan(analysis, flow, config))
     made = Specialization(captured, analysis, flow, plan)
     programs = {use: watch(use, lambda use=use: made.program(use)) for use in ("refresh", "reuse")}
@@ -195,8 +195,8 @@ def table(title: str, curve: dict[str, Any]) -> Table:
 
 # -- picture --------------------------------------------------------------------------------------
 
-COLOURS = {
-    "capture": "#7f7f7f", "analyse": "#1f77b4", "plan": "#9467bd", "refresh": "#2ca02c",
+COLORS = {
+    "capture": "#7f7f7f", "analyze": "#1f77b4", "plan": "#9467bd", "refresh": "#2ca02c",
     "reuse": "#98c379", "after capture": "#ff7f0e", "total": "#d62728", "peak MiB": "#d62728",
 }  # fmt: skip
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 420, 300, 60, 40, 110, 45
@@ -243,12 +243,12 @@ def panel(
     names_at = math.inf
     for name, y in sorted(curves.items(), key=lambda item: item[1][-1]):
         spots = [at(a, b) for a, b in zip(x, y, strict=True)]
-        colour, end = COLOURS[name], spots[-1]
+        color, end = COLORS[name], spots[-1]
         path = " ".join(f"{a},{b}" for a, b in spots)
-        out += [f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>']
-        out += [f'<circle cx="{a}" cy="{b}" r="2.5" fill="{colour}"/>' for a, b in spots]
+        out += [f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>']
+        out += [f'<circle cx="{a}" cy="{b}" r="2.5" fill="{color}"/>' for a, b in spots]
         names_at = min(names_at - 13, end[1])
-        out += [text(end[0] + 16, names_at + 4, name, f'fill="{colour}"')]
+        out += [text(end[0] + 16, names_at + 4, name, f'fill="{color}"')]
     return out
 
 
@@ -259,7 +259,7 @@ def picture(curves: dict[str, dict[str, Any]]) -> str:
         rows = curve["points"]
         nodes = [r["nodes"] for r in rows]
         full = next((r["nodes"] for r in rows if r["depth"] == 1), nodes[-1])
-        seconds = {s: [r["processor_s"][s] for r in rows] for s in COLOURS if s != "peak MiB"}
+        seconds = {s: [r["processor_s"][s] for r in rows] for s in COLORS if s != "peak MiB"}
         memory = {"peak MiB": [r["peak_mib"] for r in rows]}
         for j, (unit, values, limit) in enumerate(
             (("processor seconds", seconds, LIMIT_S), ("memory", memory, LIMIT_MIB))

@@ -7,7 +7,7 @@
 Rectified flow: x_t = (1 - t) * picture + t * noise, target velocity noise - picture. Training
 starts at 32 pixels, where a step is about six times cheaper, and ends at 64. The exponential moving
 average of the weights is written in float16. The shipped weights had 85 minutes on one core each:
-3,408 steps (tiny-sdxl, final loss 0.055) and 3,052 (tiny-flux, 0.066). Licences of the photographs:
+3,408 steps (tiny-sdxl, final loss 0.055) and 3,052 (tiny-flux, 0.066). Licenses of the photographs:
 toma_fx/weights/LICENSES.md.
 """
 
@@ -48,7 +48,7 @@ def photographs() -> list[np.ndarray]:
 
 
 def crops(seed: int) -> Tensor:
-    """[classes, VARIANTS, 3, 64, 64] in [-1, 1]: the centre square, jittered by up to a tenth."""
+    """[classes, VARIANTS, 3, 64, 64] in [-1, 1]: the center square, jittered by up to a tenth."""
     rng = np.random.default_rng(seed)
     out = torch.empty(len(tiny.CLASSES), VARIANTS, 3, tiny.SIZE, tiny.SIZE)
     for c, picture in enumerate(photographs()):

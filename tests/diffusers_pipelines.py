@@ -264,7 +264,7 @@ def true_cfg() -> dict[str, Any]:
 
 
 def flux_true_cfg_call(pipe: Any, **changes: Any) -> Tensor:
-    """Two passes a step, labelled "cond" and "uncond" by the pipeline."""
+    """Two passes a step, labeled "cond" and "uncond" by the pipeline."""
     return flux_call(pipe, **{**true_cfg(), **changes})
 
 

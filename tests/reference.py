@@ -140,7 +140,7 @@ def stand_in(model: nn.Module, settings: Settings) -> nn.Module:
     else:
         _merge_blocks(model, lambda tokens: s if tokens >= s.min_tokens else None)
         model.forward = ReferenceUNet(model, s, schedule)
-    model.cache_context = schedule.labelled
+    model.cache_context = schedule.labeled
     model._reset_stateful_cache = schedule.reset
     return model
 
@@ -179,7 +179,7 @@ class Schedule:
         self.steps.clear()
 
     @contextmanager
-    def labelled(self, label: str) -> Iterator[None]:
+    def labeled(self, label: str) -> Iterator[None]:
         previous, self.label = self.label, label
         try:
             yield

@@ -21,7 +21,7 @@ from tests import denoisers
 from tests.passes.test_oracles import keep_all
 from toma_fx.analysis.dataflow import Flow
 from toma_fx.analysis.facts import Analysis
-from toma_fx.analysis.propagate import analyse
+from toma_fx.analysis.propagate import analyze
 from toma_fx.capture.model import Captured, capture, flatten_call
 from toma_fx.errors import TomaError
 from toma_fx.methods.toma import ToMAConfig
@@ -362,7 +362,7 @@ def check(spec: Spec, scope: str) -> int:
     """Both oracles; returns the number of merged branches, 0 for a refusal."""
     model, inputs = build(spec)
     captured = capture(model, (), inputs)
-    planned = (captured, *analyse(captured, spec.grid))
+    planned = (captured, *analyze(captured, spec.grid))
     config = ToMAConfig(window="global", min_tokens=1, scope=scope)  # type: ignore[arg-type]
     small = replace(config, scope="sublayer")
     try:
@@ -450,7 +450,7 @@ def test_common_spellings_merge_whole(spec: Spec) -> None:
 
 
 class Odd(nn.Module):
-    """A residual branch given as a function of (module, normalised x), then an MLP."""
+    """A residual branch given as a function of (module, normalized x), then an MLP."""
 
     def __init__(self, run: Callable[[Odd, Tensor], Tensor]) -> None:
         super().__init__()
@@ -537,7 +537,7 @@ def test_odd_branches_are_right_or_refused(run: Callable[[Odd, Tensor], Tensor])
     model = Odd(run).double().eval().requires_grad_(False)
     inputs = {"x": torch.randn(2, 16, 8).double()}
     captured = capture(model, (), inputs)
-    planned = (captured, *analyse(captured, (4, 4)))
+    planned = (captured, *analyze(captured, (4, 4)))
     plan = make_plan(*planned[1:], ToMAConfig(window="global", min_tokens=1))
     assert plan.segments, "the MLP merges whatever the branch is"
     try:

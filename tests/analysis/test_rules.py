@@ -18,7 +18,7 @@ from tests import denoisers
 from toma_fx.analysis.dataflow import Flow
 from toma_fx.analysis.facts import Analysis, Branch
 from toma_fx.analysis.labels import BATCH, Segment, Tokens, tokens_of
-from toma_fx.analysis.propagate import analyse
+from toma_fx.analysis.propagate import analyze
 from toma_fx.analysis.rules.views import regroup
 from toma_fx.capture.grids import Raster, raster
 from toma_fx.capture.model import Captured, capture
@@ -161,7 +161,7 @@ def find(run: Callable[..., Tensor], grid: Any = GRID, **inputs: Tensor) -> Foun
     torch.manual_seed(0)
     model = Tiny(run).eval().requires_grad_(False)
     captured = capture(model, (), inputs or {"x": torch.randn(2, N, C)})
-    return Found(captured, *analyse(captured, grid))
+    return Found(captured, *analyze(captured, grid))
 
 
 def image(batch: int = 2) -> Tensor:
@@ -488,7 +488,7 @@ REFUSED = {
         lambda m, x: (1 - (x @ x.mT).softmax(-1)) @ x,
         "a sum over tokens without softmax",
     ),
-    "normalisation over the batch": (
+    "normalization over the batch": (
         lambda m, x: F.layer_norm(x.permute(1, 0, 2), (2, C)).permute(1, 0, 2) * x,
         "batch elements may have been mixed",
     ),
@@ -508,9 +508,9 @@ REFUSED = {
         lambda m, x: x @ (x.transpose(1, 2) @ x),
         "a sum over tokens (linear attention)",
     ),
-    "normalisation over tokens": (
+    "normalization over tokens": (
         lambda m, x: F.layer_norm(x.transpose(1, 2), (N,)).transpose(1, 2) * x,
-        "normalisation over the token axis",
+        "normalization over the token axis",
     ),
     "group norm": (
         lambda m, x: F.group_norm(x.transpose(1, 2), 2).transpose(1, 2) * x,

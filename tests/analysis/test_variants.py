@@ -1,4 +1,4 @@
-"""What users do to denoisers: quantise, adapt, mask, cast, other shapes. Each merges right, or says
+"""What users do to denoisers: quantize, adapt, mask, cast, other shapes. Each merges right, or says
 why not."""
 
 from __future__ import annotations
@@ -225,7 +225,7 @@ def test_tables_of_the_tokens_themselves_and_tables_used_twice(name: str) -> Non
     check(tiny(residual(OWN_TABLES[name])))
 
 
-# -- quantised ------------------------------------------------------------------------------------
+# -- quantized ------------------------------------------------------------------------------------
 
 TORCHAO = {
     "int8 weights": ("Int8WeightOnlyConfig", EXACT),
@@ -237,7 +237,7 @@ TORCHAO = {
 
 
 def torchao(model: nn.Module, config: str, **options: Any) -> Any:
-    """The model with the linear layers of its blocks quantised by torchao."""
+    """The model with the linear layers of its blocks quantized by torchao."""
     library = pytest.importorskip("torchao.quantization")
 
     def chosen(module: nn.Module, path: str) -> bool:
@@ -654,7 +654,7 @@ def test_masks_as_a_unet_takes_them() -> None:
 
 
 @torch.no_grad()
-def test_a_window_of_neighbours_made_in_the_model() -> None:
+def test_a_window_of_neighbors_made_in_the_model() -> None:
     def inner(m: Tiny, n: Tensor) -> Tensor:
         at = torch.arange(n.shape[1])
         return m.attention(n, attn_mask=(at[:, None] - at[None]).abs() < 7)

@@ -67,7 +67,7 @@ def unet() -> Any:
 
 
 def call(model: Any, step: int = 0) -> Tensor:
-    """One step, labelled as pipelines do where the model takes labels."""
+    """One step, labeled as pipelines do where the model takes labels."""
     if hasattr(model, "transformer_blocks"):
         with model.cache_context("cond"):
             return model(**denoisers.flux_inputs(8, 8, batch=1, timestep=0.9 - step / 20))[0]

@@ -95,7 +95,7 @@ REAL = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "target"), REAL)
 def test_guidance(name: str, target: str, tmp_path: Path) -> None:
-    """Batched, labelled and unlabelled guidance, and another model's residuals."""
+    """Batched, labeled and unlabeled guidance, and another model's residuals."""
     check(CASES[name], target, tmp_path / "out")
 
 

@@ -71,8 +71,8 @@ def test_hashes_are_spread_evenly() -> None:
     for k in (2, 4, 9):
         shares = torch.bincount(draw % k, minlength=k) / draw.numel()
         assert (shares - 1 / k).abs().max() < 4 * math.sqrt((1 - 1 / k) / k / draw.numel())
-    neighbours = torch.stack([draw[1:].double(), draw[:-1].double()])
-    assert torch.corrcoef(neighbours)[0, 1].abs() < 0.02
+    neighbors = torch.stack([draw[1:].double(), draw[:-1].double()])
+    assert torch.corrcoef(neighbors)[0, 1].abs() < 0.02
 
 
 # -- random ---------------------------------------------------------------------------------------

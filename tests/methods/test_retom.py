@@ -58,7 +58,7 @@ def reference(
             others = [cosine(x[i], x[j]) for j in tokens if j != i]
             scores.append(sum(others) / len(others))
         best = max(scores)
-        # the two tokens of a pair are each other's only neighbours: the first represents
+        # the two tokens of a pair are each other's only neighbors: the first represents
         chosen = next(i for i, s in zip(tokens, scores, strict=True) if s > best - 1e-9)
         joins += [(cosine(x[i], x[chosen]), i, chosen) for i in tokens if i != chosen]
         values[chosen] = x[chosen]

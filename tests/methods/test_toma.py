@@ -109,7 +109,7 @@ def test_compiled_and_eager_choose_the_same_tokens() -> None:
 
 @pytest.mark.parametrize(("windows", "tokens", "keep"), [(2**14, 16, 8), (8, 300, 50)])
 def test_choices_do_not_hang_on_the_rounding_of_sums(windows: int, tokens: int, keep: int) -> None:
-    """Mutual neighbours have equal gains: in float32 they are equal as well."""
+    """Mutual neighbors have equal gains: in float32 they are equal as well."""
     x = torch.randn(windows, tokens, 24, generator=torch.Generator().manual_seed(0))
     similarity = cosine_similarity(x)
     exact = facility_location(similarity.double(), keep)

@@ -247,8 +247,8 @@ def test_drawn_destinations_are_uniform(grid: Grid, sy: int, sx: int) -> None:
     draws = torch.stack([drawn(grid, sy, sx, seed) for seed in range(12)])
     share = torch.bincount(draws.flatten(), minlength=area) / draws.numel()
     assert (share - 1 / area).abs().max() < 0.02
-    neighbours = (draws[:, 1:] == draws[:, :-1]).float().mean()
-    assert abs(neighbours - 1 / area) < 0.02
+    neighbors = (draws[:, 1:] == draws[:, :-1]).float().mean()
+    assert abs(neighbors - 1 / area) < 0.02
     for first, second in pairwise(draws):
         assert abs((first == second).float().mean() - 1 / area) < 0.08
 

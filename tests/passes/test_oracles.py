@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests import denoisers
-from toma_fx.analysis.propagate import analyse
+from toma_fx.analysis.propagate import analyze
 from toma_fx.capture.model import capture, flatten_call
 from toma_fx.methods.toma import ToMAConfig
 from toma_fx.passes.pipeline import rewrite
@@ -36,7 +36,7 @@ def run_reuse(
 ) -> Tensor:
     """Output of the reuse program with hand-made patterns, after `edit` of the plan."""
     captured = capture(model, (), inputs)
-    analysis, flow = analyse(captured)
+    analysis, flow = analyze(captured)
     plan = edit(make_plan(analysis, flow, config))
     program = rewrite(captured, analysis, flow, plan, REUSE)
     given = [tensor for group in plan.groups for tensor in patterns(group)]

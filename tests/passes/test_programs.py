@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import toma_fx
-from toma_fx.analysis.propagate import analyse
+from toma_fx.analysis.propagate import analyze
 from toma_fx.capture.model import capture
 from toma_fx.graph.printing import print_node
 from toma_fx.methods.setting import Pattern
@@ -121,7 +121,7 @@ def programs(
     torch.manual_seed(0)
     model = Net(blocks).eval().requires_grad_(False)
     captured = capture(model, (X, TABLE) if table else (X,), {})
-    analysis, flow = analyse(captured, grid=(4, 4))
+    analysis, flow = analyze(captured, grid=(4, 4))
     plan = make_plan(analysis, flow, config)
     assert {s.scope for s in plan.segments} == {"keys" if config.keys_only else config.scope}
     rows = uses_of(config)
@@ -430,7 +430,7 @@ def test_values_behind_a_segment_may_lie_otherwise_in_memory() -> None:
     picture = X.view(2, C, 4, 4)
     model = Picture().eval().requires_grad_(False)
     captured = capture(model, (picture,), {})
-    analysis, flow = analyse(captured)
+    analysis, flow = analyze(captured)
     plan = make_plan(analysis, flow, AttendingConfig(scope="block", branches=BOTH))
     program = rewrite(captured, analysis, flow, plan, REFRESH)
     before, after = (

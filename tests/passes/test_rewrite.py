@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tests import denoisers
 from toma_fx.analysis.facts import Patch
-from toma_fx.analysis.propagate import analyse
+from toma_fx.analysis.propagate import analyze
 from toma_fx.capture.model import Captured, capture
 from toma_fx.errors import NoMergeSites, RewriteError
 from toma_fx.graph.flops import graph_flops
@@ -49,7 +49,7 @@ def captured_block(leak: str = "") -> tuple[Captured, Any, Any]:
     torch.manual_seed(0)
     module = Block(leak).eval().requires_grad_(False)
     captured = capture(module, (torch.randn(1, 16, 8), denoisers.ids(4, 4)), {})
-    return captured, *analyse(captured, grid=(4, 4))
+    return captured, *analyze(captured, grid=(4, 4))
 
 
 CONFIG = ToMAConfig(min_tokens=4, tile=2, scope="sublayer")
@@ -186,7 +186,7 @@ def test_log_says_which_pass_did_what() -> None:
 def test_rotary_tables_are_gathered_once_for_all_blocks() -> None:
     inputs = denoisers.flux_inputs(16, 16)
     captured = capture(denoisers.flux(), (), inputs)
-    analysis, flow = analyse(captured)
+    analysis, flow = analyze(captured)
     uses = [p for t in analysis.transfers.values() for p in t.positionals]
     assert len(uses) == 16, "q and k, cos and sin, in four attentions"
     program = rewrite(captured, analysis, flow, make_plan(analysis, flow, ToMAConfig()), REUSE)

@@ -140,9 +140,9 @@ def test_each_pass_counts_its_own_steps() -> None:
         for expected in (("", 0), ("", 1)):
             assert schedule.begin(timestep) == (expected, refresh)
     for label in ("cond", "uncond"):
-        with schedule.labelled(label):
+        with schedule.labeled(label):
             assert schedule.begin(1.0) == ((label, 0), True), "a timestep that rises starts anew"
-    with schedule.labelled("uncond"):
+    with schedule.labeled("uncond"):
         assert schedule.begin(0.5) == (("uncond", 0), False)
     schedule.reset()
     assert schedule.begin(0.5) == (("", 0), True)

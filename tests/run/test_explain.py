@@ -10,7 +10,7 @@ import pytest
 
 import toma_fx
 from tests import denoisers
-from toma_fx.analysis.propagate import analyse
+from toma_fx.analysis.propagate import analyze
 from toma_fx.capture.model import capture
 from toma_fx.methods.toma import ToMAConfig
 from toma_fx.plan.plan import MergePlan
@@ -18,7 +18,7 @@ from toma_fx.plan.planner import make_plan
 
 
 def test_sdxl_sites_streams_and_kinds() -> None:
-    analysis, _ = analysed_sdxl()
+    analysis, _ = analyzed_sdxl()
     kinds = [s.kind for s in analysis.sites]
     # one layer at the first resolution (1 down, 2 up), two at the second (1 down, mid, 2 up)
     assert (kinds.count("self"), kinds.count("cross")) == (3 + 8, 3 + 8)
@@ -30,7 +30,7 @@ def test_sdxl_sites_streams_and_kinds() -> None:
 
 
 def test_flux_is_one_stream_of_joint_attention() -> None:
-    analysis, _ = analyse(capture(denoisers.flux(), (), denoisers.flux_inputs(8, 12)))
+    analysis, _ = analyze(capture(denoisers.flux(), (), denoisers.flux_inputs(8, 12)))
     assert [s.kind for s in analysis.sites] == ["joint"] * 4
     assert {s.query for s in analysis.sites} == {
         "[encoder_hidden_states 5 | hidden_states 96 (8x12)]"
@@ -51,7 +51,7 @@ def test_every_attention_is_merged_or_rejected_with_a_reason(scope: str) -> None
         min_tokens=200,
         exclude="up_blocks.1.*.attn2",
     )
-    analysis, _ = analysed_sdxl()
+    analysis, _ = analyzed_sdxl()
     merged = {row.site for row in report.rows}
     rejected = {r.node: r.reason for r in report.rejections}
     assert merged.isdisjoint(rejected)
@@ -86,12 +86,12 @@ def test_larger_scopes_need_fewer_flops() -> None:
 
 
 @cache
-def analysed_sdxl() -> Any:
-    return analyse(capture(denoisers.sdxl(), (), denoisers.sdxl_inputs()))
+def analyzed_sdxl() -> Any:
+    return analyze(capture(denoisers.sdxl(), (), denoisers.sdxl_inputs()))
 
 
 def plan_of(**options: Any) -> MergePlan:
-    return make_plan(*analysed_sdxl(), ToMAConfig(**{"min_tokens": 60, **options}))
+    return make_plan(*analyzed_sdxl(), ToMAConfig(**{"min_tokens": 60, **options}))
 
 
 def test_options_select_what_merges() -> None:
@@ -112,7 +112,7 @@ def test_presets_follow_the_publication() -> None:
     for preset in (sdxl, flux):
         assert preset.scope == "sublayer"
         assert (preset.destinations_every, preset.weights_every) == (10, 5)
-    plan = make_plan(*analysed_sdxl(), sdxl)
+    plan = make_plan(*analyzed_sdxl(), sdxl)
     assert {s.setting.tile for s in plan.segments} == {(2, 2)}, "64 tiles of a 16x16 grid"
 
 

@@ -63,7 +63,7 @@ class Case:
 def lively(model: nn.Module) -> nn.Module:
     """Evaluation mode, with every parameter away from values that would hide an error.
 
-    Biases and norms leave their zeros and ones; zero-initialised matrices (gates, last layers)
+    Biases and norms leave their zeros and ones; zero-initialized matrices (gates, last layers)
     get weights.
     """
     g = torch.Generator().manual_seed(11)

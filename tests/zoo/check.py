@@ -18,7 +18,7 @@ import toma_fx
 from tests.zoo.base import Case, Crop
 from toma_fx.analysis.dataflow import Flow
 from toma_fx.analysis.facts import Analysis
-from toma_fx.analysis.propagate import analyse
+from toma_fx.analysis.propagate import analyze
 from toma_fx.capture.model import Captured, capture, flatten_call
 from toma_fx.methods.toma import ToMAConfig
 from toma_fx.passes.pipeline import rewrite
@@ -57,7 +57,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Traced:
-    """A captured and analysed model, and what it makes of fresh inputs."""
+    """A captured and analyzed model, and what it makes of fresh inputs."""
 
     case: Case
     model: nn.Module
@@ -118,7 +118,7 @@ def trace(case: Case, *, exact: bool = True) -> Traced:
     assert len(got) == len(expected) > 0
     same = all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     assert same or (not exact and difference(got, expected) < EXACT), "export is wrong"
-    analysis, flow = analyse(captured, case.config.get("grid"))
+    analysis, flow = analyze(captured, case.config.get("grid"))
     return Traced(case, model, captured, analysis, flow, expected)
 
 

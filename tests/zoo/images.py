@@ -388,7 +388,7 @@ def lumina_next() -> nn.Module:
         multiple_of=16,
         cross_attention_dim=TEXT_WIDTH,
     )
-    nn.init.zeros_(model.pad_token)  # left uninitialised, and unused
+    nn.init.zeros_(model.pad_token)  # left uninitialized, and unused
     return model
 
 

@@ -492,7 +492,7 @@ def animatediff_inputs(seed: int) -> Inputs:
 
 
 def make_svd() -> UNetSpatioTemporalConditionModel:
-    """Stable Video Diffusion; it normalises in 32 groups."""
+    """Stable Video Diffusion; it normalizes in 32 groups."""
     return UNetSpatioTemporalConditionModel(
         sample_size=16,
         down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
@@ -1072,7 +1072,7 @@ CASES: tuple[Case, ...] = (
         attention=6,
         why=(
             "down 1 + 2 and up 2 + 1 attentions, queries from the image, keys from image and CLIP "
-            "embeddings; the residual blocks convolve and normalise over all positions"
+            "embeddings; the residual blocks convolve and normalize over all positions"
         ),
     ),
     Case(

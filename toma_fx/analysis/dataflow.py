@@ -248,7 +248,7 @@ def flow_of(
     refusals: Mapping[str, Rejected],
     whole: Mapping[str, str],
 ) -> Flow:
-    """The plain-data view of analysed nodes."""
+    """The plain-data view of analyzed nodes."""
     tensors = [n for n in nodes if isinstance(n.meta.get("val"), torch.Tensor)]
     flow = Flow(
         order=tuple(n.name for n in nodes),

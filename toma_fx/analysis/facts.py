@@ -96,7 +96,7 @@ class Branch:
             is added after it was laid out as a picture again.
         kinds: what the branch holds: "attention", "cross", "mlp", "other".
         module: module path. sites: attention nodes inside. block: index of its block.
-        entries: normalised values that enter the branch (where a sublayer merges).
+        entries: normalized values that enter the branch (where a sublayer merges).
         nodes: nodes between entries and `out`, in graph order.
         rejected: why the branch can't be merged, if it can't. leak: a use of its inner values by
             others, for which it can't be merged by itself.
@@ -135,7 +135,7 @@ class Analysis:
     """Result of the analysis: plain data about a captured graph.
 
     Attributes:
-        facts: layout of every labelled node. transfers: the rule results that rewriting needs.
+        facts: layout of every labeled node. transfers: the rule results that rewriting needs.
         refusals: nodes where token flow ended, with the reason.
         sites: every attention. streams: every residual stream of an image segment.
         rasters: what packed inputs enumerate. packed: tokens of every input that may be packed.

@@ -71,7 +71,7 @@ class Keys(Tokens):
 
 @dataclass(frozen=True)
 class Flat(Tokens):
-    """Label of batch and tokens folded into one dimension, as quantised linear layers do.
+    """Label of batch and tokens folded into one dimension, as quantized linear layers do.
 
     Attributes:
         rows: size of the batch. outer: whether the tokens are the outer of the two.

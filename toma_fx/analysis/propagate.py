@@ -39,7 +39,7 @@ from toma_fx.graph.nodes import ATTENTION, module_path
 from toma_fx.methods.windows import Size
 
 
-def analyse(captured: Captured, grid: Size | None = None) -> tuple[Analysis, Flow]:
+def analyze(captured: Captured, grid: Size | None = None) -> tuple[Analysis, Flow]:
     """Facts, attention sites and residual streams of a captured graph.
 
     Args:

@@ -93,7 +93,7 @@ def _segment(
         base, exit_, inner = "", branches[0].out, branches[0].nodes
         entries = branches[0].entries
     else:
-        # the base is where the segment before it would end, so that neighbours meet in one node
+        # the base is where the segment before it would end, so that neighbors meet in one node
         base = _sink(flow, image.name, stream.values[part[0]])
         exit_ = _sink(flow, image.name, branches[-1].add)
         inner = flow.region(image.name, base, exit_)

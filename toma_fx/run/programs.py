@@ -18,7 +18,7 @@ from torch._dynamo import convert_frame
 
 from toma_fx.analysis.dataflow import Flow
 from toma_fx.analysis.facts import Analysis
-from toma_fx.analysis.propagate import analyse
+from toma_fx.analysis.propagate import analyze
 from toma_fx.capture.model import Captured, capture, check_model
 from toma_fx.capture.parity import Expected
 from toma_fx.errors import UnknownNameError, nearest
@@ -112,7 +112,7 @@ class Specialization:
         config: MethodConfig,
         make_runner: Callable[[Specialization, str], Runner] = run_eagerly,
     ) -> Specialization:
-        """Capture, check, analyse and plan one call.
+        """Capture, check, analyze and plan one call.
 
         Raises:
             CaptureError: the model can't be captured. ParityError: it was captured wrong.
@@ -135,7 +135,7 @@ class Specialization:
         """Analyze and plan a captured graph."""
         outputs = output_values(captured.graph_module.graph)
         verify(captured.graph_module, [i.name for i in captured.inputs], outputs, "capture")
-        analysis, flow = analyse(captured, config.grid)
+        analysis, flow = analyze(captured, config.grid)
         return cls(captured, analysis, flow, make_plan(analysis, flow, config), make_runner)
 
     @property
@@ -251,7 +251,7 @@ class Specialization:
 
 
 def _inside(tensor: Any) -> Iterator[Tensor]:
-    """The plain tensors that a quantised weight is made of, which a graph may hold apart."""
+    """The plain tensors that a quantized weight is made of, which a graph may hold apart."""
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
             inner = getattr(tensor, name)

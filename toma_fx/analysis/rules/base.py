@@ -101,7 +101,7 @@ def tokenwise(op: str | Callable[..., Any]) -> None:
 
     Its first argument is a tensor [..., C] and so are its results, of the same shape but for the
     last dimension; its other arguments (weights, scales) hold no tokens. Merging then reaches
-    across it. Models captured before are not analysed again.
+    across it. Models captured before are not analyzed again.
 
     Args:
         op: the operator, or its name such as "bitsandbytes::gemm_4bit".

@@ -227,14 +227,14 @@ def _spatial(call: Call) -> Transfer:
 
 @rule("layer_norm", "rms_norm")
 def norm(call: Call) -> Outcome:
-    """Normalisation over the last dimensions keeps the token axis."""
+    """Normalization over the last dimensions keeps the token axis."""
     layout = call.layout(call.node.args[0])
     if layout is None:
         return NOTHING
     sizes: Any = call.node.args[1]
     count = len(sizes)
     if any(isinstance(label, Tokens) for label in layout[len(layout) - count :]):
-        return call.no("normalisation over the token axis")
+        return call.no("normalization over the token axis")
     # what it mixes is no batch (or frames) of tokens any more
     return Transfer((*layout[: len(layout) - count], *(None,) * count))
 
@@ -246,8 +246,8 @@ def spatial_norm(call: Call) -> Outcome:
     if tokens_of(layout) is None:
         return Transfer(layout)
     if layout is not None and is_batch(layout[0]) and not isinstance(layout[1], Tokens):
-        return Transfer(layout, whole="normalisation statistics over the token axis")
-    return call.no("normalisation statistics over the token axis")
+        return Transfer(layout, whole="normalization statistics over the token axis")
+    return call.no("normalization statistics over the token axis")
 
 
 @rule("log_softmax", "cumsum", "flip")
