@@ -609,3 +609,78 @@ def test_a_key_mask_is_positional_to_the_keys_only() -> None:
     found = find(run, x=image(), keep=torch.ones(2, 1, 1, N) > 0)
     (mask,) = found.analysis.transfers[found.only("scaled_dot_product_attention")].positionals
     assert mask.dim == 3
+
+
+# -- ops of one class are taken alike -------------------------------------------------------------
+
+aten = torch.ops.aten
+SAME: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x.contiguous(),
+    "clone": lambda x: x.clone(),
+    "alias": aten.alias,
+    "detach": lambda x: x.detach(),
+    "lift_fresh_copy": aten.lift_fresh_copy,
+    "to": lambda x: x.to(torch.float64).to(torch.float32),
+    "_to_copy": lambda x: aten._to_copy(aten._to_copy(x, dtype=torch.float64), dtype=x.dtype),
+}
+RESHAPED: dict[str, Callable[[Tensor], Tensor]] = {
+    "view": lambda x: aten.view(x, x.shape),
+    "reshape": lambda x: aten.reshape(x, x.shape),
+    "_unsafe_view": lambda x: aten._unsafe_view(x, x.shape),
+    "view_copy": lambda x: aten.view_copy(x, x.shape),
+}
+
+
+def nodes_of(found: Found, op: str) -> list[str]:
+    return [name for name, known in found.flow.ops.items() if known == f"aten.{op}"]
+
+
+@pytest.mark.parametrize("op", SAME)
+def test_copies_and_casts_of_a_norm_belong_to_the_prologue(op: str) -> None:
+    """Tokens merge behind them: one merge for q, k and v, in the precision that these see."""
+
+    def run(m: Tiny, x: Tensor) -> Tensor:
+        n = SAME[op](m.norm(x))
+        return x + m.attention(n, n)
+
+    found = find(run)
+    inside = nodes_of(found, op)
+    (branch,) = found.branches()
+    assert (branch.kinds, branch.rejected) == (("attention",), None)
+    if op == "contiguous":  # torch leaves out what is contiguous
+        assert branch.entries == ("layer_norm",)
+    else:
+        assert branch.entries == (inside[-1],)
+
+
+@pytest.mark.parametrize("op", ["std", "var", "mean", "sum", "amax", "amin"])
+def test_a_norm_by_any_statistic_is_one(op: str) -> None:
+    def run(m: Tiny, x: Tensor) -> Tensor:
+        scale = getattr(x.abs(), op)(-1, keepdim=True)
+        return x + m.c(F.gelu(m.d(x / (scale + 1))))
+
+    found = find(run)
+    assert nodes_of(found, op)
+    (branch,) = found.branches()
+    assert branch.entries == (found.only("div"),), "merged behind the division, and once"
+
+
+@pytest.mark.parametrize("op", [*SAME, *RESHAPED])
+def test_written_out_attention_around_copies_casts_and_reshapes(op: str) -> None:
+    """Between scores and softmax, between softmax and product; of self- and cross-attention."""
+    change = (SAME | RESHAPED)[op]
+
+    def attend(m: Tiny, x: Tensor, y: Tensor) -> Tensor:
+        n = m.norm(x)
+        scores = m.heads(m.a(n)) @ m.heads(m.b(n if y is x else y)).transpose(-1, -2)
+        shares = change(change(scores).softmax(-1))
+        out = shares @ m.heads(m.c(n if y is x else y))
+        return x + m.d(out.transpose(1, 2).flatten(2))
+
+    found = find(lambda m, x: attend(m, x, x))
+    assert op == "contiguous" or nodes_of(found, op)
+    (branch,) = found.branches()
+    assert (found.kinds(), branch.kinds, branch.rejected) == (["self"], ("attention",), None)
+    crossed = find(attend, x=image(), y=text())
+    (branch,) = crossed.branches()
+    assert (crossed.kinds(), branch.kinds, branch.rejected) == (["cross"], ("cross",), None)

@@ -151,8 +151,8 @@ def test_graphs_are_dumped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: 
     assert (folder / "00_input.txt").read_text() == BEFORE
     assert (folder / "02_double.txt").read_text() == AFTER
     lines = (folder / "passes.txt").read_text().splitlines()
-    assert lines[0].startswith("01 EraseDead(): 0 changes, ")
-    assert lines[1].startswith("02 Double(times=1): 2 changes, ")
+    assert lines[0].startswith("01 EraseDead(): changes 0, ")
+    assert lines[1].startswith("02 Double(times=1): changes 2, ")
 
 
 def test_a_pass_that_fails_is_dumped_as_it_left_the_graph(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from toma_fx.graph.nodes import (
     ATTENTION,
     CASTS,
     COPIES,
+    JOINS,
     PRODUCTS,
     READERS,
     SCALES,
@@ -144,7 +145,7 @@ class Flow:
         while front:
             users = [u for f in front for u in self.users[f]]
             found += [u for u in users if self.ops[u] in PRODUCTS]
-            front = [u for u in users if self.ops[u] in SCALES | COPIES]
+            front = [u for u in users if self.ops[u] in SCALES]
         return found if self.ops[softmax] in SOFTMAX else []
 
     def root(self, name: str) -> str:
@@ -324,7 +325,7 @@ def _passed(node: fx.Node, flow: Flow) -> str | None:
     if len(carrying) != 1 or not flow.is_embedding(carrying[0]):
         return None
     same_channels = flow.shapes[name][2] == flow.shapes[carrying[0]][2]
-    if op in COPIES or (op in ("aten.slice", "aten.cat", "aten.concat") and same_channels):
+    if op in COPIES or (op in {"aten.slice", *JOINS} and same_channels):
         return carrying[0]
     if op in ("aten.clip", "aten.clamp"):
         return carrying[0] if _only_clips_infinities(node) else None

@@ -9,16 +9,16 @@ from itertools import takewhile
 from toma_fx.analysis.dataflow import Flow
 from toma_fx.analysis.facts import Branch, Rejected, Site, Stream
 from toma_fx.analysis.labels import HEIGHT, Segment
+from toma_fx.graph.nodes import CASTS, COPIES, JOINS, REDUCTIONS, RESHAPES
 
-PROLOGUE = {
-    "aten.layer_norm", "aten.rms_norm", "aten.slice", "aten.cat", "aten.concat", "aten.contiguous",
-    "aten.clone", "aten.to", "aten.split_with_sizes", "getitem", "aten.group_norm",
-    "aten.transpose", "aten.permute", "aten.mean", "aten.var", "aten.linalg_vector_norm",
+PROLOGUE = CASTS | COPIES | JOINS | REDUCTIONS | {
+    "aten.layer_norm", "aten.rms_norm", "aten.group_norm", "aten.slice", "aten.split_with_sizes",
+    "getitem", "aten.transpose", "aten.permute",
 }  # fmt: skip
 """Ops besides element-wise ones that may stand between a stream and the point of merging."""
 
 
-UNFOLD = {"aten.view", "aten.reshape", "aten.unflatten", "aten.unsqueeze", "aten.squeeze"}
+UNFOLD = RESHAPES | {"aten.unflatten", "aten.unsqueeze", "aten.squeeze"}
 """Ops that lay an update out as a picture."""
 
 

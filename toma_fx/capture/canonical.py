@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from toma_fx.compat import writes_in_place
-from toma_fx.graph.nodes import DROPOUTS, argument, is_inactive_dropout, op_name
+from toma_fx.graph.nodes import DROPOUTS, JOINS, RESHAPES, argument, is_inactive_dropout, op_name
 from toma_fx.graph.passes import EraseDead, Pass, run_passes
 from toma_fx.graph.rewriter import Rewriter
 from toma_fx.graph.specs import CAPTURED
@@ -271,8 +271,7 @@ class ShareShapeOps:
 
     def _arguments(self, node: fx.Node) -> Any:
         """The arguments, with the sizes of a reshape written out (no -1)."""
-        reshapes = op_name(node.target) in ("aten.view", "aten.reshape")
-        if reshapes and isinstance(node.args[1], (list, tuple)):
+        if op_name(node.target) in RESHAPES and isinstance(node.args[1], (list, tuple)):
             return node.args[0], tuple(node.meta["val"].shape)
         return node.args
 
@@ -285,7 +284,7 @@ class FoldSlices:
 
     def apply(self, rewriter: Rewriter) -> None:
         """Replace joins of slices that begin where the one before ends, and leave nothing out."""
-        for node in rewriter.calls("aten.cat", "aten.concat"):
+        for node in rewriter.calls(*JOINS):
             parts: Any = node.args[0]
             if not all(op_name(p.target) == "aten.slice" for p in parts):
                 continue

@@ -7,7 +7,16 @@ from typing import Any
 
 from torch import fx
 
-from toma_fx.graph.nodes import op_name, shape_of
+from toma_fx.graph.nodes import ATTENTION, CONVOLUTIONS, PACKED, WEIGHTED, op_name, shape_of
+
+_SUMMED = dict.fromkeys((*WEIGHTED, *PACKED, "aten.matmul", "aten.mm", "aten.bmm"), 0) | {
+    "aten.addmm": 1, "aten.baddbmm": 1,
+}  # fmt: skip
+"""Products that sum over the last dimension of one of their arguments, and which one."""
+
+
+_ELLIPSIS = "01234567"
+"""What stands for the dimensions of "..." in an einsum, the last of them last."""
 
 
 def node_flops(node: fx.Node) -> int:
@@ -15,18 +24,45 @@ def node_flops(node: fx.Node) -> int:
     if node.op != "call_function":
         return 0
     op, args = op_name(node.target), node.args
-    if op == "aten.linear":
-        return 2 * prod(shape_of(node)) * shape_of(args[0])[-1]
-    if op in ("aten.matmul", "aten.mm", "aten.bmm"):
-        return 2 * prod(shape_of(node)) * shape_of(args[0])[-1]
-    if op == "aten.addmm":
-        return 2 * prod(shape_of(node)) * shape_of(args[1])[-1]
-    if op in ("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution"):
+    if op in _SUMMED:
+        return 2 * prod(shape_of(node)) * shape_of(args[_SUMMED[op]])[-1]
+    if op == "aten.einsum":
+        return _einsum_flops(node)
+    if op in CONVOLUTIONS:
         return 2 * prod(shape_of(node)) * prod(shape_of(args[1])[1:])
-    if op == "aten.scaled_dot_product_attention":
+    if op == "aten.conv_transpose2d":
+        return 2 * prod(shape_of(args[0])) * prod(shape_of(args[1])[1:])
+    if op == ATTENTION:
         query, keys = shape_of(args[0]), shape_of(args[1])[-2]
         return 2 * prod(query) * keys + 2 * prod(shape_of(node)) * keys
     return 0
+
+
+def _einsum_flops(node: fx.Node) -> int:
+    """FLOPs of an einsum, whose operands are multiplied from left to right.
+
+    "bid,bjd->bij" sums over d for each b, i and j; "bid,kd->bi" sums k away before it multiplies.
+    """
+    inputs, arrow, output = str(node.args[0]).replace(" ", "").partition("->")
+    sizes: dict[str, int] = {}
+    words = []
+    for word, operand in zip(inputs.split(","), node.all_input_nodes, strict=True):
+        shape = shape_of(operand)
+        rest = len(shape) - len(word.replace("...", ""))
+        words.append(word.replace("...", _ELLIPSIS[len(_ELLIPSIS) - rest :]))
+        for letter, size in zip(words[-1], shape, strict=True):
+            sizes[letter] = max(size, sizes.get(letter, 1))
+    if not arrow:
+        once = (x for x in inputs if x.isalpha() and inputs.count(x) == 1)
+        output = f"...{''.join(once)}"
+    needed = set(output.replace("...", _ELLIPSIS))
+    total, left = 0, set(words[0])
+    for i, word in enumerate(words[1:], 1):
+        later = needed.union(*words[i + 1 :])
+        used = {x for x in left | set(word) if x in later or (x in left and x in word)}
+        total += 2 * prod(sizes[x] for x in used)
+        left = used & later
+    return total
 
 
 def graph_flops(graph: fx.Graph, names: Any = None) -> int:

@@ -87,7 +87,7 @@ def run_passes(
             dump.graph(number, step.name, rewriter.graph)
         else:
             rewriter.log.append((step.name, "changed nothing", ""))
-        dump.line(f"{number:02d} {step}: {changes} changes, {perf_counter() - start:.3f} s")
+        dump.line(f"{number:02d} {step}: changes {changes}, {perf_counter() - start:.3f} s")
         done.append(step.name)
     if after is not None:
         after.check(rewriter.graph, f"{title}, after its passes")

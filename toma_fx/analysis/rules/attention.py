@@ -20,7 +20,7 @@ from toma_fx.analysis.labels import (
     tokens_of,
 )
 from toma_fx.analysis.rules.base import NOTHING, Call, Outcome, rule
-from toma_fx.graph.nodes import UNKNOWN, shape_of
+from toma_fx.graph.nodes import SOFTMAX, UNKNOWN, shape_of
 
 
 @rule("scaled_dot_product_attention")
@@ -145,7 +145,7 @@ def _times_weight(call: Call, a: fx.Node, b: fx.Node, left: Layout | None) -> Ou
     return Transfer((*left[:-1], None))
 
 
-@rule("softmax", "_softmax")
+@rule(*SOFTMAX)
 def softmax(call: Call) -> Outcome:
     """Over attention scores it makes shares of the keys; over features it keeps every axis."""
     layout = call.layout(call.node.args[0])

@@ -87,10 +87,10 @@ RULES: dict[str, Rule] = {}
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a transfer rule for aten ops."""
+    """Register a transfer rule for ops; a name without a namespace is one of aten."""
 
     def add(function: Rule) -> Rule:
-        RULES.update({f"aten.{name}": function for name in names})
+        RULES.update({name if "." in name else f"aten.{name}": function for name in names})
         return function
 
     return add

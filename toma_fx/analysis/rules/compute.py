@@ -27,7 +27,7 @@ from toma_fx.analysis.labels import (
     tokens_of,
 )
 from toma_fx.analysis.rules.base import NOTHING, Call, Outcome, carries_tokens, rule
-from toma_fx.graph.nodes import UNKNOWN, shape_of
+from toma_fx.graph.nodes import CASTS, CONVOLUTIONS, COPIES, REDUCTIONS, UNKNOWN, shape_of
 
 # -- element-wise ---------------------------------------------------------------------------------
 
@@ -188,7 +188,7 @@ def linear(call: Call) -> Outcome:
     return Transfer((*layout[:-1], None))
 
 
-@rule("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose2d")
+@rule(*CONVOLUTIONS, "conv_transpose2d")
 def convolution(call: Call) -> Outcome:
     """Convolutions work on a spatial grid; their output is where token grids come from."""
     if tokens_of(call.layout(call.node.args[0])) is not None:
@@ -262,7 +262,7 @@ def along(call: Call) -> Outcome:
     return call.mixes("a reduction over", layout, dims) or Transfer(layout)
 
 
-@rule("mean", "sum", "amax", "amin", "var", "std", "linalg_vector_norm")
+@rule(*REDUCTIONS)
 def reduction(call: Call) -> Outcome:
     """Reductions over other dimensions keep the token axis."""
     layout = call.layout(call.node.args[0])
@@ -289,7 +289,7 @@ def reduction(call: Call) -> Outcome:
 # -- ops that keep the shape ----------------------------------------------------------------------
 
 
-@rule("contiguous", "clone", "detach", "alias", "to", "_to_copy", "lift_fresh_copy")
+@rule(*COPIES, *CASTS)
 def same(call: Call) -> Outcome:
     """Copies and casts."""
     return Transfer(call.fact(call.node.args[0]))

@@ -24,7 +24,7 @@ from toma_fx.analysis.labels import (
 )
 from toma_fx.analysis.rules.base import NOTHING, Call, Outcome, rule
 from toma_fx.analysis.rules.compute import broadcast
-from toma_fx.graph.nodes import int_size, shape_of
+from toma_fx.graph.nodes import JOINS, int_size, shape_of
 
 
 @rule("chunk", "split")
@@ -187,7 +187,7 @@ def slice_scatter(call: Call) -> Outcome:
     return broadcast(call, operands)
 
 
-@rule("cat", "concat", "concatenate")
+@rule(*JOINS)
 def cat(call: Call) -> Outcome:
     """Concatenation joins segments along the token axis, and features along another."""
     operands: Any = call.node.args[0]

@@ -25,11 +25,7 @@ from toma_fx.analysis.rules.base import (
     rule,
     treats_alike,
 )
-from toma_fx.graph.nodes import shape_of
-
-PACKED = ("_weight_int8pack_mm", "_weight_int4pack_mm", "_weight_int4pack_mm_for_cpu")
-"""Products of [N, C] with a weight that is packed in a layout of its own."""
-
+from toma_fx.graph.nodes import PACKED, shape_of
 
 @rule("_int_mm")
 def integer_product(call: Call) -> Outcome:
@@ -117,7 +113,7 @@ def _scaled_apart(call: Call, layout: Layout, scale: Any) -> Rejected | None:
 
 RULES.update(
     {
-        **{f"aten.{name}": treats_alike for name in PACKED},
+        **dict.fromkeys(PACKED, treats_alike),
         "torchao.choose_qparams_affine": choose_scales,
         "torchao.choose_scale_float8": choose_scale,
         "torchao.quantize_affine": quantize,

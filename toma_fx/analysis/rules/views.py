@@ -24,7 +24,7 @@ from toma_fx.analysis.labels import (
     tokens_of,
 )
 from toma_fx.analysis.rules.base import NOTHING, Call, Outcome, rule
-from toma_fx.graph.nodes import shape_of
+from toma_fx.graph.nodes import RESHAPES, shape_of
 from toma_fx.methods.windows import Size
 
 FOLDS = (
@@ -195,7 +195,7 @@ def _unfolded(
     return [label if label in SPATIAL else None, *rest]
 
 
-@rule("view", "reshape", "_unsafe_view", "view_copy")
+@rule(*RESHAPES)
 def view(call: Call) -> Outcome:
     """Reshapes: labels follow the groups of dimensions that stay together."""
     layout = call.layout(call.node.args[0])
