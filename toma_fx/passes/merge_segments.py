@@ -1,6 +1,6 @@
 """Pass: run the segments of a plan on merged tokens.
 
-Sublayer (norm before merge, update unmerged):
+Sublayer (tokens merge behind the norm, the update is unmerged):
 
     x -> norm -> attention -> add          x -> norm -> merge -> attention -> unmerge -> add
     \------------------------/             \--------------------------------------------/
@@ -10,7 +10,7 @@ Block and stack (only the update is unmerged, every token keeps its own detail):
     x_a -> block -> ... -> x_b             x_a -> merge -> block -> ... -> x_b'
                                            x_b = x_a + unmerge(x_b' - merge(x_a))
 
-Keys (queries stay whole, nothing to unmerge):
+Keys (queries are not merged, and nothing is unmerged):
 
     norm --> q ----------> attention       norm --> q -------------------> attention
        \--> k, v --------/                    \--> merge --> k, v --------/
@@ -29,9 +29,16 @@ from toma_fx.analysis.facts import Analysis, Patch, Positional
 from toma_fx.analysis.labels import token_dim, tokens_of
 from toma_fx.errors import RewriteError
 from toma_fx.graph.rewriter import Rewriter
-from toma_fx.passes import snippets as tokens
 from toma_fx.passes.job import Job
-from toma_fx.passes.snippets import PatternNodes, Span, span_of
+from toma_fx.passes.snippets import (
+    PatternNodes,
+    Span,
+    span_of,
+    splice_gather,
+    splice_merge,
+    splice_unmerge,
+    splice_update,
+)
 from toma_fx.plan.plan import MergePlan, MergeSegment
 
 
@@ -64,39 +71,40 @@ class MergeSegments:
 
 @dataclass
 class _Work:
-    """State of one application: nodes by name, and merged or gathered values already made.
+    """State of one application: nodes by name, and merged or gathered values to use again.
 
-    `made` is by the name of the whole value first, so that forgetting one takes no search.
+    `cache` is by the name of the unmerged value first, so that forgetting one takes no search.
     """
 
     task: MergeSegments
     rewriter: Rewriter
     patterns: Mapping[str, PatternNodes]
     nodes: dict[str, fx.Node]
-    made: dict[str, dict[tuple[str, ...], fx.Node]] = field(default_factory=dict)
+    cache: dict[str, dict[tuple[str, ...], fx.Node]] = field(default_factory=dict)
 
     def rewrite(self, segment: MergeSegment) -> None:
         inner, keys = [self.nodes[n] for n in segment.inner], segment.scope == "keys"
         inside = set(segment.inner)
         sites = [self.nodes[n] for n in segment.sites] if keys else []
         for name in segment.entries:
-            entered, old = self.entered(name, segment), self.nodes[name]
+            merged, old = self.merge_entry(name, segment), self.nodes[name]
             readers = [n for n in inner if old in n.all_input_nodes]
             for node in (*readers, *(n for n in sites if old in n.args[1:3])):
-                self.rewriter.replace_input(node, old, entered)
-        whole = {name: self.added(name, inside) for name in segment.additions}
-        for node in self.touched(segment):
-            self.patch(node, segment)
+                self.rewriter.replace_input(node, old, merged)
+        addends = {name: self.addend(name, inside) for name in segment.additions}
+        for node in self.affected(segment):
+            self.patch_node(node, segment)
             self.rewriter.retype(node)
         if keys:
             return
         additions = [
-            (old, self.added(name, inside), self.span(name, segment)) for name, old in whole.items()
+            (unmerged, self.addend(name, inside), self.span(name, segment))
+            for name, unmerged in addends.items()
         ]
-        self.leave(segment, inner, additions)
+        self.unmerge_exit(segment, additions)
 
-    def added(self, name: str, inside: Set[str]) -> fx.Node:
-        """What an addition adds: its operand that is not `inside` the segment."""
+    def addend(self, name: str, inside: Set[str]) -> fx.Node:
+        """The operand of an addition that is not `inside` the segment."""
         inputs = self.nodes[name].all_input_nodes
         return next(n for n in inputs if n.name not in inside)
 
@@ -107,19 +115,19 @@ class _Work:
             raise RewriteError("no token axis", where=segment.name, got=name)
         return span_of(label, segment.image)
 
-    def entered(self, name: str, segment: MergeSegment) -> fx.Node:
-        """The merged form of an entry, made once per group."""
-        key, made = ("merge", segment.group), self.made.setdefault(name, {})
-        if key not in made:
+    def merge_entry(self, name: str, segment: MergeSegment) -> fx.Node:
+        """The merged form of an entry, one for all segments of a group."""
+        key, known = ("merge", segment.group), self.cache.setdefault(name, {})
+        if key not in known:
             node, pattern = self.nodes[name], self.patterns[segment.group]
             dim = token_dim(self.task.flow.layout(name))
             with self.rewriter.after(node, *pattern.nodes):
-                made[key] = tokens.merged(
+                known[key] = splice_merge(
                     self.rewriter, node, self.span(name, segment), pattern, dim=dim or 1
                 )
-        return made[key]
+        return known[key]
 
-    def touched(self, segment: MergeSegment) -> list[fx.Node]:
+    def affected(self, segment: MergeSegment) -> list[fx.Node]:
         """Inner nodes, and nodes that read them without carrying the image, in graph order."""
         flow, inner = self.task.flow, set(segment.inner)
         readers = {u for n in inner - {segment.exit} for u in flow.users[n]}
@@ -128,14 +136,14 @@ class _Work:
         names = sorted(inner | readers, key=flow.position.__getitem__)
         return [self.nodes[n] for n in names]
 
-    def patch(self, node: fx.Node, segment: MergeSegment) -> None:
+    def patch_node(self, node: fx.Node, segment: MergeSegment) -> None:
         """Literals and positional operands of one node."""
         transfer = self.task.analysis.transfers.get(node.name)
         if transfer is None:
             return
         for patch in transfer.patches:
             if any(s.name == segment.image.name for s in patch.segments):
-                self.rewriter.set_literal(node, patch.path, self.length(patch, segment))
+                self.rewriter.set_literal(node, patch.path, self.merged_length(patch, segment))
         current: dict[str, fx.Node] = {}
         for positional in transfer.positionals:
             if all(s.name != segment.image.name for s in positional.tokens.segments):
@@ -146,30 +154,32 @@ class _Work:
                 old = current[positional.operand]
                 dim = positional.dim + positional.lead
                 positional = replace(positional, dim=dim, batch=0, lead=0)
-            new = self.aligned(old, positional, segment)
+            new = self.merge_operand(old, positional, segment)
             self.rewriter.replace_input(node, old, new)
             current[positional.operand] = new
 
-    def length(self, patch: Patch, segment: MergeSegment) -> int | fx.Node:
+    def merged_length(self, patch: Patch, segment: MergeSegment) -> int | fx.Node:
         """What a literal becomes: a number, or a node where it depends on the data."""
         image, pattern = segment.image.name, self.patterns[segment.group]
         value = patch.value({image: segment.setting.merged_count})
         if not segment.setting.dynamic:
             return value
         rest = patch.value({image: 0})
-        key, made = (str(rest), str(value)), self.made.setdefault(segment.group, {})
-        if key not in made:
+        key, known = (str(rest), str(value)), self.cache.setdefault(segment.group, {})
+        if key not in known:
             times = patch.times * sum(s.name == image for s in patch.segments)
 
             def count(*parts: Tensor) -> int:
                 return rest + times * segment.setting.count_merged(pattern.named(parts))
 
             with self.rewriter.after(self.nodes[segment.entries[0]], *pattern.nodes):
-                (made[key],) = self.rewriter.splice(key, count, pattern.nodes, whole=True)
-        return made[key]
+                (known[key],) = self.rewriter.splice(key, count, pattern.nodes, whole=True)
+        return known[key]
 
-    def aligned(self, operand: fx.Node, positional: Positional, segment: MergeSegment) -> fx.Node:
-        """A positional operand on merged tokens, made once per group.
+    def merge_operand(
+        self, operand: fx.Node, positional: Positional, segment: MergeSegment
+    ) -> fx.Node:
+        """A positional operand on merged tokens, one for all segments of a group.
 
         What is added to the stream merges as the stream does (merging is linear); tables that
         multiply, and masks, are gathered at the destinations.
@@ -186,21 +196,20 @@ class _Work:
             str(span),
             segment.group,
         )
-        made = self.made.setdefault(operand.name, {})
-        if key not in made:
+        known = self.cache.setdefault(operand.name, {})
+        if key not in known:
             with self.rewriter.after(operand, *pattern.nodes):
                 if content:
                     lead = bool(positional.lead)
-                    new = tokens.merged(self.rewriter, operand, span, pattern, lead=lead)
+                    new = splice_merge(self.rewriter, operand, span, pattern, lead=lead)
                 else:
-                    new = tokens.gathered(self.rewriter, operand, positional, span, pattern)
-            made[key] = new
-        return made[key]
+                    new = splice_gather(self.rewriter, operand, positional, span, pattern)
+            known[key] = new
+        return known[key]
 
-    def leave(
+    def unmerge_exit(
         self,
         segment: MergeSegment,
-        inner: list[fx.Node],
         additions: list[tuple[fx.Node, fx.Node, Span]],
     ) -> None:
         """Unmerge at the exit and hand the result to everyone outside."""
@@ -208,15 +217,15 @@ class _Work:
         pattern = self.patterns[segment.group]
         with self.rewriter.after(end):
             if segment.base:
-                whole = (self.nodes[segment.base], self.span(segment.base, segment))
-                entered = self.entered(segment.base, segment)
-                result = tokens.updated(
-                    self.rewriter, whole, entered, (end, span), pattern, additions
+                base = (self.nodes[segment.base], self.span(segment.base, segment))
+                merged_base = self.merge_entry(segment.base, segment)
+                result = splice_update(
+                    self.rewriter, base, merged_base, (end, span), pattern, additions
                 )
             else:
-                result = tokens.unmerged(self.rewriter, end, span, pattern)
-        readers = {n for n in self.touched(segment) if n is not end}
+                result = splice_unmerge(self.rewriter, end, span, pattern)
+        readers = {n for n in self.affected(segment) if n is not end}
         self.rewriter.replace_uses(end, result, keep=readers.union(self.rewriter.spliced))
-        self.made.pop(end.name, None)
-        # later segments that name this value mean the whole one
+        self.cache.pop(end.name, None)
+        # later segments that name this value mean the unmerged one
         self.nodes[segment.exit] = result

@@ -40,7 +40,7 @@ class Span:
             return x
         return x.narrow(dim, self.before, x.shape[dim] - self.before - self.after)
 
-    def replaced(self, x: Tensor, image: Tensor, dim: int = 1) -> Tensor:
+    def with_image(self, x: Tensor, image: Tensor, dim: int = 1) -> Tensor:
         """`x` with its image part replaced by `image`."""
         if not self.before and not self.after:
             return image
@@ -64,7 +64,7 @@ def image_part(rewriter: Rewriter, node: fx.Node, span: Span) -> fx.Node:
     return rewriter.splice(("image", span), lambda x: span.image(x), [node])[0]
 
 
-def merged(
+def splice_merge(
     rewriter: Rewriter,
     node: fx.Node,
     span: Span,
@@ -80,7 +80,7 @@ def merged(
     """
     setting = pattern.setting
 
-    def run(x: Tensor, *parts: Tensor) -> Tensor:
+    def merge(x: Tensor, *parts: Tensor) -> Tensor:
         if lead:
             x = x.unsqueeze(0)
         if parts and x.shape[0] == 1 != parts[0].shape[0]:
@@ -88,66 +88,66 @@ def merged(
         rows = x if dim == 1 else x.movedim(dim, 1)
         flat = rows if rows.dim() == 3 else rows.flatten(2)
         image = setting.merge(span.image(flat), pattern.named(parts))
-        out = span.replaced(flat, image)
+        out = span.with_image(flat, image)
         out = out if rows.dim() == 3 else out.unflatten(2, rows.shape[2:])
         return out if dim == 1 else out.movedim(1, dim)
 
     key = ("merge", span, setting, dim, lead)
-    return rewriter.splice(key, run, [node, *pattern.nodes], whole=setting.dynamic)[0]
+    return rewriter.splice(key, merge, [node, *pattern.nodes], whole=setting.dynamic)[0]
 
 
-def unmerged(rewriter: Rewriter, node: fx.Node, span: Span, pattern: PatternNodes) -> fx.Node:
-    """Inverse of `merged`: every image token receives its share of the merged update."""
+def splice_unmerge(rewriter: Rewriter, node: fx.Node, span: Span, pattern: PatternNodes) -> fx.Node:
+    """Inverse of `splice_merge`: every image token receives its share of the merged update."""
     setting = pattern.setting
 
-    def run(y: Tensor, *parts: Tensor) -> Tensor:
-        return span.replaced(y, setting.unmerge(span.image(y), pattern.named(parts)))
+    def unmerge(y: Tensor, *parts: Tensor) -> Tensor:
+        return span.with_image(y, setting.unmerge(span.image(y), pattern.named(parts)))
 
     key = ("unmerge", span, setting)
-    return rewriter.splice(key, run, [node, *pattern.nodes], whole=setting.dynamic)[0]
+    return rewriter.splice(key, unmerge, [node, *pattern.nodes], whole=setting.dynamic)[0]
 
 
-def updated(
+def splice_update(
     rewriter: Rewriter,
-    whole: tuple[fx.Node, Span],
-    entered: fx.Node,
-    left: tuple[fx.Node, Span],
+    base: tuple[fx.Node, Span],
+    merged_base: fx.Node,
+    end: tuple[fx.Node, Span],
     pattern: PatternNodes,
     additions: Sequence[tuple[fx.Node, fx.Node, Span]] = (),
 ) -> fx.Node:
     """x_b = x_a + unmerge(x_b' - merge(x_a)): every token keeps its own detail.
 
-    `whole` is x_a, `entered` is x_a with its image merged, `left` is x_b'; spans tell where the
-    image lies in x_a and x_b'. Text tokens of x_b' pass unchanged. `additions` are (whole, merged,
-    span) of what was added to the stream from outside; it counts to x_a.
+    `base` is x_a, `merged_base` is x_a with its image merged, `end` is x_b'; spans tell where the
+    image lies in x_a and x_b'. Text tokens of x_b' pass unchanged. `additions` are (unmerged,
+    merged, span) of what was added to the stream from outside; it counts to x_a.
     """
-    (base, base_span), (end, end_span) = whole, left
+    (base_node, base_span), (end_node, end_span) = base, end
     spans = [span for _, _, span in additions]
 
     def image_of(x: Tensor, span: Span) -> Tensor:
         # what has no token axis is added to every token alike
-        many = x.dim() > 1 and x.shape[-2] > 1
-        return span.image(x, x.dim() - 2) if many else x
+        has_tokens = x.dim() > 1 and x.shape[-2] > 1
+        return span.image(x, x.dim() - 2) if has_tokens else x
 
-    setting, outside = pattern.setting, 2 * len(additions)
+    setting, count = pattern.setting, 2 * len(additions)
 
-    def run(x: Tensor, small: Tensor, y: Tensor, *rest: Tensor) -> Tensor:
-        added, parts = rest[:outside], rest[outside:]
-        start, entry = base_span.image(x), base_span.image(small)
-        for full, merged_, span in zip(added[::2], added[1::2], spans, strict=True):
-            start, entry = start + image_of(full, span), entry + image_of(merged_, span)
-        update = end_span.image(y) - entry
-        image = start + setting.unmerge(update, pattern.named(parts))
+    def update(x: Tensor, merged_x: Tensor, y: Tensor, *rest: Tensor) -> Tensor:
+        added, parts = rest[:count], rest[count:]
+        start, entry = base_span.image(x), base_span.image(merged_x)
+        for full, merged, span in zip(added[::2], added[1::2], spans, strict=True):
+            start, entry = start + image_of(full, span), entry + image_of(merged, span)
+        change = end_span.image(y) - entry
+        image = start + setting.unmerge(change, pattern.named(parts))
         # a stream may be summed in a higher precision than it is handed on in
-        return end_span.replaced(y, cast(image, y))
+        return end_span.with_image(y, cast(image, y))
 
     key = ("update", base_span, end_span, setting, tuple(spans))
-    pairs = [node for full, merged_, _ in additions for node in (full, merged_)]
-    nodes = [base, entered, end, *pairs, *pattern.nodes]
-    return rewriter.splice(key, run, nodes, whole=setting.dynamic)[0]
+    pairs = [node for full, merged, _ in additions for node in (full, merged)]
+    nodes = [base_node, merged_base, end_node, *pairs, *pattern.nodes]
+    return rewriter.splice(key, update, nodes, whole=setting.dynamic)[0]
 
 
-def gathered(
+def splice_gather(
     rewriter: Rewriter,
     operand: fx.Node,
     positional: Positional,
@@ -161,7 +161,7 @@ def gathered(
     setting, lead = pattern.setting, positional.lead
     at = positional.dim + lead
 
-    def run(table: Tensor, *parts: Tensor) -> Tensor:
+    def gather(table: Tensor, *parts: Tensor) -> Tensor:
         for _ in range(lead):
             table = table.unsqueeze(0)
         positions = setting.positions(pattern.named(parts)).to(table.device)
@@ -171,7 +171,7 @@ def gathered(
         sizes = [1] * table.dim()
         sizes[0], sizes[at] = positions.shape[0], positions.shape[1]
         image = torch.take_along_dim(span.image(table, at), positions.view(sizes), at)
-        return span.replaced(table, image, at)
+        return span.with_image(table, image, at)
 
     key = ("gather", lead, at, span, setting)
-    return rewriter.splice(key, run, [operand, *pattern.nodes], whole=setting.dynamic)[0]
+    return rewriter.splice(key, gather, [operand, *pattern.nodes], whole=setting.dynamic)[0]

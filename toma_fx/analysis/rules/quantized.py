@@ -27,6 +27,7 @@ from toma_fx.analysis.rules.base import (
 )
 from toma_fx.graph.nodes import PACKED, shape_of
 
+
 @rule("_int_mm")
 def integer_product(call: Call) -> Outcome:
     """A product of integers, x [N, C] @ weight."""
