@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from torch import nn
@@ -11,6 +12,7 @@ from toma_fx.capture.guard import ModelGuard
 from toma_fx.capture.model import check_model
 from toma_fx.compat import accelerate_hook, is_compiled
 from toma_fx.errors import ConfigError, ModelTypeError
+from toma_fx.graph.dump import dumping
 from toma_fx.methods.base import MethodConfig
 from toma_fx.methods.config import make_config
 from toma_fx.run.calls import call_of
@@ -130,11 +132,17 @@ def explain(
     toma: bool | str | MethodConfig | Mapping[str, Any] = True,
     *,
     method: str | MethodConfig | type[MethodConfig] | None = None,
+    dump: str | Path | None = None,
     **options: Any,
 ) -> Report:
     """What `optimize` would do for these inputs.
 
-    Args as for `optimize`. The result prints as a table and converts with `to_json()`.
+    Args as for `optimize`, and:
+        dump: folder for the graphs before and after each pass, as text; what the environment
+            variable `TOMA_FX_DUMP` names if not given.
+
+    Returns:
+        A report that prints as a table and converts with `to_json()`.
 
     Raises:
         NoMergeSites: nothing can be merged; its message lists every reason.
@@ -145,7 +153,7 @@ def explain(
     args, kwargs = call_of(example_inputs)
     guard = ModelGuard(denoiser)
     guard.companions.check_merging(merging(config))
-    with tracing(), guard.companions.kernel():
+    with dumping(dump), tracing(), guard.companions.kernel():
         return make_report(Specialization.make(denoiser, args, kwargs, config))
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import toma_fx
 from tests import denoisers
+from tests.methods.test_methods import inputs, model
 from toma_fx.analysis.propagate import analyze
 from toma_fx.capture.model import capture
 from toma_fx.methods.toma import ToMAConfig
@@ -121,3 +123,19 @@ def test_a_mean_tile_of_a_bucket_is_shown() -> None:
     assert {r.grid for r in report.rows} == {(26, 38), (13, 19)}
     tiles = [(r.grid, tuple(map(int, r.how.split("x")))) for r in report.rows]
     assert all(g[0] % t[0] == g[1] % t[1] == 0 for g, t in tiles)
+
+
+def test_the_graphs_between_passes_are_written_on_demand(tmp_path: Path) -> None:
+    """Each run of passes has a folder: the graph before, after each pass, the list of passes."""
+    toma_fx.explain(model(), inputs(), min_tokens=1, dump=tmp_path)
+    folders = sorted(path.name for path in tmp_path.iterdir())
+    assert [name.rpartition("_")[2] for name in folders] == ["capture", "reuse", "refresh"]
+    last = tmp_path / folders[-1]
+    names = [path.name for path in sorted(last.glob("*.txt"))]
+    assert names[:3] == ["00_input.txt", "01_provide_patterns.txt", "02_merge_segments.txt"]
+    assert "facility_location" not in (last / names[0]).read_text()
+    assert "facility_location" in (last / names[1]).read_text()
+    assert "ProvidePatterns(1 groups): " in (last / "passes.txt").read_text()
+    before = set(tmp_path.iterdir())
+    toma_fx.explain(model(), inputs(), min_tokens=1)
+    assert set(tmp_path.iterdir()) == before, "only on demand"

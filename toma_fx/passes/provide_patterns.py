@@ -57,6 +57,9 @@ class ProvidePatterns:
         takes, gives = frozenset(job.use.takes(plan)), frozenset(job.use.gives(plan))
         return cls(plan, takes, gives, {g.name: _feature_span(job, g) for g in plan.groups})
 
+    def __str__(self) -> str:
+        return f"ProvidePatterns({len(self.plan.groups)} groups)"
+
     def apply(self, rewriter: Rewriter) -> None:
         """Rewrite the graph."""
         nodes = rewriter.index()
