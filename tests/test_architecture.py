@@ -161,7 +161,6 @@ def test_importing_the_package_imports_nothing() -> None:
     assert not {"torch", "rich", "numpy"} & imported_by("import toma_fx; dir(toma_fx)")
 
 
-@pytest.mark.xfail(strict=True, reason="run/ still imports Dynamo and rich")
 def test_importing_optimize_imports_nothing_heavy() -> None:
     alone = imported_by("import torch")
     modules = imported_by("import torch, toma_fx; toma_fx.optimize; toma_fx.explain")

@@ -376,6 +376,19 @@ def test_no_tracing_context_inside() -> None:
     assert dynamo_graph(Toy(), torch.ones(1, 2), read=read) == (False, True)
 
 
+def test_the_variables_of_the_call_that_is_compiled() -> None:
+    model = Toy()
+
+    def read(gm: fx.GraphModule, _: Any) -> list[Any]:
+        names = [compat.input_source(n).name for n in gm.graph.find_nodes(op="placeholder")]
+        return [eval(name, compat.compiled_scope()) for name in names]
+
+    assert compat.compiled_scope() is None
+    x = torch.ones(1, 2)
+    found = dynamo_graph(model, x, read=read)
+    assert {id(value) for value in found} == {id(x), *map(id, model.parameters()), id(model.shift)}
+
+
 def test_inputs_of_a_graph_and_where_they_come_from() -> None:
     def read(gm: fx.GraphModule, _: Any) -> dict[str, bool]:
         sources = [compat.input_source(n) for n in gm.graph.find_nodes(op="placeholder")]
@@ -685,7 +698,6 @@ TAKEN = {
 """Private attributes of torch's objects: on `self` alone they may be the package's own."""
 
 
-@pytest.mark.xfail(strict=True, reason="some rooms still have theirs")
 def test_private_names_are_used_in_one_file() -> None:
     files = sorted((ROOT / "toma_fx").rglob("*.py"))
     trees = {str(f.relative_to(ROOT)): ast.parse(f.read_text()) for f in files}

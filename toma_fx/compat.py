@@ -135,10 +135,7 @@ def tensor_constructors() -> tuple[Callable[..., Any], ...]:
 
 
 def decompositions(operators: Sequence[Any]) -> dict[Any, Callable[..., Any]]:
-    """torch's decompositions of these operators as far as it has any, and of all composite ones.
-
-    `torch.export.default_decompositions` is public, but is another choice.
-    """
+    """torch's decompositions of these operators as far as it has any, and of all composite ones."""
     chosen = dict(_lookup("torch._decomp", "get_decompositions")(operators))
     composite = _lookup("torch._export.utils", "_collect_all_valid_cia_ops_for_aten_namespace")()
     decompose = _lookup("torch._export.utils", "_get_decomp_for_cia")
@@ -147,17 +144,18 @@ def decompositions(operators: Sequence[Any]) -> dict[Any, Callable[..., Any]]:
 
 # -- modules and graphs ---------------------------------------------------------------------------
 
-_CONTENTS = ("_modules", "_parameters", "_buffers")
+CONTENTS = ("_modules", "_parameters", "_buffers")
+"""Tables of a module's children, parameters and buffers."""
 
 
 def module_tables(module: nn.Module) -> tuple[dict[str, Any], ...]:
     """A module's own tables of its children, parameters and buffers by name, None included."""
-    return tuple(_attribute("torch", module, name) for name in _CONTENTS)
+    return tuple(_attribute("torch", module, name) for name in CONTENTS)
 
 
 def share_tables(module: nn.Module, model: nn.Module) -> None:
     """Make a module hold the very children, parameters and buffers of another one."""
-    for name in (*_CONTENTS, "_non_persistent_buffers_set"):
+    for name in (*CONTENTS, "_non_persistent_buffers_set"):
         vars(module)[name] = _attribute("torch", model, name)
 
 
@@ -210,7 +208,7 @@ def disable_dynamo(function: F) -> F:
 
     `torch.compiler.disable` is public, but imports Dynamo when it decorates, not at the first call.
     """
-    return _lookup("torch._compile", "_disable_dynamo")(function)
+    return _lookup("torch", "_disable_dynamo")(function)
 
 
 def skip_frame(function: Callable[..., Any]) -> None:
@@ -239,6 +237,15 @@ def mark_static_address(tensor: Tensor) -> None:
 def input_source(node: fx.Node) -> Any:
     """Where an input of Dynamo's graph comes from; its `name` is Python text: "L['timestep']"."""
     return _attribute("torch", node, "_dynamo_source")
+
+
+def compiled_scope() -> dict[str, dict[str, Any]] | None:
+    """What sources name: variables ("L", "G") of the call that this thread compiles, if it does."""
+    translator = getattr(_lookup("torch._dynamo.symbolic_convert", "tls"), "current_tx", None)
+    if translator is None:
+        return None
+    frame = _attribute("torch", _attribute("torch", translator, "output"), "root_tx")
+    return {"L": frame.f_locals, "G": frame.f_globals}
 
 
 def is_module_source(source: Any) -> bool:
@@ -273,10 +280,7 @@ def note_inputs(graph_module: fx.GraphModule, notes: Sequence[tuple[Any, Any]]) 
 
 
 def example_of(node: fx.Node, default: Any) -> Any:
-    """The real tensor or number of an input while Dynamo compiles it; later, `default`.
-
-    A symbolic number becomes the number of the call that is being compiled.
-    """
+    """The real tensor or number of an input while Dynamo compiles; of another time, `default`."""
     known = node.meta.get("grapharg")
     value = default if known is None else _attribute("torch", known, "example")
     symbolic = isinstance(value, _lookup("torch", "SymInt"))
@@ -313,10 +317,7 @@ def compile_graph(
 def compile_ahead(
     module: Any, example: tuple[Any, ...], options: Mapping[str, Any]
 ) -> tuple[list[str], dict[str, Tensor]]:
-    """Compile an exported graph with AOTInductor: (paths of files, constants that are apart).
-
-    `aoti_compile_and_package` is to become public; it puts constants into the package.
-    """
+    """Compile an exported graph with AOTInductor: (paths of files, constants that are apart)."""
     files = _lookup("torch._inductor", "aot_compile")(module, example, options=dict(options))
     kind = _lookup("torch.export.pt2_archive._package_weights", "Weights")
     constants = [f for f in files if isinstance(f, kind)]

@@ -22,13 +22,21 @@ from torch import Tensor, fx, nn
 from toma_fx.capture.canonical import flat_graph
 from toma_fx.capture.grids import raster
 from toma_fx.capture.model import Captured, InputSpec
+from toma_fx.compat import (
+    CONTENTS,
+    compiled_scope,
+    example_of,
+    gradient_switch,
+    input_source,
+    is_module_source,
+    is_wrapped_number,
+    tensor_constructors,
+    without_tracing_context,
+)
 from toma_fx.errors import CaptureError, TomaError
 from toma_fx.graph.rewriter import ModuleStack, Rewriter
 
 Kind = Literal["tensor", "owned", "number", "constant"]
-
-
-_TO_TENSOR = (torch.tensor, torch._refs.tensor)
 
 
 @dataclass(frozen=True)
@@ -74,18 +82,13 @@ class Argument:
 def arguments_of(gm: fx.GraphModule) -> tuple[Argument, ...]:
     """The inputs of a Dynamo graph, in order. Dynamo forgets some of it when it is done."""
     nodes: list[Any] = gm.graph.find_nodes(op="placeholder")
-    return tuple(Argument(_kind(n), n._dynamo_source.name, n.name) for n in nodes)
+    return tuple(Argument(_kind(n), input_source(n).name, n.name) for n in nodes)
 
 
 def example_values(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Any]:
     """The tensors and numbers of the call that is being compiled, not their fakes."""
     nodes: list[Any] = gm.graph.find_nodes(op="placeholder")
-    values = []
-    for node, fake in zip(nodes, example_inputs, strict=True):
-        known = node.meta.get("grapharg")
-        value = fake if known is None else known.example
-        values.append(value.node.hint if isinstance(value, torch.SymInt) else value)
-    return values
+    return [example_of(n, fake) for n, fake in zip(nodes, example_inputs, strict=True)]
 
 
 def models_being_compiled(arguments: Sequence[Argument]) -> list[nn.Module]:
@@ -95,13 +98,9 @@ def models_being_compiled(arguments: Sequence[Argument]) -> list[nn.Module]:
     `L['self']._modules['block']._parameters['weight']`: what stands before the first table of a
     module is the model. After a graph break it is the same, wherever the graph begins.
     """
-    from torch._dynamo.symbolic_convert import tls
-
-    translator = getattr(tls, "current_tx", None)
-    if translator is None:
+    scope = compiled_scope()
+    if scope is None:
         return []
-    frame = translator.output.root_tx
-    scope = {"L": frame.f_locals, "G": frame.f_globals}
     names = dict.fromkeys(_TABLE.split(a.source)[0] for a in arguments if a.kind == "owned")
     owners = [eval(name, scope) for name in names]
     return [owner for owner in owners if isinstance(owner, nn.Module)]
@@ -131,7 +130,7 @@ def capture_dynamo(
     replay = _Replay(gm, arguments, values)
     try:
         # Dynamo's own tracing context, if one is open, must not lend its symbolic shapes
-        with torch.no_grad(), torch._guards.tracing(None), fx.traceback.preserve_node_meta():
+        with torch.no_grad(), without_tracing_context(), fx.traceback.preserve_node_meta():
             program = torch.export.export(replay, tuple(v for _, v in taken), strict=False)
             graph_module = flat_graph(program, "DynamoGraph")
     except TomaError:
@@ -160,22 +159,22 @@ def capture_dynamo(
 
 
 def _kind(node: Any) -> Kind:
-    wrapped = getattr(node.meta.get("grapharg"), "pass_arg_as_tensor", False)
+    wrapped = is_wrapped_number(node)
     if isinstance(node.meta["example_value"], Tensor):
         if not wrapped or any(u.target != "item" for u in node.users):
             return "owned" if _is_owned(node) else "tensor"
         uses = [(item, user) for item in node.users for user in item.users]
     else:
         uses = [(node, user) for user in node.users]
+    constructors = tensor_constructors()
     becomes_tensor = [
-        user.target in _TO_TENSOR and user.args[0] in (number, [number]) for number, user in uses
+        user.target in constructors and user.args[0] in (number, [number]) for number, user in uses
     ]
     return "number" if uses and all(becomes_tensor) else "constant"
 
 
 def _is_owned(node: Any) -> bool:
-    where = node._dynamo_source.guard_source
-    in_module = where.is_unspecialized_nn_module() or where.is_specialized_nn_module()
+    in_module = is_module_source(input_source(node))
     return in_module or isinstance(node.meta["example_value"], nn.Parameter)
 
 
@@ -214,7 +213,7 @@ class _Interpreter(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """The value of a node."""
-        if n.target is torch._C._set_grad_enabled:
+        if n.target is gradient_switch():
             return None
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         if n.op == "call_method" and n.target == "item":
@@ -222,7 +221,7 @@ class _Interpreter(fx.Interpreter):
             assert isinstance(source, fx.Node)
             if source.name in self._numbers or not isinstance(args[0], Tensor):
                 return args[0]
-        if n.target in _TO_TENSOR:
+        if n.target in tensor_constructors():
             listed = isinstance(args[0], (list, tuple)) and len(args[0]) == 1
             number = args[0][0] if listed else args[0]
             if isinstance(number, Tensor):
@@ -245,7 +244,7 @@ def _to_tensor(
 _PART = re.compile(r"\['([^']*)'\]|\[(\d+)\]|\.(\w+)")
 
 
-_STORAGE = ("__dict__", "_modules")
+_STORAGE = ("__dict__", *CONTENTS)
 
 
 def _parts(source: str) -> list[str]:

@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses import FakeTensor
-from torch.utils import _pytree as pytree
 
 from toma_fx.capture.dynamo import Argument
 from toma_fx.capture.grids import raster
 from toma_fx.capture.model import Captured, bare, flatten_call
+from toma_fx.compat import is_fake, tree_leaves, tree_map
 from toma_fx.errors import CaptureError, ParityError
 from toma_fx.graph.nodes import module_path
 
@@ -51,10 +50,10 @@ class Expected:
         Raises:
             CaptureError: the model does not run on such inputs.
         """
-        leaves = [*pytree.tree_leaves((args, kwargs)), *model.parameters()]
-        if any(isinstance(x, FakeTensor) or getattr(x, "is_meta", False) for x in leaves):
+        leaves = [*tree_leaves((args, kwargs)), *model.parameters()]
+        if any(is_fake(x) or getattr(x, "is_meta", False) for x in leaves):
             return None
-        fresh_args, fresh_kwargs = pytree.tree_map(fresh, (tuple(args), dict(kwargs)))
+        fresh_args, fresh_kwargs = tree_map(fresh, (tuple(args), dict(kwargs)))
         plain = bare(model)
         try:
             outputs = _outputs(plain, fresh_args, fresh_kwargs)
@@ -127,7 +126,7 @@ def check_replay(
     Raises:
         ParityError: they differ.
     """
-    if any(isinstance(x, FakeTensor) or getattr(x, "is_meta", False) for x in values):
+    if any(is_fake(x) or getattr(x, "is_meta", False) for x in values):
         return
     pairs = list(zip(arguments, values, strict=True))
     inputs = [fresh(v) if a.kind == "tensor" else v for a, v in pairs]
@@ -169,9 +168,9 @@ class _Recorder(fx.Interpreter):
 
 def _outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """Leaves of the model's output; its arguments are copied, for some models pop from lists."""
-    args, kwargs = pytree.tree_map(lambda x: x, (args, kwargs))
+    args, kwargs = tree_map(lambda x: x, (args, kwargs))
     with torch.no_grad():
-        return list(pytree.tree_leaves(model(*args, **kwargs)))
+        return list(tree_leaves(model(*args, **kwargs)))
 
 
 def fresh(value: Any, seed: int = 0) -> Any:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from toma_fx.capture.parity import fresh, relative_difference, tolerance
 from toma_fx.errors import BuildError
@@ -224,7 +223,7 @@ def _checked_kinds(manifest: Manifest) -> list[str]:
     return kinds + [kind for kind in manifest.programs if kind not in kinds]
 
 
-def _structure(spec: pytree.TreeSpec) -> Structure:
+def _structure(spec: Any) -> Structure:
     """How the outputs are returned."""
     if spec.is_leaf():
         return Structure("tensor", ("0",))

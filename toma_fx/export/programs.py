@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
+from toma_fx.compat import tree_paths
 from toma_fx.errors import ModelTypeError
 from toma_fx.export.selection import ExpandSelection
 from toma_fx.graph.rewriter import Rewriter
@@ -140,8 +140,7 @@ def export_programs(optimized: Any, example_inputs: Any) -> Programs:
     for kind in kinds_that_run(specialization):
         by_kind[kind] = _export(specialization, kind, leaves, kept)
     args, kwargs = arguments.call.args, dict(sorted(arguments.call.kwargs.items()))
-    paths = pytree.tree_flatten_with_path((args, kwargs))[0]
-    names = tuple(_path(path[1:]) for path, _ in paths)
+    names = tuple(path[1:] for path, _ in tree_paths((args, kwargs)))
     plan = specialization.plan
     return Programs(denoiser, specialization, plan, by_kind, names, tuple(leaves), kept)
 
@@ -188,8 +187,3 @@ def kinds_that_run(specialization: Specialization) -> list[str]:
 
 def _is_tensor(leaf: Any) -> bool:
     return isinstance(leaf, Tensor)
-
-
-def _path(keys: Sequence[Any]) -> tuple[str, ...]:
-    """Keyword of a leaf, and keys below it."""
-    return tuple(str(getattr(key, "key", getattr(key, "idx", key))) for key in keys)

@@ -18,10 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dynamo.source import ConstantSource
-from torch._inductor import compile_fx as inductor
-from torch._inductor import config as inductor_config
-from torch._inductor import list_mode_options
 from torch.utils.weak import WeakIdKeyDictionary
 
 from toma_fx.capture.dynamo import (
@@ -34,6 +30,14 @@ from toma_fx.capture.dynamo import (
 from toma_fx.capture.grids import Raster
 from toma_fx.capture.guard import ModelGuard
 from toma_fx.capture.parity import check_replay
+from toma_fx.compat import (
+    compile_graph,
+    inductor_modes,
+    inductor_options,
+    input_notes,
+    note_inputs,
+    static_notes,
+)
 from toma_fx.errors import ConfigError, NoMergeSites, UnknownNameError, nearest
 from toma_fx.methods.base import MethodConfig
 from toma_fx.methods.config import make_config
@@ -52,8 +56,6 @@ CAPACITY = 16
 STEPPERS: MutableMapping[Tensor, Stepper] = WeakIdKeyDictionary()
 """State of the models that run, by a tensor that they own, while it lives. torch calls a back end
 once for every graph of a model and hands it nothing that the graphs share but such tensors."""
-STATIC = {"_dynamo_static_input_type": "unguarded"}
-"""How Dynamo marks an input whose address never changes."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Options:
         """
         fields = dict(options or {})
         patches = {**_mode_patches(mode), **fields.pop("inductor", {})}
-        known = inductor_config.get_config_copy()
+        known = inductor_options()
         for name in patches:
             if name not in known:
                 raise UnknownNameError(
@@ -101,7 +103,7 @@ class Options:
 
 
 def _mode_patches(mode: str | None) -> Mapping[str, Any]:
-    modes: dict[str, dict[str, Any]] = list_mode_options()
+    modes = inductor_modes()
     if mode is not None and mode not in modes:
         raise UnknownNameError(f"unknown mode {mode!r}", where="mode", hint=nearest(mode, modes))
     return modes[mode] if mode is not None else {}
@@ -146,7 +148,7 @@ def _unmerged(
 ) -> Callable[..., Any]:
     """What plain Inductor makes of the graph, without gradients."""
     with torch.no_grad():
-        compiled: Any = inductor.compile_fx(gm, example_inputs, config_patches=dict(patches))
+        compiled = compile_graph(gm, example_inputs, patches)
 
     def run(*args: Any) -> Any:
         with torch.no_grad():
@@ -266,26 +268,13 @@ class MergedGraph:
         for fresh tensors, and CUDA graphs would copy them at every call.
         """
         given: list[Any] = self.gm.graph.find_nodes(op="placeholder")
-        known = [
-            (n._dynamo_source, n.meta.get("tensor_dict", {}))
-            for n, argument in zip(given, self.arguments, strict=True)
-            if argument.captured
-        ]
-        known += [(_own_source(name), STATIC) for name in takes]
-        nodes: list[Any] = graph_module.graph.find_nodes(op="placeholder")
-        for node, (source, marks) in zip(nodes, known, strict=True):
-            node._dynamo_source = source
-            node.meta["tensor_dict"] = marks
+        pairs = zip(given, self.arguments, strict=True)
+        notes = [input_notes(n) for n, argument in pairs if argument.captured]
+        note_inputs(graph_module, [*notes, *map(static_notes, takes)])
         graph_module.meta.update(self.gm.meta)
-        constants = [name for name, _ in graph_module.named_buffers()]
-        graph_module._param_name_to_source = {  # type: ignore[assignment]
-            name: _own_source(name) for name in constants
-        }
+        nodes: list[Any] = graph_module.graph.find_nodes(op="placeholder")
         fakes = [node.meta["val"] for node in nodes]
-        patches = dict(self.options.patches)
-        compiled: Any = inductor.compile_fx(graph_module, fakes, config_patches=patches)
-        run: Runner = compiled
-        return run
+        return compile_graph(graph_module, fakes, self.options.patches)
 
 
 def _new_stepper() -> Stepper:
@@ -294,10 +283,6 @@ def _new_stepper() -> Stepper:
         "step(inputs, state) for servers"
     )
     return Stepper(GENERATIONS * CAPACITY, "a model compiled with backend='toma_fx'", hint)
-
-
-def _own_source(name: str) -> ConstantSource:
-    return ConstantSource(f"toma_fx.{name}")
 
 
 def _position(arguments: Sequence[Argument], name: str) -> int | None:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from toma_fx.compat import tree_paths
 from toma_fx.errors import ConfigError, SignatureError
 
 TIMESTEP = "timestep"
@@ -140,10 +140,9 @@ def leaf_key(leaf: Any) -> Any:
 
 def describe_leaves(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """(name, shape and dtype or value) of every leaf of a call."""
-    leaves = pytree.tree_flatten_with_path((tuple(args), dict(sorted(kwargs.items()))))[0]
     out = []
-    for path, leaf in leaves:
-        name = ".".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path[1:])
+    for path, leaf in tree_paths((tuple(args), dict(sorted(kwargs.items())))):
+        name = ".".join(path[1:])
         shown = f"{tuple(leaf.shape)} {leaf.dtype}" if isinstance(leaf, Tensor) else repr(leaf)
         out.append((name, shown))
     return out

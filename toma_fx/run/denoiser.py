@@ -18,14 +18,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo import decorators as dynamo_decorators
-from torch._dynamo.eval_frame import OptimizedModule
-from torch.utils import _pytree as pytree
 
 from toma_fx.capture.companions import check_wrapping
 from toma_fx.capture.grids import Raster, raster
 from toma_fx.capture.guard import ModelGuard
 from toma_fx.capture.model import check_model, flatten_call
+from toma_fx.compat import (
+    compile_lock,
+    compiled_original,
+    reset_stateful_cache,
+    skip_frame,
+    tree_unflatten,
+)
 from toma_fx.errors import AdapterError, CaptureError
 from toma_fx.methods.base import MethodConfig
 from toma_fx.run.batching import State, step_states
@@ -38,7 +42,7 @@ from toma_fx.run.calls import (
     name_arguments,
 )
 from toma_fx.run.generation import PassState
-from toma_fx.run.programs import TRACING, Runner, Specialization, SpecializationCache
+from toma_fx.run.programs import Runner, Specialization, SpecializationCache
 from toma_fx.run.stand_in import StandIn
 from toma_fx.run.stepper import GENERATIONS, OWN_STATE, StepCall, Stepper
 
@@ -78,6 +82,7 @@ class OptimizedDenoiser(StandIn):
     cache: SpecializationCache
 
     def __init__(self, model: nn.Module, config: MethodConfig, max_signatures: int = 8) -> None:
+        skip_frame(OptimizedDenoiser.forward)
         super().__init__(model)
         own = self.__dict__
         own["config_toma"] = config
@@ -96,7 +101,6 @@ class OptimizedDenoiser(StandIn):
 
     # -- calling --------------------------------------------------------------------------------
 
-    @dynamo_decorators.skip  # disable() would refuse to run while another thread captures
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """One denoising step, called as the original is.
 
@@ -142,7 +146,7 @@ class OptimizedDenoiser(StandIn):
             model,
             arguments.guard.companions.kernel,
         )
-        return pytree.tree_unflatten(outputs, programs.captured.out_spec), following
+        return tree_unflatten(outputs, programs.captured.out_spec), following
 
     # -- what a call is -------------------------------------------------------------------------
 
@@ -162,7 +166,7 @@ class OptimizedDenoiser(StandIn):
         """What the model is now; the cache follows a change of modules, adapters or buffers."""
         guard: ModelGuard | None = self._guard
         if guard is None or not guard.holds():
-            with TRACING:
+            with compile_lock():
                 guard = ModelGuard(self.denoiser)
                 self.__dict__["_guard"] = guard
                 self.cache.refresh(self.denoiser)
@@ -204,7 +208,7 @@ class OptimizedDenoiser(StandIn):
         graph_module = specialization.program(kind).graph_module
         if specialization.dynamic:
             # under torch.compile too: compiled, it would keep the shapes it was traced with
-            eager: Runner = torch._dynamo.disable(graph_module.forward)
+            eager: Runner = torch.compiler.disable(graph_module.forward)
             return eager
         if self._compile is None:
             return graph_module.forward
@@ -272,9 +276,7 @@ class OptimizedDenoiser(StandIn):
     def _reset_stateful_cache(self, *args: Any, **kwargs: Any) -> None:
         """Called by diffusers pipelines at the end of a generation."""
         self.reset()
-        inner = getattr(self.denoiser, "_reset_stateful_cache", None)
-        if inner is not None:
-            inner(*args, **kwargs)
+        reset_stateful_cache(self.denoiser, *args, **kwargs)
 
     @contextmanager
     def cache_context(self, name: str) -> Iterator[None]:
@@ -329,7 +331,7 @@ class _DenoiserTurn:
 
     def unflatten(self, outputs: list[Any]) -> Any:
         """The outputs as the denoiser returns them."""
-        return pytree.tree_unflatten(outputs, self.programs.captured.out_spec)
+        return tree_unflatten(outputs, self.programs.captured.out_spec)
 
 
 def merging(config: MethodConfig) -> Callable[[str], bool]:
@@ -339,7 +341,7 @@ def merging(config: MethodConfig) -> Callable[[str], bool]:
 
 def optimized_of(model: Any) -> OptimizedDenoiser | None:
     """The optimized denoiser that a module is, compiled or not; None for anything else."""
-    inner = getattr(model, "_orig_mod", model) if type(model) is OptimizedModule else model
+    inner = compiled_original(model)
     return inner if type(inner) is OptimizedDenoiser else None
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from toma_fx.capture.grids import Raster, raster
+from toma_fx.compat import mark_static_address
 from toma_fx.errors import SharedStateError
 
 MAX_PASSES = 4
@@ -64,7 +65,7 @@ class PassState:
                 shape = tuple(value.shape)
                 if name not in self.buffers or self.buffers[name].shape != shape:
                     buffer = torch.empty(shape, dtype=value.dtype, device=value.device)
-                    torch._dynamo.mark_static_address(buffer, guard=False)
+                    mark_static_address(buffer)
                     self.buffers[name] = buffer
                 self.buffers[name].copy_(value)
         self.kept.update(names)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from io import StringIO
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, ConsoleOptions, Group, RenderResult
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
 
 
 class Printed:
@@ -15,9 +16,13 @@ class Printed:
         raise NotImplementedError
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.console import Group
+
         yield Group(*self._parts())
 
     def __str__(self) -> str:
+        from rich.console import Console
+
         out = StringIO()
         Console(file=out, width=140, color_system=None).print(self)
         return out.getvalue()

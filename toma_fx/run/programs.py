@@ -12,15 +12,20 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
-from torch._dynamo import convert_frame
 
 from toma_fx.analysis.dataflow import Flow
 from toma_fx.analysis.facts import Analysis
 from toma_fx.analysis.propagate import analyze
 from toma_fx.capture.model import Captured, capture, check_model
 from toma_fx.capture.parity import Expected
+from toma_fx.compat import (
+    allow_calls_while_tracing,
+    compile_lock,
+    disable_dynamo,
+    graph_sources,
+    inner_tensors,
+)
 from toma_fx.errors import UnknownNameError, nearest
 from toma_fx.graph.rewriter import Templates
 from toma_fx.graph.verify import output_values, verify
@@ -34,39 +39,32 @@ from toma_fx.run.schedule import Schedule, Scheduled
 Runner = Callable[..., Sequence[Any]]
 """A program to call: (inputs, masks, kept tensors) -> (outputs, kept tensors), flat."""
 
-TRACING: threading.RLock = convert_frame.compile_lock
-"""Held while a graph is made: tracing swaps the parameters of the model that is traced. It is
-Dynamo's own lock, for Dynamo's compilations fail beside a trace."""
-
-
 _ACTIVE: list[int] = []
 """Threads that are tracing; torch's own flags for it hold for the whole process."""
 
 
-@torch._dynamo.disable
+@disable_dynamo
 def beside_tracing() -> AbstractContextManager[Any]:
     """For running a program while another thread may be tracing.
 
     torch refuses to enter a compiled function then; inside, it runs uncompiled for that once.
     """
-    if not _ACTIVE:
-        return nullcontext()
-    changed: AbstractContextManager[Any] = torch._dynamo.config.patch(
-        error_on_nested_fx_trace=False
-    )
-    return changed
+    return allow_calls_while_tracing() if _ACTIVE else nullcontext()
 
 
 @contextmanager
 def tracing() -> Iterator[None]:
     """Make graphs, one thread at a time, and leave no source text behind.
 
+    Tracing swaps the parameters of the model that is traced. The lock is Dynamo's own, because its
+    compilations fail beside a trace.
+
     torch.fx keeps the Python source of every graph module for good, for tracebacks; a capture makes
     some twenty of them, so that switching adapters a thousand times would fill the memory.
     """
-    with TRACING:
+    with compile_lock():
         _ACTIVE.append(threading.get_ident())
-        sources = getattr(getattr(fx.graph_module, "_loader", None), "eval_cache", {})
+        sources = graph_sources()
         before = set(sources)
         try:
             yield
@@ -220,7 +218,7 @@ class Specialization:
     def runner(self, kind: str) -> Runner:
         """The callable of a kind."""
         if kind not in self.runners:
-            with TRACING:
+            with compile_lock():
                 if kind not in self.runners:
                     self.runners[kind] = self.make_runner(self, kind)
         return self.runners[kind]
@@ -247,16 +245,14 @@ class Specialization:
                     continue
                 if (new.shape, new.dtype, new.device) == (old.shape, old.dtype, old.device):
                     path, _, leaf = name.rpartition(".")
-                    graph_module.get_submodule(path)._buffers[leaf] = new
+                    setattr(graph_module.get_submodule(path), leaf, new)
 
 
 def _inside(tensor: Any) -> Iterator[Tensor]:
     """The plain tensors that a quantized weight is made of, which a graph may hold apart."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        for name in tensor.__tensor_flatten__()[0]:
-            inner = getattr(tensor, name)
-            yield inner
-            yield from _inside(inner)
+    for inner in inner_tensors(tensor):
+        yield inner
+        yield from _inside(inner)
 
 
 class SpecializationCache:

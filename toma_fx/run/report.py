@@ -6,9 +6,6 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.box import SIMPLE
-from rich.table import Table
-from rich.text import Text
 from torch import nn
 
 from toma_fx.graph.flops import graph_flops
@@ -72,6 +69,10 @@ class Report(Printed):
         return json.dumps({**asdict(self), "ideal_speedup": self.ideal_speedup}, indent=2)
 
     def _parts(self) -> list[Any]:
+        from rich.box import SIMPLE
+        from rich.table import Table
+        from rich.text import Text
+
         table = Table(title="merged", title_justify="left", box=SIMPLE)
         table.add_column("module, kind, scope", overflow="fold")
         for name in ("tokens", "grid", "window", "pattern", "MFLOP"):
@@ -178,6 +179,10 @@ class Summary(Printed):
         return json.dumps(asdict(self), indent=2)
 
     def _parts(self) -> list[Any]:
+        from rich.box import SIMPLE
+        from rich.table import Table
+        from rich.text import Text
+
         if not self.active:
             return [Text(f"{self.denoiser}: not optimized, no token merging")]
         ran = ", ".join(f"{n} {call}" for call, n in self.steps.items()) or "none yet"

@@ -7,7 +7,14 @@ from typing import Any, Self
 from torch import nn
 
 from toma_fx.capture.guard import ModelGuard
-from toma_fx.compat import WRAPPING
+from toma_fx.compat import (
+    WRAPPING,
+    accelerate_hook,
+    apply_to_tensors,
+    diffusers_hooks,
+    hook_tables,
+    share_tables,
+)
 from toma_fx.errors import CompanionError
 
 
@@ -26,9 +33,8 @@ class StandIn(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super(StandIn, self).__init__()  # noqa: UP008 - __class__ is a property here
+        share_tables(self, model)
         own = self.__dict__
-        for shared in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
-            own[shared] = model.__dict__[shared]
         own["denoiser"] = model
         own["__module__"] = type(model).__module__
         own["training"] = False
@@ -64,7 +70,7 @@ class StandIn(nn.Module):
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        self.denoiser._apply(fn, recurse)
+        apply_to_tensors(self.denoiser, fn, recurse)
         return self
 
     def train(self, mode: bool = True) -> Self:
@@ -88,7 +94,7 @@ class StandIn(nn.Module):
 
         Those are the hooks of the original, and in a `step` those of the stand-in.
         """
-        own, hook = self.__dict__.get("_hf_hook"), vars(self.denoiser).get("_hf_hook")
+        own, hook = accelerate_hook(self), accelerate_hook(self.denoiser)
         if own is not None:
             hook = own if step else None
         if hook is None:
@@ -102,10 +108,9 @@ class StandIn(nn.Module):
 
     def _refuse_own_hooks(self) -> None:
         """Refuse hooks on the stand-in that a call would run and a `step` would not."""
-        hooks = getattr(self.__dict__.get("_diffusers_hook"), "hooks", {})
-        tables = (self._forward_pre_hooks, self._forward_hooks)
-        names = [type(h).__name__ for h in hooks.values()]
-        names += [getattr(h, "__qualname__", repr(h)) for table in tables for h in table.values()]
+        names = [type(h).__name__ for h in diffusers_hooks(self).values()]
+        hooks = [h for table in hook_tables(self) for h in table.values()]
+        names += [getattr(h, "__qualname__", repr(h)) for h in hooks]
         if names:
             raise CompanionError(
                 "hooks on the optimized denoiser do not act in a step",

@@ -19,9 +19,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch._dynamo import decorators as dynamo_decorators
 
 from toma_fx.capture.grids import Raster
+from toma_fx.compat import disable_dynamo, skip_frame
 from toma_fx.errors import SharedStateError
 from toma_fx.run.generation import (
     Generation,
@@ -124,6 +124,8 @@ class Stepper:
     """
 
     def __init__(self, capacity: int, where: str, hint: str) -> None:
+        for function in (Stepper.step, run_program):  # disabled, they could not run beside a trace
+            skip_frame(function)
         self.capacity = capacity
         self.totals: dict[str, int] = {}
         self.where, self.hint = where, hint
@@ -176,7 +178,6 @@ class Stepper:
 
     # -- a step ---------------------------------------------------------------------------------
 
-    @dynamo_decorators.skip  # disable() would refuse to run while another thread captures
     def step(self, prepare: Callable[[], StepCall], find: Find) -> list[Any]:
         """One step; `prepare` makes the call when the state is this thread's.
 
@@ -197,7 +198,7 @@ class Stepper:
             self.leave(turn, done)
         return outputs
 
-    @torch._dynamo.disable
+    @disable_dynamo
     def begin(self, prepare: Callable[[], StepCall], find: Find) -> Turn:
         """Take the state and say what runs; `leave` must follow."""
         implicit = self._state()
@@ -236,7 +237,7 @@ class Stepper:
         inputs = [*call.leaves, *kept]
         return Turn(programs, kind, run, inputs, call.kernel, generation, state, implicit)
 
-    @torch._dynamo.disable
+    @disable_dynamo
     def finish(self, turn: Turn, results: Sequence[Any]) -> list[Any]:
         """Keep what the program gives; returns the model's own outputs."""
         gives = turn.programs.gives(turn.kind)
@@ -247,7 +248,7 @@ class Stepper:
         self.count(turn.programs, turn.kind)
         return clone_graph_outputs(results[:own])
 
-    @torch._dynamo.disable
+    @disable_dynamo
     def leave(self, turn: Turn, done: bool) -> None:
         """Release the state; after an exception the next call starts a generation."""
         if not done:
@@ -261,7 +262,6 @@ class Stepper:
             self.totals[kind] = self.totals.get(kind, 0) + 1
 
 
-@dynamo_decorators.skip
 def run_program(
     run: Callable[..., Sequence[Any]],
     inputs: Sequence[Any],
