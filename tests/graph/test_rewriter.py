@@ -86,7 +86,7 @@ def test_names_and_strangers_are_refused() -> None:
     rewriter = net()
     nodes = rewriter.index()
     with pytest.raises(RewriteError, match="name exists"):
-        rewriter.placeholder("linear", lambda: torch.empty(1))
+        rewriter.add_input("linear", lambda: torch.empty(1))
     with pytest.raises(RewriteError, match="not an input"):
         rewriter.replace_input(nodes["linear_1"], nodes["x"], nodes["linear"])
     with pytest.raises(RewriteError, match="not a literal"):
@@ -102,7 +102,7 @@ def test_a_graph_without_inputs() -> None:
     (start,) = rewriter.calls("aten.arange")
     with rewriter.before(start):
         ones = rewriter.insert(aten.ones.default, [6])
-    node = rewriter.placeholder("shift", lambda: torch.empty(6))
+    node = rewriter.add_input("shift", lambda: torch.empty(6))
     assert ones.meta["val"].shape == node.meta["val"].shape == (6,)
     (add,) = rewriter.calls("aten.add")
     with rewriter.after(add, ones):
@@ -127,7 +127,7 @@ def test_a_graph_without_tensors() -> None:
 def test_inputs_and_outputs_are_kept_up_to_date() -> None:
     rewriter = net()
     (linear,) = [n for n in rewriter.calls("aten.linear") if n.name == "linear"]
-    rewriter.placeholder("extra", lambda: torch.empty(3))
+    rewriter.add_input("extra", lambda: torch.empty(3))
     rewriter.add_outputs([linear])
     assert rewriter.inputs == ["x", "extra"]
     assert [tuple(v.shape) for v in rewriter.outputs] == [(2, 6), (2, 4)]

@@ -85,7 +85,7 @@ class TakeOutput:
     def apply(self, rewriter: Rewriter) -> None:
         output = rewriter.graph.output_node()
         old = output.all_input_nodes[0]
-        kept = rewriter.placeholder("last_output", old.meta["val"].clone)
+        kept = rewriter.add_input("last_output", old.meta["val"].clone)
         rewriter.replace_input(output, old, kept)
 
 

@@ -96,7 +96,7 @@ class Rewriter:
 
     # -- new nodes ---------------------------------------------------------------------------------
 
-    def placeholder(self, name: str, like: Callable[[], Tensor]) -> fx.Node:
+    def add_input(self, name: str, like: Callable[[], Tensor]) -> fx.Node:
         """Append an input; `like` builds its fake value."""
         known = self.graph.find_nodes(op="placeholder")
         place = known[-1] if known else next(iter(self.graph.nodes)).prev

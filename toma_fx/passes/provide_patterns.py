@@ -25,7 +25,7 @@ from toma_fx.errors import RewriteError
 from toma_fx.graph.rewriter import Rewriter
 from toma_fx.methods.setting import Setting
 from toma_fx.passes.job import Job
-from toma_fx.passes.snippets import Span, image_part, span_of
+from toma_fx.passes.snippets import Span, span_of, splice_image
 from toma_fx.plan.plan import MergePlan, PatternGroup
 
 MASKS = {"pattern_select": ("refresh",), "pattern_weigh": ("refresh", "reweigh")}
@@ -81,14 +81,14 @@ class ProvidePatterns:
         def mask() -> Tensor:
             return torch.empty(first.batch, dtype=torch.bool, device=device)
 
-        return tuple(rewriter.placeholder(name, mask) for name in MASKS)
+        return tuple(rewriter.add_input(name, mask) for name in MASKS)
 
     def _add_inputs(self, rewriter: Rewriter, group: PatternGroup, image: Tensor) -> list[fx.Node]:
         """Inputs for the parts of a group that the program takes."""
         setting = group.setting
         likes = rewriter.fake(("parts", setting), lambda x: parts_of(setting, x), image)
         return [
-            rewriter.placeholder(group.tensor(part), like.clone)
+            rewriter.add_input(group.tensor(part), like.clone)
             for part, like in zip(setting.parts, likes, strict=True)
             if group.tensor(part) in self.taken
         ]
@@ -118,7 +118,7 @@ class ProvidePatterns:
             return setting.weights(x, dict(zip(setting.chosen, chosen, strict=True)))
 
         with rewriter.after(feature):
-            image = image_part(rewriter, feature, span)
+            image = splice_image(rewriter, feature, span)
             chosen = inputs[:number]
             if masks or not select_kept:
                 key = ("select", setting)

@@ -57,7 +57,7 @@ def span_of(tokens: Tokens, image: Segment) -> Span:
     return Span(sum(lengths[:at]), sum(lengths[at + 1 :]))
 
 
-def image_part(rewriter: Rewriter, node: fx.Node, span: Span) -> fx.Node:
+def splice_image(rewriter: Rewriter, node: fx.Node, span: Span) -> fx.Node:
     """The image tokens of a sequence, at the cursor."""
     if span == Span(0, 0):
         return node
