@@ -30,7 +30,7 @@ CARD = "---\nlicense: other\nlicense_name: flux-1-dev\n---\n# A model\n"
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    denoisers.flux(num_layers=1, num_single_layers=1).save_pretrained(folder / "transformer")
+    denoisers.flux(num_layers=1, num_single_layers=0).save_pretrained(folder / "transformer")
     (folder / "README.md").write_text(CARD)
     return folder
 

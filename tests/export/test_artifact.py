@@ -36,6 +36,7 @@ ONE_BLOCK: dict[str, Any] = {
     "block_out_channels": (16,),
     "transformer_layers_per_block": (1,),
     "attention_head_dim": (2,),
+    "mid_block_type": None,
 }
 
 
@@ -111,7 +112,7 @@ def test_steps_of_generations(tmp_path: Path, optimized: Any, target: InProcess)
     """The same programs at the same steps as in process, over two generations."""
     manifest = export(optimized, inputs(), tmp_path / "a", target)
     assert set(manifest.programs) == {"refresh", "reweigh", "reuse"}
-    assert [p.call for p in manifest.parity] == ["refresh", "reuse", "reweigh", "reuse"]
+    assert [p.kind for p in manifest.parity] == ["refresh", "reuse", "reweigh", "reuse"]
     assert all(p.relative <= p.tolerance for p in manifest.parity)
     loaded = opened(target, tmp_path / "a")
     for generation in range(2):
@@ -135,7 +136,7 @@ def test_a_model_that_does_not_merge(
     )
     assert list(made.programs) == ["plain"]
     assert made.kinds(3) == ["plain"] * 3
-    assert {p.call for p in made.parity} == {"plain"}
+    assert {p.kind for p in made.parity} == {"plain"}
     with torch.no_grad():
         got = opened(target, tmp_path / "a")(**inputs())
         assert torch.equal(got, plain(**inputs()))

@@ -335,7 +335,7 @@ def test_engines_through_all_steps(tmp_path: Path, optimized: Any, gpu: None, ro
     if route == "onnx":
         pytest.importorskip("onnxscript")
     made = tensorrt(optimized, inputs(), tmp_path / "a", route=route, license="mine")
-    assert [p.call for p in made.parity] == ["refresh", "reuse", "reweigh", "reuse"]
+    assert [p.kind for p in made.parity] == ["refresh", "reuse", "reweigh", "reuse"]
     assert max(p.relative for p in made.parity) < 1e-5
     assert verify_artifact(tmp_path / "a") == made
     assert sorted(made.files) == ["refresh.engine", "reuse.engine", "reweigh.engine"]

@@ -50,8 +50,8 @@ def _rows(manifest: Manifest) -> list[tuple[str, str]]:
         ("patterns", f"{len(manifest.kept)} tensors, {bytes_text(patterns)}"),
     ]
     rows += [
-        (f"program {call}", program.file + (f": {program.entry}" if program.entry else ""))
-        for call, program in manifest.programs.items()
+        (f"program {kind}", program.file + (f": {program.entry}" if program.entry else ""))
+        for kind, program in manifest.programs.items()
     ]
     tensors = [("input", spec.tensor) for spec in manifest.inputs]
     tensors += [("output", spec) for spec in manifest.outputs]
@@ -59,10 +59,10 @@ def _rows(manifest: Manifest) -> list[tuple[str, str]]:
     rows += [(f"constant {'_'.join(c.path)}", repr(c.value)) for c in manifest.constants]
     rows += [(f"file {name}", bytes_text(spec.size)) for name, spec in manifest.files.items()]
     rows += [(f"made with {name}", text) for name, text in manifest.versions.items()]
-    worst = {p.call: p for p in sorted(manifest.parity, key=lambda p: p.relative)}
+    worst = {p.kind: p for p in sorted(manifest.parity, key=lambda p: p.relative)}
     rows += [
-        (f"difference, {call}", f"{p.relative:.1e} (at most {p.tolerance:.0e})")
-        for call, p in worst.items()
+        (f"difference, {kind}", f"{p.relative:.1e} (at most {p.tolerance:.0e})")
+        for kind, p in worst.items()
     ]
     return rows
 

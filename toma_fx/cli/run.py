@@ -20,7 +20,7 @@ from toma_fx.capture.grids import raster
 from toma_fx.cli.text import bytes_text
 from toma_fx.errors import ArtifactError, ConfigError
 from toma_fx.export.loader import load
-from toma_fx.export.manifest import InputSpec, Manifest, raster_spec
+from toma_fx.export.manifest import ArtifactInput, Manifest, raster_spec
 
 
 def run_artifact(args: argparse.Namespace, options: dict[str, Any], console: Console) -> None:
@@ -89,7 +89,7 @@ def _put(call: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
     call[last] = value
 
 
-def _random(spec: InputSpec, random: torch.Generator) -> Tensor:
+def _random(spec: ArtifactInput, random: torch.Generator) -> Tensor:
     """A value for an input."""
     shape, dtype = spec.tensor.shape, getattr(torch, spec.tensor.dtype)
     if spec.raster is not None:
@@ -101,7 +101,7 @@ def _random(spec: InputSpec, random: torch.Generator) -> Tensor:
     return torch.ones(shape, dtype=dtype)
 
 
-def _positions(spec: InputSpec) -> Tensor:
+def _positions(spec: ArtifactInput) -> Tensor:
     """Position ids that enumerate the grid of an input.
 
     Raises:

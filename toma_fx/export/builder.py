@@ -20,8 +20,8 @@ from toma_fx.errors import BuildError
 from toma_fx.export.artifact import OnStage, building, check_output, ignore, report_stage
 from toma_fx.export.manifest import (
     VERSION,
+    ArtifactInput,
     Constant,
-    InputSpec,
     Manifest,
     Parity,
     ProgramSpec,
@@ -111,7 +111,7 @@ def manifest_of(programs: Programs, lowered: Lowered, license: str) -> Manifest:
     captured = specialization.captured
     leaves = list(zip(programs.paths, programs.leaves, captured.inputs, strict=True))
     inputs = tuple(
-        InputSpec(path, TensorSpec.of("_".join(path), leaf), raster_spec(spec.raster))
+        ArtifactInput(path, TensorSpec.of("_".join(path), leaf), raster_spec(spec.raster))
         for path, leaf, spec in leaves
         if isinstance(leaf, Tensor)
     )
@@ -163,28 +163,28 @@ def _compare(programs: Programs, manifest: Manifest, runtime: Runtime) -> Iterat
     Raises:
         BuildError: outputs or patterns differ by more than the tolerance.
     """
-    patterns = dict[str, Tensor]()
-    for step, call in enumerate(_checked_kinds(manifest)):
-        where = f"step {step} ({call})"
+    kept = dict[str, Tensor]()
+    for step, kind in enumerate(_checked_kinds(manifest)):
+        where = f"step {step} ({kind})"
         inputs = [fresh(x, seed=step) for x in programs.inputs.values()]
-        outputs, given = runtime.run(call, inputs, patterns)
+        outputs, gives = runtime.run(kind, inputs, kept)
         got = [x.clone() for x in outputs]
-        want, made = programs.run(call, inputs, patterns)
-        patterns.update({name: x.clone() for name, x in given.items()})
+        expected, expected_gives = programs.run(kind, inputs, kept)
+        kept.update({name: x.clone() for name, x in gives.items()})
         alike = 1.0
-        if given and "reuse" in programs:
-            want, _ = programs.run("reuse", inputs, patterns)
-            alike = _alike(programs, patterns, {**patterns, **made})
+        if gives and "reuse" in programs:
+            expected, _ = programs.run("reuse", inputs, kept)
+            alike = _alike(programs, kept, {**kept, **expected_gives})
             limit = ALIKE.get(manifest.dtype, EXACTLY_ALIKE)
             if not alike >= limit:
-                expected = f"at least {limit:.0%} of the tokens merged alike"
-                raise _mismatch(where, expected, f"{alike:.1%}")
-        for a, b, spec in zip(got, want, manifest.outputs, strict=True):
-            found, limit = relative_difference(a, b), tolerance(b.dtype)
-            if not found <= limit:
-                expected = f"a difference of at most {limit:.0e} of the largest value"
-                raise _mismatch(f"{where}, {spec.name}", expected, f"{found:.2g}")
-            yield Parity(call, found, limit, alike)
+                share = f"at least {limit:.0%} of the tokens merged alike"
+                raise _mismatch(where, share, f"{alike:.1%}")
+        for a, b, spec in zip(got, expected, manifest.outputs, strict=True):
+            difference, limit = relative_difference(a, b), tolerance(b.dtype)
+            if not difference <= limit:
+                most = f"a difference of at most {limit:.0e} of the largest value"
+                raise _mismatch(f"{where}, {spec.name}", most, f"{difference:.2g}")
+            yield Parity(kind, difference, limit, alike)
 
 
 def _mismatch(where: str, expected: str, got: str) -> BuildError:

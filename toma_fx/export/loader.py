@@ -17,7 +17,7 @@ from toma_fx.capture.grids import Raster
 from toma_fx.compat import ORIGINAL_FORWARD
 from toma_fx.errors import ArtifactError, SignatureError
 from toma_fx.export.artifact import verify_artifact
-from toma_fx.export.manifest import InputSpec, Manifest, ProgramSpec, TensorSpec, raster_spec
+from toma_fx.export.manifest import ArtifactInput, Manifest, ProgramSpec, TensorSpec, raster_spec
 from toma_fx.export.registry import TARGETS, target_class
 from toma_fx.export.targets import Runtime
 from toma_fx.run.batching import State, step_states
@@ -192,7 +192,7 @@ class ArtifactDenoiser(nn.Module):
             )
         return ArtifactCall(inputs, leaves)
 
-    def _input(self, spec: InputSpec, value: Any) -> Tensor:
+    def _input(self, spec: ArtifactInput, value: Any) -> Tensor:
         """One input of the programs, on their device."""
         dtype = getattr(torch, spec.tensor.dtype)
         if isinstance(value, (int, float)) and not isinstance(value, bool):

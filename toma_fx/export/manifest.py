@@ -59,7 +59,7 @@ def raster_spec(raster: Raster | None) -> RasterSpec | None:
 
 
 @dataclass(frozen=True)
-class InputSpec:
+class ArtifactInput:
     """An input of the model.
 
     Attributes:
@@ -112,12 +112,12 @@ class Parity:
     """One step of the comparison with the in-process programs.
 
     Attributes:
-        call: which program. relative: largest difference over the largest value of the outputs.
+        kind: of the program. relative: largest difference over the largest value of the outputs.
         tolerance: what it may be.
         alike: share of the tokens that the patterns it made treat as the process's do; 1 if none.
     """
 
-    call: str
+    kind: str
     relative: float
     tolerance: float
     alike: float
@@ -183,7 +183,7 @@ class Manifest:
     plan: Mapping[str, Any]
     schedule: Schedule
     parameters: tuple[str, ...]
-    inputs: tuple[InputSpec, ...]
+    inputs: tuple[ArtifactInput, ...]
     constants: tuple[Constant, ...]
     outputs: tuple[TensorSpec, ...]
     structure: Structure

@@ -39,18 +39,18 @@ class Runtime(ABC):
 
     @abstractmethod
     def run(
-        self, call: str, inputs: Sequence[Tensor], patterns: Mapping[str, Tensor]
+        self, kind: str, inputs: Sequence[Tensor], kept: Mapping[str, Tensor]
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """One step.
 
         Args:
-            call: which program. inputs: the model's own, in the order of the manifest, with the
-                shapes and dtypes it says, on the artifact's device. patterns: those that the
-                program takes, by name.
+            kind: of program. inputs: the model's own, in the order of the manifest, with the shapes
+                and dtypes it says, on the artifact's device. kept: tensors that the program
+                takes besides, by name.
 
         Returns:
-            The model's outputs, and the patterns that the program gives, by name. They may live in
-            memory that the next run writes to.
+            The model's outputs, and the kept tensors that the program gives, by name. They may live
+            in memory that the next run writes to.
         """
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from toma_fx.errors import ConfigError
-from toma_fx.methods.base import MethodConfig
+
+if TYPE_CHECKING:  # `toma-fx info` reads schedules without torch
+    from toma_fx.methods.base import MethodConfig
 
 LONGEST = 1000
 """Steps of a generation that a schedule is written down for, and that are exported."""

@@ -23,9 +23,9 @@ PARTS = "parts"
 """Folder of intermediate files, removed when the build ends."""
 
 
-def part_files(call: str) -> tuple[str, str]:
+def part_files(kind: str) -> tuple[str, str]:
     """Files of the stage of one program: compiled code and constants."""
-    return f"{PARTS}/{call}.zip", f"{PARTS}/{call}.safetensors"
+    return f"{PARTS}/{kind}.zip", f"{PARTS}/{kind}.safetensors"
 
 
 def save_part(path: Path, files: Sequence[str]) -> None:
@@ -39,10 +39,10 @@ def save_part(path: Path, files: Sequence[str]) -> None:
 def join_parts(folder: Path, parts: Mapping[str, str]) -> None:
     """Make the package of all programs; `parts` are the files that `save_part` wrote for each."""
     files: dict[str, list[str]] = {}
-    for call, part in parts.items():
+    for kind, part in parts.items():
         with ZipFile(folder / part) as archive:
-            archive.extractall(folder / PARTS / call)
-            files[call] = [str(folder / PARTS / call / name) for name in archive.namelist()]
+            archive.extractall(folder / PARTS / kind)
+            files[kind] = [str(folder / PARTS / kind / name) for name in archive.namelist()]
     package_programs(folder / PACKAGE, files)
 
 
@@ -102,8 +102,8 @@ def save_weights(folder: Path, programs: Programs) -> None:
     stored: dict[str, Tensor] = {}
     constants: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
-    for call in programs:
-        with safe_open(folder / part_files(call)[1], "pt") as part:
+    for kind in programs:
+        with safe_open(folder / part_files(kind)[1], "pt") as part:
             sources = json.loads(part.metadata()["sources"])
             for name, source in sources.items():
                 if source:
@@ -113,7 +113,7 @@ def save_weights(folder: Path, programs: Programs) -> None:
                     source = _same(constants, value) or f"constant.{len(constants)}"
                     constants[source] = value
                 if source != name:
-                    metadata[f"alias/{call}/{name}"] = source
+                    metadata[f"alias/{kind}/{name}"] = source
     save_tensors(folder / WEIGHTS, {**stored, **constants}, metadata, programs.device)
 
 

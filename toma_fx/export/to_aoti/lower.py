@@ -45,22 +45,22 @@ def lower(options: Mapping[str, Any], programs: Programs, build: Build) -> Lower
     # another machine must not go on with what this one compiled
     machine = f"for {platform.machine()} {hashlib.sha256(arch.encode()).hexdigest()[:8]}"
     package, weights = f"package {machine}", "weights"
-    parts = {call: part_files(call) for call in programs}
+    parts = {kind: part_files(kind) for kind in programs}
     if not (build.has(package, PACKAGE) and build.has(weights, WEIGHTS)):
-        for i, (call, program) in enumerate(programs.items(), 1):
+        for i, (kind, program) in enumerate(programs.items(), 1):
 
-            def compile_one(folder: Path, call: str = call, program: Exported = program) -> None:
-                compile_program(folder, call, program, options, programs)
+            def compile_one(folder: Path, kind: str = kind, program: Exported = program) -> None:
+                compile_program(folder, kind, program, options, programs)
 
-            stage = f"compile {call} ({i} of {len(programs)}) {machine}"
-            build.stage(stage, compile_one, *parts[call])
-    compiled: dict[str, str] = {call: names[0] for call, names in parts.items()}
+            stage = f"compile {kind} ({i} of {len(programs)}) {machine}"
+            build.stage(stage, compile_one, *parts[kind])
+    compiled: dict[str, str] = {kind: names[0] for kind, names in parts.items()}
     build.stage(package, lambda folder: join_parts(folder, compiled), PACKAGE)
     build.stage(weights, lambda folder: save_weights(folder, programs), WEIGHTS)
     shutil.rmtree(build.folder / PARTS, ignore_errors=True)
     specs: dict[str, ProgramSpec] = {
-        call: ProgramSpec(PACKAGE, call, program.takes, program.gives, program.instead)
-        for call, program in programs.items()
+        kind: ProgramSpec(PACKAGE, kind, program.takes, program.gives, program.instead)
+        for kind, program in programs.items()
     }
     target = TargetSpec("aoti", {name: str(value) for name, value in options.items()})
     device = Device(programs.device.type, processor(programs.device), arch)
@@ -69,7 +69,7 @@ def lower(options: Mapping[str, Any], programs: Programs, build: Build) -> Lower
 
 
 def compile_program(
-    folder: Path, call: str, program: Exported, options: Mapping[str, Any], programs: Programs
+    folder: Path, kind: str, program: Exported, options: Mapping[str, Any], programs: Programs
 ) -> None:
     """Keep the files of one compiled program, without weights, and its constants.
 
@@ -84,11 +84,11 @@ def compile_program(
     except Exception as error:  # its passes and the compiler raise whatever they like
         raise BuildError(
             "Inductor could not compile a program",
-            where=call,
+            where=kind,
             got=f"{type(error).__name__}: {str(error)[:500]}",
             hint="try without max_autotune and options of Inductor, or report the model",
         ) from error
-    code, constants = (folder / name for name in part_files(call))
+    code, constants = (folder / name for name in part_files(kind))
     save_part(code, [file for file in files if file])
     save_constants(constants, values, names_by_memory(weights_of(programs)), programs.device)
 

@@ -34,16 +34,16 @@ class AOTIRuntime(Runtime):
         with _loading(folder / PACKAGE):
             runners = load_programs(folder / PACKAGE, index)
             self._runners = {
-                call: self._complete(runners, spec.entry) for call, spec in self._specs.items()
+                kind: self._complete(runners, spec.entry) for kind, spec in self._specs.items()
             }
 
     def run(
-        self, call: str, inputs: Sequence[Tensor], patterns: Mapping[str, Tensor]
+        self, kind: str, inputs: Sequence[Tensor], kept: Mapping[str, Tensor]
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """One step. Programs read memory as their examples lay: contiguous."""
-        spec = self._specs[call]
-        tensors = (*inputs, *(patterns[name] for name in spec.takes))
-        results = self._runners[call].run([x.contiguous() for x in tensors])
+        spec = self._specs[kind]
+        tensors = (*inputs, *(kept[name] for name in spec.takes))
+        results = self._runners[kind].run([x.contiguous() for x in tensors])
         return split_outputs(results, spec.gives)
 
     def _complete(self, runners: Mapping[str, Any], entry: str) -> Any:

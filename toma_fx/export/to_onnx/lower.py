@@ -30,22 +30,22 @@ def lower(form: str, opset: int, programs: Programs, build: Build) -> Lowered:
     chosen = programs if form == "cached" else stateless_programs(programs)
     first = next(iter(chosen))
     specs = {}
-    for call, program in chosen.items():
+    for kind, program in chosen.items():
         names = IONames.of(programs, program)
 
         def write(
-            folder: Path, call: str = call, program: Exported = program, names: IONames = names
+            folder: Path, kind: str = kind, program: Exported = program, names: IONames = names
         ) -> None:
-            model = convert(call, program, names, opset)
-            externalize_weights(model, folder, create=call == first)
-            save_model(model, folder / file_of(call))
-            check_model(folder / file_of(call), opset, names, call)
+            model = convert(kind, program, names, opset)
+            externalize_weights(model, folder, create=kind == first)
+            save_model(model, folder / file_of(kind))
+            check_model(folder / file_of(kind), opset, names, kind)
             close_files(model)
 
-        files = (file_of(call), WEIGHTS) if call == first else (file_of(call),)
-        build.stage(f"onnx {call}", write, *files)
+        files = (file_of(kind), WEIGHTS) if kind == first else (file_of(kind),)
+        build.stage(f"onnx {kind}", write, *files)
         takes, gives, instead = program.takes, program.gives, program.instead
-        specs[call] = ProgramSpec(file_of(call), "", takes, gives, instead)
+        specs[kind] = ProgramSpec(file_of(kind), "", takes, gives, instead)
     target = TargetSpec("onnx", {"form": form, "opset": str(opset)})
     device = Device(programs.device.type, "", "")
     versions = {p: version_of(p) for p in ("onnx", "onnxscript", "onnxruntime")}
@@ -54,11 +54,11 @@ def lower(form: str, opset: int, programs: Programs, build: Build) -> Lowered:
 
 def stateless_programs(programs: Programs) -> Mapping[Any, Exported]:
     """The programs that take no patterns, without the patterns that they give."""
-    alone = {call: program for call, program in programs.items() if not program.takes}
-    return {call: replace(program, gives=()) for call, program in alone.items()}
+    alone = {kind: program for kind, program in programs.items() if not program.takes}
+    return {kind: replace(program, gives=()) for kind, program in alone.items()}
 
 
-def convert(call: str, program: Exported, names: IONames, opset: int) -> Any:
+def convert(kind: str, program: Exported, names: IONames, opset: int) -> Any:
     """One program as an ONNX model, weights still those of the process.
 
     Raises:
@@ -74,23 +74,23 @@ def convert(call: str, program: Exported, names: IONames, opset: int) -> Any:
                 verbose=False,
             )
         except Exception as error:  # the exporter's translations raise whatever they like
-            raise _inexpressible(call, error) from error
+            raise _inexpressible(kind, error) from error
         assert exported is not None
         model = exported.model
         names.keep_outputs(model)
         cast_mixed_joins(model)
         simplify(model)
-    names.assign(model, call)
+    names.assign(model, kind)
     return model
 
 
-def _inexpressible(call: str, error: Exception) -> BuildError:
+def _inexpressible(kind: str, error: Exception) -> BuildError:
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
     return BuildError(
         "a program can't be expressed in ONNX",
-        where=call,
+        where=kind,
         got=f"{type(cause).__name__}: {str(cause)[:500]}",
         hint="report the model, or try another opset or method",
     )

@@ -10,9 +10,9 @@ from toma_fx.export.manifest import TensorSpec
 from toma_fx.export.programs import Exported, Programs
 
 
-def file_of(call: str) -> str:
+def file_of(kind: str) -> str:
     """Name of the model of a program."""
-    return f"{call}.onnx"
+    return f"{kind}.onnx"
 
 
 @dataclass(frozen=True)
@@ -29,33 +29,33 @@ class IONames:
     @classmethod
     def of(cls, programs: Programs, program: Exported) -> IONames:
         """Names of the manifest."""
-        patterns = programs.kept
-        inputs = {**programs.inputs, **{name: patterns[name] for name in program.takes}}
-        outputs = {**programs.outputs, **{name: patterns[name] for name in program.gives}}
+        kept = programs.kept
+        inputs = {**programs.inputs, **{name: kept[name] for name in program.takes}}
+        outputs = {**programs.outputs, **{name: kept[name] for name in program.gives}}
         return cls(
             tuple(TensorSpec.of(name, x) for name, x in inputs.items()),
             tuple(TensorSpec.of(name, x) for name, x in outputs.items()),
         )
 
     def keep_outputs(self, model: Any) -> None:
-        """Drop outputs that have no name: patterns of a program that hands none on."""
+        """Drop outputs that have no name: kept of a program that hands none on."""
         del model.graph.outputs[len(self.outputs) :]
 
-    def assign(self, model: Any, call: str) -> None:
+    def assign(self, model: Any, kind: str) -> None:
         """Name the inputs and outputs.
 
         Raises:
             BuildError: the model has others.
         """
         graph = model.graph
-        for kind, values, specs in (
+        for role, values, specs in (
             ("inputs", graph.inputs, self.inputs),
             ("outputs", graph.outputs, self.outputs),
         ):
             if len(values) != len(specs):
                 names = [spec.name for spec in specs]
                 got = [value.name for value in values]
-                raise unexpected_model(call, f"{kind} {', '.join(names)}", ", ".join(map(str, got)))
+                raise unexpected_model(kind, f"{role} {', '.join(names)}", ", ".join(map(str, got)))
         wanted = {spec.name for spec in (*self.inputs, *self.outputs)}
         inner = (v for node in graph for v in node.outputs)
         for value in (*graph.inputs, *inner, *list(graph.initializers.values())):
@@ -67,11 +67,11 @@ class IONames:
             value.name = spec.name
 
 
-def unexpected_model(call: str, expected: str, got: str) -> BuildError:
+def unexpected_model(kind: str, expected: str, got: str) -> BuildError:
     """The error for a model that is not what was asked for."""
     return BuildError(
         "the exporter wrote another model than asked for",
-        where=file_of(call),
+        where=file_of(kind),
         expected=expected,
         got=got,
         hint="please report this model and opset",

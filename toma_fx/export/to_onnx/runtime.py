@@ -51,19 +51,19 @@ class ORTRuntime(Runtime):
         self.sessions: dict[str, Any] = {}
         self._programs: dict[str, _Bound] = {}
         specs = {spec.name: spec for spec in (*manifest.outputs, *manifest.kept)}
-        for call, program in manifest.programs.items():
+        for kind, program in manifest.programs.items():
             session = self._session(ort, folder / program.file, options, providers)
-            self.sessions[call] = session
+            self.sessions[kind] = session
             outputs = [specs[x.name] for x in session.get_outputs()]
-            self._programs[call] = _Bound(session, outputs, program.gives, device)
+            self._programs[kind] = _Bound(session, outputs, program.gives, device)
 
     def run(
-        self, call: str, inputs: Sequence[Tensor], patterns: Mapping[str, Tensor]
+        self, kind: str, inputs: Sequence[Tensor], kept: Mapping[str, Tensor]
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """One step; see `Runtime.run`."""
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()  # ONNX Runtime has its own
-        return self._programs[call].run(inputs, patterns)
+        return self._programs[kind].run(inputs, kept)
 
     def _session(
         self, ort: Any, path: Path, options: Mapping[str, Any], providers: Sequence[Provider]
@@ -110,10 +110,10 @@ class _Bound:
         self,
         session: Any,
         outputs: Sequence[TensorSpec],
-        patterns: Sequence[str],
+        gives: Sequence[str],
         device: torch.device,
     ) -> None:
-        self._session, self._patterns = session, patterns
+        self._session, self._gives = session, gives
         self._names = [x.name for x in session.get_inputs()]
         self._outputs = {
             spec.name: torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=device)
@@ -121,10 +121,10 @@ class _Bound:
         }
 
     def run(
-        self, inputs: Sequence[Tensor], patterns: Mapping[str, Tensor]
+        self, inputs: Sequence[Tensor], kept: Mapping[str, Tensor]
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """One step; outputs live until the next."""
-        named = (patterns[name] for name in self._names[len(inputs) :])
+        named = (kept[name] for name in self._names[len(inputs) :])
         tensors = separate_inputs([*inputs, *named], self._outputs.values())
         binding = self._session.io_binding()
         for name, x in zip(self._names, tensors, strict=True):
@@ -132,7 +132,7 @@ class _Bound:
         for name, x in self._outputs.items():
             binding.bind_output(name, *self._place(x))
         self._session.run_with_iobinding(binding)
-        return split_outputs(list(self._outputs.values()), self._patterns)
+        return split_outputs(list(self._outputs.values()), self._gives)
 
     def _place(self, x: Tensor) -> tuple[str, int, Any, list[int], int]:
         """Arguments of ONNX Runtime for a tensor: device, type, shape, address."""
@@ -213,7 +213,7 @@ def _check_device(providers: Sequence[str], device: torch.device, manifest: Mani
 
 
 def _dtypes(manifest: Manifest) -> set[str]:
-    """Of weights, inputs, outputs and patterns."""
+    """Of weights, inputs, outputs and kept tensors."""
     specs = (*(spec.tensor for spec in manifest.inputs), *manifest.outputs, *manifest.kept)
     return {manifest.dtype, *(spec.dtype for spec in specs)}
 

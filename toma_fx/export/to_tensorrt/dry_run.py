@@ -49,4 +49,4 @@ def tensorrt_coverage(
         models = {
             c: onnx.load(build.folder / file_of(c), load_external_data=False) for c in programs
         }
-    return {call: onnx_coverage(model) for call, model in models.items()}
+    return {kind: onnx_coverage(model) for kind, model in models.items()}

@@ -40,22 +40,22 @@ def lower(
     # another machine must not go on with engines of this one
     machine = f"for {name}, {arch}, TensorRT {trt.__version__}"
     specs: dict[str, ProgramSpec] = {
-        call: ProgramSpec(f"{call}.engine", "", program.takes, program.gives, program.instead)
-        for call, program in programs.items()
+        kind: ProgramSpec(f"{kind}.engine", "", program.takes, program.gives, program.instead)
+        for kind, program in programs.items()
     }
     finished = all(build.has(f"engine {c} {machine}", s.file) for c, s in specs.items())
     if route == "onnx" and not finished:
         versions.update(ONNXTarget().lower(programs, build).versions)
-    for call, program in programs.items():
+    for kind, program in programs.items():
 
-        def write(folder: Path, call: str = call, program: Exported = program) -> None:
+        def write(folder: Path, kind: str = kind, program: Exported = program) -> None:
             if route == "onnx":
-                data = engine_of_model(call, folder / file_of(call), optimization_level, workspace)
+                data = engine_of_model(kind, folder / file_of(kind), optimization_level, workspace)
             else:
-                data = engine_of_program(call, program, device, optimization_level, workspace)
-            (folder / specs[call].file).write_bytes(data)
+                data = engine_of_program(kind, program, device, optimization_level, workspace)
+            (folder / specs[kind].file).write_bytes(data)
 
-        build.stage(f"engine {call} {machine}", write, specs[call].file)
+        build.stage(f"engine {kind} {machine}", write, specs[kind].file)
     for path in (*build.folder.glob("*.onnx"), *build.folder.glob("*.safetensors")):
         path.unlink()  # the weights are in the engines
     options = {
@@ -67,7 +67,7 @@ def lower(
 
 
 def engine_of_program(
-    call: str, program: Exported, device: torch.device, level: int | None, workspace: int
+    kind: str, program: Exported, device: torch.device, level: int | None, workspace: int
 ) -> bytes:
     """A serialized engine of an exported program, through Torch-TensorRT.
 
@@ -90,10 +90,10 @@ def engine_of_program(
         ).dynamo.convert_exported_program_to_serialized_trt_engine
         return bytes(convert(program.program, **settings))
     except Exception as error:  # its converters raise whatever they like
-        raise _build_error(call, f"{type(error).__name__}: {str(error)[:500]}") from error
+        raise _build_error(kind, f"{type(error).__name__}: {str(error)[:500]}") from error
 
 
-def engine_of_model(call: str, path: Path, level: int | None, workspace: int) -> bytes:
+def engine_of_model(kind: str, path: Path, level: int | None, workspace: int) -> bytes:
     """A serialized engine of an ONNX model, through TensorRT's parser.
 
     Raises:
@@ -107,7 +107,7 @@ def engine_of_model(call: str, path: Path, level: int | None, workspace: int) ->
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(path)):
         errors = [str(parser.get_error(i)) for i in range(parser.num_errors)]
-        raise _build_error(call, "; ".join(errors)[:1000])
+        raise _build_error(kind, "; ".join(errors)[:1000])
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)
     if workspace:
@@ -116,14 +116,14 @@ def engine_of_model(call: str, path: Path, level: int | None, workspace: int) ->
         config.builder_optimization_level = level
     data = builder.build_serialized_network(network, config)
     if data is None:
-        raise _build_error(call, "the builder found no engine; its log says why")
+        raise _build_error(kind, "the builder found no engine; its log says why")
     return bytes(data)
 
 
-def _build_error(call: str, got: str) -> BuildError:
+def _build_error(kind: str, got: str) -> BuildError:
     return BuildError(
         "TensorRT could not build a program",
-        where=call,
+        where=kind,
         got=got,
         hint="see tensorrt_coverage (toma-fx build --dry-run), try the other route, or another "
         "target",

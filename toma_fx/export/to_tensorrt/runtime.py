@@ -40,28 +40,28 @@ class TensorRTRuntime(Runtime):
         self._logger = trt.Logger(trt.Logger.WARNING)  # the runtime keeps no reference
         self._runtime = trt.Runtime(self._logger)
         self._stream = torch.cuda.Stream(device)
-        patterns = {spec.name: spec for spec in manifest.kept}
+        kept = {spec.name: spec for spec in manifest.kept}
         own = [spec.tensor for spec in manifest.inputs]
         numbered = manifest.target.options.get("route") == "torch"
         self._engines = {
-            call: _Engine(
+            kind: _Engine(
                 trt,
                 self._runtime,
                 folder / program.file,
-                [*own, *(patterns[name] for name in program.takes)],
-                [*manifest.outputs, *(patterns[name] for name in program.gives)],
+                [*own, *(kept[name] for name in program.takes)],
+                [*manifest.outputs, *(kept[name] for name in program.gives)],
                 numbered,
                 device,
             )
-            for call, program in manifest.programs.items()
+            for kind, program in manifest.programs.items()
         }
 
     def run(
-        self, call: str, inputs: Sequence[Tensor], patterns: Mapping[str, Tensor]
+        self, kind: str, inputs: Sequence[Tensor], kept: Mapping[str, Tensor]
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """One step; see `Runtime.run`."""
-        results = self._engines[call].run(inputs, patterns, self._stream)
-        return split_outputs(results, self._programs[call].gives)
+        results = self._engines[kind].run(inputs, kept, self._stream)
+        return split_outputs(results, self._programs[kind].gives)
 
 
 class _Engine:
@@ -98,7 +98,7 @@ class _Engine:
             self._outputs.append(place)
 
     def run(
-        self, inputs: Sequence[Tensor], patterns: Mapping[str, Tensor], stream: torch.cuda.Stream
+        self, inputs: Sequence[Tensor], kept: Mapping[str, Tensor], stream: torch.cuda.Stream
     ) -> list[Tensor]:
         """One step; outputs live until the next.
 
@@ -106,7 +106,7 @@ class _Engine:
             ArtifactError: TensorRT could not run it.
         """
         names = self._inputs[len(inputs) :]
-        tensors = separate_inputs([*inputs, *(patterns[name] for name in names)], self._outputs)
+        tensors = separate_inputs([*inputs, *(kept[name] for name in names)], self._outputs)
         for name, x in zip(self._inputs, tensors, strict=True):
             if name in self._bound:
                 self._context.set_tensor_address(name, x.data_ptr())
