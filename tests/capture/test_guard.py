@@ -7,16 +7,20 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload_with_hook
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear as TunedLinear
 from torch import Tensor, nn
 
+import toma_fx
+from tests import denoisers
 from toma_fx.capture.guard import ModelGuard, Snapshot
 
 Change = Callable[["Model"], Any]
@@ -416,3 +420,24 @@ def test_writes_while_another_thread_asks() -> None:
     assert guard.holds()
     model.block.late = 1
     assert not guard.holds()
+
+
+@pytest.mark.parametrize("around", ["nothing", "a cache context", "offload"])
+@torch.no_grad()
+def test_steps_write_nothing(around: str) -> None:
+    """Counters are enough at a step: the model is walked when it is captured, not again."""
+    model = denoisers.flux(num_layers=1, num_single_layers=1)
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), "a")
+    model.eval()
+    if around == "offload":
+        cpu_offload_with_hook(model, "cpu")
+    optimized = toma_fx.optimize(model, min_tokens=60, tile=4)
+    context = optimized.cache_context if around == "a cache context" else nullcontext
+    snapshots = []
+    for step in range(5):
+        with context("cond"):
+            optimized(**denoisers.flux_inputs(8, 8, batch=1, timestep=0.9 - step / 20))
+        snapshots.append(optimized._guard._snapshot)
+    assert optimized.totals == {"refresh": 1, "reuse": 4}
+    # capturing, in step 0, moved parameters out and back in
+    assert snapshots[1] is snapshots[2] is snapshots[3] is snapshots[4]
