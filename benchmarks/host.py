@@ -15,6 +15,7 @@ are medians of the time that the thread had the processor, in microseconds:
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -124,6 +125,7 @@ def main() -> None:
         "command": command_line(),
         "device": device_name(),
         "versions": versions(),
+        "load": os.getloadavg()[0],
         "rounds": args.rounds,
         "models": rows,
     }
