@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -254,16 +254,8 @@ def float8_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "_check_hardware_support", lambda granularity: None)
 
 
-def slow_for_unet(kinds: Iterable[str]) -> list[Any]:
-    """All kinds on Flux and, slower, on SDXL."""
-    return [
-        pytest.param(name, kind, marks=pytest.mark.slow if name == "unet" else ())
-        for name in ("flux", "unet")
-        for kind in kinds
-    ]
-
-
-@pytest.mark.parametrize(("name", "kind"), slow_for_unet(TORCHAO))
+@pytest.mark.parametrize("kind", TORCHAO)
+@pytest.mark.parametrize("name", ["flux", "unet"])
 @pytest.mark.usefixtures("float8_on_the_cpu")
 @torch.no_grad()
 def test_torchao(name: str, kind: str) -> None:
@@ -311,7 +303,6 @@ def test_scales_of_a_token_or_a_part_of_it(block: int, keepdim: bool) -> None:
     check(found)
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_torchao_as_diffusers_loads_it(tmp_path: Any) -> None:
     """In bfloat16, which its loader asks for; weights are shared, and running changes nothing."""
@@ -337,7 +328,6 @@ def test_torchao_as_diffusers_loads_it(tmp_path: Any) -> None:
     assert torch.equal(model(**make(1))[0], want)
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_adapters_on_int8_weights_are_captured_once() -> None:
     model = torchao(denoisers.flux(num_layers=1, num_single_layers=0), "Int8WeightOnlyConfig")
@@ -351,7 +341,6 @@ def test_adapters_on_int8_weights_are_captured_once() -> None:
     assert optimized.cache.made == 2
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in TORCHAO if "float8 act" not in kind])
 @torch.no_grad()
 def test_torchao_compiled(kind: str) -> None:
@@ -441,8 +430,8 @@ def rules() -> Iterator[None]:
     [
         ("unet", True),
         ("flux", False),
-        pytest.param("unet", False, marks=pytest.mark.slow),
-        pytest.param("flux", True, marks=pytest.mark.slow),
+        ("unet", False),
+        ("flux", True),
     ],
 )
 @pytest.mark.usefixtures("rules")
@@ -540,18 +529,7 @@ CHANGES: dict[str, tuple[str, Callable[[Any], Any]]] = {
 }
 
 
-SLOW = (
-    "unet, two adapters",
-    "unet, DoRA",
-    "unet, softmax",
-    "unet, softmax in float32",
-    "unet, gradient checkpointing",
-)
-
-
-@pytest.mark.parametrize(
-    "change", [pytest.param(c, marks=pytest.mark.slow if c in SLOW else ()) for c in CHANGES]
-)
+@pytest.mark.parametrize("change", CHANGES)
 @torch.no_grad()
 def test_changed_model(change: str) -> None:
     name, act = CHANGES[change]
@@ -559,7 +537,7 @@ def test_changed_model(change: str) -> None:
     check(traced(act(build()), make), plain(name))
 
 
-@pytest.mark.parametrize("name", ["unet", pytest.param("sd15", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["unet", "sd15"])
 @torch.no_grad()
 def test_attention_written_out(name: str) -> None:
     """baddbmm, softmax, bmm, as the older processor does: self and cross."""
@@ -574,16 +552,7 @@ def test_attention_written_out(name: str) -> None:
     check(found)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "sd3",
-        *(
-            pytest.param(n, marks=pytest.mark.slow)
-            for n in ("pixart_sigma", "cogvideox", "aura_flow", "hunyuan_dit")
-        ),
-    ],
-)
+@pytest.mark.parametrize("name", ["sd3", "pixart_sigma", "cogvideox", "aura_flow", "hunyuan_dit"])
 @torch.no_grad()
 def test_fused_projections_of_other_families(name: str) -> None:
     case = next(c for c in CASES if c.name == name)
@@ -825,8 +794,8 @@ def rotated(turn: Turn, tokens_first: bool) -> Callable[..., Tensor]:
     [
         ("table", False),
         ("a batch of tables", True),
-        pytest.param("table", True, marks=pytest.mark.slow),
-        pytest.param("a batch of tables", False, marks=pytest.mark.slow),
+        ("table", True),
+        ("a batch of tables", False),
     ],
 )
 @pytest.mark.parametrize("turn", TURNS)
@@ -909,7 +878,6 @@ def test_a_model_of_attention_that_is_not_followed(name: str) -> None:
         tiny(lambda m, x: x + inner(m, m.norm(x))).plan()
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_attention_slicing_of_a_unet() -> None:
     found = traced(sliced(unet()), unet_call)
@@ -925,9 +893,10 @@ def test_attention_slicing_of_a_unet() -> None:
     [
         ("unet", torch.float16),
         ("flux", torch.bfloat16),
-        pytest.param("unet", torch.bfloat16, marks=pytest.mark.slow),
-        pytest.param("flux", torch.float16, marks=pytest.mark.slow),
+        ("unet", torch.bfloat16),
+        ("flux", torch.float16),
     ],
+    ids=str,
 )
 @torch.no_grad()
 def test_half_precision_is_near_float32(name: str, dtype: torch.dtype) -> None:
@@ -975,7 +944,7 @@ def test_stream_in_float32_around_branches_in_bfloat16(run: Callable[..., Tensor
     check(found, exact=2e-2)
 
 
-@pytest.mark.parametrize("name", ["flux", pytest.param("unet", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["flux", "unet"])
 @torch.no_grad()
 def test_autocast_around_a_call(name: str) -> None:
     """Merging is refused by name; without merging the outputs are the model's, in and out."""
@@ -1034,7 +1003,7 @@ def test_sizes_alternate_in_one_module() -> None:
 
 @pytest.mark.parametrize(
     ("batch", "grid", "text"),
-    [*CALLS[:3], pytest.param(*CALLS[3], marks=pytest.mark.slow)],
+    CALLS,
 )
 @torch.no_grad()
 def test_odd_shapes(batch: int, grid: tuple[int, int], text: int) -> None:
@@ -1046,7 +1015,7 @@ def test_odd_shapes(batch: int, grid: tuple[int, int], text: int) -> None:
 
 @pytest.mark.parametrize(
     ("batch", "height", "width"),
-    [(1, 14, 18), pytest.param(3, 26, 22, marks=pytest.mark.slow), (4, 10, 62)],
+    [(1, 14, 18), (3, 26, 22), (4, 10, 62)],
 )
 @torch.no_grad()
 def test_odd_shapes_of_a_unet(batch: int, height: int, width: int) -> None:

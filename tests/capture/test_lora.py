@@ -53,7 +53,6 @@ SEQUENCE: list[tuple[str, Callable[[Any], Any], bool]] = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("through", ["stand-in", "original"])
 @torch.no_grad()
 def test_every_operation_shows_and_is_captured_once(through: str) -> None:
@@ -81,7 +80,6 @@ def test_every_operation_shows_and_is_captured_once(through: str) -> None:
     assert len(optimized.specializations) == 1, "graphs over unloaded adapters are gone"
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_sdxl() -> None:
     model, call = model_and_call("sdxl")

@@ -58,7 +58,6 @@ def test_what_was_built(artifact: Path) -> None:
     assert manifest.plan["config"]["min_tokens"] == 16
 
 
-@pytest.mark.slow
 def test_what_a_build_says(
     artifact: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -218,7 +217,6 @@ def test_a_folder_in_use_is_refused_before_the_model_is_loaded(
     assert "not empty" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", tiny.NAMES)
 @pytest.mark.parametrize("route", ["torch", "onnx"])
 def test_dry_run(name: str, route: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -230,7 +228,6 @@ def test_dry_run(name: str, route: str, capsys: pytest.CaptureFixture[str]) -> N
     assert "program reuse" in text
 
 
-@pytest.mark.slow
 def test_dry_run_says_what_is_not_taken(
     model_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

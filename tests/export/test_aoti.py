@@ -37,9 +37,6 @@ from toma_fx.export.to_aoti.target import AOTITarget
 CPU = torch.device("cpu")
 EXAMPLE = Path(__file__).parents[2] / "examples" / "cpp"
 
-pytestmark = pytest.mark.slow
-"""Every test here compiles, or runs what was compiled."""
-
 
 @cache
 def optimized() -> Any:
@@ -381,7 +378,6 @@ def test_architecture_names_the_machine() -> None:
 # -- whole models, and C++ ------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sdxl", "channels_last", "flux"])
 @torch.no_grad()
 def test_whole_models(tmp_path: Path, name: str) -> None:
@@ -401,7 +397,6 @@ def test_whole_models(tmp_path: Path, name: str) -> None:
     assert bool(strided) == (name == "channels_last")
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_from_cpp(artifact: Path, tmp_path: Path) -> None:
     """The example program gives the outputs of the process, step by step."""

@@ -57,7 +57,6 @@ def made(target: str, optimized: Any, inputs: Any, out: Path) -> Any:
 
 NAMES = [name for name in CASES if name != "sdxl_pag"]
 """Perturbed attention exchanges attention processors during a call: no artifact can have them."""
-QUICK = "flux_true_cfg"
 """Guidance with two calls a step, a context each."""
 
 
@@ -77,9 +76,7 @@ def check(case: Case, target: str, out: Path) -> None:
     assert case.denoiser(type(pipe)(**pipe.components)) is artifact
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n == QUICK else [pytest.mark.slow]) for n in NAMES]
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_pipeline(name: str, tmp_path: Path) -> None:
     """What pipelines ask of a denoiser beyond calling it, an artifact has."""
     check(CASES[name], "in-process", tmp_path / "out")
@@ -92,14 +89,12 @@ REAL = [
 ]  # fmt: skip
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "target"), REAL)
 def test_guidance(name: str, target: str, tmp_path: Path) -> None:
     """Batched, labeled and unlabeled guidance, and another model's residuals."""
     check(CASES[name], target, tmp_path / "out")
 
 
-@pytest.mark.slow
 def test_what_an_artifact_can_not_do(tmp_path: Path) -> None:
     case = CASES["flux_true_cfg"]
     pipe = case.make()
@@ -196,7 +191,6 @@ def errors(a: Tensor, b: Tensor) -> list[float]:
     return [float((x - y).square().mean()) for x, y in zip(a, b, strict=True)]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_pictures_of_the_embedded_models(name: str, tmp_path: Path) -> None:
     """Twenty steps: original pictures are those of the sampler, artifacts' those of the process."""

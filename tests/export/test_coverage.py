@@ -48,11 +48,6 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Forms of methods that compute with other operators than the defaults."""
 PROGRAMS = (*BUILT_IN, *FORMS)
-QUICK = ("toma", "tomesd")
-
-
-def slow_but(quick: tuple[str, ...], names: tuple[str, ...]) -> list[Any]:
-    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
 
 def optimized(name: str) -> Any:
@@ -93,7 +88,7 @@ def settled(found: Coverage) -> None:
     assert not found.findings
 
 
-@pytest.mark.parametrize("name", slow_but(QUICK, PROGRAMS))
+@pytest.mark.parametrize("name", PROGRAMS)
 def test_programs_of_every_method(name: str) -> None:
     for exported in programs(name).values():
         settled(aten_coverage(exported.program))
@@ -128,7 +123,7 @@ def covered_setting(setting: Setting, dtype: torch.dtype = torch.float32) -> Cov
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", slow_but(("tofu", "retom-ratio"), tuple(SETTINGS)))
+@pytest.mark.parametrize("name", SETTINGS)
 def test_functions_of_every_method(name: str, dtype: torch.dtype) -> None:
     """In every dtype: sums of float16 tokens are scaled."""
     settled(covered_setting(SETTINGS[name], dtype))
@@ -285,7 +280,7 @@ def test_error_names_operators_and_modules() -> None:
 # -- ONNX models ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", slow_but(("toma",), PROGRAMS))
+@pytest.mark.parametrize("name", PROGRAMS)
 def test_onnx_artifacts_of_every_method(name: str, tmp_path: Path) -> None:
     """The models as they are deployed, which know the type of every value."""
     onnx = pytest.importorskip("onnx")
@@ -299,7 +294,6 @@ def test_onnx_artifacts_of_every_method(name: str, tmp_path: Path) -> None:
         settled(onnx_coverage(made))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_onnx_models_of_every_method(name: str) -> None:
     """As the exporter of torch writes them."""
@@ -391,7 +385,6 @@ def test_onnx_traps() -> None:
 # -- whole models ---------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "call"),
     [(denoisers.sdxl, denoisers.sdxl_inputs), (denoisers.flux, denoisers.flux_inputs)],

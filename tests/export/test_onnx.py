@@ -371,7 +371,6 @@ def half(call: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("exported_once")
 @pytest.mark.parametrize("opset", [n for n in OPSETS if n != DEFAULT_OPSET])
 def test_opsets(opset: int, tmp_path: Path) -> None:
@@ -387,7 +386,6 @@ def test_opsets(opset: int, tmp_path: Path) -> None:
         assert relative(a, b) < 1e-5
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("exported_once")
 def test_stateless_without_patterns(tmp_path: Path) -> None:
     """A method without patterns has one program, and both forms are the same."""
@@ -397,7 +395,6 @@ def test_stateless_without_patterns(tmp_path: Path) -> None:
         assert relative(a, b) < 1e-5
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("form", ["cached", "stateless"])
 def test_steps_without_merging(form: Any, tmp_path: Path) -> None:
     fields: dict[str, Any] = {"min_tokens": 1, "first_step": 1, "last_step": 2}
@@ -412,7 +409,6 @@ def test_steps_without_merging(form: Any, tmp_path: Path) -> None:
         assert relative(a, b) < 1e-5
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("form", ["cached", "stateless"])
 @pytest.mark.parametrize("name", ["sdxl", "flux"])
 def test_whole_models(name: str, form: Any, tmp_path: Path) -> None:
@@ -430,7 +426,6 @@ def test_whole_models(name: str, form: Any, tmp_path: Path) -> None:
             assert relative(runs(**given)[0], denoiser(**given)[0]) < 1e-5
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ["tomesd", "toma"])
 def test_half_precision(method: str, tmp_path: Path) -> None:
     """SDXL joins float16 and float32 in its time embedding, which ONNX must be told to."""

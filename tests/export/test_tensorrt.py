@@ -330,7 +330,7 @@ def test_the_stand_in_has_nothing_that_tensorrt_lacks() -> None:
     assert {"execute_async_v3", "build_serialized_network", "STRONGLY_TYPED"} <= used
 
 
-@pytest.mark.parametrize("route", ["torch", pytest.param("onnx", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("route", ["torch", "onnx"])
 def test_engines_through_all_steps(tmp_path: Path, optimized: Any, gpu: None, route: Any) -> None:
     if route == "onnx":
         pytest.importorskip("onnxscript")
@@ -465,7 +465,7 @@ def test_bad_options(options: Any) -> None:
         TensorRTTarget(**options)
 
 
-@pytest.mark.parametrize("route", ["torch", pytest.param("onnx", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("route", ["torch", "onnx"])
 def test_coverage_needs_no_tensorrt(optimized: Any, route: Any) -> None:
     if route == "onnx":
         pytest.importorskip("onnxscript")

@@ -244,7 +244,6 @@ def test_traces(setting: ToMA, dtype: torch.dtype) -> None:
     check_traces(Program(setting), torch.randn(2, math.prod(setting.grid), 8, dtype=dtype))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS[::2], ids=str)
 def test_exports_to_onnx(setting: ToMA, tmp_path: Any) -> None:
     x = torch.randn(2, math.prod(setting.grid), 8)

@@ -413,7 +413,6 @@ def test_the_page_says_what_a_setting_must_have() -> None:
         assert re.search(rf"^\|.*`{name}\b", PAGE.read_text(), re.M), name
 
 
-@pytest.mark.slow
 def test_example_of_an_own_method_runs() -> None:
     path = ROOT / "examples" / "own_method.py"
     out = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, check=True)
@@ -443,7 +442,6 @@ def test_a_method_that_makes_constants_is_refused() -> None:
         optimized(**inputs())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 @torch.no_grad()
 def test_whole_models_through_inductor(name: str) -> None:

@@ -294,7 +294,6 @@ def test_traces(setting: ReToM, dtype: torch.dtype) -> None:
     check_traces(Program(setting), x)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS[1:], ids=str)
 def test_exports_to_onnx(setting: ReToM, tmp_path: Any) -> None:
     x = torch.randn(2, math.prod(setting.grid), 8)

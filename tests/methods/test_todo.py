@@ -217,7 +217,6 @@ def test_traces(setting: ToDo, dtype: torch.dtype) -> None:
     check_traces(Program(setting, unmerges=False), x)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS[1:4:2], ids=str)
 def test_exports_to_onnx(setting: ToDo, tmp_path: Any) -> None:
     x = torch.randn(2, setting.planes * setting.plane[0] * setting.plane[1], 4)

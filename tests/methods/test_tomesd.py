@@ -413,7 +413,6 @@ def test_functions_trace_into_calls(setting: ToMeSD) -> None:
     assert not [t for t in calls if any(word in str(t) for word in unwanted)]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("setting", STATIC[1:4], ids=str)
 def test_onnx_gives_the_same(setting: ToMeSD, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")

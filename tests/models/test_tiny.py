@@ -57,7 +57,6 @@ def test_command_line_says_what_is_wrong(capsys: Any) -> None:
     assert "nearest: ratio" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_demo_writes_pictures_and_figures(tmp_path: Path) -> None:
     assert main(["demo", "--out", str(tmp_path)]) == 0
     assert (tmp_path / "contact-sheet.png").stat().st_size > 100_000

@@ -11,13 +11,8 @@ TOLERANCE = 1e-5
 KEEP = {0.25: 12, 0.5: 8, 0.75: 4}
 
 
-RATIOS = [
-    pytest.param(0.25, marks=pytest.mark.slow), 0.5, pytest.param(0.75, marks=pytest.mark.slow)
-]  # fmt: skip
-
-
 @pytest.mark.parametrize("scope", ["sublayer", "block", "stack"])
-@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("ratio", KEEP)
 @torch.no_grad()
 def test_sdxl(ratio: float, scope: str) -> None:
     model = denoisers.sdxl()
@@ -43,7 +38,7 @@ def test_sdxl(ratio: float, scope: str) -> None:
 
 
 @pytest.mark.parametrize("scope", ["sublayer", "block", "stack"])
-@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("ratio", KEEP)
 @torch.no_grad()
 def test_flux(ratio: float, scope: str) -> None:
     model = denoisers.flux()

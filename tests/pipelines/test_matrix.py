@@ -37,15 +37,7 @@ def check(case: Case, got: Tensor, want: Tensor, plain: Tensor | None = None) ->
         assert relative(got, plain) > 50 * TOLERANCE, "merging acts"
 
 
-def slow_but(*names: str) -> list[Any]:
-    """All cases, those not named marked slow."""
-    return [pytest.param(n, marks=[] if n in names else [pytest.mark.slow]) for n in CASES]
-
-
-MANY = slow_but("sdxl", "flux_true_cfg", "flux_kontext")
-
-
-@pytest.mark.parametrize("name", MANY)
+@pytest.mark.parametrize("name", CASES)
 def test_stack(name: str) -> None:
     """The default scope, twice in a row, and off."""
     case = CASES[name]
@@ -65,11 +57,8 @@ def test_stack(name: str) -> None:
     assert torch.equal(case.call(pipe), plain)
 
 
-SOME = slow_but("flux_ip_adapter", "flux_controlnet")
-
-
 @pytest.mark.parametrize("scope", ["sublayer", "block"])
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", CASES)
 def test_other_scopes(name: str, scope: str) -> None:
     case = CASES[name]
     if (name, scope) == ("flux_ip_adapter", "sublayer"):
@@ -85,10 +74,7 @@ def test_other_scopes(name: str, scope: str) -> None:
     check(case, got, case.call(reference(case, case.make(), scope)))
 
 
-FEW = slow_but("sdxl", "flux_true_cfg")
-
-
-@pytest.mark.parametrize("name", slow_but("flux_true_cfg"))
+@pytest.mark.parametrize("name", CASES)
 def test_lora_of_the_pipeline(name: str) -> None:
     """Load before and after, scale, switch off, fuse, unload; each against the reference."""
     case = CASES[name]
@@ -122,7 +108,7 @@ def test_lora_of_the_pipeline(name: str) -> None:
     check(case, case.call(pipe), bare)
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", CASES)
 def test_saved_and_loaded(name: str, tmp_path: Any) -> None:
     case = CASES[name]
     pipe = optimized(case, case.make())
@@ -138,7 +124,7 @@ def test_saved_and_loaded(name: str, tmp_path: Any) -> None:
         check(case, case.call(optimized(case, loaded)), want)
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", CASES)
 def test_offload_copies_inference_mode_and_components(name: str) -> None:
     case = CASES[name]
     pipe = optimized(case, case.make())
@@ -162,7 +148,7 @@ def test_offload_copies_inference_mode_and_components(name: str) -> None:
 
 
 # the other pipelines' encoders fail under sequential offload to a CPU, optimized or not
-@pytest.mark.parametrize("name", [pytest.param("sdxl", marks=pytest.mark.slow), "flux_true_cfg"])
+@pytest.mark.parametrize("name", ["sdxl", "flux_true_cfg"])
 def test_sequential_offload_says_what_to_do_instead(name: str) -> None:
     case = CASES[name]
     pipe = optimized(case, case.make())
@@ -175,7 +161,6 @@ def test_sequential_offload_says_what_to_do_instead(name: str) -> None:
     assert torch.equal(case.call(pipe), want)
 
 
-@pytest.mark.slow
 def test_ip_adapter_scale_and_unloading() -> None:
     case = CASES["sdxl_ip_adapter"]
     pipe, eager = optimized(case, case.make()), case.make()

@@ -123,7 +123,6 @@ TOMESD = [
             },
             size,
             id=f"{ratio}-{level}-{'-'.join(branches)}-{sx}",
-            marks=pytest.mark.slow,
         )
         for ratio in (0.25, 0.5, 0.75)
         for level, branches, sx, size in [
@@ -159,9 +158,7 @@ def test_the_packages_default_leaves_sdxl_alone(unet: nn.Module) -> None:
     assert torch.equal(published.by_place(published.tomesd(unet))(call), unet(**call)[0])
 
 
-@pytest.mark.parametrize(
-    "ratio", [0.5, *(pytest.param(r, marks=pytest.mark.slow) for r in (0.25, 0.75))]
-)
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75])
 def test_tomesd_on_sd15(ratio: float) -> None:
     model = denoisers.sd15()
     optimized = toma_fx.optimize(model, method="tomesd", ratio=ratio)
@@ -177,7 +174,7 @@ def package_pair(x: Tensor, grid: Grid, block: Block) -> Pair:
     return published.tomesd_pair(x, grid, 0.5)
 
 
-@pytest.mark.parametrize("scope", ["block", pytest.param("stack", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("scope", ["block", "stack"])
 def test_tomesd_over_blocks_of_sdxl(scope: str) -> None:
     unet = denoisers.sdxl()  # up to two blocks a stage
     optimized = toma_fx.optimize(
@@ -207,9 +204,7 @@ class _StreamEntry(reference._FluxElement):
         return super().pattern(self.entry if self.s.scope == "sublayer" else tokens)
 
 
-@pytest.mark.parametrize(
-    "scope", ["sublayer", pytest.param("block", marks=pytest.mark.slow), "stack"]
-)
+@pytest.mark.parametrize("scope", ["sublayer", "block", "stack"])
 def test_tomesd_on_flux(flux: nn.Module, monkeypatch: pytest.MonkeyPatch, scope: str) -> None:
     """Rotary tables are those of the tokens that stay."""
 
@@ -237,7 +232,7 @@ def merged_counts(optimized: Any) -> list[int]:
 
 CA_TOME = [
     # checkpoints, steps of the generation, the package's list, which calls match anew
-    pytest.param(None, 50, [0, 1, 2, 3, 4], "rrrrr", id="every-step", marks=pytest.mark.slow),
+    pytest.param(None, 50, [0, 1, 2, 3, 4], "rrrrr", id="every-step"),
     # 0, 1, 2, 3, 5, 10, ... of 50 steps are 0, 0.4, 0.8, 1.2, 2, 4, ... of 20
     pytest.param("config-1", 20, [0, 1, 2, 4], "rrrkr", id="config-1"),
 ]
@@ -274,7 +269,6 @@ def test_ca_tome_on_sdxl(
     assert optimized.states[0].counts.get("reuse", 0) == renewals.count("k")
 
 
-@pytest.mark.slow
 def test_ca_tome_on_flux(flux: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     """The number of tokens follows the data in joint attention and in rotary tables, too."""
     counts = set()
@@ -317,10 +311,10 @@ def test_ca_tome_calibrated_on_one_call_equals_the_package(unet: nn.Module) -> N
     [
         ((2, 2), "nearest", (36, 52)),
         ((2, 2), "area", (36, 52)),
-        pytest.param((2, 3), "average", (36, 52), marks=pytest.mark.slow),
-        pytest.param((3, 2), "area", (36, 52), marks=pytest.mark.slow),
-        pytest.param(2, "average", (32, 32), marks=pytest.mark.slow),
-        pytest.param((1, 2), "nearest", (32, 40), marks=pytest.mark.slow),
+        ((2, 3), "average", (36, 52)),
+        ((3, 2), "area", (36, 52)),
+        (2, "average", (32, 32)),
+        ((1, 2), "nearest", (32, 40)),
     ],
 )
 def test_todo_on_sdxl(unet: nn.Module, factor: int | tuple[int, ...], how: str, size: Grid) -> None:
@@ -345,7 +339,7 @@ def test_todo_with_fused_projections(unet: nn.Module) -> None:
 
 @pytest.mark.parametrize(
     ("factor", "how"),
-    [(2, "nearest"), (3, "average"), pytest.param(3, "nearest", marks=pytest.mark.slow)],
+    [(2, "nearest"), (3, "average"), (3, "nearest")],
 )
 def test_todo_on_flux(flux: nn.Module, factor: int, how: str) -> None:
     """Keys keep the position of the token they are, or of the middle one of those averaged."""
@@ -366,9 +360,9 @@ def test_todo_on_flux(flux: nn.Module, factor: int, how: str) -> None:
     ("share", "ratio", "max_downsample"),
     [
         (0.5, 0.5, 2),
-        pytest.param(0.3, 0.4, 1, marks=pytest.mark.slow),
-        pytest.param(0.0, 0.75, 2, marks=pytest.mark.slow),
-        pytest.param(1.0, 0.25, 2, marks=pytest.mark.slow),
+        (0.3, 0.4, 1),
+        (0.0, 0.75, 2),
+        (1.0, 0.25, 2),
     ],
 )
 def test_tofu_on_sdxl(unet: nn.Module, share: float, ratio: float, max_downsample: int) -> None:
@@ -409,8 +403,8 @@ def _plain_mean(x: Tensor, grid: Grid, ratio: float) -> Pair:
     [
         ((4, 2), None, "representative"),
         ((2, 3), 0.4, "mean"),
-        pytest.param((2, 4), None, "mean", marks=pytest.mark.slow),
-        pytest.param((3, 2), 0.6, "representative", marks=pytest.mark.slow),
+        ((2, 4), None, "mean"),
+        ((3, 2), 0.6, "representative"),
     ],
 )
 def test_retom_on_sdxl(

@@ -19,8 +19,6 @@ from tests.reference import Schedule, Settings, stand_in, windows_of
 SCOPES = ["sublayer", "block", "stack"]
 HALF = {"tile": (4, 4), "keep": 8}
 ALL = {"tile": (4, 4), "keep": 16, "scale": 1e6}
-QUICK = ("sdxl_controlnet", "flux_true_cfg", "flux_kontext")
-NAMES = [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in CASES]
 
 
 def standing_in(case: Case, pipe: Any, **settings: Any) -> Any:
@@ -29,7 +27,7 @@ def standing_in(case: Case, pipe: Any, **settings: Any) -> Any:
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 def test_keeping_every_token_is_the_original(name: str, scope: str) -> None:
     case = CASES[name]
     plain = case.call(case.make())
@@ -37,7 +35,7 @@ def test_keeping_every_token_is_the_original(name: str, scope: str) -> None:
     assert relative(kept, plain) < 1e-4
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 def test_merging_the_scope_and_the_schedule_show_in_the_latents(name: str) -> None:
     case = CASES[name]
     pipe = standing_in(case, case.make(), scope="sublayer", **HALF)

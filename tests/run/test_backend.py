@@ -154,7 +154,7 @@ def test_include_and_exclude_name_module_paths() -> None:
 # -- running --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["sdxl", pytest.param("flux", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["sdxl", "flux"])
 def test_every_step_equals_the_optimized_denoiser(
     name: str, compilations: list[dict[str, Any]]
 ) -> None:
@@ -171,7 +171,7 @@ def test_every_step_equals_the_optimized_denoiser(
     assert counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.parametrize("dynamic", [None, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dynamic", [None, False])
 def test_another_shape(dynamic: bool | None, compilations: list[dict[str, Any]]) -> None:
     model = small_flux()
     compiled, optimized = Compiled(model, dynamic=dynamic), toma_fx.optimize(model, **SMALL)
@@ -206,7 +206,7 @@ def test_models_of_one_class_keep_their_own_patterns() -> None:
     assert counters["stats"]["unique_graphs"] == 1, "Dynamo compiles them once"
 
 
-@pytest.mark.parametrize("kind", [pytest.param(int, marks=pytest.mark.slow), float])
+@pytest.mark.parametrize("kind", [int, float])
 def test_timesteps_that_are_python_numbers(kind: type, compilations: list[dict[str, Any]]) -> None:
     model = Timed().eval()
     compiled, optimized = Compiled(model), toma_fx.optimize(model, **SMALL)
@@ -265,7 +265,6 @@ def test_a_ratio_of_zero_is_the_graph_of_dynamo(compilations: list[dict[str, Any
     assert not isinstance(compiled.graphs[0], MergedGraph)
 
 
-@pytest.mark.slow
 def test_a_ratio_of_zero_is_plain_inductor() -> None:
     model, inputs = small_flux(num_single_layers=0), denoisers.flux_inputs(8, 8, batch=1)
     assert torch.equal(Compiled(model, ratio=0.0)(**inputs), torch.compile(model)(**inputs)[0])
@@ -292,16 +291,6 @@ def test_modes_are_inductor_patches(mode: str, compilations: list[dict[str, Any]
     compiled = Compiled(small_flux(), mode=mode)
     compiled(**denoisers.flux_inputs())
     assert compilations == [list_mode_options(mode)]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
-def test_modes_run(mode: str) -> None:
-    model = small_flux(num_single_layers=0)
-    compiled, optimized = Compiled(model, mode=mode), toma_fx.optimize(model)
-    for i in range(2):
-        inputs = denoisers.flux_inputs(batch=1, timestep=0.9 - i / 50, seed=i)
-        assert denoisers.relative(compiled(**inputs), optimized(**inputs)[0]) < 1e-4
 
 
 def test_options_for_inductor(compilations: list[dict[str, Any]]) -> None:

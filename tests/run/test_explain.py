@@ -42,9 +42,7 @@ def test_flux_is_one_stream_of_joint_attention() -> None:
     assert kinds == [("attention",), ("mlp",)] * 2 + [("attention", "mlp")] * 2
 
 
-@pytest.mark.parametrize(
-    "scope", ["sublayer", pytest.param("block", marks=pytest.mark.slow), "stack"]
-)
+@pytest.mark.parametrize("scope", ["sublayer", "block", "stack"])
 def test_every_attention_is_merged_or_rejected_with_a_reason(scope: str) -> None:
     report = toma_fx.explain(
         denoisers.sdxl(),

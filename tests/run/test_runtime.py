@@ -165,11 +165,12 @@ def test_nan_in_gives_nan_out() -> None:
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        pytest.param("sdxl", torch.bfloat16, marks=pytest.mark.slow),
-        pytest.param("sdxl", torch.float16, marks=pytest.mark.slow),
-        pytest.param("flux", torch.bfloat16, marks=pytest.mark.slow),
+        ("sdxl", torch.bfloat16),
+        ("sdxl", torch.float16),
+        ("flux", torch.bfloat16),
         ("flux", torch.float16),
     ],
+    ids=str,
 )
 @torch.no_grad()
 def test_half_precision_models(name: str, dtype: torch.dtype) -> None:
@@ -314,18 +315,17 @@ def test_weights_and_patterns_are_static_inputs_of_compiled_programs(how: str) -
     assert fresh == [6, 6]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
-@pytest.mark.parametrize("how", ["torch.compile", "method"])
-@torch.no_grad()
-def test_modes_of_torch_compile(how: str, mode: str) -> None:
-    model = denoisers.flux(num_layers=1, num_single_layers=1)
-    optimized, eager = (toma_fx.optimize(model, **SMALL) for _ in range(2))
-    compiled = (
-        torch.compile(optimized, mode=mode)
-        if how == "torch.compile"
-        else optimized.compile(mode=mode)
-    )
-    for i in range(3):
-        inputs = denoisers.flux_inputs(8, 8, batch=1, seed=i, timestep=0.9 - i / 10)
-        assert denoisers.relative(compiled(**inputs)[0], eager(**inputs)[0]) < 1e-4
+def test_options_of_compile_reach_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modes are Inductor's: without a GPU, all of them compile the same."""
+    options: list[dict[str, Any]] = []
+
+    def compile_module(module: Any, **kwargs: Any) -> Any:
+        options.append(kwargs)
+        return module
+
+    monkeypatch.setattr(torch, "compile", compile_module)
+    optimized = toma_fx.optimize(denoisers.flux(num_layers=1, num_single_layers=0), **SMALL)
+    optimized.compile(fullgraph=True, mode="reduce-overhead")
+    for timestep in (0.9, 0.8):
+        optimized(**denoisers.flux_inputs(8, 8, timestep=timestep))
+    assert options == 2 * [{"dynamic": False, "fullgraph": True, "mode": "reduce-overhead"}]

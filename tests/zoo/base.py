@@ -42,7 +42,6 @@ class Case:
         config: fields of ToMAConfig that the case needs.
         refused: (error type name, part of its message) if the model can't be merged.
         crop: see `Crop`.
-        quick: among those that `make test` runs, one for each mechanism.
     """
 
     name: str
@@ -57,7 +56,6 @@ class Case:
     config: Mapping[str, Any] = field(default_factory=dict)
     refused: tuple[str, str] | None = None
     crop: Crop | None = None
-    quick: bool = False
 
 
 def lively(model: nn.Module) -> nn.Module:

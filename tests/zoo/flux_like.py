@@ -895,7 +895,6 @@ CASES: tuple[Case, ...] = (
         grids=((H + 8, W),),
         **FLUX_COUNTS,
         why=FLUX_WHY + " Both pictures are one raster of 6 + 8 rows.",
-        quick=True,
     ),
     Case(
         "flux_kontext_narrow",
@@ -968,7 +967,6 @@ CASES: tuple[Case, ...] = (
         **FLUX_COUNTS,
         why=FLUX_WHY + " Text and image stay joined over all single blocks.",
         crop=FLUX_CROP,
-        quick=True,
     ),
     Case(
         "flux2_edit",
@@ -1079,7 +1077,6 @@ CASES: tuple[Case, ...] = (
         why="2 noise refiners over the image, 2 blocks over [image | caption], each attention and"
         " MLP; 2 caption refiners. 96 tokens and captions padded to 32 need no mask.",
         crop=Crop((4, 8), crop_z_image, lambda x: x[..., :8, :16]),
-        quick=True,
     ),
     Case(
         "z_image_padded",

@@ -713,7 +713,6 @@ CASES: tuple[Case, ...] = (
         mlp=4,
         why="4 joint blocks as in SD3; the first 2 add an attention over the image alone, which "
         "starts from the block's input.",
-        quick=True,
     ),
     Case(
         "sd3_controlled",
@@ -772,7 +771,6 @@ CASES: tuple[Case, ...] = (
         mlp=0,
         why="2 joint and 2 single blocks x = x + mlp(norm(x + attention(norm(x)))): the block's one"
         " add onto the stream holds attention and MLP.",
-        quick=True,
     ),
     Case(
         "pixart_alpha",
@@ -819,7 +817,6 @@ CASES: tuple[Case, ...] = (
         why="6 blocks. " + HUNYUAN_WHY + " Blocks 5 and 6 start from a linear map of the stream and"
         " an earlier block's output.",
         crop=HUNYUAN_CROP,
-        quick=True,
     ),
     Case(
         "hunyuan_dit_style",
@@ -868,7 +865,6 @@ CASES: tuple[Case, ...] = (
         mlp=2,
         why="2 blocks: self and cross attention side by side in one add, MLP in another.",
         crop=Crop(CORNER, crop_lumina_next, corner_of_latents),
-        quick=True,
     ),
     Case(
         "lumina2",

@@ -23,7 +23,6 @@ TOLERANCE = 1e-5
 """Largest difference, relative to the largest value of an output."""
 VISIBLE = 1e-3
 """What merging must change at least, so that equal outputs say something."""
-QUICK = ("pixart_sigma", "sd3", "wan")
 BLOCKS = ("chroma", "cogvideox_5b", "cosmos", "flux2", "motif", "pixart_sigma", "wan_ti2v")
 """Some families, for scope "block" too."""
 SCALE = 2.0
@@ -76,22 +75,18 @@ def check_refresh(case: Case, scope: str) -> None:
         assert difference(got, stack) > 10 * TOLERANCE, "the reference of another scope would pass"
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(x, marks=[] if x in QUICK else [pytest.mark.slow]) for x in FAMILIES]
-)
+@pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
 def test_stack(name: str) -> None:
     check_refresh(case_of(name), "stack")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", BLOCKS)
 @torch.no_grad()
 def test_block(name: str) -> None:
     check_refresh(case_of(name), "block")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen_image", "wan_ti2v"])
 @torch.no_grad()
 def test_reuse(name: str) -> None:
@@ -110,7 +105,6 @@ def test_reuse(name: str) -> None:
     assert difference(got, tensors(traced.model(**later))) > VISIBLE
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["block", "stack"])
 @torch.no_grad()
 def test_mask_over_the_image(scope: str) -> None:
@@ -126,7 +120,6 @@ def test_mask_over_the_image(scope: str) -> None:
     check_refresh(replace(case, inputs=inputs), scope)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["allegro", "cogview4", "hunyuan_video", "ltx_condition"])
 @torch.no_grad()
 def test_tables_matter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,15 +7,14 @@ from pathlib import Path
 import pytest
 
 from tests.zoo import CASES
+from tests.zoo.base import Case
 from tests.zoo.check import check
 from tests.zoo.table import refused_row, row
 
-NAMES = [pytest.param(case.name, marks=[] if case.quick else [pytest.mark.slow]) for case in CASES]
 
-
-@pytest.mark.parametrize("name", NAMES)
-def test_denoiser(name: str) -> None:
-    check(next(case for case in CASES if case.name == name))
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_denoiser(case: Case) -> None:
+    check(case)
 
 
 def test_names_are_unique() -> None:

@@ -740,7 +740,6 @@ CASES: tuple[Case, ...] = (
         attention=14,
         mlp=7,
         why="7 transformers of 1 block, each 1 self- and 1 cross-attention and 1 MLP",
-        quick=True,
     ),
     Case(
         name="sd15_lcm",
@@ -835,7 +834,6 @@ CASES: tuple[Case, ...] = (
         attention=22,
         mlp=11,
         why=f"{SDXL_WHY}; each cross-attention branch holds two attentions with the same queries",
-        quick=True,
     ),
     Case(
         name="sdxl_ip_adapter_plus",
@@ -938,7 +936,6 @@ CASES: tuple[Case, ...] = (
             "7 attentions: 1 in each down block but the first, 1 in the middle, 2 in each up block "
             "but the last; keys are the image and the tokens of an image embedding"
         ),
-        quick=True,
     ),
     Case(
         name="deepfloyd_if",
@@ -980,7 +977,6 @@ CASES: tuple[Case, ...] = (
             "4 transformers of 1 block (self, cross, MLP) with the frames in the batch; 7 motion "
             "modules of 2 attentions over frames have the positions in the batch: not counted"
         ),
-        quick=True,
     ),
     Case(
         name="svd",
@@ -1033,7 +1029,6 @@ CASES: tuple[Case, ...] = (
         sites={"self": 6},
         attention=6,
         why="self-attention 2 x in the second down block, 1 x in the middle, 3 x in the first up",
-        quick=True,
     ),
     Case(
         name="amused",

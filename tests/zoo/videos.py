@@ -229,7 +229,6 @@ COGVIDEOX_CASES = (
         build=seeded(lambda: cogvideox(use_rotary_positional_embeddings=True)),
         inputs=lambda seed: cogvideox_inputs(seed, rotary="linspace"),
         crop=crop(crop_rotary, dims=FRAMES_FIRST),
-        quick=True,
         **COGVIDEOX_COUNTS,
     ),
     Case(
@@ -407,7 +406,6 @@ LTX_CASES = (
         build=seeded(lambda: LTXVideoTransformer3DModel(**LTX)),
         inputs=ltx_inputs,
         crop=Crop(CORNER, crop_ltx, packed_corner),
-        quick=True,
         **LTX_COUNTS,
     ),
     Case(
@@ -423,7 +421,6 @@ LTX_CASES = (
         title="LTX-2",
         build=seeded(lambda: LTX2VideoTransformer3DModel(**LTX2)),
         inputs=ltx2_inputs,
-        quick=True,
         **LTX2_COUNTS,
     ),
     Case(
@@ -550,7 +547,6 @@ WAN_CASES = (
         build=seeded(lambda: WanTransformer3DModel(**WAN)),
         inputs=wan_inputs,
         crop=crop(),
-        quick=True,
         **WAN_COUNTS,
     ),
     Case(
@@ -592,7 +588,6 @@ WAN_CASES = (
                 "control_hidden_states": cut(inputs["control_hidden_states"], (2, 6, 4))
             }
         ),
-        quick=True,
     ),
     Case(
         name="chronoedit",
@@ -838,7 +833,6 @@ HISTORY_CASES = (
         inputs=hunyuan_15_inputs,
         refused=("CaptureError", "if is_t2v:"),
         why="Python asks whether the picture's embeddings are all zeros.",
-        quick=True,
     ),
     Case(
         name="motif",
@@ -1181,7 +1175,6 @@ FRAME_CASES = (
             "feed-forward. The 2 temporal blocks fold space into the batch: both of their "
             "branches stay."
         ),
-        quick=True,
     ),
     Case(
         name="sana_video",

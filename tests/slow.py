@@ -1,0 +1,225 @@
+"""All slow tests by name, which `make test` leaves out and `make test-all` runs.
+
+`tests/conftest.py` gives the marker `slow` to what an entry matches, and stops the run at an entry
+that matches nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Slow:
+    """Tests by node id below `tests/`, and why they are slow.
+
+    Attributes:
+        tests: node id; "*" stands for any characters. quick: parameters of these tests, as pytest
+            writes them between brackets, that stay in the quick run.
+    """
+
+    tests: str
+    why: str
+    quick: tuple[str, ...] = ()
+
+
+INDUCTOR = "compiles with Inductor; quick tests compile the same kinds of program once"
+WHOLE = "one more whole model, like those of the quick run"
+MORE = "one more value of a parameter, computed like those of the quick run"
+PIPELINE = "one more whole pipeline, like those of the quick run"
+ONNX = "one more export to ONNX; quick tests export each method once"
+SUBPROCESS = "starts a process that imports everything, for an example or a command"
+
+SLOW = (
+    # analysis
+    Slow("analysis/test_variants.py::test_torchao[unet-*]", WHOLE),
+    Slow("analysis/test_variants.py::test_torchao_as_diffusers_loads_it", WHOLE),
+    Slow("analysis/test_variants.py::test_adapters_on_int8_weights_are_captured_once", WHOLE),
+    Slow("analysis/test_variants.py::test_torchao_compiled[*]", INDUCTOR),
+    Slow("analysis/test_variants.py::test_a_declared_custom_op_merges[unet-False]", WHOLE),
+    Slow("analysis/test_variants.py::test_a_declared_custom_op_merges[flux-True]", MORE),
+    Slow("analysis/test_variants.py::test_changed_model[unet, DoRA]", WHOLE),
+    Slow("analysis/test_variants.py::test_changed_model[unet, two adapters]", WHOLE),
+    Slow("analysis/test_variants.py::test_changed_model[unet, softmax*]", WHOLE),
+    Slow("analysis/test_variants.py::test_changed_model[unet, gradient checkpointing]", WHOLE),
+    Slow("analysis/test_variants.py::test_attention_written_out[sd15]", WHOLE),
+    Slow(
+        "analysis/test_variants.py::test_fused_projections_of_other_families[*]",
+        WHOLE,
+        quick=("sd3",),
+    ),
+    Slow("analysis/test_variants.py::test_rotary[*-table-True]", MORE),
+    Slow("analysis/test_variants.py::test_rotary[*-a batch of tables-False]", MORE),
+    Slow("analysis/test_variants.py::test_attention_slicing_of_a_unet", WHOLE),
+    Slow("analysis/test_variants.py::test_half_precision_is_near_float32[unet-*bfloat16]", WHOLE),
+    Slow("analysis/test_variants.py::test_half_precision_is_near_float32[flux-*.float16]", MORE),
+    Slow("analysis/test_variants.py::test_autocast_around_a_call[unet]", WHOLE),
+    Slow("analysis/test_variants.py::test_odd_shapes[4-grid3-17]", MORE),
+    Slow("analysis/test_variants.py::test_odd_shapes_of_a_unet[3-26-22]", MORE),
+    # capture
+    Slow("capture/test_lora.py::test_every_operation_shows_and_is_captured_once[*]", WHOLE),
+    Slow("capture/test_lora.py::test_sdxl", WHOLE),
+    # cli
+    Slow("cli/test_artifacts.py::test_what_a_build_says", SUBPROCESS),
+    Slow("cli/test_artifacts.py::test_dry_run*", SUBPROCESS),
+    # export
+    Slow("export/test_aoti.py::*", "every test there runs what a compiler built"),
+    Slow(
+        "export/test_artifact_pipelines.py::test_every_pipeline[*]",
+        PIPELINE,
+        quick=("flux_true_cfg",),
+    ),
+    Slow("export/test_artifact_pipelines.py::test_guidance[*]", PIPELINE),
+    Slow("export/test_artifact_pipelines.py::test_what_an_artifact_can_not_do", PIPELINE),
+    Slow("export/test_artifact_pipelines.py::test_pictures_of_the_embedded_models[*]", PIPELINE),
+    Slow(
+        "export/test_coverage.py::test_programs_of_every_method[*]",
+        MORE,
+        quick=("toma", "tomesd"),
+    ),
+    Slow(
+        "export/test_coverage.py::test_functions_of_every_method[*]",
+        MORE,
+        quick=("tofu-torch.*", "retom-ratio-torch.*"),
+    ),
+    Slow("export/test_coverage.py::test_onnx_artifacts_of_every_method[*]", ONNX, quick=("toma",)),
+    Slow("export/test_coverage.py::test_onnx_models_of_every_method[*]", ONNX),
+    Slow("export/test_coverage.py::test_whole_models[*]", WHOLE),
+    Slow("export/test_onnx.py::test_opsets[*]", ONNX),
+    Slow("export/test_onnx.py::test_stateless_without_patterns", ONNX),
+    Slow("export/test_onnx.py::test_steps_without_merging[*]", ONNX),
+    Slow("export/test_onnx.py::test_whole_models[*]", ONNX),
+    Slow("export/test_onnx.py::test_half_precision[*]", ONNX),
+    Slow("export/test_tensorrt.py::test_engines_through_all_steps[onnx]", ONNX),
+    Slow("export/test_tensorrt.py::test_coverage_needs_no_tensorrt[onnx]", ONNX),
+    # methods
+    Slow("methods/test_baselines.py::test_exports_to_onnx[*]", ONNX),
+    Slow("methods/test_retom.py::test_exports_to_onnx[*]", ONNX),
+    Slow("methods/test_todo.py::test_exports_to_onnx[*]", ONNX),
+    Slow("methods/test_tomesd.py::test_onnx_gives_the_same[*]", ONNX),
+    Slow("methods/test_methods.py::test_example_of_an_own_method_runs", SUBPROCESS),
+    Slow("methods/test_methods.py::test_whole_models_through_inductor[*]", INDUCTOR),
+    # models
+    Slow("models/test_tiny.py::test_demo_writes_pictures_and_figures", PIPELINE),
+    # passes
+    Slow("passes/test_reference.py::test_sdxl[*]", MORE, quick=("0.5-*",)),
+    Slow("passes/test_reference.py::test_flux[*]", MORE, quick=("0.5-*",)),
+    # pipelines
+    Slow(
+        "pipelines/test_matrix.py::test_stack[*]",
+        PIPELINE,
+        quick=("sdxl", "flux_true_cfg", "flux_kontext"),
+    ),
+    Slow(
+        "pipelines/test_matrix.py::test_other_scopes[*]",
+        PIPELINE,
+        quick=("flux_ip_adapter-*", "flux_controlnet-*"),
+    ),
+    Slow(
+        "pipelines/test_matrix.py::test_lora_of_the_pipeline[*]",
+        PIPELINE,
+        quick=("flux_true_cfg",),
+    ),
+    Slow(
+        "pipelines/test_matrix.py::test_saved_and_loaded[*]",
+        PIPELINE,
+        quick=("sdxl", "flux_true_cfg"),
+    ),
+    Slow(
+        "pipelines/test_matrix.py::test_offload_copies_inference_mode_and_components[*]",
+        PIPELINE,
+        quick=("sdxl", "flux_true_cfg"),
+    ),
+    Slow(
+        "pipelines/test_matrix.py::test_sequential_offload_says_what_to_do_instead[sdxl]", PIPELINE
+    ),
+    Slow("pipelines/test_matrix.py::test_ip_adapter_scale_and_unloading", PIPELINE),
+    Slow("pipelines/test_methods_reference.py::test_tomesd_on_sdxl[0.*]", WHOLE),
+    Slow("pipelines/test_methods_reference.py::test_tomesd_on_sd15[0.25]", MORE),
+    Slow("pipelines/test_methods_reference.py::test_tomesd_on_sd15[0.75]", MORE),
+    Slow("pipelines/test_methods_reference.py::test_tomesd_over_blocks_of_sdxl[stack]", MORE),
+    Slow("pipelines/test_methods_reference.py::test_tomesd_on_flux[block]", MORE),
+    Slow("pipelines/test_methods_reference.py::test_ca_tome_on_sdxl[every-step]", MORE),
+    Slow("pipelines/test_methods_reference.py::test_ca_tome_on_flux", WHOLE),
+    Slow(
+        "pipelines/test_methods_reference.py::test_todo_on_sdxl[*]",
+        MORE,
+        quick=("factor0-*", "factor1-*"),
+    ),
+    Slow("pipelines/test_methods_reference.py::test_todo_on_flux[3-nearest]", MORE),
+    Slow(
+        "pipelines/test_methods_reference.py::test_tofu_on_sdxl[*]",
+        MORE,
+        quick=("0.5-0.5-2",),
+    ),
+    Slow("pipelines/test_methods_reference.py::test_retom_on_sdxl[window2-*]", MORE),
+    Slow("pipelines/test_methods_reference.py::test_retom_on_sdxl[window3-*]", MORE),
+    Slow(
+        "pipelines/test_reference_pipelines.py::test_keeping_every_token_is_the_original[*]",
+        PIPELINE,
+        quick=("sdxl_controlnet-*", "flux_true_cfg-*", "flux_kontext-*"),
+    ),
+    Slow(
+        "pipelines/test_reference_pipelines.py::test_merging_the_scope_and_the_schedule*[*]",
+        PIPELINE,
+        quick=("sdxl_controlnet", "flux_true_cfg", "flux_kontext"),
+    ),
+    # run
+    Slow("run/test_backend.py::test_every_step_equals_the_optimized_denoiser[flux]", WHOLE),
+    Slow("run/test_backend.py::test_another_shape[False]", MORE),
+    Slow("run/test_backend.py::test_timesteps_that_are_python_numbers[int]", MORE),
+    Slow("run/test_backend.py::test_a_ratio_of_zero_is_plain_inductor", INDUCTOR),
+    Slow("run/test_explain.py::test_every_attention_is_merged_or_rejected*[block]", MORE),
+    Slow("run/test_runtime.py::test_half_precision_models[*]", WHOLE, quick=("flux-*.float16",)),
+    # zoo
+    Slow(
+        "zoo/test_references.py::test_stack[*]",
+        WHOLE,
+        quick=("pixart_sigma", "sd3", "wan"),
+    ),
+    Slow("zoo/test_references.py::test_block[*]", WHOLE),
+    Slow("zoo/test_references.py::test_tables_matter[*]", WHOLE),
+    Slow("zoo/test_references.py::test_reuse[*]", WHOLE),
+    Slow("zoo/test_references.py::test_mask_over_the_image[*]", WHOLE),
+    Slow(
+        "zoo/test_zoo.py::test_denoiser[*]",
+        WHOLE,
+        quick=(  # one for each mechanism
+            "sd15", "sdxl_ip_adapter", "kandinsky22", "animatediff", "ddpm", "sd35_medium",
+            "aura_flow", "hunyuan_dit", "lumina_next", "flux_kontext", "flux2", "z_image",
+            "cogvideox_5b", "ltx", "ltx2", "wan", "wan_vace", "hunyuan_video_15", "latte",
+        ),
+    ),
+)  # fmt: skip
+
+
+def _matches(pattern: str, text: str) -> bool:
+    return re.fullmatch(re.escape(pattern).replace(r"\*", ".*"), text, re.DOTALL) is not None
+
+
+def slow_tests(
+    ids: Iterable[str], entries: Iterable[Slow] = SLOW
+) -> tuple[dict[str, str], set[str]]:
+    """Which of the node ids (below `tests/`) are slow and why, and the patterns that match none.
+
+    A pattern of a file none of whose tests is among the ids is not looked at: a run of one room
+    does not collect the others.
+    """
+    ids = list(ids)
+    files = {i.partition("::")[0] for i in ids}
+    slow: dict[str, str] = {}
+    unused = set()
+    for entry in entries:
+        if entry.tests.partition("::")[0] not in files:
+            continue
+        matched = [i for i in ids if _matches(entry.tests, i)]
+        parameters = {i: i.partition("[")[2].removesuffix("]") for i in matched}
+        quick = {p: [i for i in matched if _matches(p, parameters[i])] for p in entry.quick}
+        unused |= {f"{entry.tests}, quick {p}" for p, found in quick.items() if not found}
+        kept = {i for found in quick.values() for i in found}
+        slow |= {i: entry.why for i in matched if i not in kept}
+        if kept.issuperset(matched):
+            unused.add(entry.tests)
+    return slow, unused
