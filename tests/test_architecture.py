@@ -129,7 +129,7 @@ def mutations(tree: ast.AST) -> Iterator[str]:
                 yield node.func.attr
         elif isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign)):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            for target in targets:
+            for target in (x for t in targets for x in getattr(t, "elts", [t])):
                 own = (
                     isinstance(target, ast.Attribute) and getattr(target.value, "id", "") == "self"
                 )
@@ -137,12 +137,15 @@ def mutations(tree: ast.AST) -> Iterator[str]:
                     yield f"{field} ="
 
 
-@pytest.mark.xfail(strict=True, reason="the moves alone come first")
+NO_GRAPHS = ("export/to_onnx/", "compat.py")
+"""Files that change graphs of ONNX, and that note on inputs what only compilers read."""
+
+
 def test_only_the_rewriter_changes_graphs() -> None:
     assert set(mutations(ast.parse((ROOT / REWRITER).read_text()))) >= {"erase_node", "meta ="}
     for path in files():
         inside = str(path.relative_to(ROOT))
-        if inside == REWRITER or inside.startswith("export/to_onnx/"):  # the latter: of ONNX
+        if inside == REWRITER or inside.startswith(NO_GRAPHS):
             continue
         assert not list(mutations(ast.parse(path.read_text()))), inside
 

@@ -7,6 +7,11 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import toma_fx
+from tests import denoisers
+from tests.passes.test_rewrite import Block
+from toma_fx.errors import VerifyError
+from toma_fx.export.programs import export_programs
 from toma_fx.export.selection import ExpandSelection
 from toma_fx.graph.nodes import op_name
 from toma_fx.graph.rewriter import Rewriter
@@ -87,3 +92,13 @@ def test_a_graph_without_the_operator_stays(setting: Setting) -> None:
     assert not any("toma_fx" in line for line in before)
     assert expand(graph_module).log == []
     assert ops(graph_module.graph) == before
+
+
+def test_what_is_left_over_is_not_exported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that keeps the operator is refused before a runtime fails on it."""
+    inputs = (torch.randn(1, 16, 8), denoisers.ids(4, 4))
+    optimized = toma_fx.optimize(Block().eval(), tile=4, ratio=0.25, min_tokens=4)
+    monkeypatch.setattr(ExpandSelection, "apply", lambda self, rewriter: None)
+    with pytest.raises(VerifyError, match="only this package registers it") as caught:
+        export_programs(optimized, inputs)
+    assert "export_refresh, after its passes: %facility_location" in caught.value.where

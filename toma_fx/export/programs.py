@@ -14,9 +14,10 @@ from torch.export import ExportedProgram
 from toma_fx.compat import tree_paths
 from toma_fx.errors import ModelTypeError
 from toma_fx.export.selection import ExpandSelection
-from toma_fx.graph.rewriter import Rewriter
+from toma_fx.graph.passes import EraseInputs, run_passes
+from toma_fx.graph.rewriter import Rewriter, copy_graph
+from toma_fx.graph.specs import EXPORTABLE
 from toma_fx.graph.verify import output_values
-from toma_fx.passes.pipeline import copy_graph
 from toma_fx.plan.plan import MergePlan
 from toma_fx.run.calls import call_of
 from toma_fx.run.denoiser import OptimizedDenoiser, optimized_of
@@ -157,11 +158,8 @@ def _export(
         graph_module = copy_graph(program.graph_module)
         pairs = zip(specialization.captured.inputs, leaves, strict=True)
         constants = [spec.name for spec, leaf in pairs if not _is_tensor(leaf)]
-        rewriter = Rewriter(graph_module)
-        expand = ExpandSelection()
-        with rewriter.running(expand.name):
-            expand.apply(rewriter)
-        rewriter.erase_inputs(constants)
+        steps = (ExpandSelection(), EraseInputs(frozenset(constants)))
+        run_passes(Rewriter(graph_module), steps, f"export_{kind}", after=EXPORTABLE)
         tensors = (*filter(_is_tensor, leaves), *(kept[name] for name in program.takes))
         # programs of static shapes have static strides too, and runtimes hand over contiguous ones
         example = tuple(x.contiguous() for x in tensors)

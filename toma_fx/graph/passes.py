@@ -43,6 +43,18 @@ class EraseDead:
         rewriter.erase_dead()
 
 
+@dataclass(frozen=True)
+class EraseInputs:
+    """Inputs of these names go: constants, which a graph has inside, so that nothing reads them."""
+
+    name: ClassVar[str] = "erase_inputs"
+    names: frozenset[str]
+
+    def apply(self, rewriter: Rewriter) -> None:
+        """Erase them."""
+        rewriter.erase_inputs(self.names)
+
+
 def run_passes(
     rewriter: Rewriter,
     passes: Sequence[Pass],

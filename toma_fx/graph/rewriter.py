@@ -6,6 +6,7 @@ which pass did what, and refuses name collisions.
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,12 +18,22 @@ from torch import Tensor, fx
 from toma_fx.compat import tree_leaves
 from toma_fx.errors import RewriteError
 from toma_fx.graph.nodes import is_dead, op_name
-from toma_fx.graph.templates import Opaque, trace_snippet
-from toma_fx.graph.templates import Templates as Templates
+from toma_fx.graph.templates import Opaque, Templates, trace_snippet
 from toma_fx.graph.verify import describe, fake_result, output_values, strides_of
 
 ModuleStack = Mapping[str, tuple[str, Any]]
 """`nn_module_stack` of a node: (path, class) of each module around it, outermost first."""
+
+
+def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """A copy with its own graph that shares every parameter; node names stay the same."""
+    graph = copy.deepcopy(graph_module.graph)
+    names = [n.name for n in graph_module.graph.nodes]
+    if [n.name for n in graph.nodes] != names:
+        raise RewriteError("node names changed in a copy", where="copy_graph")
+    for new, old in zip(graph.nodes, graph_module.graph.nodes, strict=True):
+        new.meta = dict(old.meta)
+    return fx.GraphModule(graph_module, graph, graph_module.__class__.__name__)
 
 
 class Rewriter:
@@ -329,7 +340,6 @@ class Rewriter:
             if node.name in names:
                 self.erase(node)
                 self.inputs.remove(node.name)
-        self.graph_module.recompile()
 
     # -- erasing -----------------------------------------------------------------------------------
 

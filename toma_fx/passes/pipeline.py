@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 from torch import fx
@@ -12,8 +11,9 @@ from toma_fx.analysis.facts import Analysis
 from toma_fx.capture.model import Captured
 from toma_fx.errors import RewriteError
 from toma_fx.graph.passes import run_passes
-from toma_fx.graph.rewriter import Rewriter, Templates
+from toma_fx.graph.rewriter import Rewriter, copy_graph
 from toma_fx.graph.specs import CAPTURED, REWRITTEN
+from toma_fx.graph.templates import Templates
 from toma_fx.graph.verify import output_values
 from toma_fx.passes.job import Job
 from toma_fx.passes.uses import Use
@@ -36,17 +36,6 @@ class Program:
     takes: tuple[str, ...]
     gives: tuple[str, ...]
     log: tuple[tuple[str, str, str], ...]
-
-
-def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """A copy with its own graph that shares every parameter; node names stay the same."""
-    graph = copy.deepcopy(graph_module.graph)
-    names = [n.name for n in graph_module.graph.nodes]
-    if [n.name for n in graph.nodes] != names:
-        raise RewriteError("node names changed in a copy", where="copy_graph")
-    for new, old in zip(graph.nodes, graph_module.graph.nodes, strict=True):
-        new.meta = dict(old.meta)
-    return fx.GraphModule(graph_module, graph, graph_module.__class__.__name__)
 
 
 def rewrite(

@@ -27,7 +27,7 @@ from toma_fx.compat import (
     inner_tensors,
 )
 from toma_fx.errors import UnknownNameError, nearest
-from toma_fx.graph.rewriter import Templates
+from toma_fx.graph.templates import Templates
 from toma_fx.graph.verify import output_values, verify
 from toma_fx.methods.base import MethodConfig
 from toma_fx.passes.pipeline import Program, rewrite
