@@ -31,7 +31,8 @@ if TYPE_CHECKING:  # the names of the table, for type checkers and editors
         TomaError as TomaError, TrainingModeError as TrainingModeError,
         UnknownNameError as UnknownNameError, VerifyError as VerifyError,
     )
-    from toma_fx.export.loader import ArtifactDenoiser as ArtifactDenoiser, load as load
+    from toma_fx.export.denoiser import ArtifactDenoiser as ArtifactDenoiser
+    from toma_fx.export.loader import load as load
     from toma_fx.methods.base import MethodConfig as MethodConfig
     from toma_fx.methods.baselines import GridConfig as GridConfig, RandomConfig as RandomConfig
     from toma_fx.methods.ca_tome import CAToMeConfig as CAToMeConfig
@@ -57,7 +58,8 @@ _NAMES = {
         "ParityError RewriteError SharedStateError SignatureError StateError TileError TomaError "
         "TrainingModeError UnknownNameError VerifyError"
     ),
-    "toma_fx.export.loader": "ArtifactDenoiser load",
+    "toma_fx.export.denoiser": "ArtifactDenoiser",
+    "toma_fx.export.loader": "load",
     "toma_fx.methods.base": "MethodConfig",
     "toma_fx.methods.baselines": "GridConfig RandomConfig",
     "toma_fx.methods.ca_tome": "CAToMeConfig",

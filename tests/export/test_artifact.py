@@ -21,7 +21,8 @@ from toma_fx.errors import ArtifactError, BuildError, ModelTypeError, SignatureE
 from toma_fx.export import artifact, builder
 from toma_fx.export.artifact import Build, Stage, verify_artifact
 from toma_fx.export.builder import export
-from toma_fx.export.loader import ArtifactDenoiser, load
+from toma_fx.export.denoiser import ArtifactDenoiser
+from toma_fx.export.loader import load
 from toma_fx.export.manifest import Device, Manifest, ProgramSpec, TargetSpec
 from toma_fx.export.programs import Programs
 from toma_fx.export.targets import Lowered, Runtime, Target

@@ -1,0 +1,290 @@
+"""An artifact as a module that stands in a diffusers pipeline as the denoiser did."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from toma_fx.capture.grids import Raster
+from toma_fx.compat import ORIGINAL_FORWARD
+from toma_fx.errors import ArtifactError
+from toma_fx.export.calls import ArtifactCall, check_positions, match_call
+from toma_fx.export.manifest import Manifest, ProgramSpec
+from toma_fx.export.targets import Runtime
+from toma_fx.run.batching import State, step_states
+from toma_fx.run.calls import CONDITIONING, TIMESTEP, call_of_step, number_of
+from toma_fx.run.generation import Rasters
+from toma_fx.run.stepper import GENERATIONS, OWN_STATE, StepCall, Stepper
+
+
+class ArtifactPrograms:
+    """The programs of an artifact, by kind: a `run.stepper.ProgramSet`."""
+
+    def __init__(self, manifest: Manifest, runtime: Runtime) -> None:
+        self._manifest, self._runtime = manifest, runtime
+        self.schedule = manifest.schedule
+        self.settings = tuple((spec.name, spec.shape, spec.dtype) for spec in manifest.kept)
+        self.batch_sizes = frozenset(spec.shape[0] for spec in manifest.kept if spec.shape)
+
+    def takes(self, kind: str) -> tuple[str, ...]:
+        """Names of the kept tensors that follow the model's own inputs."""
+        return self._spec(kind).takes
+
+    def gives(self, kind: str) -> tuple[str, ...]:
+        """Names of the kept tensors that follow the model's own outputs."""
+        return self._spec(kind).gives
+
+    def instead(self, kind: str) -> str:
+        """The kind that runs while something that `kind` takes is not kept."""
+        return self._spec(kind).instead
+
+    def mixed(self, kinds: Collection[str]) -> str | None:
+        """None: artifacts hold no program for requests that are due different kinds."""
+        return None
+
+    def count(self, kind: str) -> None:
+        """Nothing to count in an artifact."""
+
+    def runner(self, kind: str) -> Callable[..., list[Tensor]]:
+        """The program: (inputs, kept tensors) -> (outputs, kept tensors), flat."""
+        own, spec = len(self._manifest.inputs), self._spec(kind)
+
+        def run(*flat: Tensor) -> list[Tensor]:
+            kept = dict(zip(spec.takes, flat[own:], strict=True))
+            outputs, given = self._runtime.run(kind, flat[:own], kept)
+            # the next run may write to the same memory
+            return [x.clone() for x in (*outputs, *(given[name] for name in spec.gives))]
+
+        return run
+
+    def _spec(self, kind: str) -> ProgramSpec:
+        if kind not in self._manifest.programs:
+            raise ArtifactError(
+                "the artifact lacks a program that its schedule names",
+                where="manifest.json",
+                expected=f"a program of the kind {kind!r}",
+                got=", ".join(self._manifest.programs),
+                hint="the artifact is damaged or was edited: build it anew",
+            )
+        return self._manifest.programs[kind]
+
+
+class ArtifactDenoiser(nn.Module):
+    """A denoiser that runs from an artifact. Made by `toma_fx.load`.
+
+    Called by keyword as the original, or with its arguments in the order of the manifest. It keeps
+    state as an optimized denoiser does: by `cache_context` and `own_state`, from step to step,
+    reset at the end of a pipeline call; or the caller holds it, `step(inputs, state)`. It has no
+    parameters: weights are in the artifact.
+
+    Attributes:
+        manifest: what the artifact says of itself. config: the original's configuration.
+    """
+
+    def __init__(self, manifest: Manifest, runtime: Runtime, device: torch.device) -> None:
+        super().__init__()
+        self.manifest = manifest
+        self.config = _Config(manifest.model_config)
+        self._programs, self._device = ArtifactPrograms(manifest, runtime), device
+        self._stepper = Stepper(GENERATIONS, "the loaded artifact", OWN_STATE)
+        self._digest = hashlib.sha256(manifest.to_json().encode()).hexdigest()
+        self.training = False
+        inside = manifest.model_config.get("projection_class_embeddings_input_dim")
+        if inside is not None:  # SDXL's pipelines compare it with what they made
+            self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=inside))
+        adapters = sum("ip_adapter_image_embeds" in spec.path for spec in manifest.inputs)
+        if adapters:  # Flux's pipelines compare it with the pictures they were given
+            self.encoder_hid_proj = SimpleNamespace(num_ip_adapters=adapters)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        found: torch.dtype = getattr(torch, self.manifest.dtype)
+        return found
+
+    @property
+    def device(self) -> torch.device:
+        """Where the programs run."""
+        return self._device
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """One denoising step.
+
+        Raises:
+            SignatureError: other inputs than the artifact was built for: names the first.
+            SharedStateError: another thread is in a step, or in the middle of a generation.
+        """
+        call = match_call(self.manifest, args, kwargs, self._device)
+        outputs = self._stepper.step(
+            lambda: self._step_call(call), lambda rasters: self._find(rasters)
+        )
+        return self._structured(outputs)
+
+    def step(self, inputs: Any, state: State | Sequence[State]) -> tuple[Any, Any]:
+        """One denoising step with the state in the caller's hands; changes nothing else.
+
+        Args:
+            inputs: keyword arguments of the call (a dict), or a pair (args, kwargs).
+            state: `State()` before a request's first step, then what the last step returned. Or a
+                list of them, one per request, when the batch holds several, in batch order; an
+                artifact serves requests that are due the same kind of program.
+
+        Returns:
+            (outputs as the denoiser returned them, next state or list of next states).
+
+        Raises:
+            StateError: no states, states that do not fill the batch, that belong to another
+                artifact's shapes, or that are due different kinds of programs.
+            SignatureError: inputs that the artifact was not built for.
+        """
+        args, kwargs = call_of_step(inputs)
+        call = match_call(self.manifest, args, kwargs, self._device)
+        step_call = self._step_call(call)
+        self._find(Rasters.read(step_call.ids).values)
+        model = (self._digest, str(self._device))
+        outputs, following = step_states(
+            self._stepper, self._programs, call.inputs, state, model, nullcontext
+        )
+        return self._structured(outputs), following
+
+    # -- what a call is -------------------------------------------------------------------------
+
+    def _step_call(self, call: ArtifactCall) -> StepCall:
+        arguments, specs = call.arguments, self.manifest.inputs
+        conditioning = arguments.get((CONDITIONING,))
+        return StepCall(
+            signature=None,
+            leaves=call.inputs,
+            ids=[arguments[spec.path] if spec.raster is not None else None for spec in specs],
+            timestep=number_of(arguments.get((TIMESTEP,))),
+            conditioning=conditioning if isinstance(conditioning, Tensor) else None,
+        )
+
+    def _find(self, rasters: tuple[Raster | None, ...]) -> tuple[Hashable, ArtifactPrograms]:
+        """The programs; position ids must enumerate the grid that they merge on."""
+        check_positions(self.manifest, rasters)
+        return None, self._programs
+
+    def _structured(self, outputs: list[Tensor]) -> Any:
+        structure = self.manifest.structure
+        if structure.kind == "tensor":
+            return outputs[0]
+        if structure.kind == "list":
+            return outputs
+        if structure.kind == "tuple":
+            return tuple(outputs)
+        return _Output(zip(structure.fields, outputs, strict=True))
+
+    # -- standing in ----------------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            raise AttributeError(
+                f"an artifact has no {name!r}: only programs are left of the model. LoRA and "
+                "IP-Adapters go into the model before the build; nothing can change it later"
+            ) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse the hooks of offloading, which would look for parameters.
+
+        Raises:
+            ArtifactError: the attribute is what accelerate sets for its hooks.
+        """
+        if name == ORIGINAL_FORWARD:
+            raise ArtifactError(
+                "an artifact can't be offloaded",
+                where="enable_model_cpu_offload()",
+                expected="weights that stay on the artifact's device",
+                hint="leave offloading out, or move the pipeline's other components yourself",
+            )
+        super().__setattr__(name, value)
+
+    def cache_context(self, name: str) -> AbstractContextManager[None]:
+        """Keep separate state for the calls inside ("cond", "uncond" of true CFG)."""
+        return self._stepper.cache_context(name)
+
+    @property
+    def _context(self) -> str:
+        return self._stepper.context
+
+    def own_state(self) -> AbstractContextManager[None]:
+        """Calls of this thread inside keep their state apart from everybody else's."""
+        return self._stepper.own_state()
+
+    def reset(self) -> None:
+        """Forget what is kept; the next call is step 0 of a new generation."""
+        self._stepper.reset()
+
+    def _reset_stateful_cache(self, *args: Any, **kwargs: Any) -> None:
+        """Called by diffusers pipelines at the end of a generation."""
+        self.reset()
+
+    def to(self, *args: Any, **kwargs: Any) -> ArtifactDenoiser:
+        """Stay: an artifact runs where and in the dtype it was built for.
+
+        Raises:
+            ArtifactError: another device or dtype is asked for.
+        """
+        device, dtype = _destination((*args, *kwargs.values()))
+        wrong_device = device is not None and device.type != self._device.type
+        if wrong_device or (dtype is not None and dtype != self.dtype):
+            raise ArtifactError(
+                "an artifact can't be moved or cast",
+                where="to()",
+                expected=f"{self._device}, {self.dtype}",
+                got=f"{device}, {dtype}",
+                hint="build it for that device and dtype",
+            )
+        return self
+
+    def train(self, mode: bool = True) -> ArtifactDenoiser:
+        """Refuse training mode.
+
+        Raises:
+            ArtifactError: `mode` is true.
+        """
+        if mode:
+            raise ArtifactError("an artifact can't be trained", where="train()")
+        return self
+
+
+def _destination(values: Sequence[Any]) -> tuple[torch.device | None, torch.dtype | None]:
+    """Device and dtype among the arguments of `Module.to`."""
+    device, dtype = None, None
+    for value in values:
+        if isinstance(value, Tensor):
+            device, dtype = value.device, value.dtype
+        elif isinstance(value, torch.dtype):
+            dtype = value
+        elif isinstance(value, (str, torch.device)) or type(value) is int:
+            device = torch.device(value)
+    return device, dtype
+
+
+class _Config(dict[str, Any]):
+    """The original's configuration: keys are attributes too, as diffusers' pipelines expect."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self:
+            return self[name]
+        raise AttributeError(name)
+
+
+class _Output(dict[str, Tensor]):
+    """Outputs by name: `out.sample`, `out["sample"]` or `out[0]`, as diffusers' output classes."""
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name in self:
+            return self[name]
+        raise AttributeError(name)
+
+    def __getitem__(self, key: str | int) -> Tensor:
+        return list(self.values())[key] if isinstance(key, int) else super().__getitem__(key)
