@@ -36,7 +36,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build(*args: Any) -> int:
-    given = ["--height", 128, "--batch", 1, "--text", 8, "--set", "min_tokens=16"]
+    given: list[Any] = ["--height", 128, "--batch", 1, "--text", 8, "--method", "grid"]
+    given += ["--set", "min_tokens=16", "--set", "destinations_every=5"]
     return main(["build", *map(str, given), *map(str, args)])
 
 
@@ -231,7 +232,7 @@ def test_dry_run(name: str, route: str, capsys: pytest.CaptureFixture[str]) -> N
 def test_dry_run_says_what_is_not_taken(
     model_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    merge = ("--set", "inverse=pinv", "--set", "destinations_every=2")
+    merge = ("--method", "toma", "--set", "inverse=pinv", "--set", "destinations_every=2")
     args = ("--target", "tensorrt", "--dry-run", *merge)
     assert build("--model", model_folder, *args) == 1
     found = capsys.readouterr()

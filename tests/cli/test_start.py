@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import toma_fx
-from tests.export.test_artifact import InProcess
+from tests.export.in_process import InProcess
 from tests.methods.test_methods import inputs, model
 
 CODE = """

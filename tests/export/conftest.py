@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 
+import toma_fx
+from tests.export.in_process import InProcess
+from tests.methods.test_methods import model
 from toma_fx.export import builder
 from toma_fx.export.programs import Programs, export_programs
 
@@ -22,3 +25,14 @@ def exported_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return EXPORTED[id(optimized)][1]
 
     monkeypatch.setattr(builder, "export_programs", export)
+
+
+@pytest.fixture(scope="module")
+def optimized() -> Any:
+    """The smallest model, with every kind of step that merges."""
+    return toma_fx.optimize(model(), method="toma", min_tokens=1, weights_every=2)
+
+
+@pytest.fixture
+def target() -> InProcess:
+    return InProcess()

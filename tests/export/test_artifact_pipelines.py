@@ -22,7 +22,7 @@ import toma_fx
 from tests import diffusers_pipelines
 from tests.denoisers import relative
 from tests.diffusers_pipelines import CASES, Case
-from tests.export.test_artifact import InProcess, opened
+from tests.export.in_process import InProcess, opened
 from toma_fx.errors import ArtifactError
 from toma_fx.export.builder import export
 from toma_fx.models import tiny

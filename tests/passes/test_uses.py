@@ -12,7 +12,7 @@ import torch
 from torch._inductor import compile_fx as inductor
 
 import toma_fx
-from tests.export.test_artifact import InProcess, opened
+from tests.export.in_process import InProcess, opened
 from tests.methods.test_methods import inputs, model
 from toma_fx.errors import ConfigError, RewriteError, UnknownNameError
 from toma_fx.export.builder import export

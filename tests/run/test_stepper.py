@@ -15,7 +15,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor import compile_fx as inductor
 
 import toma_fx
-from tests.export.test_artifact import InProcess, opened
+from tests.export.in_process import InProcess, opened
 from tests.methods.test_methods import inputs, model
 from toma_fx.errors import CompanionError, ParityError, SharedStateError, StateError
 from toma_fx.export.builder import export

@@ -1,0 +1,148 @@
+"""What AOTInductor artifacts store, and how their builds go wrong; nothing is compiled."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import toma_fx
+from tests.methods.test_methods import inputs, model, static
+from toma_fx.errors import BuildError, ConfigError, UnknownNameError
+from toma_fx.export.builder import export
+from toma_fx.export.machine import architecture
+from toma_fx.export.to_aoti import files, lower, target
+from toma_fx.export.to_aoti.files import PACKAGE, WEIGHTS
+from toma_fx.export.to_aoti.target import AOTITarget
+
+CPU = torch.device("cpu")
+
+
+@cache
+def optimized() -> Any:
+    return toma_fx.optimize(model(), method=static("grid"))
+
+
+def test_weights_file_keeps_layouts(tmp_path: Path) -> None:
+    given = {
+        "plain": torch.arange(6.0).reshape(2, 3),
+        "last": torch.arange(48.0).reshape(1, 3, 4, 4).to(memory_format=torch.channels_last),
+        "row": torch.arange(3.0).expand(4, 3),
+        "part": torch.arange(20.0).reshape(4, 5)[1:3, 1:4],
+        "half": torch.arange(4).to(torch.bfloat16),
+        "scalar": torch.tensor(7),
+        "empty": torch.zeros(0, 4),
+    }
+    files.save_tensors(tmp_path / "w.safetensors", given, {}, CPU)
+    found, aliases = files.load_weights(tmp_path / "w.safetensors", CPU)
+    assert aliases == {}
+    for name, x in given.items():
+        assert torch.equal(found[name], x)
+        assert found[name].stride() == x.stride()
+        assert found[name].dtype == x.dtype
+
+
+def test_tensors_of_gpu_programs_that_stay_on_the_host(tmp_path: Path) -> None:
+    gpu = torch.device("meta")
+    files.save_tensors(tmp_path / "w.safetensors", {"a": torch.ones(2)}, {}, gpu)
+    files.save_tensors(tmp_path / "v.safetensors", {"a": torch.ones(2)}, {}, CPU)
+    for name, where in (("w", "cpu"), ("v", "meta")):
+        found, _ = files.load_weights(tmp_path / f"{name}.safetensors", gpu)
+        assert found["a"].device.type == where
+
+
+def test_tied_weights_and_constants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tied weights are stored once; constants of equal value, too; others under other names."""
+    table = torch.arange(6.0)
+    state = {"in": torch.ones(2, 3), "out": torch.zeros(3)}
+    state["tied"] = state["in"]
+    known = files.names_by_memory(state)
+    (tmp_path / files.PARTS).mkdir()
+    for call, extra in (("refresh", table), ("reuse", table.clone()), ("plain", table + 1)):
+        given = {"in": state["in"], "tied": state["tied"], "lifted": extra}
+        files.save_constants(tmp_path / files.part_files(call)[1], given, known, CPU)
+
+    class Calls(dict[str, None]):
+        device = CPU
+
+    monkeypatch.setattr(files, "weights_of", lambda programs: state)
+    files.save_weights(tmp_path, Calls.fromkeys(("refresh", "reuse", "plain")))  # type: ignore[arg-type]
+    found, aliases = files.load_weights(tmp_path / WEIGHTS, CPU)
+    assert set(found) == {"in", "constant.0", "constant.1"}
+    assert aliases["refresh/tied"] == aliases["reuse/tied"] == "in"
+    assert aliases["refresh/lifted"] == aliases["reuse/lifted"] != aliases["plain/lifted"]
+    assert torch.equal(found[aliases["plain/lifted"]], table + 1)
+
+
+@pytest.mark.usefixtures("exported_once")
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ((("max_autotun", True),), UnknownNameError),
+        ((("aot_inductor.package_constants_in_so", True),), ConfigError),
+        ((("freezing", True),), ConfigError),
+    ],
+)
+def test_bad_options(tmp_path: Path, options: Any, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        export(optimized(), inputs(), tmp_path / "a", AOTITarget(inductor=options))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("exported_once")
+def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target, "has_cpp_compiler", lambda: False)
+    with pytest.raises(BuildError, match=r"C\+\+ compiler"):
+        export(optimized(), inputs(), tmp_path / "a", AOTITarget())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("exported_once")
+def test_an_interrupted_build_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs that were compiled are not compiled again, whenever the interruption comes."""
+    compiled, at = [], ["reuse", "package", "weights", "open", ""]
+
+    def compile(folder: Path, call: str, *args: Any) -> None:
+        if at[0] == call:
+            raise KeyboardInterrupt
+        compiled.append(call)
+        (folder / files.PARTS).mkdir(exist_ok=True)
+        for name in files.part_files(call):
+            (folder / name).write_text(call)
+
+    def step(name: str, file: str) -> Callable[..., None]:
+        def write(folder: Path, *args: Any) -> None:
+            if at[0] == name:
+                raise KeyboardInterrupt
+            (folder / file).write_text(name)
+
+        return write
+
+    def opened(folder: Path, *args: Any) -> Any:
+        if at[0] == "open":
+            raise KeyboardInterrupt
+        assert {p.name for p in folder.iterdir()} == {PACKAGE, WEIGHTS, "stages.json"}
+        raise SystemExit
+
+    monkeypatch.setattr(lower, "compile_program", compile)
+    monkeypatch.setattr(lower, "join_parts", step("package", PACKAGE))
+    monkeypatch.setattr(lower, "save_weights", step("weights", WEIGHTS))
+    monkeypatch.setattr(AOTITarget, "open", staticmethod(opened))
+    while at[0]:
+        with pytest.raises(KeyboardInterrupt):
+            export(optimized(), inputs(), tmp_path / "a", AOTITarget())
+        at.pop(0)
+    with pytest.raises(SystemExit):
+        export(optimized(), inputs(), tmp_path / "a", AOTITarget())
+    assert compiled == ["refresh", "reuse"]
+
+
+def test_architecture_names_the_machine() -> None:
+    words = architecture(CPU).split()
+    assert words[0] == sys.platform
+    assert len(words) == len(set(words))
