@@ -106,7 +106,6 @@ def test_packages_hold_no_code() -> None:
             assert isinstance(node, allowed), f"{path}: {ast.unparse(node)[:60]}"
 
 
-@pytest.mark.xfail(strict=True, reason="the moves alone come first")
 def test_files_are_short() -> None:
     long = {name_of(p): n for p in files() if (n := len(p.read_text().splitlines())) > LONGEST}
     assert not long
