@@ -125,7 +125,7 @@ def test_weights_are_stored_once(artifact: Path) -> None:
 
 def test_weights_are_in_memory_once(artifact: Path) -> None:
     """Every constant of every program is a tensor of the one mapping."""
-    runtime: Any = load(artifact)._runtime
+    runtime: Any = AOTITarget.open(artifact, verify_artifact(artifact), CPU, {})
     given: list[dict[str, Tensor]] = []
 
     class Spy:
