@@ -122,7 +122,8 @@ class Found:
 
     def reasons(self) -> list[str]:
         """Why token flow ended, or can't be merged across."""
-        return [*(r.reason for r in self.analysis.refusals.values()), *self.flow.whole.values()]
+        refusals = (*self.analysis.refusals.values(), *self.flow.needs_all_tokens.values())
+        return [refusal.reason for refusal in refusals]
 
     def kinds(self) -> list[str]:
         return [site.kind for site in self.analysis.sites]

@@ -22,7 +22,7 @@ from toma_fx.analysis.labels import (
     layout_of,
     layouts_of,
 )
-from toma_fx.analysis.rules.base import RULES, carries_tokens, treats_alike
+from toma_fx.analysis.rules.base import RULES, carries_tokens, tokenwise_rule
 from toma_fx.graph.nodes import (
     ATTENTION,
     CASTS,
@@ -47,10 +47,10 @@ class Flow:
     Attributes:
         order: node names in graph order. operands: inputs of each. ops: op name of each.
         shapes: static shape of each tensor. modules: module path of each.
-        facts, refusals: from the analysis. passes: {node: source} for nodes that hand on the image
+        facts, refusals: from the analysis. aliases: {node: source} for nodes that hand on the image
             tokens of their source unchanged. pointwise: element-wise ops. sums: plain a + b.
         attention: fused attention, and the softmax of one that is written out.
-        whole: {node: why it must see all tokens}.
+        needs_all_tokens: refusals of nodes that must see all tokens.
     """
 
     order: tuple[str, ...]
@@ -60,12 +60,12 @@ class Flow:
     modules: Mapping[str, str]
     facts: Mapping[str, Fact]
     refusals: Mapping[str, Rejected]
-    passes: Mapping[str, str]
+    aliases: Mapping[str, str]
     pointwise: frozenset[str]
     sums: frozenset[str]
     attention: frozenset[str]
     linears: frozenset[str]
-    whole: Mapping[str, str]
+    needs_all_tokens: Mapping[str, Rejected]
 
     @cached_property
     def users(self) -> Mapping[str, tuple[str, ...]]:
@@ -74,12 +74,16 @@ class Flow:
         for name in self.order:
             for operand in dict.fromkeys(self.operands[name]):
                 out[operand].append(name)
-        return {name: tuple(found) for name, found in out.items()}
+        return {name: tuple(users) for name, users in out.items()}
 
     @cached_property
     def position(self) -> Mapping[str, int]:
         """Index of each node in graph order."""
         return {name: i for i, name in enumerate(self.order)}
+
+    def in_order(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Nodes in graph order."""
+        return tuple(sorted(names, key=self.position.__getitem__))
 
     def layout(self, name: str) -> Layout | None:
         """Layout of a tensor-valued node."""
@@ -90,18 +94,18 @@ class Flow:
         return any(s.name == segment for s in self.segments(name))
 
     @cached_property
-    def _held(self) -> Mapping[str, tuple[Segment, ...]]:
+    def _segments_by_node(self) -> Mapping[str, tuple[Segment, ...]]:
         """Token segments of every node that has any."""
-        held = {}
+        out = {}
         for name, fact in self.facts.items():
             labels = (x for layout in layouts_of(fact) for x in layout or ())
-            found = (s for label in labels if isinstance(label, Tokens) for s in label.segments)
-            if segments := tuple(dict.fromkeys(found)):
-                held[name] = segments
-        return held
+            tokens = (label for label in labels if isinstance(label, Tokens))
+            if segments := tuple(dict.fromkeys(s for label in tokens for s in label.segments)):
+                out[name] = segments
+        return out
 
     @cached_property
-    def _carriers(self) -> Mapping[str, tuple[str, ...]]:
+    def _carriers_by_segment(self) -> Mapping[str, tuple[str, ...]]:
         """Nodes that hold each segment, in graph order."""
         out: dict[str, list[str]] = {}
         for name in self.order:
@@ -111,7 +115,7 @@ class Flow:
 
     def segments(self, name: str) -> tuple[Segment, ...]:
         """Token segments of the node's value or values, on whatever dimension."""
-        return self._held.get(name, ())
+        return self._segments_by_node.get(name, ())
 
     def is_embedding(self, name: str) -> bool:
         """Whether the value is laid out [batch, tokens, channels], with a known token count."""
@@ -124,7 +128,7 @@ class Flow:
             and layout[1].length < UNKNOWN
         )
 
-    def has_rows(self, name: str) -> bool:
+    def is_batch_of_tokens(self, name: str) -> bool:
         """Whether the batch comes first and just one dimension after it enumerates tokens."""
         first, *rest = self.layout(name) or (None,)
         plain = [type(label) is Tokens for label in rest if isinstance(label, Tokens)]
@@ -137,21 +141,21 @@ class Flow:
 
     def carriers(self, segment: str) -> tuple[str, ...]:
         """Nodes that hold the tokens of `segment`, in graph order."""
-        return self._carriers.get(segment, ())
+        return self._carriers_by_segment.get(segment, ())
 
-    def weighted(self, softmax: str) -> list[str]:
-        """The products that a softmax over keys is a factor of."""
-        front, found = [softmax], []
+    def attention_products(self, softmax: str) -> list[str]:
+        """The products with the values that follow the softmax of attention."""
+        front, products = [softmax], []
         while front:
             users = [u for f in front for u in self.users[f]]
-            found += [u for u in users if self.ops[u] in PRODUCTS]
+            products += [u for u in users if self.ops[u] in PRODUCTS]
             front = [u for u in users if self.ops[u] in SCALES]
-        return found if self.ops[softmax] in SOFTMAX else []
+        return products if self.ops[softmax] in SOFTMAX else []
 
     def root(self, name: str) -> str:
-        """The node whose image tokens `name` hands on unchanged."""
-        while name in self.passes:
-            name = self.passes[name]
+        """The node whose image tokens `name` returns unchanged."""
+        while name in self.aliases:
+            name = self.aliases[name]
         return name
 
     def region(self, segment: str, start: str, end: str) -> tuple[str, ...]:
@@ -167,35 +171,41 @@ class Flow:
                 before.update(o for o in self.operands[name] if o in after)
         return tuple(n for n in self.order[first + 1 : last + 1] if n in after and n in before)
 
-    def side(
+    def find_exclusive_inputs(
         self, segment: str, ends: Iterable[str], reader: str, within: Iterable[str]
     ) -> tuple[str, ...]:
-        """Carriers among `within` that lead to `ends` and to nothing but `reader`, which reads them
+        """Carriers among `within` that lead to `ends`, and through them to `reader` alone.
 
-        What other nodes use too is left out, and what comes before it.
+        A node that others use too is left out, and so are the nodes before it.
         """
         allowed, front = set(within), list(ends)
-        found: set[str] = set()
+        inputs: set[str] = set()
         while front:
             name = front.pop()
-            if name in allowed and name not in found and self.carries(name, segment):
-                found.add(name)
+            if name in allowed and name not in inputs and self.carries(name, segment):
+                inputs.add(name)
                 front.extend(self.operands[name])
         while True:
-            out = {
+            shared = {
                 n
-                for n in found
-                if any(u not in found and u != reader for u in self.users[n])
-                or (self.ops[n] == "getitem" and self.operands[n][0] not in found)
+                for n in inputs
+                if any(u not in inputs and u != reader for u in self.users[n])
+                or (self.ops[n] == "getitem" and self.operands[n][0] not in inputs)
             }
-            if not out:
-                return tuple(sorted(found, key=self.position.__getitem__))
-            found -= out
+            if not shared:
+                return self.in_order(inputs)
+            inputs -= shared
 
-    def with_readers(self, segment: str, inner: tuple[str, ...], end: str) -> tuple[str, ...]:
+    def include_readers(self, segment: str, inner: tuple[str, ...], end: str) -> tuple[str, ...]:
         """The region and what reads its tokens and ends in another's attention, as keys do.
 
-        In a model of sound and video, sound attends to the tokens of the video.
+        Merged tokens leave a region through its exit alone. Keys of another stream's attention are
+        an exception: it averages over them, so they need not be unmerged. In a model of sound and
+        video, `norm`, `k` and `v` join the region of the video x:
+
+            x -> norm -> k, v -> attention(q of sound, k, v) -> sound
+
+        They don't if they also read tokens of the segment from behind the region, not merged there.
         """
         inside = set(inner)
         front = [n for n in inner if n != end]
@@ -210,44 +220,39 @@ class Flow:
         later = (o for o in others if self.position[o] > self.position[inner[0]])
         if any(self.carries(o, segment) for o in later):
             return inner
-        return tuple(sorted(inside | side, key=self.position.__getitem__))
+        return self.in_order(inside | side)
 
     def entries(self, segment: str, inner: Iterable[str]) -> tuple[str, ...]:
         """Values with the tokens of `segment` that flow into `inner` from outside, in order."""
         inside = set(inner)
-        found = {
-            o
-            for n in inside
-            for o in self.operands[n]
-            if o not in inside and self.carries(o, segment)
-        }
-        return tuple(sorted(found, key=self.position.__getitem__))
+        outside = {o for n in inside for o in self.operands[n]} - inside
+        return self.in_order(o for o in outside if self.carries(o, segment))
 
-    def leak(self, segment: str, inner: Iterable[str], end: str) -> Rejected | None:
+    def find_leak(self, segment: str, inner: Iterable[str], end: str) -> Rejected | None:
         """A use of the region's values that merging would break, if there is one."""
         inside = dict.fromkeys(inner)
         for name in inside:
-            if name in self.whole:
-                return Rejected(name, self.whole[name])
+            if name in self.needs_all_tokens:
+                return self.needs_all_tokens[name]
             for user in self.users[name] if name != end else ():
                 if user in self.refusals:
                     return self.refusals[user]
-                if user in self.whole:
-                    return Rejected(user, self.whole[user])
+                if user in self.needs_all_tokens:
+                    return self.needs_all_tokens[user]
                 if user not in inside and (
                     self.carries(user, segment) or self.ops[user] not in READERS
                 ):
-                    return Rejected(user, f"uses {name} outside the branch")
+                    return Rejected(user, f"uses {name} outside the branch", "use")
                 if self.ops[user] == "output":
-                    return Rejected(name, "is an output of the model")
+                    return Rejected(name, "is an output of the model", "use")
         return None
 
 
-def flow_of(
+def make_flow(
     nodes: list[fx.Node],
     facts: Mapping[str, Fact],
     refusals: Mapping[str, Rejected],
-    whole: Mapping[str, str],
+    needs_all_tokens: Mapping[str, Rejected],
 ) -> Flow:
     """The plain-data view of analyzed nodes."""
     tensors = [n for n in nodes if isinstance(n.meta.get("val"), torch.Tensor)]
@@ -259,17 +264,17 @@ def flow_of(
         modules={n.name: module_path(n) for n in nodes},
         facts=facts,
         refusals=refusals,
-        passes={},
+        aliases={},
         pointwise=frozenset(
             n.name for n in nodes if torch.Tag.pointwise in getattr(n.target, "tags", ())
         ),
         sums=frozenset(n.name for n in nodes if _is_sum(n)),
         attention=frozenset(n.name for n in nodes if _is_attention(n, facts)),
         linears=frozenset(n.name for n in nodes if _is_linear(n, facts)),
-        whole=whole,
+        needs_all_tokens=needs_all_tokens,
     )
-    passes = {n.name: source for n in nodes if (source := _passed(n, flow)) is not None}
-    return replace(flow, passes=passes)
+    aliases = {n.name: source for n in nodes if (source := _alias_source(n, flow)) is not None}
+    return replace(flow, aliases=aliases)
 
 
 def _is_attention(node: fx.Node, facts: Mapping[str, Fact]) -> bool:
@@ -295,7 +300,7 @@ def _is_linear(node: fx.Node, facts: Mapping[str, Fact]) -> bool:
     if node.op != "call_function":
         return False
     op = op_name(node.target)
-    if op in WEIGHTED or RULES.get(op) is treats_alike:
+    if op in WEIGHTED or RULES.get(op) is tokenwise_rule:
         return True
     operands: Any = node.args[:2]
     return op in ("aten.mm", "aten.matmul") and not carries_tokens(facts.get(operands[1].name))
@@ -308,8 +313,8 @@ def _is_sum(node: fx.Node) -> bool:
     return len(node.all_input_nodes) == 2 and node.kwargs.get("alpha") in (None, 1)
 
 
-def _passed(node: fx.Node, flow: Flow) -> str | None:
-    """Source whose image tokens the node hands on verbatim, as [batch, tokens, channels]."""
+def _alias_source(node: fx.Node, flow: Flow) -> str | None:
+    """The operand whose image tokens the node returns unchanged, as [batch, tokens, channels]."""
     op, name = flow.ops[node.name], node.name
     images = {s.name for s in flow.segments(name) if s.grid}
     if not images or not flow.is_embedding(name):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from toma_fx.analysis.labels import Fact, Segment, Tokens
 from toma_fx.capture.grids import Raster
@@ -46,22 +47,36 @@ class Positional:
 class Transfer:
     """What a rule derives: the fact of the output, literals to patch, positional operands.
 
-    `whole` says why the op must see all tokens, if it must: labels go on behind it, merging doesn't
-    reach across it.
+    `needs_all_tokens` says why the op must see all tokens, if it must: labels go on behind it,
+    merging doesn't reach across it.
     """
 
     fact: Fact
     patches: tuple[Patch, ...] = ()
     positionals: tuple[Positional, ...] = ()
-    whole: str = ""
+    needs_all_tokens: str = ""
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """A "no" with its reason and the node to blame."""
+    """A "no" with its reason and the node to blame.
+
+    Attributes:
+        node: graph node. reason: for people.
+        kind: what refuses: "no_rule", there is none for the op; "rule", the rule of the op;
+            "needs_all_tokens", the op must see all tokens; "use", the value is used elsewhere;
+            "layout", tokens don't lie where merging needs them; "content", it is no update or
+            attention that can merge.
+        op: op name, such as "aten.view", if an op refuses.
+    """
 
     node: str
     reason: str
+    kind: Literal["no_rule", "rule", "needs_all_tokens", "use", "layout", "content"]
+    op: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.node}: {self.reason}"
 
 
 @dataclass(frozen=True)

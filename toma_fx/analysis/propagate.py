@@ -5,7 +5,8 @@
 
 Forward data flow over the graph, no matching on model classes or parameter names. Image segments
 are seeded where spatial dimensions fold into one, and at packed inputs; a packed input's grid comes
-from position ids that line up with it, from sizes among the arguments, or from the user.
+from position ids that line up with it, from sizes among the arguments, or from the user. (Only
+where two inputs fit that grid does the name of one decide, see `graph.nodes.LATENTS`.)
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Literal
 
 from torch import fx
 
-from toma_fx.analysis.dataflow import Flow, flow_of
+from toma_fx.analysis.dataflow import Flow, make_flow
 from toma_fx.analysis.facts import Analysis, Rejected, Site, Transfer
 from toma_fx.analysis.labels import (
     BATCH,
@@ -32,10 +33,10 @@ from toma_fx.analysis.labels import (
     tokens_of,
 )
 from toma_fx.analysis.rules.apply import apply_rule
-from toma_fx.analysis.streams import _streams
+from toma_fx.analysis.streams import find_streams
 from toma_fx.capture.grids import Raster, ids_dim
 from toma_fx.capture.model import Captured
-from toma_fx.graph.nodes import ATTENTION, module_path
+from toma_fx.graph.nodes import ATTENTION, LATENTS, module_path, op_name
 from toma_fx.methods.windows import Size
 
 
@@ -50,21 +51,25 @@ def analyze(captured: Captured, grid: Size | None = None) -> tuple[Analysis, Flo
         The analysis and the plain-data view of the graph that planning works on.
     """
     nodes = list(captured.graph_module.graph.nodes)
-    seeds = _seeds(captured, {})
+    seeds = _seed_layouts(captured, {})
     facts, transfers, refusals = _propagate(nodes, seeds)
-    rasters = _rasters(captured, facts, transfers, grid)
+    rasters = _find_rasters(captured, facts, transfers, grid)
     if rasters:
-        facts, transfers, refusals = _propagate(nodes, _seeds(captured, rasters))
-    whole = {name: t.whole for name, t in transfers.items() if t.whole}
-    flow = flow_of(nodes, facts, refusals, whole)
-    lost = _lost(flow)
-    sites = tuple(_site(n, flow, lost) for n in nodes if n.name in flow.attention)
-    streams = _streams(flow, sites)
-    packed = _packed(captured)
+        facts, transfers, refusals = _propagate(nodes, _seed_layouts(captured, rasters))
+    needs_all_tokens = {
+        n.name: Rejected(n.name, t.needs_all_tokens, "needs_all_tokens", op_name(n.target))
+        for n in nodes
+        if (t := transfers.get(n.name)) and t.needs_all_tokens
+    }
+    flow = make_flow(nodes, facts, refusals, needs_all_tokens)
+    lost = _find_lost(flow)
+    sites = tuple(_classify_site(n, flow, lost) for n in nodes if n.name in flow.attention)
+    streams = find_streams(flow, sites)
+    packed = _packed_lengths(captured)
     return Analysis(facts, transfers, refusals, sites, streams, rasters, packed), flow
 
 
-def _seeds(captured: Captured, rasters: Mapping[str, Raster]) -> dict[str, Layout]:
+def _seed_layouts(captured: Captured, rasters: Mapping[str, Raster]) -> dict[str, Layout]:
     """Layouts of the model inputs: packed or text sequences, and position ids."""
     seeds: dict[str, Layout] = {}
     for spec in captured.inputs:
@@ -73,11 +78,11 @@ def _seeds(captured: Captured, rasters: Mapping[str, Raster]) -> dict[str, Layou
             continue
         if spec.raster is not None:
             dim = ids_dim(value) or 0
-            ids = _cut(spec.name, value.shape[dim], spec.raster if rasters else None, "ids")
+            ids = _label_input(spec.name, value.shape[dim], spec.raster if rasters else None, "ids")
             batch = (BATCH, None, None)[: value.dim() - 2]
             seeds[spec.name] = (*batch, *((None, ids) if dim == 2 else (ids, None)))
         elif value.dim() == 3 and value.is_floating_point():
-            packed = _cut(spec.name, value.shape[1], rasters.get(spec.name), "sequence")
+            packed = _label_input(spec.name, value.shape[1], rasters.get(spec.name), "sequence")
             seeds[spec.name] = (BATCH, packed, None)
         elif value.dim() == 4 and value.is_floating_point():
             seeds[spec.name] = (BATCH, None, HEIGHT, WIDTH)
@@ -87,7 +92,9 @@ def _seeds(captured: Captured, rasters: Mapping[str, Raster]) -> dict[str, Layou
     return seeds
 
 
-def _cut(name: str, length: int, raster: Raster | None, role: Literal["ids", "sequence"]) -> Tokens:
+def _label_input(
+    name: str, length: int, raster: Raster | None, role: Literal["ids", "sequence"]
+) -> Tokens:
     """The tokens of an input: the images of its raster, and what is around them."""
     if raster is None:
         return Tokens((Segment(name, length, None, role),))
@@ -112,18 +119,18 @@ def _propagate(
             continue
         if outcome.fact is not None:
             facts[node.name] = outcome.fact
-        if outcome.patches or outcome.positionals or outcome.whole:
+        if outcome.patches or outcome.positionals or outcome.needs_all_tokens:
             transfers[node.name] = outcome
     return facts, transfers, refusals
 
 
-def _rasters(
+def _find_rasters(
     captured: Captured,
     facts: Mapping[str, Fact],
     transfers: Mapping[str, Transfer],
-    given: Size | None,
+    grid: Size | None,
 ) -> dict[str, Raster]:
-    """What packed inputs enumerate: from ids that line up with them, from their length, or given"""
+    """What packed inputs enumerate, by ids that line up with them, by `grid`, or by hints."""
     rasters: dict[str, Raster] = {}
     ids_of = {i.name: i.raster for i in captured.inputs if i.raster is not None}
     for transfer in transfers.values():
@@ -134,30 +141,31 @@ def _rasters(
                 continue
             at = 0
             for ids in label.segments:
-                if (raster := ids_of.get(ids.name)) is not None:
-                    rasters.update(_aligned(raster, at, positional.tokens))
+                if (of_ids := ids_of.get(ids.name)) is not None:
+                    rasters.update(_locate_raster(of_ids, at, positional.tokens))
                 at += ids.length
-    if given:
-        *frames, height, width = given
+    if grid:
+        *frames, height, width = grid
         known = [Raster((height,) * math.prod(frames), width)]
     else:
         known = list(ids_of.values()) or list(captured.hints)
-    for one in known if given or not rasters else []:
-        fitting = [name for name, length in _packed(captured).items() if length == one.length]
-        if len(fitting) > 1:  # text of as many tokens
-            fitting = [name for name in fitting if name == "hidden_states"]
-        if len(fitting) == 1:
-            rasters[fitting[0]] = one
+    lengths = _packed_lengths(captured)
+    for raster in known if grid or not rasters else []:
+        candidates = [name for name, length in lengths.items() if length == raster.length]
+        if len(candidates) > 1:  # text of as many tokens
+            candidates = [name for name in candidates if name == LATENTS]
+        if len(candidates) == 1:
+            rasters[candidates[0]] = raster
     return rasters
 
 
-def _packed(captured: Captured) -> dict[str, int]:
+def _packed_lengths(captured: Captured) -> dict[str, int]:
     """Tokens of every input [batch, tokens, channels]."""
     inputs = ((i.name, i.tensor) for i in captured.inputs if i.raster is None)
     return {name: x.shape[1] for name, x in inputs if x is not None and x.dim() == 3}
 
 
-def _aligned(raster: Raster, at: int, tokens: Tokens) -> dict[str, Raster]:
+def _locate_raster(raster: Raster, at: int, tokens: Tokens) -> dict[str, Raster]:
     """The raster of the segment that holds the images of ids that begin at token `at`."""
     start, begin = at + raster.before, 0
     for segment in tokens.segments:
@@ -169,7 +177,7 @@ def _aligned(raster: Raster, at: int, tokens: Tokens) -> dict[str, Raster]:
     return {}
 
 
-def _lost(flow: Flow) -> set[str]:
+def _find_lost(flow: Flow) -> set[str]:
     """Values that may hold image tokens which the analysis lost sight of at a refusal."""
     lost: set[str] = set()
     for name in flow.order:
@@ -180,9 +188,9 @@ def _lost(flow: Flow) -> set[str]:
     return lost
 
 
-def _site(node: fx.Node, flow: Flow, lost: set[str]) -> Site:
+def _classify_site(node: fx.Node, flow: Flow, lost: set[str]) -> Site:
     """Classify one attention by the tokens of its queries and keys."""
-    layout, keys = _query_and_key(node, flow)
+    layout, keys = _score_layouts(node, flow)
     q = layout[-2] if layout is not None and isinstance(layout[-2], Tokens) else tokens_of(layout)
     k = tokens_of(keys)
     images = [s for s in q.segments if s.grid] if q else []
@@ -206,7 +214,7 @@ def _site(node: fx.Node, flow: Flow, lost: set[str]) -> Site:
     )
 
 
-def _query_and_key(node: fx.Node, flow: Flow) -> tuple[Layout | None, Layout | None]:
+def _score_layouts(node: fx.Node, flow: Flow) -> tuple[Layout | None, Layout | None]:
     """Layouts of the queries and keys; scores carry both."""
     if flow.ops[node.name] == ATTENTION:
         query, key = (str(a) for a in node.args[:2])

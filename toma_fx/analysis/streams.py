@@ -32,49 +32,53 @@ BLOCK = 3
 # -- residual streams -----------------------------------------------------------------------------
 
 
-def _streams(flow: Flow, sites: tuple[Site, ...]) -> tuple[Stream, ...]:
+def find_streams(flow: Flow, sites: tuple[Site, ...]) -> tuple[Stream, ...]:
+    """The residual streams of every image segment."""
     images: dict[str, Segment] = {}
     for name in flow.order:
         images.update({s.name: s for s in flow.segments(name) if s.grid and s.role != "ids"})
     by_node = {s.node: s for s in sites}
-    return tuple(stream for s in images.values() for stream in _streams_of(s, flow, by_node))
+    return tuple(
+        stream for s in images.values() for stream in _find_segment_streams(s, flow, by_node)
+    )
 
 
-def _streams_of(segment: Segment, flow: Flow, sites: Mapping[str, Site]) -> list[Stream]:
+def _find_segment_streams(segment: Segment, flow: Flow, sites: Mapping[str, Site]) -> list[Stream]:
     """Streams of one segment: adds whose one operand is an ancestor of the other."""
     carriers = flow.carriers(segment.name)
-    bit = {name: 1 << i for i, name in enumerate(carriers)}
-    above: dict[str, int] = {}
+    # sets of ancestors as integers, one bit for each carrier
+    bits = {name: 1 << i for i, name in enumerate(carriers)}
+    ancestors: dict[str, int] = {}
     for name in carriers:
         mask = 0
         for operand in flow.operands[name]:
-            if operand in bit:
-                mask |= above[operand] | bit[operand]
-        above[name] = mask
+            if operand in bits:
+                mask |= ancestors[operand] | bits[operand]
+        ancestors[name] = mask
     chains: list[_Chain] = []
     for name in carriers:
-        found = _residual(name, flow, bit, above, chains)
-        if found is None:
-            _pass_addition(name, flow, bit, chains)
+        residual = _match_residual(name, flow, bits, ancestors, chains)
+        if residual is None:
+            _extend_past_addition(name, flow, bits, chains)
             continue
-        chain, base, out = found
+        chain, base, out = residual
         chain.values.append(name)
         chain.parts.append((base, out, name))
     if not chains:
-        chains = _added_on_the_grid(segment, flow)
+        chains = _find_grid_update(segment, flow)
     return [
         Stream(
             f"{segment.name}/{chain.values[0]}",
             segment,
             tuple(chain.values),
-            _branches(segment, flow, sites, chain.parts),
+            _make_branches(segment, flow, sites, chain.parts),
             tuple(chain.additions),
         )
         for chain in chains
     ]
 
 
-def _added_on_the_grid(segment: Segment, flow: Flow) -> list[_Chain]:
+def _find_grid_update(segment: Segment, flow: Flow) -> list[_Chain]:
     """The one branch of tokens that are added to the picture they were folded from:
 
     x [B, C, H, W] --fold--> norm -> attention -> unfold --> x + update
@@ -82,13 +86,13 @@ def _added_on_the_grid(segment: Segment, flow: Flow) -> list[_Chain]:
     embeddings = [n for n in flow.carriers(segment.name) if flow.is_embedding(n)]
     if not embeddings:
         return []
-    start, ends = embeddings[0], [n for n in embeddings if _unfolds(n, flow)]
+    start, ends = embeddings[0], [n for n in embeddings if _is_added_on_grid(n, flow)]
     if not ends or start == ends[-1]:
         return []
     return [_Chain([start, ends[-1]], [(start, ends[-1], "")])]
 
 
-def _unfolds(name: str, flow: Flow) -> bool:
+def _is_added_on_grid(name: str, flow: Flow) -> bool:
     """Whether a value is laid out as a picture and added to one."""
     seen, front = {name}, [name]
     while front:
@@ -103,17 +107,23 @@ def _unfolds(name: str, flow: Flow) -> bool:
 
 @dataclass
 class _Chain:
-    """A stream while it is found: values, (base, out, add) of each branch, additions."""
+    """A stream while it is found: values, (base, out, add) of each branch, additions.
+
+    Adds are met in graph order; one continues the chain whose last value it adds to. So
+    x1 = x0 + f(x0), x2 = x1 + g(x1) give values [x0, x1, x2] and parts [(x0, f, x1), (x1, g, x2)].
+    An add to an earlier value has a branch that holds all parts since then: see `rewind`.
+    """
 
     values: list[str]
     parts: list[tuple[str, str, str]] = field(default_factory=list)
     additions: list[tuple[int, str]] = field(default_factory=list)
 
-    def swallow(self, value: str) -> bool:
+    def rewind(self, value: str) -> bool:
         """Go back to an earlier value: what was added since is inside the branch to come.
 
-        AuraFlow's blocks are x + mlp(norm(x + attention(x))). A sum over more branches than a block
-        has is no branch of this stream.
+        AuraFlow's block x0 + mlp(norm(x1)) with x1 = x0 + attention(x0) first gives [x0, x1]; its
+        second add returns the chain to [x0], for one branch that holds both. False if more would
+        be dropped than a block has: a long skip connection is no branch of this stream.
         """
         at = self.values.index(value)
         if len(self.parts) - at > BLOCK:
@@ -123,9 +133,11 @@ class _Chain:
         return True
 
 
-def _pass_addition(name: str, flow: Flow, bit: Mapping[str, int], chains: list[_Chain]) -> None:
-    """A stream goes on behind an addition from outside (a ControlNet's residual)."""
-    inside = [o for o in flow.operands[name] if o in bit]
+def _extend_past_addition(
+    name: str, flow: Flow, bits: Mapping[str, int], chains: list[_Chain]
+) -> None:
+    """Continue a stream behind an addition from outside (a ControlNet's residual)."""
+    inside = [o for o in flow.operands[name] if o in bits]
     if name not in flow.sums or len(inside) != 1 or not flow.is_embedding(name):
         return
     for chain in chains:
@@ -134,31 +146,31 @@ def _pass_addition(name: str, flow: Flow, bit: Mapping[str, int], chains: list[_
             chain.additions.append((len(chain.parts), name))
 
 
-def _residual(
+def _match_residual(
     name: str,
     flow: Flow,
-    bit: Mapping[str, int],
-    above: Mapping[str, int],
+    bits: Mapping[str, int],
+    ancestors: Mapping[str, int],
     chains: list[_Chain],
 ) -> tuple[_Chain, str, str] | None:
     """(chain, stream value the branch starts from, branch output) if `name` is a residual add."""
     operands = flow.operands[name]
     if name not in flow.sums or not flow.is_embedding(name):
         return None
-    if any(o not in bit or flow.shapes[o] != flow.shapes[name] for o in operands):
+    if any(o not in bits or flow.shapes[o] != flow.shapes[name] for o in operands):
         return None
     for main, out in (operands, operands[::-1]):
         root = flow.root(main)
         chain = next((c for c in chains if c.values[-1] == root), None)
         if chain is None:
             chain = next((c for c in chains if root in c.values[:-1]), None)
-            if chain is not None and above[out] & bit[chain.values[-1]]:
-                if not chain.swallow(root):
+            if chain is not None and ancestors[out] & bits[chain.values[-1]]:
+                if not chain.rewind(root):
                     continue
             else:
                 chain = None
         known = chain.values if chain else [root]
-        base = next((v for v in reversed(known) if above[out] & bit[v]), None)
+        base = next((v for v in reversed(known) if ancestors[out] & bits[v]), None)
         if base is None:
             continue
         if chain is None:
@@ -168,7 +180,7 @@ def _residual(
     return None
 
 
-def _branches(
+def _make_branches(
     segment: Segment,
     flow: Flow,
     sites: Mapping[str, Site],
@@ -178,17 +190,17 @@ def _branches(
     block = 0
     for base, out, add in parts:
         region = flow.region(segment.name, base, out)
-        inner = _inner(segment.name, flow, base, region)
+        inner = _trim_prologue(segment.name, flow, base, region)
         inside = tuple(n for n in inner if n in flow.attention)
         # a branch may reuse what an earlier attention computed (an IP-Adapter its queries)
         inside = tuple(n for n in inside if all(n not in b.sites for b in branches)) or inside
-        kinds = _kinds(segment.name, flow, inner, inside, sites)
+        kinds = _classify_branch(segment.name, flow, inner, inside, sites)
         if "attention" in kinds and any("attention" in b.kinds for b in branches):
             block += 1
         entries = flow.entries(segment.name, inner)
-        module = _branch_module(flow, inner, inside)
-        problem = _branch_problem(flow, inner, entries, out, kinds)
-        leak = flow.leak(segment.name, inner, out)
+        module = _common_module(flow, inner, inside)
+        problem = _check_branch(flow, inner, entries, out, kinds)
+        leak = flow.find_leak(segment.name, inner, out)
         if leak is not None and leak.node in flow.refusals:
             problem, leak = problem or leak, None
         branches.append(
@@ -197,13 +209,13 @@ def _branches(
     return tuple(branches)
 
 
-def _inner(segment: str, flow: Flow, base: str, region: tuple[str, ...]) -> tuple[str, ...]:
-    """The region without its prologue (norms and modulation on whole tokens)."""
+def _trim_prologue(segment: str, flow: Flow, base: str, region: tuple[str, ...]) -> tuple[str, ...]:
+    """The region without its prologue (norms and modulation of all tokens)."""
     prologue = {base}
     for name in region:
         tokens = [o for o in flow.operands[name] if flow.carries(o, segment)]
-        whole = name in flow.pointwise or flow.ops[name] in PROLOGUE
-        if whole and all(o in prologue for o in tokens):
+        may_precede = name in flow.pointwise or flow.ops[name] in PROLOGUE
+        if may_precede and all(o in prologue for o in tokens):
             prologue.add(name)
     # tokens merge where they are laid out [batch, tokens, channels]
     inside = set(region)
@@ -214,7 +226,7 @@ def _inner(segment: str, flow: Flow, base: str, region: tuple[str, ...]) -> tupl
     return tuple(n for n in region if n not in prologue)
 
 
-def _kinds(
+def _classify_branch(
     segment: str,
     flow: Flow,
     inner: tuple[str, ...],
@@ -226,7 +238,7 @@ def _kinds(
     if any(sites[n].kind in ("temporal", "unknown") for n in inside):
         kinds = {"other"}
     reached: set[str] = set()
-    inside = (*inside, *(p for n in inside for p in flow.weighted(n)))
+    inside = (*inside, *(p for n in inside for p in flow.attention_products(n)))
     for name in inner:
         outside = [o for o in flow.operands[name] if o not in inner]
         from_outside = any(flow.carries(o, segment) for o in outside)
@@ -240,7 +252,7 @@ def _kinds(
     return tuple(sorted(kinds)) or ("other",)
 
 
-def _branch_module(flow: Flow, inner: tuple[str, ...], inside: tuple[str, ...]) -> str:
+def _common_module(flow: Flow, inner: tuple[str, ...], inside: tuple[str, ...]) -> str:
     """Module path of a branch: its attention's, or what its linear maps have in common."""
     if len(inside) == 1:
         linears = [n for n in inner if n in flow.linears]
@@ -251,7 +263,7 @@ def _branch_module(flow: Flow, inner: tuple[str, ...], inside: tuple[str, ...]) 
     return ".".join(level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels))
 
 
-def _branch_problem(
+def _check_branch(
     flow: Flow,
     inner: tuple[str, ...],
     entries: tuple[str, ...],
@@ -260,8 +272,8 @@ def _branch_problem(
 ) -> Rejected | None:
     """Why the branch can't be merged, or None."""
     if not inner or "other" in kinds:
-        return Rejected(out, "holds neither attention nor MLP")
+        return Rejected(out, "holds neither attention nor MLP", "content")
     for name in (*entries, out):
         if not flow.is_embedding(name):
-            return Rejected(name, "is not laid out [batch, tokens, channels]")
+            return Rejected(name, "is not laid out [batch, tokens, channels]", "layout")
     return None

@@ -17,8 +17,9 @@ from toma_fx.errors import ArtifactError
 from toma_fx.export.calls import ArtifactCall, check_positions, match_call
 from toma_fx.export.manifest import Manifest, ProgramSpec
 from toma_fx.export.targets import Runtime
+from toma_fx.graph.nodes import CONDITIONING, TIMESTEP
 from toma_fx.run.batching import State, step_states
-from toma_fx.run.calls import CONDITIONING, TIMESTEP, call_of_step, number_of
+from toma_fx.run.calls import call_of_step, number_of
 from toma_fx.run.generation import Rasters
 from toma_fx.run.stepper import GENERATIONS, OWN_STATE, StepCall, Stepper
 

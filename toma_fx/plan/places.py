@@ -1,4 +1,4 @@
-"""Where the branches of a model stand: grid, level, depth. Methods decide by it how they merge."""
+"""Position of each branch in the model: grid, level, depth. Methods decide by it how they merge."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def places_of(analysis: Analysis, flow: Flow) -> Mapping[tuple[str, int], Place]
     sizes = {s.segment.length for s in analysis.streams if _attends(s)}
     levels = sorted(sizes or {s.segment.length for s in analysis.streams}, reverse=True)
     depths = _depths(analysis, flow)
-    found = {}
+    places = {}
     for stream in analysis.streams:
         image = stream.segment
         if image.grid is None:
             continue
         for i, branch in enumerate(stream.branches):
             first = next(b for b in stream.branches if b.block == branch.block)
-            found[stream.name, i] = Place(
+            places[stream.name, i] = Place(
                 grid=image.grid,
                 unit=_unit(image),
                 level=sum(image.length < size for size in levels),
@@ -33,7 +33,7 @@ def places_of(analysis: Analysis, flow: Flow) -> Mapping[tuple[str, int], Place]
                 module=branch.module,
                 group=first.module,
             )
-    return found
+    return places
 
 
 def _attends(stream: Stream) -> bool:

@@ -13,7 +13,7 @@ from toma_fx.methods.setting import Setting
 
 @dataclass(frozen=True)
 class MergeSegment:
-    """A stretch of a residual stream that runs on merged tokens.
+    """A part of a residual stream that runs on merged tokens.
 
     Attributes:
         name: unique name. stream, image: where it belongs. scope: residual adds it spans.
@@ -23,7 +23,7 @@ class MergeSegment:
         exit: value unmerged on the way out; "" in scope "keys", where nothing is.
         base: stream value x_a of `x_b = x_a + unmerge(x_b' - merge(x_a))`; "" unmerges the update
             of one branch itself.
-        additions: adds inside of what comes from outside; it leaves the segment whole.
+        additions: adds inside of what comes from outside; it leaves the segment unmerged.
         group: pattern group.
     """
 
@@ -62,12 +62,18 @@ class PatternGroup:
 
 @dataclass(frozen=True)
 class Rejection:
-    """An attention or branch left alone, and why."""
+    """An attention or branch left alone, and why.
+
+    Attributes:
+        node: attention, or output of the branch. module: module path. kind: of the attention or
+            the branch. reason: for people. cause: node whose refusal it is, if an op is to blame.
+    """
 
     node: str
     module: str
     kind: str
     reason: str
+    cause: str = ""
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,19 @@ destinations are selected on. Everything left alone appears among the rejections
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from itertools import groupby
 
 from toma_fx.analysis.dataflow import Flow
-from toma_fx.analysis.facts import Analysis, Branch, Stream
+from toma_fx.analysis.facts import Analysis, Branch, Rejected, Stream
 from toma_fx.errors import NoMergeSites, UnknownNameError, nearest
 from toma_fx.methods.base import MethodConfig
 from toma_fx.methods.setting import Place, Setting
 from toma_fx.plan.places import places_of
 from toma_fx.plan.plan import MergePlan, MergeSegment, PatternGroup, Rejection
-from toma_fx.plan.reasons import _left_alone, _no_sites_hint, _rejection
-from toma_fx.plan.segments import _keys_segments, _segments
+from toma_fx.plan.reasons import hint_no_sites, reject_branch, reject_rest
+from toma_fx.plan.segments import Found, Run, split_keys, split_run
 
 
 def make_plan(analysis: Analysis, flow: Flow, config: MethodConfig) -> MergePlan:
@@ -33,33 +34,43 @@ def make_plan(analysis: Analysis, flow: Flow, config: MethodConfig) -> MergePlan
         TileError: a window larger than a grid.
     """
     _check_patterns(analysis, config)
-    segments: list[MergeSegment] = []
-    rejections: list[Rejection] = []
-    places = places_of(analysis, flow)
-    for stream in analysis.streams:
-        for run, setting in _runs(stream, config, places, rejections):
-            if config.keys_only:
-                segments += _keys_segments(stream, run, setting, analysis, flow, rejections)
-            else:
-                segments += _segments(stream, run, setting, config.scope, config, flow, rejections)
-    segments = _disjoint(segments, rejections)
-    groups = _groups(segments, analysis, flow)
+    segments, rejections = _find_segments(analysis, flow, config)
+    segments, overlapping = _drop_overlaps(segments)
+    rejections += overlapping
+    segments, groups = _group_segments(segments, analysis, flow)
     merged_sites = {site for s in segments for site in s.sites}
-    rejections.extend(_left_alone(analysis, flow, merged_sites, rejections))
+    rejections += reject_rest(analysis, flow, merged_sites, rejections)
     plan = MergePlan(tuple(segments), groups, tuple(rejections), config)
     if not segments and config.merges:
         raise NoMergeSites(
             "no attention or MLP of this model can be merged with this configuration",
             [f"{r.module or r.node} ({r.kind}): {r.reason}" for r in rejections],
-            hint=_no_sites_hint(analysis, config),
+            hint=hint_no_sites(analysis, config),
         )
     return plan
 
 
-def _disjoint(segments: list[MergeSegment], rejections: list[Rejection]) -> list[MergeSegment]:
+def _find_segments(analysis: Analysis, flow: Flow, config: MethodConfig) -> Found:
+    places, sites = places_of(analysis, flow), {s.node: s for s in analysis.sites}
+    segments, rejections = list[MergeSegment](), list[Rejection]()
+    for stream in analysis.streams:
+        runs, refused = _split_stream(stream, config, places)
+        rejections += refused
+        for run in runs:
+            if config.keys_only:
+                more, refused = split_keys(run, sites, flow)
+            else:
+                more, refused = split_run(run, config.scope, flow)
+            segments += more
+            rejections += refused
+    return segments, rejections
+
+
+def _drop_overlaps(segments: list[MergeSegment]) -> Found:
     """The segments that share no node with another of a larger image, or before them."""
     taken: dict[str, MergeSegment] = {}
     dropped: set[str] = set()
+    rejections: list[Rejection] = []
     for s in sorted(segments, key=lambda s: -s.image.length):
         other = next((taken[n] for n in s.inner if n in taken), None)
         if other is None:
@@ -71,7 +82,7 @@ def _disjoint(segments: list[MergeSegment], rejections: list[Rejection]) -> list
         else:
             reason = f"two images in one sequence; {other.image} merges"
         rejections.append(Rejection(s.exit or s.sites[0], s.modules[0], "+".join(s.kinds), reason))
-    return [s for s in segments if s.name not in dropped]
+    return [s for s in segments if s.name not in dropped], rejections
 
 
 def _check_patterns(analysis: Analysis, config: MethodConfig) -> None:
@@ -88,35 +99,31 @@ def _check_patterns(analysis: Analysis, config: MethodConfig) -> None:
             )
 
 
-def _runs(
-    stream: Stream,
-    config: MethodConfig,
-    places: Mapping[tuple[str, int], Place],
-    rejections: list[Rejection],
-) -> Iterator[tuple[list[int], Setting]]:
-    """Consecutive branches with equal settings that the configuration lets merge."""
-    run: list[int] = []
-    current: Setting | None = None
+def _split_stream(
+    stream: Stream, config: MethodConfig, places: Mapping[tuple[str, int], Place]
+) -> tuple[list[Run], list[Rejection]]:
+    """Runs of branches with equal settings that the configuration lets merge."""
+    settings: list[Setting | None] = []
+    rejections: list[Rejection] = []
     for i, branch in enumerate(stream.branches):
-        found = _setting(branch, places[stream.name, i], stream.segment.length, config)
-        if isinstance(found, str):
-            rejections.append(_rejection(branch, found))
-        setting = None if isinstance(found, str) else found
-        if setting != current and run and current:
-            yield run, current
-            run = []
-        current = setting
-        if setting is not None:
-            run.append(i)
-    if run and current:
-        yield run, current
+        setting = _choose_setting(branch, places[stream.name, i], stream.segment.length, config)
+        if not isinstance(setting, Setting):
+            rejections.append(reject_branch(branch, setting))
+        settings.append(setting if isinstance(setting, Setting) else None)
+    runs = []
+    for common, indices in groupby(range(len(settings)), settings.__getitem__):
+        if common is not None:
+            runs.append(Run(stream, tuple(indices), common, config.share))
+    return runs, rejections
 
 
-def _setting(branch: Branch, place: Place, tokens: int, config: MethodConfig) -> Setting | str:
+def _choose_setting(
+    branch: Branch, place: Place, tokens: int, config: MethodConfig
+) -> Setting | str | Rejected:
     """How a branch merges, or the reason why it does not."""
-    own = config.at(branch.module)
+    options = config.at(branch.module)
     if branch.rejected is not None:
-        return f"{branch.rejected.node}: {branch.rejected.reason}"
+        return branch.rejected
     if not config.admits(branch.module):
         return "left out by include= or exclude="
     if config.keys_only and "attention" not in branch.kinds:
@@ -124,34 +131,37 @@ def _setting(branch: Branch, place: Place, tokens: int, config: MethodConfig) ->
     unwanted = [k for k in branch.kinds if k not in config.branches]
     if unwanted and not config.keys_only:
         return f"{' and '.join(unwanted)} not among branches="
-    if tokens < own.min_tokens:
-        return f"{tokens} tokens, fewer than min_tokens={own.min_tokens}"
-    return own.setting(place)
+    if tokens < options.min_tokens:
+        return f"{tokens} tokens, fewer than min_tokens={options.min_tokens}"
+    return options.setting(place)
 
 
-def _groups(
+def _group_segments(
     segments: list[MergeSegment], analysis: Analysis, flow: Flow
-) -> tuple[PatternGroup, ...]:
-    """Pattern groups; segments whose settings differ never share one. Names them p0, p1, ..."""
+) -> tuple[list[MergeSegment], tuple[PatternGroup, ...]]:
+    """The segments with the names of their pattern groups p0, p1, ..., and the groups.
+
+    Segments whose settings differ never share one.
+    """
     streams = {s.name: s for s in analysis.streams}
     members: dict[tuple[str, Setting], list[int]] = {}
     for i, segment in enumerate(segments):
         members.setdefault((segment.group, segment.setting), []).append(i)
-    groups = []
+    groups, renamed = [], list(segments)
     for n, ((_, setting), indices) in enumerate(members.items()):
         name = f"p{n}"
         leader = min((segments[i] for i in indices), key=lambda s: flow.position[s.entries[0]])
         feature = leader.entries[0]
         if setting.feature == "stream":
-            feature = _stream_value(leader, streams[leader.stream], flow) or feature
+            feature = _find_stream_value(leader, streams[leader.stream], flow) or feature
         batch = flow.shapes[feature][0]
         groups.append(PatternGroup(name, leader.name, feature, leader.image, batch, setting))
         for i in indices:
-            segments[i] = dataclasses.replace(segments[i], group=name)
-    return tuple(groups)
+            renamed[i] = dataclasses.replace(segments[i], group=name)
+    return renamed, tuple(groups)
 
 
-def _stream_value(leader: MergeSegment, stream: Stream, flow: Flow) -> str | None:
+def _find_stream_value(leader: MergeSegment, stream: Stream, flow: Flow) -> str | None:
     """The value of the stream where the block of a segment begins."""
     block = stream.branches[leader.branches[0]].block
     first = next(i for i, b in enumerate(stream.branches) if b.block == block)

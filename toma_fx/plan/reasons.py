@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence, Set
 
 from toma_fx.analysis.dataflow import Flow
-from toma_fx.analysis.facts import Analysis, Branch, Rejected
+from toma_fx.analysis.facts import Analysis, Branch, Rejected, Site
 from toma_fx.analysis.labels import BATCH, Tokens
 from toma_fx.methods.base import MethodConfig
 from toma_fx.methods.windows import size_text
 from toma_fx.plan.plan import Rejection
 
-NO_RULE = "no transfer rule for"
 
-
-def _no_sites_hint(analysis: Analysis, config: MethodConfig) -> str:
+def hint_no_sites(analysis: Analysis, config: MethodConfig) -> str:
+    """What to try if nothing can be merged."""
     tokens = [s.segment.length for s in analysis.streams]
-    unruled = [r.reason for r in analysis.refusals.values() if r.reason.startswith(NO_RULE)]
-    named = (r for r in unruled if "." in r.removeprefix(NO_RULE).split("(")[0])
-    custom = next((r for r in named if not r.startswith(f"{NO_RULE} aten.")), None)
+    unruled = (r for r in analysis.refusals.values() if r.kind == "no_rule")
+    # operators are named "namespace.name", plain functions have no namespace
+    custom = next((r for r in unruled if r.op.partition(".")[0] not in ("aten", r.op)), None)
     packed = ", ".join(f"{name} {length}" for name, length in analysis.packed.items())
     if tokens and max(tokens) < config.min_tokens:
         return f"lower min_tokens= (the model has at most {max(tokens)} image tokens here)"
     if custom is not None:
-        return f"{custom}; toma_fx.tokenwise(...) declares that it treats every token alike"
+        return f"{custom.reason}; toma_fx.tokenwise(...) declares that it treats every token alike"
     if config.grid is not None and not analysis.rasters:
         grid = f"{size_text(config.grid)} = {math.prod(config.grid)} tokens"
         return f"grid= ({grid}) must fit exactly one packed input ({packed or 'there is none'})"
@@ -32,8 +32,19 @@ def _no_sites_hint(analysis: Analysis, config: MethodConfig) -> str:
     return "toma_fx.explain(model, example_inputs) lists every site"
 
 
-def _rejection(branch: Branch, reason: str) -> Rejection:
-    return Rejection((*branch.sites, branch.out)[0], branch.module, "+".join(branch.kinds), reason)
+def reject_branch(branch: Branch, reason: str | Rejected) -> Rejection:
+    """The rejection of a branch for a reason of its own, or that of one of its nodes."""
+    node, kind = (*branch.sites, branch.out)[0], "+".join(branch.kinds)
+    return Rejection(node, branch.module, kind, str(reason), _cause(reason))
+
+
+def reject_site(site: Site, refusal: Rejected) -> Rejection:
+    """The rejection of an attention."""
+    return Rejection(site.node, site.module, site.kind, str(refusal), refusal.node)
+
+
+def _cause(reason: str | Rejected) -> str:
+    return reason.node if isinstance(reason, Rejected) else ""
 
 
 _SITE_REASONS = {
@@ -43,16 +54,17 @@ _SITE_REASONS = {
 }
 
 
-def _left_alone(
-    analysis: Analysis, flow: Flow, merged: set[str], rejections: list[Rejection]
+def reject_rest(
+    analysis: Analysis, flow: Flow, merged: Set[str], rejections: Sequence[Rejection]
 ) -> list[Rejection]:
-    """Attention that is in no segment and has no reason yet."""
+    """Rejections of the attention that is neither merged nor rejected, and of updates cut off."""
     known = merged | {r.node for r in rejections}
     branches = {site: b for s in analysis.streams for b in s.branches for site in b.sites}
     out = []
     for site in analysis.sites:
         if site.node in known:
             continue
+        cause = ""
         if site.node in branches:
             reason = f"left alone with {branches[site.node].sites[0]} of the same branch"
         else:
@@ -60,11 +72,11 @@ def _left_alone(
             if site.segment and _tokens_first(flow, site.segment):
                 reason += " laid out [batch, tokens, channels]: the tokens come first"
             refusal = _nearest_refusal(flow, site.node, back=site.kind == "unknown")
-            reason += f"; {refusal.node}: {refusal.reason}" if refusal else ""
-        out.append(Rejection(site.node, site.module, site.kind, reason))
-    told = [r.reason for r in (*rejections, *out)]
-    lost = ((r, r.reason.partition(" ")[0]) for r in _lost_updates(flow))
-    return out + [r for r, node in lost if not any(node in reason for reason in told)]
+            if refusal is not None:
+                reason, cause = f"{reason}; {refusal}", refusal.node
+        out.append(Rejection(site.node, site.module, site.kind, reason, cause))
+    causes = {r.cause for r in (*rejections, *out)}
+    return out + [r for r in _reject_lost_updates(flow) if r.cause not in causes]
 
 
 def _tokens_first(flow: Flow, segment: str) -> bool:
@@ -73,7 +85,7 @@ def _tokens_first(flow: Flow, segment: str) -> bool:
     return any(x is not None and x[1:2] == (BATCH,) and isinstance(x[0], Tokens) for x in layouts)
 
 
-def _lost_updates(flow: Flow) -> list[Rejection]:
+def _reject_lost_updates(flow: Flow) -> list[Rejection]:
     """Updates of image tokens that an op without a rule is part of."""
     lost: dict[str, Rejected] = {}
     out = []
@@ -83,12 +95,12 @@ def _lost_updates(flow: Flow) -> list[Rejection]:
             if any(s.grid for o in operands for s in flow.segments(o)):
                 lost[name] = flow.refusals[name]
         elif not flow.segments(name):
-            if found := next((lost[o] for o in operands if o in lost), None):
-                lost[name] = found
+            if refusal := next((lost[o] for o in operands if o in lost), None):
+                lost[name] = refusal
         elif name in flow.sums and flow.is_embedding(name):
             for update in (o for o in operands if o in lost):
-                reason = f"{lost[update].node}: {lost[update].reason}"
-                out.append(Rejection(update, flow.modules[update], "other", reason))
+                refusal, module = lost[update], flow.modules[update]
+                out.append(Rejection(update, module, "other", str(refusal), refusal.node))
     return out
 
 
@@ -99,8 +111,8 @@ def _nearest_refusal(flow: Flow, node: str, *, back: bool) -> Rejected | None:
         for name in front:
             if name in flow.refusals:
                 return flow.refusals[name]
-            if name in flow.whole:
-                return Rejected(name, flow.whole[name])
+            if name in flow.needs_all_tokens:
+                return flow.needs_all_tokens[name]
         edges = flow.operands if back else flow.users
         front = [n for f in front for n in edges[f] if n not in seen]
         seen.update(front)

@@ -2,39 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from toma_fx.analysis.dataflow import Flow
-from toma_fx.analysis.facts import Analysis, Rejected, Site, Stream
-from toma_fx.methods.base import MethodConfig
+from toma_fx.analysis.facts import Rejected, Site, Stream
 from toma_fx.methods.setting import Setting
 from toma_fx.plan.plan import MergeSegment, Rejection
-from toma_fx.plan.reasons import _rejection
+from toma_fx.plan.reasons import reject_branch, reject_site
 
 _SMALLER = {"stack": "block", "block": "sublayer"}
 
 
-def _segments(
-    stream: Stream,
-    run: Sequence[int],
-    setting: Setting,
-    scope: str,
-    config: MethodConfig,
-    flow: Flow,
-    rejections: list[Rejection],
-) -> list[MergeSegment]:
-    """Cut a run into segments of the scope; one that leaks falls apart, or to a smaller scope."""
-    out = []
-    if any(not stream.branches[i].add for i in run):
+Found = tuple[list[MergeSegment], list[Rejection]]
+"""Segments, and what can't be one with its reason."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive branches of a stream that merge alike.
+
+    Attributes:
+        branches: their indices. share: which segments share a pattern ("stream", "block", or none).
+    """
+
+    stream: Stream
+    branches: Sequence[int]
+    setting: Setting
+    share: str
+
+
+def split_run(run: Run, scope: str, flow: Flow) -> Found:
+    """Cut a run into segments of the scope; one that leaks is cut again, or to a smaller scope."""
+    branches, segments, rejections = run.stream.branches, list[MergeSegment](), list[Rejection]()
+    if any(not branches[i].add for i in run.branches):
         scope = "sublayer"
-    for part in _parts(stream, run, scope):
+    for part in _split_indices(run.stream, run.branches, scope):
         form = "block" if scope == "sublayer" and len(part) > 1 else scope
-        built = _segment(stream, part, setting, form, config, flow)
-        if isinstance(built, MergeSegment):
-            out.append(built)
+        segment = _make_segment(run, part, form, flow)
+        if isinstance(segment, MergeSegment):
+            segments.append(segment)
             continue
-        around = [list(g) for _, g in groupby(part, lambda i: stream.branches[i].leak is None)]
+        around = [list(g) for _, g in groupby(part, lambda i: branches[i].leak is None)]
         smaller = _SMALLER.get(scope, scope)
         if scope == "stack" and len(around) > 1:
             smaller, pieces = scope, around
@@ -43,26 +53,27 @@ def _segments(
         elif len(part) > 1:
             pieces = [[i] for i in part]
         else:
-            reason = f"{built.node}: {built.reason}"
-            rejections.append(_rejection(stream.branches[part[0]], reason))
+            rejections.append(reject_branch(branches[part[0]], segment))
             continue
         for piece in pieces:
-            out += _segments(stream, piece, setting, smaller, config, flow, rejections)
-    return out
+            more, refused = split_run(replace(run, branches=piece), smaller, flow)
+            segments += more
+            rejections += refused
+    return segments, rejections
 
 
-def _parts(stream: Stream, run: Sequence[int], scope: str) -> list[list[int]]:
+def _split_indices(stream: Stream, run: Sequence[int], scope: str) -> list[list[int]]:
     if scope == "stack":
         return [list(run)]
     if scope == "sublayer":
-        return _sublayers(stream, run)
+        return _split_sublayers(stream, run)
     parts: dict[int, list[int]] = {}
     for i in run:
         parts.setdefault(stream.branches[i].block, []).append(i)
     return list(parts.values())
 
 
-def _sublayers(stream: Stream, run: Sequence[int]) -> list[list[int]]:
+def _split_sublayers(stream: Stream, run: Sequence[int]) -> list[list[int]]:
     """Each branch by itself, or with one that uses its values (an IP-Adapter its queries)."""
     parts: list[list[int]] = []
     last = -1
@@ -77,16 +88,9 @@ def _sublayers(stream: Stream, run: Sequence[int]) -> list[list[int]]:
     return parts
 
 
-def _segment(
-    stream: Stream,
-    part: Sequence[int],
-    setting: Setting,
-    scope: str,
-    config: MethodConfig,
-    flow: Flow,
-) -> MergeSegment | Rejected:
+def _make_segment(run: Run, part: Sequence[int], scope: str, flow: Flow) -> MergeSegment | Rejected:
+    stream, image = run.stream, run.stream.segment
     branches = [stream.branches[i] for i in part]
-    image = stream.segment
     if scope == "sublayer":
         if branches[0].leak is not None:
             return branches[0].leak
@@ -94,24 +98,24 @@ def _segment(
         entries = branches[0].entries
     else:
         # the base is where the segment before it would end, so that neighbors meet in one node
-        base = _sink(flow, image.name, stream.values[part[0]])
-        exit_ = _sink(flow, image.name, branches[-1].add)
+        base = _move_past_slice(flow, image.name, stream.values[part[0]])
+        exit_ = _move_past_slice(flow, image.name, branches[-1].add)
         inner = flow.region(image.name, base, exit_)
-        inner = flow.with_readers(image.name, _without_copies(flow, inner, base, exit_), exit_)
+        inner = _drop_shared_casts(flow, inner, base, exit_)
+        inner = flow.include_readers(image.name, inner, exit_)
         entries = flow.entries(image.name, inner)
-        leak = flow.leak(image.name, inner, exit_)
+        leak = flow.find_leak(image.name, inner, exit_)
         if leak is not None:
             return leak
         base = next((e for e in entries if flow.root(e) == flow.root(base)), base)
         odd = next((e for e in entries if not flow.is_embedding(e)), None)
         if odd is not None:
-            return Rejected(odd, "is not laid out [batch, tokens, channels]")
+            return Rejected(odd, "is not laid out [batch, tokens, channels]", "layout")
         if base not in entries or not flow.is_embedding(base) or not flow.is_embedding(exit_):
-            return Rejected(
-                base, "the stream does not enter the segment as [batch, tokens, channels]"
-            )
+            reason = "the stream does not enter the segment as [batch, tokens, channels]"
+            return Rejected(base, reason, "layout")
     key = {"stream": stream.name, "block": f"{stream.name}/block{branches[0].block}"}
-    group = key.get(config.share, f"{stream.name}/{branches[0].out}")
+    group = key.get(run.share, f"{stream.name}/{branches[0].out}")
     return MergeSegment(
         name=f"{stream.name}/{scope}{part[0]}",
         stream=stream.name,
@@ -126,61 +130,52 @@ def _segment(
         exit=exit_,
         base=base,
         additions=tuple(n for i, n in stream.additions if part[0] < i <= part[-1]),
-        setting=setting,
+        setting=run.setting,
         group=group,
     )
 
 
-def _keys_segments(
-    stream: Stream,
-    run: Sequence[int],
-    setting: Setting,
-    analysis: Analysis,
-    flow: Flow,
-    rejections: list[Rejection],
-) -> list[MergeSegment]:
-    """Segments of the keys and values alone; queries and what follows stay whole."""
-    sites = {s.node: s for s in analysis.sites}
-    out = []
-    for i in run:
-        for name in stream.branches[i].sites:
-            site = sites[name]
-            built = _keys_segment(stream, i, site, setting, flow)
-            if isinstance(built, MergeSegment):
-                out.append(built)
+def split_keys(run: Run, sites: Mapping[str, Site], flow: Flow) -> Found:
+    """Segments of the keys and values alone; queries and what follows stay unmerged."""
+    segments, rejections = list[MergeSegment](), list[Rejection]()
+    for i in run.branches:
+        for name in run.stream.branches[i].sites:
+            segment = _make_keys_segment(run, i, sites[name], flow)
+            if isinstance(segment, MergeSegment):
+                segments.append(segment)
             else:
-                reason = f"{built.node}: {built.reason}"
-                rejections.append(Rejection(name, site.module, site.kind, reason))
-    return out
+                rejections.append(reject_site(sites[name], segment))
+    return segments, rejections
 
 
-def _keys_segment(
-    stream: Stream, index: int, site: Site, setting: Setting, flow: Flow
-) -> MergeSegment | Rejected:
+def _make_keys_segment(run: Run, index: int, site: Site, flow: Flow) -> MergeSegment | Rejected:
     """From where keys and values part from the queries to the attention.
 
     x --> q -----------------> attention        x --> q ------------------------> attention
      \-> k, v linear, norm --/                   \-> merge -> k, v linear, norm --/
     """
+    stream = run.stream
     image, branch = stream.segment.name, stream.branches[index]
     if site.kind not in ("self", "joint"):
-        return Rejected(site.node, f"its keys are no image tokens ({site.kind} attention)")
+        reason = f"its keys are no image tokens ({site.kind} attention)"
+        return Rejected(site.node, reason, "content")
     if not site.operands:
-        return Rejected(site.node, "attention is written out, not one fused operator")
+        return Rejected(site.node, "attention is written out, not one fused operator", "content")
     if site.masked:
-        return Rejected(site.node, "its mask is laid out for all keys")
+        return Rejected(site.node, "its mask is laid out for all keys", "content")
     query, *keys = site.operands
-    inner = flow.side(image, keys, site.node, branch.nodes)
+    inner = flow.find_exclusive_inputs(image, keys, site.node, branch.nodes)
     direct = {k for k in keys if k not in inner}
-    entries = tuple(sorted({*flow.entries(image, inner), *direct}, key=flow.position.__getitem__))
+    entries = flow.in_order({*flow.entries(image, inner), *direct})
     if query in direct:
-        return Rejected(site.node, "its keys are its queries")
-    whole = next((n for n in inner if n in flow.whole), None)
-    if whole is not None:
-        return Rejected(whole, flow.whole[whole])
-    odd = next((e for e in entries if not flow.has_rows(e)), None)
+        return Rejected(site.node, "its keys are its queries", "content")
+    partial = next((n for n in inner if n in flow.needs_all_tokens), None)
+    if partial is not None:
+        return flow.needs_all_tokens[partial]
+    odd = next((e for e in entries if not flow.is_batch_of_tokens(e)), None)
     if odd is not None:
-        return Rejected(odd, "is not laid out with the batch first and one axis of tokens")
+        reason = "is not laid out with the batch first and one axis of tokens"
+        return Rejected(odd, reason, "layout")
     return MergeSegment(
         name=f"{stream.name}/keys/{site.node}",
         stream=stream.name,
@@ -195,12 +190,12 @@ def _keys_segment(
         exit="",
         base="",
         additions=(),
-        setting=setting,
+        setting=run.setting,
         group=stream.name,
     )
 
 
-def _without_copies(flow: Flow, inner: tuple[str, ...], base: str, end: str) -> tuple[str, ...]:
+def _drop_shared_casts(flow: Flow, inner: tuple[str, ...], base: str, end: str) -> tuple[str, ...]:
     """The region without casts of its base that others use too; they merge as the base does."""
     root, inside = flow.root(base), set(inner)
     shared = {
@@ -211,13 +206,13 @@ def _without_copies(flow: Flow, inner: tuple[str, ...], base: str, end: str) -> 
     return tuple(n for n in inner if n not in shared)
 
 
-def _sink(flow: Flow, segment: str, exit_: str) -> str:
+def _move_past_slice(flow: Flow, segment: str, exit_: str) -> str:
     """Move the exit of a joint sequence past the slice that keeps only the image."""
     while len(flow.segments(exit_)) > 1:
         onward = [u for u in flow.users[exit_] if flow.carries(u, segment)]
         other = [u for u in flow.users[exit_] if u not in onward]
         blocked = any(u in flow.refusals or flow.ops[u] == "output" for u in other)
-        if len(onward) != 1 or flow.passes.get(onward[0]) != exit_ or blocked:
+        if len(onward) != 1 or flow.aliases.get(onward[0]) != exit_ or blocked:
             break
         exit_ = onward[0]
     return exit_

@@ -39,11 +39,12 @@ from toma_fx.compat import (
     static_notes,
 )
 from toma_fx.errors import ConfigError, NoMergeSites, UnknownNameError, nearest
+from toma_fx.graph.nodes import CONDITIONING, TIMESTEP
 from toma_fx.graph.rewriter import copy_graph
 from toma_fx.methods.base import MethodConfig
 from toma_fx.methods.config import make_config
 from toma_fx.methods.toma import ToMAConfig
-from toma_fx.run.calls import CONDITIONING, TIMESTEP, number_of
+from toma_fx.run.calls import number_of
 from toma_fx.run.denoiser import merging
 from toma_fx.run.generation import Rasters
 from toma_fx.run.programs import Runner, Specialization, SpecializationCache

@@ -12,11 +12,7 @@ from torch import Tensor
 
 from toma_fx.compat import tree_paths
 from toma_fx.errors import ConfigError, SignatureError
-
-TIMESTEP = "timestep"
-"""The argument that tells how far a generation is."""
-CONDITIONING = "encoder_hidden_states"
-"""The argument whose tensor stays the same through a generation."""
+from toma_fx.graph.nodes import CONDITIONING, TIMESTEP
 
 
 def call_of(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

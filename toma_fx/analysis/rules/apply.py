@@ -19,21 +19,21 @@ from toma_fx.analysis.rules.compute import pointwise
 
 
 def apply_rule(node: fx.Node, facts: dict[str, Fact]) -> Outcome:
-    """Run the rule of `node`, or say that there is none."""
+    """Run the rule of `node`; a refusal of kind "no_rule" if there is none."""
     call = Call(node, facts)
     if node.target is operator.getitem:
         return _getitem(call)
-    found = RULES.get(call.op)
+    rule = RULES.get(call.op)
     single = isinstance(node.meta.get("val"), torch.Tensor)
-    if found is None and single and torch.Tag.pointwise in getattr(node.target, "tags", ()):
-        found = pointwise
-    if found is not None:
-        return found(call)
-    touched = [n for n in node.all_input_nodes if _concerns(facts.get(n.name))]
-    return call.no(f"no transfer rule for {call.op}") if touched else NOTHING
+    if rule is None and single and torch.Tag.pointwise in getattr(node.target, "tags", ()):
+        rule = pointwise
+    if rule is not None:
+        return rule(call)
+    operands = [n for n in node.all_input_nodes if _may_hold_tokens(facts.get(n.name))]
+    return call.reject(f"no transfer rule for {call.op}", "no_rule") if operands else NOTHING
 
 
-def _concerns(fact: Fact) -> bool:
+def _may_hold_tokens(fact: Fact) -> bool:
     """Whether a value has a token axis, or a height that could become one."""
     return carries_tokens(fact) or any(HEIGHT in (layout or ()) for layout in layouts_of(fact))
 

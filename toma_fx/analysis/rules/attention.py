@@ -31,54 +31,54 @@ def attention(call: Call) -> Outcome:
     mask, causal = call.arg(3, "attn_mask"), call.arg(5, "is_causal", False)
     for name, layout in (("query", q), ("key", k), ("value", v)):
         if layout is not None and isinstance(layout[-1], Tokens):
-            return call.no(f"tokens lie along the width of the {name}")
+            return call.reject(f"tokens lie along the width of the {name}")
     if k is not None and v is not None and not _same_tokens(k[-2], v[-2]):
-        return call.no("keys and values come from different tokens")
+        return call.reject("keys and values come from different tokens")
     for layout in (k, v):
-        if q is not None and layout is not None and q[0] != layout[0] and _share(q, layout):
-            return call.no("queries and keys are batched differently")
+        if q is not None and layout is not None and q[0] != layout[0] and _share_tokens(q, layout):
+            return call.reject("queries and keys are batched differently")
     outer = token_dim(q)
     if outer is None and any(
         x is not None and token_dim(x) not in (None, len(x) - 2) for x in (k, v)
     ):
-        return call.no("keys are batched over tokens, queries are not")
+        return call.reject("keys are batched over tokens, queries are not")
     if q is not None and outer is not None and q[-2] == FRAMES:
-        return Transfer((*q[:-1], None), whole="each frame merges by its own pattern")
+        return Transfer((*q[:-1], None), needs_all_tokens="each frame merges by its own pattern")
     if q is not None and outer is not None and outer < len(shape_of(query)) - 2:
         if k is None or k[outer] != q[outer]:
-            return call.no("queries are batched over tokens, keys are not")
-        return Transfer((*q[:-1], None)) if mask is None else call.no("mask on batched tokens")
+            return call.reject("queries are batched over tokens, keys are not")
+        return Transfer((*q[:-1], None)) if mask is None else call.reject("mask on batched tokens")
     involved = [x[-2] for x in (q, k) if x is not None and isinstance(x[-2], Tokens)]
     if causal and involved:
-        return call.no("causal attention depends on the order of the tokens")
+        return call.reject("causal attention depends on the order of the tokens")
     positionals: list[Positional] = []
     if mask is not None:
         if q is not None and is_batch(q[0]) and q[0] != BATCH:
-            return call.no("a mask on rows of the batch")
-        for own, layout in ((-2, q), (-1, k)):
+            return call.reject("a mask on rows of the batch")
+        for dim, layout in ((-2, q), (-1, k)):
             label = layout[-2] if layout is not None else None
             shape = shape_of(mask)
             if isinstance(label, Tokens) and label.length >= UNKNOWN:
-                return call.no("a mask over as many tokens as the data says")
-            if isinstance(label, Tokens) and len(shape) >= -own and shape[own] != 1:
+                return call.reject("a mask over as many tokens as the data says")
+            if isinstance(label, Tokens) and len(shape) >= -dim and shape[dim] != 1:
                 at = (layout or ()).index(BATCH) if BATCH in (layout or ()) else 0
                 lead = len(layout or ()) - len(shape)
                 batch, lead = (at - lead, 0) if at >= lead else (None, lead - at)
-                mine = (call.layout(mask) or (None,) * len(shape))[own]
-                if isinstance(mine, Tokens) and mine.segments == label.segments:
+                mask_label = (call.layout(mask) or (None,) * len(shape))[dim]
+                if isinstance(mask_label, Tokens) and mask_label.segments == label.segments:
                     continue
                 labels = (x for x in call.layout(mask) or () if isinstance(x, Tokens))
-                held = [s.name for x in labels for s in x.segments if s.grid]
-                if batch or any(s.name in held for s in label.segments):
-                    return call.no("a mask that is laid out otherwise")
-                positionals.append(Positional(mask.name, len(shape) + own, label, batch, lead))
+                mask_images = [s.name for x in labels for s in x.segments if s.grid]
+                if batch or any(s.name in mask_images for s in label.segments):
+                    return call.reject("a mask that is laid out otherwise")
+                positionals.append(Positional(mask.name, len(shape) + dim, label, batch, lead))
     return Transfer((*q[:-1], None) if q is not None else None, positionals=tuple(positionals))
 
 
-def _share(a: Layout, b: Layout) -> bool:
+def _share_tokens(a: Layout, b: Layout) -> bool:
     """Whether two values hold tokens of one segment."""
-    found = [{s.name for s in tokens.segments} for x in (a, b) if (tokens := tokens_of(x))]
-    return len(found) == 2 and not found[0].isdisjoint(found[1])
+    names = [{s.name for s in tokens.segments} for x in (a, b) if (tokens := tokens_of(x))]
+    return len(names) == 2 and not names[0].isdisjoint(names[1])
 
 
 def _same_tokens(key: Label, value: Label) -> bool:
@@ -101,7 +101,7 @@ def matmul(call: Call) -> Outcome:
 def baddbmm(call: Call) -> Outcome:
     """beta * input + alpha * (a @ b), as the older attention processors write it (beta is 0)."""
     if call.arg(3, "beta", 1) != 0:
-        return call.no("a sum with a product over token axes")
+        return call.reject("a sum with a product over token axes")
     return _product(call, *call.node.args[1:3])
 
 
@@ -112,18 +112,18 @@ def _product(call: Call, a: Any, b: Any) -> Outcome:
     if tokens_of(right) is None:
         return _times_weight(call, a, b, left)
     if left is None or right is None or left[:-2] != right[:-2]:
-        return call.no("a matrix product over token axes")
+        return call.reject("a matrix product over token axes")
     rows, inner, columns = left[-2], (left[-1], right[-2]), right[-1]
     if isinstance(left[-1], Keys) and isinstance(right[-2], Tokens):
         if left[-1].segments != right[-2].segments or not left[-1].normal:
-            return call.no("a sum over tokens without softmax")
+            return call.reject("a sum over tokens without softmax")
         return Transfer((*left[:-1], None))
     if any(isinstance(label, Tokens) for label in inner):
-        return call.no("a sum over tokens (linear attention)")
+        return call.reject("a sum over tokens (linear attention)")
     if not isinstance(columns, Tokens) or isinstance(columns, (Keys, Flat)):
-        return call.no("a matrix product over token axes")
+        return call.reject("a matrix product over token axes")
     if isinstance(rows, (Keys, Flat)):
-        return call.no("a matrix product over token axes")
+        return call.reject("a matrix product over token axes")
     return Transfer((*left[:-1], Keys(columns.segments)))
 
 
@@ -132,16 +132,16 @@ def _times_weight(call: Call, a: fx.Node, b: fx.Node, left: Layout | None) -> Ou
     if left is None:
         return NOTHING
     if isinstance(left[-1], Tokens):
-        return call.no("a matrix product over the token axis")
+        return call.reject("a matrix product over the token axis")
     rank, shape = len(left), shape_of(b)
     if len(shape) == 1:
         return Transfer(left[:-1])
     for d, label in enumerate(left[:-2]):
-        own = d - rank + len(shape)
-        if isinstance(label, Tokens) and own >= 0 and shape[own] != 1:
-            return call.no("every token has a matrix of its own")
+        dim = d - rank + len(shape)
+        if isinstance(label, Tokens) and dim >= 0 and shape[dim] != 1:
+            return call.reject("every token has a matrix of its own")
     if len(shape) > rank:
-        return call.no("a batched matrix product across tokens")
+        return call.reject("a batched matrix product across tokens")
     return Transfer((*left[:-1], None))
 
 
@@ -155,4 +155,4 @@ def softmax(call: Call) -> Outcome:
     label = layout[dim]
     if isinstance(label, Keys):
         return Transfer((*layout[:dim], Keys(label.segments, True), *layout[dim + 1 :]))
-    return call.mixes("a reduction over", layout, [dim]) or Transfer(layout)
+    return call.reject_mixing("a reduction over", layout, [dim]) or Transfer(layout)

@@ -1,10 +1,10 @@
-"""What a transfer rule sees and says: `Call`, `Outcome`, the register of rules, op names."""
+"""What a transfer rule takes and returns, `Call` and `Outcome`, and the register of rules."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -60,7 +60,7 @@ class Call:
         """Layout of a tensor operand."""
         return layout_of(self.fact(operand))
 
-    def mixes(self, what: str, layout: Layout, dims: Iterable[int]) -> Rejected | None:
+    def reject_mixing(self, what: str, layout: Layout, dims: Iterable[int]) -> Rejected | None:
         """Refusal if `what`, which mixes or cuts along `dims`, would touch tokens, or their batch.
 
         Each batch element merges by its own pattern, so token i of one no longer matches token i of
@@ -69,15 +69,15 @@ class Call:
         shape = shape_of(self.node.args[0])
         for dim in dims:
             if isinstance(layout[dim], Tokens):
-                return self.no(f"{what} the token axis")
+                return self.reject(f"{what} the token axis")
             batched = is_batch(layout[dim]) or layout[dim] == FRAMES
             if batched and shape[dim] != 1 and tokens_of(layout) is not None:
-                return self.no(f"{what} the batch of tokens")
+                return self.reject(f"{what} the batch of tokens")
         return None
 
-    def no(self, reason: str) -> Rejected:
+    def reject(self, reason: str, kind: Literal["rule", "no_rule"] = "rule") -> Rejected:
         """Refusal that blames this node."""
-        return Rejected(self.name, f"{reason} ({self.node.target})")
+        return Rejected(self.name, f"{reason} ({self.node.target})", kind, self.op)
 
 
 Rule = Callable[[Call], Outcome]
@@ -120,26 +120,26 @@ def tokenwise(op: str | Callable[..., Any]) -> None:
             got=repr(op),
             hint="import the library that defines it first",
         )
-    if RULES.get(f"{space}.{leaf}", treats_alike) is not treats_alike:
+    if RULES.get(f"{space}.{leaf}", tokenwise_rule) is not tokenwise_rule:
         raise ConfigError("the operator has a rule already", where="tokenwise", got=name)
-    RULES[f"{space}.{leaf}"] = treats_alike
+    RULES[f"{space}.{leaf}"] = tokenwise_rule
 
 
-def treats_alike(call: Call) -> Outcome:
+def tokenwise_rule(call: Call) -> Outcome:
     """Rule of ops on [..., C] that treat every token alike."""
     first, *others = call.node.all_input_nodes
     layout = call.layout(first)
     if any(carries_tokens(call.fact(other)) for other in others):
-        return call.no("an argument of a token-wise op, besides the first, holds tokens")
+        return call.reject("an argument of a token-wise op, besides the first, holds tokens")
     if layout is None:
         return NOTHING
     if isinstance(layout[-1], Tokens):
-        return call.no("a token-wise op over the token axis")
+        return call.reject("a token-wise op over the token axis")
     values = call.node.meta["val"]
     several = isinstance(values, (tuple, list))
     shape = shape_of(first)
     if any(tuple(v.shape[:-1]) != shape[:-1] for v in (values if several else [values])):
-        return call.no("declared token-wise, but its result has another shape")
+        return call.reject("declared token-wise, but its result has another shape")
     fact = (*layout[:-1], None)
     return Transfer((fact,) * len(values) if several else fact)
 

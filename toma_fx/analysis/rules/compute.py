@@ -69,47 +69,49 @@ def broadcast(call: Call, operands: Sequence[fx.Node], *, additive: bool = False
             if label is None or (shape[d] == 1 and out_shape[d + shift] != 1):
                 continue
             current = labels[d + shift]
-            if current is None or _outranks(label, current):
+            if current is None or _has_priority(label, current):
                 labels[d + shift] = label
             elif isinstance(label, Tokens) != isinstance(current, Tokens) and (
                 is_batch(label) or is_batch(current)
             ):
-                return call.no("a token axis meets a batch axis")
+                return call.reject("a token axis meets a batch axis")
             elif is_batch(label) and is_batch(current) and label != current:
                 rows_differ = True
             elif isinstance(label, Tokens) and current in SPATIAL:
                 labels[d + shift] = label
     scores = isinstance(labels[-1], Keys) if labels else False
     if sum(isinstance(label, Tokens) for label in labels) > 1 + scores:
-        return call.no("two token axes in one value")
+        return call.reject("two token axes in one value")
     if rows_differ and token_dim(tuple(labels)) is not None:
-        return call.no("different rows of the batch meet")
-    if _batch_lost(call, operands, labels):
-        return call.no("tokens whose batch elements may have been mixed")
-    positionals, whole = [], ""
+        return call.reject("different rows of the batch meet")
+    if _loses_batch(call, operands, labels):
+        return call.reject("tokens whose batch elements may have been mixed")
+    positionals, needs_all = [], ""
     for operand in operands:
         for dim, label in enumerate(labels):
             if not isinstance(label, Tokens):
                 continue
-            found = _positional(call, operand, tuple(labels), dim, additive and not scores)
-            if found is None:
+            positional = _match_positional(
+                call, operand, tuple(labels), dim, additive and not scores
+            )
+            if positional is None:
                 continue
-            if _holds_some(call, operand, label):
-                return call.no("the same tokens meet in another order")
+            if _holds_tokens(call, operand, label):
+                return call.reject("the same tokens meet in another order")
             if isinstance(label, Flat):
-                whole = "a table over positions in the batch"
+                needs_all = "a table over positions in the batch"
             elif label.length >= UNKNOWN:
-                whole = "a table over as many tokens as the data says"
-            elif found.batch or FRAMES in labels:
-                whole = "a table whose batch is not its first dimension"
-            elif BATCH not in labels and _is_content(found.tokens):
-                whole = "a table over tokens whose batch is folded into another axis"
+                needs_all = "a table over as many tokens as the data says"
+            elif positional.batch or FRAMES in labels:
+                needs_all = "a table whose batch is not its first dimension"
+            elif BATCH not in labels and _is_content(positional.tokens):
+                needs_all = "a table over tokens whose batch is folded into another axis"
             else:
-                positionals.append(found)
-    return Transfer(tuple(labels), positionals=tuple(positionals), whole=whole)
+                positionals.append(positional)
+    return Transfer(tuple(labels), positionals=tuple(positionals), needs_all_tokens=needs_all)
 
 
-def _holds_some(call: Call, operand: fx.Node, tokens: Tokens) -> bool:
+def _holds_tokens(call: Call, operand: fx.Node, tokens: Tokens) -> bool:
     """Whether an operand holds some of these tokens itself, laid out otherwise."""
     names = {s.name for s in tokens.segments if s.grid}
     held = (x for x in call.layout(operand) or () if isinstance(x, Tokens))
@@ -120,7 +122,7 @@ def _is_content(tokens: Tokens) -> bool:
     return any(s.role in ("image", "sequence") for s in tokens.segments)
 
 
-def _batch_lost(call: Call, operands: Sequence[fx.Node], labels: Sequence[Label]) -> bool:
+def _loses_batch(call: Call, operands: Sequence[fx.Node], labels: Sequence[Label]) -> bool:
     """Whether an operand carries the result's tokens but no longer its batch."""
     at = next((d for d, label in enumerate(labels) if label == BATCH), None)
     dim = token_dim(tuple(labels))
@@ -131,20 +133,20 @@ def _batch_lost(call: Call, operands: Sequence[fx.Node], labels: Sequence[Label]
         if layout is None or dim < shift or layout[dim - shift] != labels[dim]:
             continue
         content = isinstance(label := labels[dim], Tokens) and _is_content(label)
-        own = layout[at - shift] if at >= shift else None
-        if content and own != BATCH:
+        label_there = layout[at - shift] if at >= shift else None
+        if content and label_there != BATCH:
             return True
     return False
 
 
-def _same(label: Label, tokens: Tokens) -> bool:
+def _is_same(label: Label, tokens: Tokens) -> bool:
     """Whether a label is about these tokens; scores before and after softmax are."""
     if isinstance(label, Keys) and isinstance(tokens, Keys):
         return label.segments == tokens.segments
     return label == tokens
 
 
-def _outranks(label: Label, other: Label) -> bool:
+def _has_priority(label: Label, other: Label) -> bool:
     """Token content outranks position ids: the result of q * cos(ids) is about q's tokens."""
 
     def rank(value: Label) -> int:
@@ -155,23 +157,23 @@ def _outranks(label: Label, other: Label) -> bool:
     return rank(label) > rank(other) > 0
 
 
-def _positional(
+def _match_positional(
     call: Call, operand: fx.Node, labels: Layout, dim: int, additive: bool
 ) -> Positional | None:
     """How `operand` lines up with the token axis `dim` of `labels` without carrying it itself."""
     tokens, shape = labels[dim], shape_of(operand)
     assert isinstance(tokens, Tokens)
     shift = len(labels) - len(shape)
-    own = dim - shift
-    if own < 0 or shape[own] == 1:
+    operand_dim = dim - shift
+    if operand_dim < 0 or shape[operand_dim] == 1:
         return None
     layout = call.layout(operand)
-    if layout is not None and _same(layout[own], tokens):
+    if layout is not None and _is_same(layout[operand_dim], tokens):
         return None
     at = next((d for d, label in enumerate(labels) if label == BATCH), None)
     batch = at - shift if at is not None and at >= shift else None
     lead = 0 if at is None else max(0, shift - at)
-    return Positional(operand.name, own, tokens, batch, lead, additive)
+    return Positional(operand.name, operand_dim, tokens, batch, lead, additive)
 
 
 # -- linear maps ----------------------------------------------------------------------------------
@@ -184,7 +186,7 @@ def linear(call: Call) -> Outcome:
     if layout is None:
         return NOTHING
     if isinstance(layout[-1], Tokens):
-        return call.no("a linear map over the token axis")
+        return call.reject("a linear map over the token axis")
     return Transfer((*layout[:-1], None))
 
 
@@ -192,7 +194,7 @@ def linear(call: Call) -> Outcome:
 def convolution(call: Call) -> Outcome:
     """Convolutions work on a spatial grid; their output is where token grids come from."""
     if tokens_of(call.layout(call.node.args[0])) is not None:
-        return call.no("a convolution over the token axis")
+        return call.reject("a convolution over the token axis")
     return _spatial(call)
 
 
@@ -212,7 +214,7 @@ def convolution(call: Call) -> Outcome:
 def spatial(call: Call) -> Outcome:
     """Resampling of a spatial grid yields a spatial grid."""
     if tokens_of(call.layout(call.node.args[0])) is not None:
-        return call.no("spatial resampling of a token axis")
+        return call.reject("spatial resampling of a token axis")
     return _spatial(call)
 
 
@@ -234,7 +236,7 @@ def norm(call: Call) -> Outcome:
     sizes: Any = call.node.args[1]
     count = len(sizes)
     if any(isinstance(label, Tokens) for label in layout[len(layout) - count :]):
-        return call.no("normalization over the token axis")
+        return call.reject("normalization over the token axis")
     # what it mixes is no batch (or frames) of tokens any more
     return Transfer((*layout[: len(layout) - count], *(None,) * count))
 
@@ -246,12 +248,12 @@ def spatial_norm(call: Call) -> Outcome:
     if tokens_of(layout) is None:
         return Transfer(layout)
     if layout is not None and is_batch(layout[0]) and not isinstance(layout[1], Tokens):
-        return Transfer(layout, whole="normalization statistics over the token axis")
-    return call.no("normalization statistics over the token axis")
+        return Transfer(layout, needs_all_tokens="normalization statistics over the token axis")
+    return call.reject("normalization statistics over the token axis")
 
 
 @rule("log_softmax", "cumsum", "flip")
-def along(call: Call) -> Outcome:
+def scan(call: Call) -> Outcome:
     """Ops along some dimensions that keep the shape."""
     layout = call.layout(call.node.args[0])
     if layout is None:
@@ -259,7 +261,7 @@ def along(call: Call) -> Outcome:
     dims = call.arg(1, "dim")
     if not isinstance(dims, (list, tuple)):
         dims = [dims]
-    return call.mixes("a reduction over", layout, dims) or Transfer(layout)
+    return call.reject_mixing("a reduction over", layout, dims) or Transfer(layout)
 
 
 @rule(*REDUCTIONS)
@@ -270,27 +272,27 @@ def reduction(call: Call) -> Outcome:
         return NOTHING
     at = 2 if call.op == "aten.linalg_vector_norm" else 1
     dims = call.arg(at, "dim")
-    whole = range(len(layout))
+    every = range(len(layout))
     if isinstance(dims, int):
         dims = [dims]
     reduced = (
-        set(whole)
+        set(every)
         if not isinstance(dims, (list, tuple)) or not dims
         else {d % len(layout) for d in dims}
     )
-    refused = call.mixes("a reduction over", layout, reduced)
+    refused = call.reject_mixing("a reduction over", layout, reduced)
     if refused:
         return refused
     if len(shape_of(call.node)) == len(layout):
-        return Transfer(tuple(None if d in reduced else layout[d] for d in whole))
-    return Transfer(tuple(layout[d] for d in whole if d not in reduced))
+        return Transfer(tuple(None if d in reduced else layout[d] for d in every))
+    return Transfer(tuple(layout[d] for d in every if d not in reduced))
 
 
 # -- ops that keep the shape ----------------------------------------------------------------------
 
 
 @rule(*COPIES, *CASTS)
-def same(call: Call) -> Outcome:
+def copy(call: Call) -> Outcome:
     """Copies and casts."""
     return Transfer(call.fact(call.node.args[0]))
 
@@ -299,5 +301,5 @@ def same(call: Call) -> Outcome:
 def dropout(call: Call) -> Outcome:
     """Dropout in training mode: other tokens draw other numbers. (A capture has no other.)"""
     if carries_tokens(call.fact(call.node.args[0])):
-        return call.no("active dropout")
+        return call.reject("active dropout")
     return Transfer(call.fact(call.node.args[0]))

@@ -36,17 +36,17 @@ def chunk(call: Call) -> Outcome:
     dim = call.arg(2, "dim", 0) % len(layout)
     pieces = [int(v.shape[dim]) for v in call.node.meta["val"]]
     if _cuts_rows(layout[dim], pieces):
-        return Transfer(_row_pieces(layout, dim, shape_of(call.node.args[0])[dim], pieces))
-    refused = call.mixes("equal pieces of", layout, [dim])
-    return refused or Transfer((_without_batch(layout, dim),) * len(pieces))
+        return Transfer(_split_rows(layout, dim, shape_of(call.node.args[0])[dim], pieces))
+    refused = call.reject_mixing("equal pieces of", layout, [dim])
+    return refused or Transfer((_drop_label(layout, dim),) * len(pieces))
 
 
 def _cuts_rows(label: Label, pieces: Sequence[int]) -> bool:
-    """Whether pieces of these sizes are whole rows of a batch."""
+    """Whether pieces of these sizes are full rows of a batch."""
     return is_batch(label) and all(piece % label.times == 0 for piece in pieces)
 
 
-def _row_pieces(layout: Layout, dim: int, size: int, pieces: Sequence[int]) -> tuple[Layout, ...]:
+def _split_rows(layout: Layout, dim: int, size: int, pieces: Sequence[int]) -> tuple[Layout, ...]:
     """Layouts of pieces of a batch, end to end from its first row."""
     label = layout[dim]
     assert is_batch(label)
@@ -59,8 +59,8 @@ def _row_pieces(layout: Layout, dim: int, size: int, pieces: Sequence[int]) -> t
     return tuple(out)
 
 
-def _without_batch(layout: Layout, dim: int) -> Layout:
-    """The layout after cutting `dim`, whose label no longer describes it whole."""
+def _drop_label(layout: Layout, dim: int) -> Layout:
+    """The layout after cutting `dim`, whose label no longer describes all of it."""
     return tuple(None if d == dim else label for d, label in enumerate(layout))
 
 
@@ -81,7 +81,7 @@ def _cut(tokens: Tokens, start: int, end: int) -> tuple[Segment, ...] | None:
     return tuple(kept)
 
 
-def _before(tokens: Tokens, position: int) -> tuple[Segment, ...]:
+def _cut_before(tokens: Tokens, position: int) -> tuple[Segment, ...]:
     """Segments left of `position`, the last one shortened to end there."""
     return _cut(tokens, 0, position) or ()
 
@@ -92,24 +92,24 @@ def split_with_sizes(call: Call) -> Outcome:
     layout = call.layout(call.node.args[0])
     if layout is None:
         return NOTHING
-    given: Any = call.node.args[1]
+    literals: Any = call.node.args[1]
     dim = call.arg(2, "dim", 0) % len(layout)
-    tokens, sizes = layout[dim], [int_size(size) for size in given]
+    tokens, sizes = layout[dim], [int_size(size) for size in literals]
     if _cuts_rows(tokens, sizes):
-        return Transfer(_row_pieces(layout, dim, shape_of(call.node.args[0])[dim], sizes))
+        return Transfer(_split_rows(layout, dim, shape_of(call.node.args[0])[dim], sizes))
     if isinstance(tokens, (Keys, Flat)):
-        return call.no("pieces of a token axis")
+        return call.reject("pieces of a token axis")
     if not isinstance(tokens, Tokens):
-        refused = call.mixes("pieces of", layout, [dim])
-        return refused or Transfer((_without_batch(layout, dim),) * len(sizes))
+        refused = call.reject_mixing("pieces of", layout, [dim])
+        return refused or Transfer((_drop_label(layout, dim),) * len(sizes))
     facts: list[Layout] = []
     patches, at = [], 0
     for i, size in enumerate(sizes):
         piece = _cut(tokens, at, at + size)
         if piece is None:
-            return call.no("an image is cut in two")
+            return call.reject("an image is cut in two")
         facts.append((*layout[:dim], Tokens(piece), *layout[dim + 1 :]))
-        if isinstance(given[i], int):
+        if isinstance(literals[i], int):
             patches.append(Patch((1, i), piece))
         at += size
     return Transfer(tuple(facts), tuple(patches))
@@ -120,9 +120,9 @@ def _cut_by_data(call: Call, layout: Layout, dim: int) -> Outcome:
     label = layout[dim]
     if isinstance(label, Tokens):
         if type(label) is not Tokens or any(s.grid for s in label.segments):
-            return call.no("a range of the token axis that depends on the data")
+            return call.reject("a range of the token axis that depends on the data")
         label = Tokens((Segment(call.name, shape_of(call.node)[dim]),))
-    elif refused := call.mixes("a range of", layout, [dim]):
+    elif refused := call.reject_mixing("a range of", layout, [dim]):
         return refused
     else:
         label = None
@@ -143,34 +143,34 @@ def slice_(call: Call) -> Outcome:
         return _cut_by_data(call, layout, dim)
     if call.op == "aten.narrow":
         end = start + call.arg(3, "length")
-    given = start, end
+    bounds = start, end
     start = start + size if start < 0 else min(start, size)
     end = size if end is None else (end + size if end < 0 else min(end, size))
     if not isinstance(tokens, Tokens):
         if end - start == size and call.arg(4, "step", 1) == 1:
             return Transfer(layout)
         if _cuts_rows(tokens, (start, end - start)) and call.arg(4, "step", 1) == 1:
-            return Transfer(_row_pieces(layout, dim, size, (start, end - start))[1])
-        return call.mixes("a range of", layout, [dim]) or Transfer(_without_batch(layout, dim))
+            return Transfer(_split_rows(layout, dim, size, (start, end - start))[1])
+        return call.reject_mixing("a range of", layout, [dim]) or Transfer(_drop_label(layout, dim))
     plain = type(tokens) in (Tokens, Row) and call.op != "aten.narrow"
     if call.arg(4, "step", 1) != 1 or not plain:
-        return call.no("a strided or narrowed token axis")
+        return call.reject("a strided or narrowed token axis")
     piece = _cut(tokens, start, end)
     if piece is None:
-        return call.no("an image is cut in two")
+        return call.reject("an image is cut in two")
     patches = [
-        _bound(path, tokens, at, size, literal)
-        for path, at, literal in ((2, start, given[0]), (3, end, given[1]))
+        _patch_bound(path, tokens, at, size, literal)
+        for path, at, literal in ((2, start, bounds[0]), (3, end, bounds[1]))
         if 0 < at < size
     ]
     label = replace(tokens, segments=piece)
     return Transfer((*layout[:dim], label, *layout[dim + 1 :]), tuple(patches))
 
 
-def _bound(path: int, tokens: Tokens, at: int, size: int, literal: int) -> Patch:
+def _patch_bound(path: int, tokens: Tokens, at: int, size: int, literal: int) -> Patch:
     """The bound of a range: the tokens before it, or if it is negative those behind it."""
     if literal >= 0:
-        return Patch((path,), _before(tokens, at))
+        return Patch((path,), _cut_before(tokens, at))
     return Patch((path,), _cut(tokens, at, size) or (), -1)
 
 
@@ -181,7 +181,7 @@ def slice_scatter(call: Call) -> Outcome:
     dim = call.arg(2, "dim", 0) % len(shape_of(call.node))
     for operand in operands:
         layout = call.layout(operand)
-        refused = layout and call.mixes("a write into a range of", layout, [dim])
+        refused = layout and call.reject_mixing("a write into a range of", layout, [dim])
         if refused:
             return refused
     return broadcast(call, operands)
@@ -199,7 +199,7 @@ def cat(call: Call) -> Outcome:
     if any(isinstance(x[dim], Tokens) for x in known):
         return _join(call, operands, layouts, dim)
     if all(tokens_of(x) is None for x in known):
-        return Transfer(_without_batch(known[0], dim))
+        return Transfer(_drop_label(known[0], dim))
     if any(is_batch(x[dim]) and tokens_of(x) is not None for x in known):
         return _join_rows(call, layouts, dim)
     return broadcast(call, operands)
@@ -211,27 +211,27 @@ def _join_rows(call: Call, layouts: list[Layout | None], dim: int) -> Outcome:
     for layout in layouts:
         label = layout[dim] if layout is not None else None
         if not is_batch(label) or label.span is None:
-            return call.no("batches of tokens are joined")
+            return call.reject("batches of tokens are joined")
         labels.append(label)
         spans.append(label.span)
     if any(a[1] != b[0] or a[2] != b[2] for a, b in pairwise(spans)):
-        return call.no("rows of the batch are joined in another order")
+        return call.reject("rows of the batch are joined in another order")
     if len({label.times for label in labels}) > 1:
-        return call.no("batches of tokens are joined")
+        return call.reject("batches of tokens are joined")
     joined: list[Label] = []
     for d, column in enumerate(zip(*(x for x in layouts if x is not None), strict=True)):
         if d == dim:
             joined.append(labels[0].part(spans[0][0], spans[-1][1], spans[0][2]))
         elif len(set(column)) == 1:
             joined.append(column[0])
-        elif not (found := _common(call, column, d)):
-            return call.no("rows with different axes are joined")
+        elif not (tokens := _common_tokens(call, column, d)):
+            return call.reject("rows with different axes are joined")
         else:
-            joined.append(found)
+            joined.append(tokens)
     return Transfer(tuple(joined))
 
 
-def _common(call: Call, labels: Sequence[Label], dim: int) -> Tokens | None:
+def _common_tokens(call: Call, labels: Sequence[Label], dim: int) -> Tokens | None:
     """The tokens of a batch whose rows have these; what differs between them is other tokens.
 
     Images of one size that the rows bring along become one image with a batch.
@@ -262,7 +262,7 @@ def _join(call: Call, operands: Any, layouts: list[Layout | None], dim: int) -> 
         if not shape_of(operand)[dim]:
             continue
         if isinstance(label, (Keys, Flat)):
-            return call.no("scores or flattened tokens are joined")
+            return call.reject("scores or flattened tokens are joined")
         if isinstance(label, Row):
             rows.add(label.row)
         if isinstance(label, Tokens):
@@ -272,15 +272,15 @@ def _join(call: Call, operands: Any, layouts: list[Layout | None], dim: int) -> 
         for d, other in enumerate(layout or ()):
             labels[d] = other if labels[d] is None else labels[d]
     if len({s.name for s in segments}) < len(segments):
-        return call.no("the same tokens occur twice in one sequence")
+        return call.reject("the same tokens occur twice in one sequence")
     if len(rows) > 1:
-        return call.no("rows of the batch are joined end to end")
+        return call.reject("rows of the batch are joined end to end")
     labels[dim] = Row(tuple(segments), *rows) if rows else Tokens(tuple(segments))
     for operand, layout in zip(operands, layouts, strict=True):
         if layout is None or not isinstance(layout[dim], Tokens) or BATCH not in labels:
             continue
         if layout[labels.index(BATCH)] != BATCH:
-            return call.no(f"the batch elements of {operand.name} may have been mixed")
+            return call.reject(f"the batch elements of {operand.name} may have been mixed")
     return Transfer(tuple(labels))
 
 
@@ -292,19 +292,19 @@ def pad_sequence(call: Call) -> Outcome:
     if all(tokens_of(x) is None for x in layouts):
         return NOTHING
     if not call.arg(1, "batch_first", False) or call.arg(3, "padding_side", "right") != "right":
-        return call.no("sequences padded in another way")
-    return _rows_stacked(call, layouts)
+        return call.reject("sequences padded in another way")
+    return _stack_rows(call, layouts)
 
 
-def _rows_stacked(call: Call, layouts: Sequence[Layout | None]) -> Outcome:
+def _stack_rows(call: Call, layouts: Sequence[Layout | None]) -> Outcome:
     """Rows (tokens first) along a new batch dimension, in the order of the batch."""
     first = [x[0] if x else None for x in layouts]
     rows = [label.row for label in first if isinstance(label, Row)]
-    tokens = _common(call, first, 1)
+    tokens = _common_tokens(call, first, 1)
     if tokens is None or (rows and rows != list(range(len(first)))):
-        return call.no("rows of the batch are joined in another order")
+        return call.reject("rows of the batch are joined in another order")
     rest = (None,) * (len(shape_of(call.node)) - 2)
-    return Transfer((BATCH, tokens, *rest), whole="rows are made a batch")
+    return Transfer((BATCH, tokens, *rest), needs_all_tokens="rows are made a batch")
 
 
 @rule("stack")
@@ -316,9 +316,9 @@ def stack(call: Call) -> Outcome:
     if known is None:
         return NOTHING
     if isinstance(known[0], Row) and call.arg(1, "dim", 0) == 0:
-        return _rows_stacked(call, layouts)
+        return _stack_rows(call, layouts)
     if any(x != known for x in layouts):
-        return call.no("values with different axes are stacked")
+        return call.reject("values with different axes are stacked")
     labels = list(known)
     labels.insert(call.arg(1, "dim", 0) % (len(known) + 1), None)
     return Transfer(tuple(labels))
@@ -344,7 +344,7 @@ def pad(call: Call) -> Outcome:
             or after < 0
             or (copied and isinstance(label, Tokens))
         ):
-            return call.no("padding of the token axis or its batch")
+            return call.reject("padding of the token axis or its batch")
         if isinstance(label, Tokens):
             around = [Segment(f"{call.name}/{n}", w) for n, w in (("a", before), ("b", after)) if w]
             front = around[:1] if before else []
@@ -373,7 +373,7 @@ def einsum(call: Call) -> Outcome:
         return NOTHING
     repeated = any(len(set(word)) < len(word) for word in (*letters, output))
     if not arrow or "." in equation or repeated or len(operands) != len(letters):
-        return call.no("an einsum of this form")
+        return call.reject("an einsum of this form")
     labels: dict[str, Label] = {}
     shares: set[str] = set()
     for word, layout in zip(letters, layouts, strict=True):
@@ -382,16 +382,17 @@ def einsum(call: Call) -> Outcome:
             if isinstance(known, Keys) and known.normal and label == Tokens(known.segments):
                 shares.add(letter)  # softmax has made the sum over keys an average
             elif known != label:
-                return call.no(f"different axes meet in {letter!r}")
+                return call.reject(f"different axes meet in {letter!r}")
     for letter, label in labels.items():
         if letter in output or letter in shares:
             continue
         if isinstance(label, Tokens) or is_batch(label):
-            return call.no("a sum over the token axis or its batch")
-    made = [labels[letter] for letter in output]
-    tokens = [d for d, label in enumerate(made) if isinstance(label, Tokens)]
-    if len(tokens) == 2 and tokens[1] == len(made) - 1 and output[-1] in letters[-1]:
-        made[-1] = Keys(made[-1].segments)  # type: ignore[union-attr]
-    elif len(tokens) > 1:
-        return call.no("two token axes in one value")
-    return Transfer(tuple(made))
+            return call.reject("a sum over the token axis or its batch")
+    output_labels = [labels[letter] for letter in output]
+    token_axes = sum(isinstance(label, Tokens) for label in output_labels)
+    last = output_labels[-1] if output_labels else None
+    if token_axes == 2 and isinstance(last, Tokens) and output[-1] in letters[-1]:
+        output_labels[-1] = Keys(last.segments)
+    elif token_axes > 1:
+        return call.reject("two token axes in one value")
+    return Transfer(tuple(output_labels))

@@ -23,7 +23,7 @@ from toma_fx.analysis.rules.base import (
     Outcome,
     carries_tokens,
     rule,
-    treats_alike,
+    tokenwise_rule,
 )
 from toma_fx.graph.nodes import PACKED, shape_of
 
@@ -39,14 +39,14 @@ def scaled_product(call: Call) -> Outcome:
     """(x * scale) @ (weight * scale) in float8: each row of x has a scale, or all share one."""
     x, _, scale = call.node.args[:3]
     layout = call.layout(x)
-    own = [n for n in call.node.all_input_nodes if n not in (x, scale)]
-    if any(carries_tokens(call.fact(n)) for n in own):
-        return call.no("a matrix product over token axes")
+    others = [n for n in call.node.all_input_nodes if n not in (x, scale)]
+    if any(carries_tokens(call.fact(n)) for n in others):
+        return call.reject("a matrix product over token axes")
     if layout is None:
-        return call.no("scales of tokens") if tokens_of(call.layout(scale)) else NOTHING
+        return call.reject("scales of tokens") if tokens_of(call.layout(scale)) else NOTHING
     if isinstance(layout[-1], Tokens):
-        return call.no("a matrix product over the token axis")
-    return _scaled_apart(call, layout, scale) or Transfer((*layout[:-1], None))
+        return call.reject("a matrix product over the token axis")
+    return _check_scale(call, layout, scale) or Transfer((*layout[:-1], None))
 
 
 def choose_scales(call: Call) -> Outcome:
@@ -54,7 +54,7 @@ def choose_scales(call: Call) -> Outcome:
     layout, blocks = call.layout(call.node.args[0]), call.arg(2, "block_size")
     if layout is None:
         return NOTHING
-    labels = _labels_of_scales(call, layout, blocks, bool(call.arg(9, "keepdim", False)))
+    labels = _label_scales(call, layout, blocks, bool(call.arg(9, "keepdim", False)))
     return labels if isinstance(labels, Rejected) else Transfer((labels, labels))
 
 
@@ -63,30 +63,30 @@ def choose_scale(call: Call) -> Outcome:
     layout, blocks = call.layout(call.node.args[0]), call.arg(1, "block_size")
     if layout is None:
         return NOTHING
-    refused = _scale_over_tokens(call, layout, blocks)
+    refused = _check_blocks(call, layout, blocks)
     kept = tuple(x if b == 1 else None for x, b in zip(layout, blocks, strict=True))
     return refused or Transfer(kept)
 
 
 def quantize(call: Call) -> Outcome:
     """Rounding to integers, or back, by the scale of each block."""
-    given: Any = call.node.args
-    x, blocks, *scales = given[:4]
+    arguments: Any = call.node.args
+    x, blocks, *scales = arguments[:4]
     layout = call.layout(x)
     if layout is None:
         lost = any(carries_tokens(call.fact(scale)) for scale in scales)
-        return call.no("scales of tokens") if lost else NOTHING
-    refused = _scale_over_tokens(call, layout, blocks)
+        return call.reject("scales of tokens") if lost else NOTHING
+    refused = _check_blocks(call, layout, blocks)
     for scale in scales:
-        refused = refused or _scaled_apart(call, layout, scale)
+        refused = refused or _check_scale(call, layout, scale)
     return refused or Transfer(layout)
 
 
-def _scale_over_tokens(call: Call, layout: Layout, blocks: Sequence[Any]) -> Rejected | None:
-    return call.mixes("one scale over", layout, [d for d, b in enumerate(blocks) if b != 1])
+def _check_blocks(call: Call, layout: Layout, blocks: Sequence[Any]) -> Rejected | None:
+    return call.reject_mixing("one scale over", layout, [d for d, b in enumerate(blocks) if b != 1])
 
 
-def _labels_of_scales(
+def _label_scales(
     call: Call, layout: Layout, blocks: Sequence[Any], keepdim: bool
 ) -> Layout | Rejected:
     """One entry for each block; without `keepdim` a dimension that is one block is gone."""
@@ -94,13 +94,13 @@ def _labels_of_scales(
     for size, label, block in zip(shape_of(call.node.args[0]), layout, blocks, strict=True):
         if block == 1 or block != size or keepdim:
             labels.append(label if block == 1 else None)
-    refused = _scale_over_tokens(call, layout, blocks)
+    refused = _check_blocks(call, layout, blocks)
     if refused is None and len(labels) != call.node.meta["val"][0].dim():
-        refused = call.no("scales of an unknown shape")
+        refused = call.reject("scales of an unknown shape")
     return refused or tuple(labels)
 
 
-def _scaled_apart(call: Call, layout: Layout, scale: Any) -> Rejected | None:
+def _check_scale(call: Call, layout: Layout, scale: Any) -> Rejected | None:
     """Refusal unless the scales are those of these very tokens, or one number."""
     if not isinstance(scale, torch.fx.Node) or not shape_of(scale) or set(shape_of(scale)) == {1}:
         return None
@@ -108,13 +108,14 @@ def _scaled_apart(call: Call, layout: Layout, scale: Any) -> Rejected | None:
         [x for x in labels or () if isinstance(x, Tokens) or is_batch(x)]
         for labels in (layout, call.layout(scale))
     )
-    found = any(isinstance(x, Tokens) for x in (*mine, *theirs))
-    return call.no("scales that are not of these tokens") if found and mine != theirs else None
+    if mine == theirs or not any(isinstance(x, Tokens) for x in (*mine, *theirs)):
+        return None
+    return call.reject("scales that are not of these tokens")
 
 
 RULES.update(
     {
-        **dict.fromkeys(PACKED, treats_alike),
+        **dict.fromkeys(PACKED, tokenwise_rule),
         "torchao.choose_qparams_affine": choose_scales,
         "torchao.choose_scale_float8": choose_scale,
         "torchao.quantize_affine": quantize,

@@ -37,7 +37,7 @@ FOLDS = (
 """Dimensions that together enumerate the tokens of a picture or video."""
 
 
-APART = "rows of the batch are taken apart"
+ROWS_SEPARATED = "rows of the batch are taken apart"
 
 
 def regroup(
@@ -76,34 +76,34 @@ def regroup(
     return groups
 
 
-def _reshaped(call: Call, layout: Layout, sizes_at: int | None) -> Outcome:
+def _reshape(call: Call, layout: Layout, sizes_at: int | None) -> Outcome:
     """Layout after a row-major reshape; `sizes_at`: argument that holds the literal sizes."""
     source, target = shape_of(call.node.args[0]), shape_of(call.node)
     labels: list[Label] = [None] * len(target)
-    sizes, whole = call.node.args[sizes_at] if sizes_at is not None else None, ""
+    sizes, needs_all = call.node.args[sizes_at] if sizes_at is not None else None, ""
     for ins, outs in regroup(source, target):
-        made = _group(call, layout, ins, [target[d] for d in outs])
-        if isinstance(made, Rejected):
-            return made
-        for d, label in zip(outs, made, strict=True):
+        group = _regroup_labels(call, layout, ins, [target[d] for d in outs])
+        if isinstance(group, Rejected):
+            return group
+        for d, label in zip(outs, group, strict=True):
             labels[d] = label
-        if len(outs) > 1 and isinstance(layout[ins[0]], Tokens) and tokens_of(tuple(made)) is None:
-            whole = "tokens are laid out as a spatial grid"
+        if len(outs) > 1 and isinstance(layout[ins[0]], Tokens) and tokens_of(tuple(group)) is None:
+            needs_all = "tokens are laid out as a spatial grid"
     _keep_batch_of_one(layout, regroup(source, target), labels)
     patches = []
     for d, label in enumerate(labels):
         literal = sizes[d] if isinstance(sizes, (list, tuple)) else -1
         if isinstance(label, Tokens) and literal != -1 and isinstance(literal, int):
             assert sizes_at is not None
-            patches.append(_patch((sizes_at, d), label))
-    return Transfer(tuple(labels), tuple(patches), whole=whole)
+            patches.append(_make_patch((sizes_at, d), label))
+    return Transfer(tuple(labels), tuple(patches), needs_all_tokens=needs_all)
 
 
 def _keep_batch_of_one(layout: Layout, groups: Any, labels: list[Label]) -> None:
     """[1, N, C] -> [N, C] folds a batch of 1 with the tokens, and -> [1, N, C] takes it out."""
-    gone = any(not outs and layout[ins[0]] == BATCH for ins, outs in groups)
+    removed = any(not outs and layout[ins[0]] == BATCH for ins, outs in groups)
     for d, label in enumerate(labels):
-        if gone and BATCH not in labels and type(label) is Tokens:
+        if removed and BATCH not in labels and type(label) is Tokens:
             labels[d] = Flat(label.segments, 1)
     for ins, outs in groups:
         label = labels[outs[0] + 1] if not ins and outs[0] + 1 < len(labels) else None
@@ -111,11 +111,11 @@ def _keep_batch_of_one(layout: Layout, groups: Any, labels: list[Label]) -> None
             labels[outs[0]], labels[outs[0] + 1] = BATCH, Tokens(label.segments)
 
 
-def _patch(path: tuple[int, ...], label: Tokens) -> Patch:
+def _make_patch(path: tuple[int, ...], label: Tokens) -> Patch:
     return Patch(path, label.segments, label.rows if isinstance(label, Flat) else 1)
 
 
-def _group(
+def _regroup_labels(
     call: Call, layout: Layout, ins: Sequence[int], target: Sequence[int]
 ) -> Sequence[Label] | Rejected:
     """The labels of the dimensions of sizes `target` that are made of the dimensions `ins`."""
@@ -123,12 +123,12 @@ def _group(
     if not target:
         return []
     if len(target) == 1:
-        made = _folded(call, layout, ins)
-        return made if isinstance(made, Rejected) else [made]
+        label = _fold(call, layout, ins)
+        return label if isinstance(label, Rejected) else [label]
     if len(inside) == 1:
-        return _unfolded(call, inside[0], source[ins[0]], target)
+        return _unfold(call, inside[0], source[ins[0]], target)
     if any(isinstance(label, Tokens) for label in inside):
-        return call.no("a reshape that folds the token axis with others")
+        return call.reject("a reshape that folds the token axis with others")
     first, rows = inside[0], source[ins[0]]
     if is_batch(first) and first.times == 1 and not any(inside[1:]) and not target[0] % rows:
         # heads out of the features and into the batch at once
@@ -136,44 +136,44 @@ def _group(
     return [None] * len(target)
 
 
-def _folded(call: Call, layout: Layout, ins: Sequence[int]) -> Label | Rejected:
+def _fold(call: Call, layout: Layout, ins: Sequence[int]) -> Label | Rejected:
     """The label of one dimension made of several."""
     inside, sizes = [layout[d] for d in ins], [shape_of(call.node.args[0])[d] for d in ins]
     if len(inside) <= 1:
         return inside[0] if inside else None
     if inside in FOLDS:
-        return _image(call, sizes)
+        return _image_tokens(call, sizes)
     first, last, plain = inside[0], inside[-1], not any(inside[1:])
     if len(inside) == 2 and type(last) is Tokens:
-        if first == FRAMES and (grid := _whole_grid(last)) is not None:
-            return _image(call, (sizes[0], *grid))
+        if first == FRAMES and (grid := _image_grid(last)) is not None:
+            return _image_tokens(call, (sizes[0], *grid))
         if first == BATCH:
             return Flat(last.segments, sizes[0])
     if len(inside) == 2 and type(first) is Tokens and last == BATCH:
         return Flat(first.segments, sizes[1], outer=True)
     if any(isinstance(label, Tokens) for label in inside):
-        return call.no("a reshape that folds the token axis with others")
+        return call.reject("a reshape that folds the token axis with others")
     if inside == [BATCH, FRAMES]:
         return BATCH
     if is_batch(first) and first.times == 1 and plain:
         return Batch(first.span, math.prod(sizes[1:]))
     if is_batch(first) and tokens_of(layout) is not None:
-        return call.no("the batch of tokens is folded with another axis")
+        return call.reject("the batch of tokens is folded with another axis")
     return first if first in SPATIAL and plain else None
 
 
-def _image(call: Call, grid: Sequence[int]) -> Tokens:
+def _image_tokens(call: Call, grid: Sequence[int]) -> Tokens:
     return Tokens((Segment(call.name, math.prod(grid), tuple(grid), "image"),))
 
 
-def _whole_grid(tokens: Tokens) -> Size | None:
+def _image_grid(tokens: Tokens) -> Size | None:
     """(H, W) if the tokens are one image folded from a spatial grid."""
     (only, *others) = tokens.segments
-    whole = not others and only.role == "image" and only.grid is not None and len(only.grid) == 2
-    return only.grid if whole else None
+    single = not others and only.role == "image" and only.grid is not None and len(only.grid) == 2
+    return only.grid if single else None
 
 
-def _unfolded(
+def _unfold(
     call: Call, label: Label, size: int, sizes: Sequence[int]
 ) -> Sequence[Label] | Rejected:
     """The labels of several dimensions made of one of `size`; the first is the outermost."""
@@ -187,7 +187,7 @@ def _unfolded(
     if isinstance(label, Tokens):
         if len(label.segments) == 1 and label.segments[0].grid == tuple(sizes):
             return SPATIAL[-len(sizes) :]
-        return call.no("a reshape that cuts the token axis")
+        return call.reject("a reshape that cuts the token axis")
     if is_batch(label) and sizes[0] * label.times == size:
         return [Batch(label.span), *rest]
     if label == BATCH:
@@ -201,14 +201,14 @@ def view(call: Call) -> Outcome:
     layout = call.layout(call.node.args[0])
     if layout is None:
         return NOTHING
-    return _reshaped(call, layout, 1)
+    return _reshape(call, layout, 1)
 
 
 @rule("flatten", "unflatten")
 def flatten(call: Call) -> Outcome:
     """Reshapes that name dimensions, not all sizes; their literals never hold a token axis."""
     layout = call.layout(call.node.args[0])
-    return NOTHING if layout is None else _reshaped(call, layout, None)
+    return NOTHING if layout is None else _reshape(call, layout, None)
 
 
 @rule("expand")
@@ -226,7 +226,7 @@ def expand(call: Call) -> Outcome:
         if isinstance(label, Tokens) and source[d] != 1 and isinstance(literal, int):
             if literal == -1:
                 continue
-            patches.append(_patch((1, d + shift), label))
+            patches.append(_make_patch((1, d + shift), label))
     return Transfer(tuple(labels), tuple(patches))
 
 
@@ -240,7 +240,7 @@ def repeat(call: Call) -> Outcome:
     labels: list[Label] = [None] * (len(times) - len(layout)) + list(layout)
     for d, label in enumerate(labels):
         if times[d] != 1 and (isinstance(label, Tokens) or is_batch(label)):
-            return call.no("repetition of the token axis or its batch")
+            return call.reject("repetition of the token axis or its batch")
     return Transfer(tuple(labels))
 
 
@@ -251,12 +251,12 @@ def repeat_interleave(call: Call) -> Outcome:
     if layout is None:
         return NOTHING
     if dim is None:
-        return call.no("repetition of the token axis")
+        return call.reject("repetition of the token axis")
     label, times = layout[dim], call.arg(1, "repeats")
     if is_batch(label) and isinstance(times, int):
         rows = Batch(label.span, label.times * times)
         return Transfer((*layout[:dim], rows, *layout[dim + 1 :]))
-    return call.mixes("repetition of", layout, [dim]) or Transfer(layout)
+    return call.reject_mixing("repetition of", layout, [dim]) or Transfer(layout)
 
 
 @rule("permute")
@@ -274,8 +274,8 @@ def transpose(call: Call) -> Outcome:
     if layout is None:
         return NOTHING
     args: Any = call.node.args
-    named = {"aten.t": (0, 1), "aten.mT": (-2, -1)}.get(call.op)
-    a, b = named if named is not None else (args[1], args[2])
+    dims = {"aten.t": (0, 1), "aten.mT": (-2, -1)}.get(call.op)
+    a, b = dims if dims is not None else (args[1], args[2])
     labels = list(layout)
     if len(labels) > 1:
         labels[a], labels[b] = labels[b], labels[a]
@@ -303,10 +303,10 @@ def squeeze(call: Call) -> Outcome:
     shape = shape_of(call.node.args[0])
     dims = call.arg(1, "dim", list(range(len(shape))))
     dims = [dims] if isinstance(dims, int) else dims
-    gone = {d % len(shape) for d in dims if shape[d] == 1}
-    if any(isinstance(layout[d], Tokens) for d in gone):
-        return call.no("a token axis of one token is dropped")
-    return Transfer(tuple(label for d, label in enumerate(layout) if d not in gone))
+    removed = {d % len(shape) for d in dims if shape[d] == 1}
+    if any(isinstance(layout[d], Tokens) for d in removed):
+        return call.reject("a token axis of one token is dropped")
+    return Transfer(tuple(label for d, label in enumerate(layout) if d not in removed))
 
 
 @rule("select")
@@ -317,13 +317,13 @@ def select(call: Call) -> Outcome:
         return NOTHING
     dim, index = call.arg(1, "dim", 0) % len(layout), call.arg(2, "index")
     if layout[dim] == BATCH and tokens_of(layout) is not None and isinstance(index, int):
-        return Transfer(_row(layout, dim, index), whole=APART)
-    return call.mixes("selection of one index of", layout, [dim]) or Transfer(
+        return Transfer(_take_row(layout, dim, index), needs_all_tokens=ROWS_SEPARATED)
+    return call.reject_mixing("selection of one index of", layout, [dim]) or Transfer(
         layout[:dim] + layout[dim + 1 :]
     )
 
 
-def _row(layout: Layout, dim: int, row: int) -> Layout:
+def _take_row(layout: Layout, dim: int, row: int) -> Layout:
     """The layout of one row of a batch; the batch dimension goes."""
     labels = [Row(x.segments, row) if type(x) is Tokens else x for x in layout]
     return (*labels[:dim], *labels[dim + 1 :])
@@ -338,8 +338,9 @@ def unbind(call: Call) -> Outcome:
     dim = call.arg(1, "dim", 0) % len(layout)
     size = shape_of(call.node.args[0])[dim]
     if layout[dim] == BATCH and tokens_of(layout) is not None:
-        return Transfer(tuple(_row(layout, dim, i) for i in range(size)), whole=APART)
-    refused = call.mixes("unbinding of", layout, [dim])
+        rows = tuple(_take_row(layout, dim, i) for i in range(size))
+        return Transfer(rows, needs_all_tokens=ROWS_SEPARATED)
+    refused = call.reject_mixing("unbinding of", layout, [dim])
     return refused or Transfer((layout[:dim] + layout[dim + 1 :],) * size)
 
 
