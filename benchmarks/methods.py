@@ -275,7 +275,7 @@ class Bench:
         """Calls to calibrate with, of one picture each: in a batch the most similar one decides."""
         calls: list[Any] = []
         for label in LABELS:
-            with toma_fx.recorded(self.model.denoiser) as seen:
+            with toma_fx.record_calls(self.model.denoiser) as seen:
                 self.model.generate([label], seed=CALIBRATION_SEED + label, steps=self.steps)
             calls += seen[::CALIBRATION_STRIDE]
         return calls

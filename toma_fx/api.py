@@ -74,16 +74,16 @@ def optimize(
             got=repr(max_signatures),
         )
 
-    def optimized(inner: nn.Module) -> OptimizedDenoiser:
-        made = OptimizedDenoiser(_plain(inner), config, max_signatures)
+    def wrap(inner: nn.Module) -> OptimizedDenoiser:
+        optimized = OptimizedDenoiser(_require_original(inner), config, max_signatures)
         if example_inputs is not None:
-            made.fix(*call_of(example_inputs))
-        return made
+            optimized.fix(*call_of(example_inputs))
+        return optimized
 
     if isinstance(model, nn.Module):
-        return cast(T, optimized(model))
-    made = {name: optimized(restore(inner)) for name, inner in _components(model).items()}
-    for name, denoiser in made.items():
+        return cast(T, wrap(model))
+    denoisers = {name: wrap(restore(inner)) for name, inner in _find_components(model).items()}
+    for name, denoiser in denoisers.items():
         setattr(model, name, denoiser)
     return model
 
@@ -97,20 +97,20 @@ def restore(model: T) -> T:
         ModelTypeError: neither a module nor a pipeline with a denoiser.
     """
     if not isinstance(model, nn.Module):
-        for name, inner in _components(model).items():
+        for name, inner in _find_components(model).items():
             if optimized_of(inner) is not None:
                 setattr(model, name, restore(inner))
         return model
-    found = optimized_of(model)
-    if found is None:
+    optimized = optimized_of(model)
+    if optimized is None:
         return model
-    hook = accelerate_hook(found)
+    hook = accelerate_hook(optimized)
     if hook is not None:
         from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 
-        remove_hook_from_module(found)
-        add_hook_to_module(found.denoiser, hook)
-    return cast(T, found.denoiser)
+        remove_hook_from_module(optimized)
+        add_hook_to_module(optimized.denoiser, hook)
+    return cast(T, optimized.denoiser)
 
 
 def summary(model: Any) -> Summary:
@@ -149,7 +149,7 @@ def explain(
         CompanionError: another library acts inside the forward pass.
     """
     config = make_config(toma, method, options)
-    denoiser = _plain(denoiser_of(model))
+    denoiser = _require_original(denoiser_of(model))
     args, kwargs = call_of(example_inputs)
     guard = ModelGuard(denoiser)
     guard.companions.check_merging(merging(config))
@@ -157,10 +157,10 @@ def explain(
         return make_report(Specialization.make(denoiser, args, kwargs, config))
 
 
-def _components(pipeline: Any) -> dict[str, nn.Module]:
+def _find_components(pipeline: Any) -> dict[str, nn.Module]:
     """The denoisers of a pipeline, by the attributes that hold them."""
-    found = {name: getattr(pipeline, name, None) for name in COMPONENTS}
-    modules = {name: inner for name, inner in found.items() if isinstance(inner, nn.Module)}
+    attributes = {name: getattr(pipeline, name, None) for name in COMPONENTS}
+    modules = {name: inner for name, inner in attributes.items() if isinstance(inner, nn.Module)}
     if modules:
         return modules
     raise ModelTypeError(
@@ -173,10 +173,10 @@ def _components(pipeline: Any) -> dict[str, nn.Module]:
 
 def denoiser_of(model: Any) -> nn.Module:
     """A module, or the first denoiser of a pipeline."""
-    return model if isinstance(model, nn.Module) else next(iter(_components(model).values()))
+    return model if isinstance(model, nn.Module) else next(iter(_find_components(model).values()))
 
 
-def _plain(model: nn.Module) -> nn.Module:
+def _require_original(model: nn.Module) -> nn.Module:
     """The original of `model`, which must be in evaluation mode and not compiled."""
     model = restore(model)
     check_model(model)

@@ -37,7 +37,7 @@ def calibrate(
     statistic: Literal["mean", "min", "max"] = "mean",
     **options: Any,
 ) -> CAToMeConfig:
-    """CA-ToMe with static ratios: those that `threshold` leads to on the given inputs.
+    """CA-ToMe with static ratios: those that `threshold` gives on these inputs.
 
     Runs CA-ToMe in its dynamic form (arXiv 2501.00946), counts for every transformer block the
     tokens it merges, and returns the configuration that merges as many always. So the method
@@ -46,8 +46,8 @@ def calibrate(
     Args:
         model: a denoiser, or a pipeline: its first denoiser.
         inputs: a call of the denoiser, as for `optimize(example_inputs=...)`, or a list of calls:
-            several steps of a generation say more than one (`recorded` collects them). In a call
-            with several pictures the one with the most similar tokens decides, as published.
+            several steps of a generation say more than one (`record_calls` collects them). In a
+            call with several pictures the one with the most similar tokens decides, as published.
         threshold: cosine similarity in [-1, 1] from which tokens merge.
         statistic: of the shares that the calls give for a block.
         options: other fields of `CAToMeConfig`.
@@ -73,9 +73,9 @@ def calibrate(
     shares: dict[str, list[float]] = {}
     for call in calls:
         _, state = denoiser.step(call_of(call), State())
-        for path, share in _merged(denoiser.specializations[-1], state):
+        for path, share in _measure_shares(denoiser.specializations[-1], state):
             shares.setdefault(path, []).append(share)
-    ratios = {path: _STATISTICS[statistic](found) for path, found in shares.items()}
+    ratios = {path: _STATISTICS[statistic](values) for path, values in shares.items()}
     if not any(ratios.values()):
         raise ConfigError(
             "no tokens are as similar as that",
@@ -87,7 +87,7 @@ def calibrate(
     return dataclasses.replace(config, ratios=ratios)
 
 
-def _merged(specialization: Specialization, state: State) -> Iterator[tuple[str, float]]:
+def _measure_shares(specialization: Specialization, state: State) -> Iterator[tuple[str, float]]:
     """(path of a block, share of tokens merged away) of every block of a dynamic step.
 
     Blocks with one pattern get one share, so that they share it in the calibrated form, too.
@@ -105,10 +105,10 @@ def _merged(specialization: Specialization, state: State) -> Iterator[tuple[str,
 
 
 @contextmanager
-def recorded(model: Any) -> Iterator[list[Call]]:
+def record_calls(model: Any) -> Iterator[list[Call]]:
     """The calls that a denoiser, or a pipeline's first denoiser, gets inside the block.
 
-        with toma_fx.recorded(pipe) as calls:
+        with toma_fx.record_calls(pipe) as calls:
             pipe("a lighthouse in a storm")
         pipe = toma_fx.optimize(pipe, method=toma_fx.calibrate(pipe, calls, threshold=0.7))
 

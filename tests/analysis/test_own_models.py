@@ -112,7 +112,7 @@ def test_every_block_merges_its_attention_and_its_mlp(kind: str, depth: int) -> 
     names = [f"blocks.{i}.{part}" for i in range(depth) for part in ("attention", "mlp")]
     assert [row.module for row in report.rows] == names
     assert [row.kind for row in report.rows] == ["attention", "mlp"] * depth
-    assert {(row.grid, row.how, row.tokens) for row in report.rows} == {(grid, "3x5", 135)}
+    assert {(row.grid, row.window, row.tokens) for row in report.rows} == {(grid, "3x5", 135)}
     assert report.rejections == ()
 
 
@@ -121,7 +121,7 @@ def test_packed_videos() -> None:
     options = {"min_tokens": 16, "grid": grid}
     report = toma_fx.explain(packed(grid), packed_inputs(grid), **options)
     assert len(report.rows) == 4
-    assert {(row.grid, row.how[:2]) for row in report.rows} == {(grid, "1x")}
+    assert {(row.grid, row.window[:2]) for row in report.rows} == {(grid, "1x")}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -528,7 +528,7 @@ def test_numbers_of_the_page() -> None:
     for grid, said in (((21, 35), "4x4 becomes 3x5"), ((31, 37), "one column of 31")):
         assert said in text
         report = toma_fx.explain(packed(grid, 1), packed_inputs(grid), grid=grid, tile=4)
-        assert {row.how for row in report.rows} == {"3x5" if grid == (21, 35) else "31x1"}
+        assert {row.window for row in report.rows} == {"3x5" if grid == (21, 35) else "31x1"}
     assert "`min_tokens` tokens (256)" in text
     assert toma_fx.ToMAConfig().min_tokens == 256
     assert "`destinations_every` steps (5)" in text

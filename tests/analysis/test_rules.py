@@ -20,7 +20,7 @@ from toma_fx.analysis.facts import Analysis, Branch
 from toma_fx.analysis.labels import BATCH, Segment, Tokens, tokens_of
 from toma_fx.analysis.propagate import analyze
 from toma_fx.analysis.rules.views import regroup
-from toma_fx.capture.grids import Raster, raster
+from toma_fx.capture.grids import Raster, find_raster
 from toma_fx.capture.model import Captured, capture
 
 GRID = (4, 6)
@@ -243,7 +243,7 @@ def two_images(width: int) -> Tensor:
     ],
 )
 def test_rasters(ids: Tensor, expected: Raster | None) -> None:
-    assert raster(ids) == expected
+    assert find_raster(ids) == expected
 
 
 @pytest.mark.parametrize(("width", "names"), [(6, ["x"]), (5, ["x", "x/rest"])])
@@ -547,6 +547,21 @@ def test_the_rejection_of_a_leak_names_the_refused_op() -> None:
     assert rejected.node == found.only("mean")
     assert rejected == found.analysis.refusals[found.only("mean")]
     assert "aten.mean" in rejected.reason
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "op"),
+    [
+        (lambda m, x: x - x.mean(1, keepdim=True), "rule", "aten.mean"),
+        (lambda m, x: x.cummax(1).values, "no_rule", "aten.cummax"),
+        (lambda m, x: torch.stack(x.unbind(0)), "needs_all_tokens", "aten.unbind"),
+    ],
+)
+def test_a_refusal_says_what_refuses(change: Callable[..., Tensor], kind: str, op: str) -> None:
+    found = find(through(change))
+    refusals = {**found.analysis.refusals, **found.flow.needs_all_tokens}
+    refusal = refusals[found.only(op.removeprefix("aten."))]
+    assert (refusal.kind, refusal.op) == (kind, op)
 
 
 def test_a_refusal_of_text_does_not_concern_the_image() -> None:

@@ -13,7 +13,7 @@ import torch
 
 import toma_fx
 from tests import denoisers
-from toma_fx.capture.grids import raster
+from toma_fx.capture.grids import find_raster
 from toma_fx.cli.main import main
 from toma_fx.cli.run import arguments_for
 from toma_fx.cli.text import bytes_text
@@ -271,7 +271,7 @@ def test_positions_of_several_images(artifact: Path) -> None:
     ids = arguments_for(manifest, {})["img_ids"]
     assert ids.shape == (27, 3)
     spec = next(s for s in manifest.inputs if s.path == ("img_ids",))
-    found = raster(ids)
+    found = find_raster(ids)
     assert found is not None
     assert (found.heights, found.width, found.rest, found.before) == spec.raster
 

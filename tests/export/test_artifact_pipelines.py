@@ -35,7 +35,7 @@ EQUAL = 1e-6
 
 def recorded(pipe: Any, call: Callable[[Any], Tensor]) -> tuple[Any, Tensor]:
     """(the first call that the denoiser gets, what the pipeline draws)."""
-    with toma_fx.recorded(pipe) as calls:
+    with toma_fx.record_calls(pipe) as calls:
         drawn = call(pipe)
     return calls[0], drawn
 

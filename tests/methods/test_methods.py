@@ -351,7 +351,7 @@ def test_calibration() -> None:
     assert 0 < low[path] < mean[path] < high[path] < 0.75
     stricter = toma_fx.calibrate(model(), calls, 0.7, checkpoints=None)
     assert dict(stricter.ratios)[path] < mean[path]
-    with toma_fx.recorded(model()) as recorded:
+    with toma_fx.record_calls(model()) as recorded:
         for call in calls:
             model()(**call)
     assert dict(toma_fx.calibrate(model(), recorded, **fields).ratios) == mean

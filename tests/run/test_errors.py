@@ -108,7 +108,7 @@ def test_tile_larger_than_the_grid_names_site_and_size() -> None:
     assert "small.blocks.0" in caught.value.where
     only_large = toma_fx.explain(two, call, tile=12, min_tokens=200)
     assert {row.grid for row in only_large.rows} == {(16, 16)}
-    assert {row.how for row in only_large.rows} == {"8x16"}, "nearest size that divides"
+    assert {row.window for row in only_large.rows} == {"8x16"}, "nearest size that divides"
 
 
 @pytest.mark.parametrize(

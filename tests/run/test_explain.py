@@ -70,7 +70,7 @@ def test_table_and_json() -> None:
     data = json.loads(report.to_json())
     assert len(data["rows"]) == 6
     row = data["rows"][0]
-    assert (row["tokens"], row["merged"], row["grid"], row["how"]) == (256, 64, [16, 16], "4x4")
+    assert (row["tokens"], row["merged"], row["grid"], row["window"]) == (256, 64, [16, 16], "4x4")
     assert data["ideal_speedup"] == pytest.approx(data["flops_before"] / data["flops_after"])
     assert report.flops_before > report.flops_refresh > report.flops_after
 

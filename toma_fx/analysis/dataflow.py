@@ -1,4 +1,4 @@
-"""The graph as plain data: names, edges, shapes, facts. Streams and plans are made from it."""
+"""The graph as plain data: names, edges, shapes, facts. Input of streams and plans."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class Flow:
     Attributes:
         order: node names in graph order. operands: inputs of each. ops: op name of each.
         shapes: static shape of each tensor. modules: module path of each.
-        facts, refusals: from the analysis. aliases: {node: source} for nodes that hand on the image
-            tokens of their source unchanged. pointwise: element-wise ops. sums: plain a + b.
+        facts, refusals: from the analysis. aliases: {node: source} for nodes that return the
+            image tokens of their source unchanged. pointwise: element-wise ops. sums: plain a + b.
         attention: fused attention, and the softmax of one that is written out.
         needs_all_tokens: refusals of nodes that must see all tokens.
     """

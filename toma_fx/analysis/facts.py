@@ -65,8 +65,8 @@ class Rejected:
         node: graph node. reason: for people.
         kind: what refuses: "no_rule", there is none for the op; "rule", the rule of the op;
             "needs_all_tokens", the op must see all tokens; "use", the value is used elsewhere;
-            "layout", tokens don't lie where merging needs them; "content", it is no update or
-            attention that can merge.
+            "layout", tokens are on a dimension where they can't merge; "content", the branch or
+            attention is of a kind that can't.
         op: op name, such as "aten.view", if an op refuses.
     """
 

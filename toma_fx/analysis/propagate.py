@@ -45,7 +45,7 @@ def analyze(captured: Captured, grid: Size | None = None) -> tuple[Analysis, Flo
 
     Args:
         captured: the graph; it is not changed.
-        grid: token grid (H, W) or (T, H, W) of a packed input, if nothing else tells it.
+        grid: token grid (H, W) or (T, H, W) of a packed input, if ids and sizes don't give it.
 
     Returns:
         The analysis and the plain-data view of the graph that planning works on.
@@ -178,7 +178,7 @@ def _locate_raster(raster: Raster, at: int, tokens: Tokens) -> dict[str, Raster]
 
 
 def _find_lost(flow: Flow) -> set[str]:
-    """Values that may hold image tokens which the analysis lost sight of at a refusal."""
+    """Values that may hold image tokens which were no longer followed after a refusal."""
     lost: set[str] = set()
     for name in flow.order:
         operands = flow.operands[name]

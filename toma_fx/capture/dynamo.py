@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from toma_fx.capture.canonical import flat_graph
-from toma_fx.capture.grids import raster
+from toma_fx.capture.grids import find_raster
 from toma_fx.capture.model import Captured, InputSpec
 from toma_fx.compat import (
     CONTENTS,
@@ -46,7 +46,7 @@ class Argument:
     Attributes:
         kind: "tensor"; "owned", a tensor that belongs to a module; "number", a Python number that
             becomes a tensor and nothing else; "constant", any other Python number.
-        source: Dynamo's name of where it comes from, such as "L['timestep']".
+        source: Dynamo's name of its origin, such as "L['timestep']".
         placeholder: name of the graph's input.
     """
 
@@ -57,14 +57,14 @@ class Argument:
     @property
     def name(self) -> str:
         """Last part of the source: the name of the argument in the model's forward."""
-        return (_parts(self.source) or [""])[-1]
+        return (_split_source(self.source) or [""])[-1]
 
     @property
     def captured(self) -> bool:
         """Whether the captured graph takes it too."""
         return self.kind != "constant"
 
-    def given(self, value: Any) -> Any:
+    def to_input(self, value: Any) -> Any:
         """The value as the captured graph takes it: numbers are tensors of no dimension."""
         if self.kind == "number" and not isinstance(value, Tensor):
             return torch.tensor(value)
@@ -75,14 +75,14 @@ class Argument:
         if self.kind in ("owned", "number"):
             return None
         if self.kind == "constant":
-            return _plain(value)
+            return _to_number(value)
         return (tuple(value.shape), value.stride(), value.dtype, value.device)
 
 
 def arguments_of(gm: fx.GraphModule) -> tuple[Argument, ...]:
-    """The inputs of a Dynamo graph, in order. Dynamo forgets some of it when it is done."""
+    """The inputs of a Dynamo graph, in order. Call it while Dynamo compiles: it deletes sources."""
     nodes: list[Any] = gm.graph.find_nodes(op="placeholder")
-    return tuple(Argument(_kind(n), input_source(n).name, n.name) for n in nodes)
+    return tuple(Argument(_classify(n), input_source(n).name, n.name) for n in nodes)
 
 
 def example_values(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Any]:
@@ -126,12 +126,12 @@ def capture_dynamo(
     Raises:
         CaptureError: the graph can't be exported.
     """
-    taken = [(a, a.given(v)) for a, v in zip(arguments, values, strict=True) if a.captured]
+    captured = [(a, a.to_input(v)) for a, v in zip(arguments, values, strict=True) if a.captured]
     replay = _Replay(gm, arguments, values)
     try:
-        # Dynamo's own tracing context, if one is open, must not lend its symbolic shapes
+        # Dynamo's own tracing context, if one is open, must not pass on its symbolic shapes
         with torch.no_grad(), without_tracing_context(), fx.traceback.preserve_node_meta():
-            program = torch.export.export(replay, tuple(v for _, v in taken), strict=False)
+            program = torch.export.export(replay, tuple(v for _, v in captured), strict=False)
             graph_module = flat_graph(program, "DynamoGraph")
     except TomaError:
         raise
@@ -146,10 +146,10 @@ def capture_dynamo(
         ) from error
     graph = graph_module.graph
     specs = []
-    for node, (argument, value) in zip(graph.find_nodes(op="placeholder"), taken, strict=True):
+    for node, (argument, value) in zip(graph.find_nodes(op="placeholder"), captured, strict=True):
         fake = node.meta["val"] if argument.kind == "tensor" else None
-        specs.append(InputSpec(node.name, fake, raster(value) if fake is not None else None))
-    Rewriter(graph_module).set_module_stacks(_own_paths(graph))
+        specs.append(InputSpec(node.name, fake, find_raster(value) if fake is not None else None))
+    Rewriter(graph_module).set_module_stacks(_relative_stacks(graph))
     out_spec = program.call_spec.out_spec
     assert out_spec is not None
     return Captured(graph_module, tuple(specs), out_spec)
@@ -158,7 +158,7 @@ def capture_dynamo(
 # -- inputs ---------------------------------------------------------------------------------------
 
 
-def _kind(node: Any) -> Kind:
+def _classify(node: Any) -> Kind:
     wrapped = is_wrapped_number(node)
     if isinstance(node.meta["example_value"], Tensor):
         if not wrapped or any(u.target != "item" for u in node.users):
@@ -178,7 +178,7 @@ def _is_owned(node: Any) -> bool:
     return in_module or isinstance(node.meta["example_value"], nn.Parameter)
 
 
-def _plain(value: Any) -> float:
+def _to_number(value: Any) -> float:
     number: float = value.item() if isinstance(value, Tensor) else value
     return number
 
@@ -193,7 +193,7 @@ class _Replay(nn.Module):
         self.graphs = (gm,)  # in a tuple: not a submodule
         self.numbers = frozenset(a.placeholder for a in arguments if a.kind == "number")
         self.constants = {
-            i: _plain(value) for i, value in enumerate(values) if not arguments[i].captured
+            i: _to_number(value) for i, value in enumerate(values) if not arguments[i].captured
         }
 
     def forward(self, *tensors: Tensor) -> Any:
@@ -247,18 +247,20 @@ _PART = re.compile(r"\['([^']*)'\]|\[(\d+)\]|\.(\w+)")
 _STORAGE = ("__dict__", *CONTENTS)
 
 
-def _parts(source: str) -> list[str]:
+def _split_source(source: str) -> list[str]:
     """Names in a Dynamo source: L['self']._modules['blocks'].0 gives self, blocks, 0."""
-    found = [next(filter(None, match.groups()), "") for match in _PART.finditer(source)]
-    return [part for part in found if part not in _STORAGE]
+    names = [next(filter(None, match.groups()), "") for match in _PART.finditer(source)]
+    return [name for name in names if name not in _STORAGE]
 
 
-def _own_paths(graph: fx.Graph) -> dict[fx.Node, ModuleStack]:
+def _relative_stacks(graph: fx.Graph) -> dict[fx.Node, ModuleStack]:
     """Module stacks whose paths start at the model."""
     stacks: dict[fx.Node, list[tuple[str, list[str], Any]]] = {}
     for node in graph.nodes:
         entries = (node.meta.get("nn_module_stack") or {}).items()
-        known = [(key, _parts(p), kind) for key, (p, kind) in entries if p[:2] in ("L[", "G[")]
+        known = [
+            (key, _split_source(p), kind) for key, (p, kind) in entries if p[:2] in ("L[", "G[")
+        ]
         stacks[node] = known
     outermost = [known[0][1] for known in stacks.values() if known]
     root = _root(outermost)

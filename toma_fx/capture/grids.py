@@ -56,17 +56,17 @@ def ids_dim(value: Any) -> int | None:
     return 2 if value.dim() == 3 and 2 <= value.shape[1] <= 4 else None
 
 
-def raster(value: Any) -> Raster | None:
+def find_raster(value: Any) -> Raster | None:
     """What position ids [N, d], [B, N, d] or [B, d, N] enumerate in their last two columns.
 
     Columns at the end that are the same everywhere don't count (Flux.2's index of text). Those
     before tell images (or frames) apart. What comes before the first image, and images that differ
     from it in width, count as other tokens.
     """
-    at = ids_dim(value)
-    if at is None:
+    dim = ids_dim(value)
+    if dim is None:
         return None
-    value = value.transpose(at, -2)
+    value = value.transpose(dim, -2)
     if value.dim() == 3:
         value = value[0]
     if is_fake(value) or value.is_meta or value.shape[0] < 4:
@@ -84,10 +84,10 @@ def raster(value: Any) -> Raster | None:
     if first is None:
         return None
     known = [size for size in takewhile(lambda size: size is not None, sizes[first:]) if size]
-    return _stacked(known, len(ids), sum(map(len, images[:first])))
+    return _make_raster(known, len(ids), sum(map(len, images[:first])))
 
 
-def _stacked(sizes: Sequence[Size], length: int, before: int = 0) -> Raster:
+def _make_raster(sizes: Sequence[Size], length: int, before: int = 0) -> Raster:
     """Images (H, W) one after the other in `length` tokens; after the first other width, others."""
     width = sizes[0][1]
     heights = tuple(h for h, _ in takewhile(lambda size: size[1] == width, sizes))
@@ -110,13 +110,13 @@ def size_hints(value: Any) -> Iterator[Raster]:
         sizes = [value] if _is_size(value) else value
         if sizes and all(_is_size(size) for size in sizes):
             images = [(s[-2], s[-1]) for s in sizes for _ in range(math.prod(s[:-2]))]
-            yield _stacked(images, sum(math.prod(size) for size in sizes))
+            yield _make_raster(images, sum(math.prod(size) for size in sizes))
         else:
             for inner in value:
                 yield from size_hints(inner)
 
 
-def _is_size(value: Any) -> bool:
+def _is_size(value: object) -> bool:
     return (
         isinstance(value, (list, tuple))
         and len(value) in (2, 3)

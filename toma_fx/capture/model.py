@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from toma_fx.capture.canonical import flat_graph
-from toma_fx.capture.grids import Raster, raster, size_hints
+from toma_fx.capture.grids import Raster, find_raster, size_hints
 from toma_fx.compat import ORIGINAL_FORWARD, WRAPPING, tree_flatten
 from toma_fx.errors import CaptureError, ModelTypeError, TomaError, TrainingModeError
 
@@ -56,7 +56,7 @@ class Captured:
     hints: tuple[Raster, ...] = ()
 
 
-def flatten_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], Any]:
+def flatten_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], TreeSpec]:
     """Flatten a call; keyword order does not matter."""
     return tree_flatten((tuple(args), dict(sorted(kwargs.items()))))
 
@@ -88,7 +88,7 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         ModelTypeError, TrainingModeError: see `check_model`.
     """
     check_model(model)
-    kwargs, plain = dict(sorted(kwargs.items())), bare(model)
+    kwargs, plain = dict(sorted(kwargs.items())), unwrap(model)
     try:
         with torch.no_grad():
             program = torch.export.export(plain, tuple(args), kwargs, strict=False)
@@ -101,23 +101,23 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     placeholders: list[Any] = graph_module.graph.find_nodes(op="placeholder")
     for node, value in zip(placeholders, flatten_call(args, kwargs)[0], strict=True):
         fake = node.meta["val"] if isinstance(value, Tensor) else None
-        specs.append(InputSpec(node.name, fake, raster(value)))
+        specs.append(InputSpec(node.name, fake, find_raster(value)))
     out_spec = program.call_spec.out_spec
     assert out_spec is not None
     hints = dict.fromkeys((*size_hints(kwargs), *size_hints(args)))
     return Captured(graph_module, tuple(specs), out_spec, tuple(hints))
 
 
-def bare(model: nn.Module) -> nn.Module:
-    """The model without what others wrapped around its call (offload hooks); shares everything."""
-    bare = copy.copy(model)
-    own = vars(bare)
-    forward = own.get(ORIGINAL_FORWARD, own.get("forward"))
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model without wrappers of its call (offload hooks); shares everything."""
+    plain = copy.copy(model)
+    attributes = vars(plain)
+    forward = attributes.get(ORIGINAL_FORWARD, attributes.get("forward"))
     for name in WRAPPING:
-        own.pop(name, None)
+        attributes.pop(name, None)
     if forward is not None and getattr(forward, "__func__", None) is not type(model).forward:
-        own["forward"] = forward  # the user's own
-    return bare
+        attributes["forward"] = forward  # set by the user
+    return plain
 
 
 def _capture_error(model: nn.Module, error: Exception) -> CaptureError:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from toma_fx.capture.dynamo import Argument
-from toma_fx.capture.grids import raster
-from toma_fx.capture.model import Captured, bare, flatten_call
+from toma_fx.capture.grids import find_raster
+from toma_fx.capture.model import Captured, flatten_call, unwrap
 from toma_fx.compat import is_fake, tree_leaves, tree_map
 from toma_fx.errors import CaptureError, ParityError
 from toma_fx.graph.nodes import module_path
@@ -30,7 +30,7 @@ EXACT = 1e-4
 
 @dataclass(frozen=True)
 class Expected:
-    """What a model makes of inputs that differ from those it will be captured with.
+    """Outputs of a model for inputs that differ from those it will be captured with.
 
     Attributes:
         model: the model that ran. args, kwargs: the inputs. outputs: the leaves of its output.
@@ -42,7 +42,7 @@ class Expected:
     outputs: list[Any]
 
     @classmethod
-    def of(
+    def compute(
         cls, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Expected | None:
         """Run the model once on fresh inputs; None where nothing can run (meta or fake tensors).
@@ -53,10 +53,10 @@ class Expected:
         leaves = [*tree_leaves((args, kwargs)), *model.parameters()]
         if any(is_fake(x) or getattr(x, "is_meta", False) for x in leaves):
             return None
-        fresh_args, fresh_kwargs = tree_map(fresh, (tuple(args), dict(kwargs)))
-        plain = bare(model)
+        fresh_args, fresh_kwargs = tree_map(perturb, (tuple(args), dict(kwargs)))
+        plain = unwrap(model)
         try:
-            outputs = _outputs(plain, fresh_args, fresh_kwargs)
+            outputs = _run_model(plain, fresh_args, fresh_kwargs)
         except Exception as error:
             raise CaptureError(
                 "the model does not run on these inputs",
@@ -74,17 +74,17 @@ class Expected:
         """
         leaves = flatten_call(self.args, self.kwargs)[0]
         with torch.no_grad():
-            results = captured.graph_module(*leaves)
-        found = _difference(list(results), self.outputs)
-        if found is None or _difference(
-            _outputs(self.model, self.args, self.kwargs), self.outputs
-        ):  # the model itself is not the same twice: it draws random numbers
+            outputs = captured.graph_module(*leaves)
+        difference = _difference(list(outputs), self.outputs)
+        if difference is None or _difference(
+            _run_model(self.model, self.args, self.kwargs), self.outputs
+        ):  # two runs of the model differ, too: it uses random numbers
             return
         raise ParityError(
             "the captured graph does not compute what the model computes",
             where=self._first_module(captured, leaves) or type(self.model).__name__,
             expected="the outputs of the model on inputs that it was not captured with",
-            got=found,
+            got=difference,
             hint="the forward pass depends on more than its inputs, or acts otherwise while it is "
             "traced; rewrite that line without Python state, torch.compiler flags and .data",
         )
@@ -99,7 +99,7 @@ class Expected:
 
         hooks = [m.register_forward_hook(note) for m in names if not any(m.children())]
         try:
-            _outputs(self.model, self.args, self.kwargs)
+            _run_model(self.model, self.args, self.kwargs)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -129,17 +129,17 @@ def check_replay(
     if any(is_fake(x) or getattr(x, "is_meta", False) for x in values):
         return
     pairs = list(zip(arguments, values, strict=True))
-    inputs = [fresh(v) if a.kind == "tensor" else v for a, v in pairs]
+    inputs = [perturb(v) if a.kind == "tensor" else v for a, v in pairs]
 
     def run() -> list[Any]:
         with torch.no_grad():
             return [x.detach() if isinstance(x, Tensor) else x for x in gm(*inputs)]
 
     expected = run()
-    leaves = [a.given(v) for (a, _), v in zip(pairs, inputs, strict=True) if a.captured]
+    leaves = [a.to_input(v) for (a, _), v in zip(pairs, inputs, strict=True) if a.captured]
     with torch.no_grad():
-        results = captured.graph_module(*leaves)
-    difference = _difference(list(results), expected)
+        outputs = captured.graph_module(*leaves)
+    difference = _difference(list(outputs), expected)
     if difference is not None and _difference(run(), expected) is None:
         raise ParityError(
             "the captured graph does not compute what Dynamo's graph computes",
@@ -166,16 +166,18 @@ class _Recorder(fx.Interpreter):
         return value
 
 
-def _outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+def _run_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """Leaves of the model's output; its arguments are copied, for some models pop from lists."""
     args, kwargs = tree_map(lambda x: x, (args, kwargs))
     with torch.no_grad():
         return list(tree_leaves(model(*args, **kwargs)))
 
 
-def fresh(value: Any, seed: int = 0) -> Any:
+def perturb(value: Any, seed: int = 0) -> Any:
     """Other values of the same kind: numbers a little smaller; position ids and indices stay."""
-    if not isinstance(value, Tensor) or not value.is_floating_point() or raster(value) is not None:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    if find_raster(value) is not None:
         return value
     g = torch.Generator(device=value.device).manual_seed(value.numel() + seed)
     share = torch.rand(value.shape, generator=g, device=value.device, dtype=torch.float32)
@@ -204,7 +206,7 @@ def _difference(got: Sequence[Any], expected: Sequence[Any]) -> str | None:
             return f"output {i} is {tuple(a.shape)} {a.dtype}, not {tuple(b.shape)} {b.dtype}"
         if torch.equal(a, b) or not a.numel():
             continue
-        found, limit = relative_difference(a, b), tolerance(b.dtype)
-        if not found <= limit:
-            return f"output {i} differs by {found:.2g} of its largest value ({limit:.0e} allowed)"
+        error, limit = relative_difference(a, b), tolerance(b.dtype)
+        if not error <= limit:
+            return f"output {i} differs by {error:.2g} of its largest value ({limit:.0e} allowed)"
     return None

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from toma_fx.capture.grids import raster
+from toma_fx.capture.grids import find_raster
 from toma_fx.cli.text import bytes_text
 from toma_fx.errors import ArtifactError, ConfigError
 from toma_fx.export.loader import load
@@ -120,7 +120,7 @@ def _positions(spec: ArtifactInput) -> Tensor:
     ids = torch.zeros(spec.tensor.shape)
     if ids.shape[-2:] == (len(every), columns) and columns >= 3:
         ids[..., :3] = torch.tensor(every, dtype=ids.dtype)
-        if raster_spec(raster(ids)) == spec.raster:
+        if raster_spec(find_raster(ids)) == spec.raster:
             return ids
     raise ArtifactError(
         "no position ids can be generated for this artifact",

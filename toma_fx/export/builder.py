@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toma_fx.capture.parity import fresh, relative_difference, tolerance
+from toma_fx.capture.parity import perturb, relative_difference, tolerance
 from toma_fx.errors import BuildError
 from toma_fx.export.artifact import OnStage, building, check_output, ignore, report_stage
 from toma_fx.export.manifest import (
@@ -166,7 +166,7 @@ def _compare(programs: Programs, manifest: Manifest, runtime: Runtime) -> Iterat
     kept = dict[str, Tensor]()
     for step, kind in enumerate(_checked_kinds(manifest)):
         where = f"step {step} ({kind})"
-        inputs = [fresh(x, seed=step) for x in programs.inputs.values()]
+        inputs = [perturb(x, seed=step) for x in programs.inputs.values()]
         outputs, gives = runtime.run(kind, inputs, kept)
         got = [x.clone() for x in outputs]
         expected, expected_gives = programs.run(kind, inputs, kept)

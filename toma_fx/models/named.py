@@ -49,12 +49,12 @@ def example(
         # diffusers warns of any cast of Flux, though nothing changes
         model = loaded.denoiser if dtype == torch.float32 else loaded.denoiser.to(dtype)
         return model.to(device), inputs
-    model = _loaded(name, subfolder, dtype).eval().to(device)
+    model = _load(name, subfolder, dtype).eval().to(device)
     height = height or 1024
     return model, example_inputs(model, height, width or height, batch, text=text)
 
 
-def _loaded(name: str, subfolder: str | None, dtype: torch.dtype) -> Any:
+def _load(name: str, subfolder: str | None, dtype: torch.dtype) -> Any:
     from diffusers import AutoModel
 
     errors = []
@@ -105,13 +105,13 @@ def example_inputs(
     Raises:
         ModelTypeError: another model; give `explain` and `optimize` your own inputs.
     """
-    own = next(model.parameters())
-    put = {"dtype": own.dtype, "device": own.device}
+    parameter = next(model.parameters())
+    factory = {"dtype": parameter.dtype, "device": parameter.device}
     family = type(model).__name__
     if family == "UNet2DConditionModel":
-        return _unet_inputs(model.config, height, width, batch, text or 77, put)
+        return _unet_inputs(model.config, height, width, batch, text or 77, factory)
     if family == "FluxTransformer2DModel":
-        return _flux_inputs(model.config, height, width, batch, text or 512, put)
+        return _flux_inputs(model.config, height, width, batch, text or 512, factory)
     raise ModelTypeError(
         "no example inputs for this model",
         where=family,
@@ -122,43 +122,43 @@ def example_inputs(
 
 
 def _unet_inputs(
-    config: Any, height: int, width: int, batch: int, text: int, put: dict[str, Any]
+    config: Any, height: int, width: int, batch: int, text: int, factory: dict[str, Any]
 ) -> dict[str, Any]:
-    """`put` holds the dtype and device of the model."""
+    """`factory` holds the dtype and device of the model."""
     inputs: dict[str, Any] = {
-        "sample": torch.randn(batch, config.in_channels, height // 8, width // 8, **put),
-        "timestep": torch.tensor(500.0, device=put["device"]),  # as Euler's scheduler gives it
-        "encoder_hidden_states": torch.randn(batch, text, config.cross_attention_dim, **put),
+        "sample": torch.randn(batch, config.in_channels, height // 8, width // 8, **factory),
+        "timestep": torch.tensor(500.0, device=factory["device"]),  # as Euler's scheduler gives it
+        "encoder_hidden_states": torch.randn(batch, text, config.cross_attention_dim, **factory),
         "return_dict": False,
     }
     if config.addition_embed_type == "text_time":
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         size = [height, width, 0, 0, height, width]
         inputs["added_cond_kwargs"] = {
-            "text_embeds": torch.randn(batch, pooled, **put),
-            "time_ids": torch.tensor([size] * batch, **put),
+            "text_embeds": torch.randn(batch, pooled, **factory),
+            "time_ids": torch.tensor([size] * batch, **factory),
         }
     return inputs
 
 
 def _flux_inputs(
-    config: Any, height: int, width: int, batch: int, text: int, put: dict[str, Any]
+    config: Any, height: int, width: int, batch: int, text: int, factory: dict[str, Any]
 ) -> dict[str, Any]:
-    """`put` holds the dtype and device of the model."""
-    device = put["device"]
+    """`factory` holds the dtype and device of the model."""
+    device = factory["device"]
     rows, columns = height // 16, width // 16
     ids = torch.zeros(rows, columns, 3, device=device)
     ids[..., 1] += torch.arange(rows, device=device)[:, None]
     ids[..., 2] += torch.arange(columns, device=device)[None, :]
     inputs: dict[str, Any] = {
-        "hidden_states": torch.randn(batch, rows * columns, config.in_channels, **put),
-        "encoder_hidden_states": torch.randn(batch, text, config.joint_attention_dim, **put),
-        "pooled_projections": torch.randn(batch, config.pooled_projection_dim, **put),
-        "timestep": torch.full((batch,), 0.5, **put),
+        "hidden_states": torch.randn(batch, rows * columns, config.in_channels, **factory),
+        "encoder_hidden_states": torch.randn(batch, text, config.joint_attention_dim, **factory),
+        "pooled_projections": torch.randn(batch, config.pooled_projection_dim, **factory),
+        "timestep": torch.full((batch,), 0.5, **factory),
         "img_ids": ids.flatten(0, 1),
         "txt_ids": torch.zeros(text, 3, device=device),
         "return_dict": False,
     }
     if config.guidance_embeds:
-        inputs["guidance"] = torch.full((batch,), 3.5, **put)
+        inputs["guidance"] = torch.full((batch,), 3.5, **factory)
     return inputs

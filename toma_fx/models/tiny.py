@@ -1,4 +1,4 @@
-"""Two small trained denoisers that ship with the package, and the sampler that draws with them.
+"""Two small trained denoisers that ship with the package, and their sampler.
 
 `tiny-sdxl` is a `UNet2DConditionModel` with SDXL's conditioning (text_time) and two attention
 resolutions; `tiny-flux` is a `FluxTransformer2DModel`. Both work on 64x64 RGB pixels (no VAE), are
@@ -200,11 +200,11 @@ class TinyModel:
         called after each of the `steps` steps.
         """
         run = self.denoiser if denoiser is None else denoiser
-        wanted = torch.tensor(list(labels))
+        classes = torch.tensor(list(labels))
         guided = guidance > 1.0
         if guided:
-            wanted = torch.cat([torch.full_like(wanted, len(CLASSES)), wanted])
-        tokens, pooled = self.conditioning(wanted)
+            classes = torch.cat([torch.full_like(classes, len(CLASSES)), classes])
+        tokens, pooled = self.conditioning(classes)
         noise = torch.Generator().manual_seed(seed)
         images = torch.randn(len(labels), 3, SIZE, SIZE, generator=noise)
         times = torch.linspace(1, 0, steps + 1)
@@ -212,8 +212,8 @@ class TinyModel:
             batch = torch.cat([images, images]) if guided else images
             v = velocity(self.name, run, batch, times[i].expand(len(batch)), tokens, pooled)
             if guided:
-                free, bound = v.chunk(2)
-                v = free + guidance * (bound - free)
+                unconditional, conditional = v.chunk(2)
+                v = unconditional + guidance * (conditional - unconditional)
             images = images + (times[i + 1] - times[i]) * v
             if on_step is not None:
                 on_step(i)

@@ -1,4 +1,4 @@
-"""Position of each branch in the model: grid, level, depth. Methods decide by it how they merge."""
+"""Position of each branch in the model: grid, level, depth. Methods choose settings by it."""
 
 from __future__ import annotations
 

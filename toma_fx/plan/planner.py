@@ -102,7 +102,7 @@ def _check_patterns(analysis: Analysis, config: MethodConfig) -> None:
 def _split_stream(
     stream: Stream, config: MethodConfig, places: Mapping[tuple[str, int], Place]
 ) -> tuple[list[Run], list[Rejection]]:
-    """Runs of branches with equal settings that the configuration lets merge."""
+    """Runs of branches with equal settings, and the branches that the configuration leaves out."""
     settings: list[Setting | None] = []
     rejections: list[Rejection] = []
     for i, branch in enumerate(stream.branches):

@@ -97,7 +97,7 @@ def _make_segment(run: Run, part: Sequence[int], scope: str, flow: Flow) -> Merg
         base, exit_, inner = "", branches[0].out, branches[0].nodes
         entries = branches[0].entries
     else:
-        # the base is where the segment before it would end, so that neighbors meet in one node
+        # the base is where the segment before it would end, so that neighbors share one node
         base = _move_past_slice(flow, image.name, stream.values[part[0]])
         exit_ = _move_past_slice(flow, image.name, branches[-1].add)
         inner = flow.region(image.name, base, exit_)

@@ -218,7 +218,7 @@ class MergedGraph:
         return StepCall(
             # a graph for each batch size: guidance that ends in mid-run comes with another one
             signature=(id(self), *self._signature(values)),
-            leaves=[a.given(v) for a, v in pairs if a.captured],
+            leaves=[a.to_input(v) for a, v in pairs if a.captured],
             ids=self._ids(values),
             timestep=None if self._timestep is None else number_of(values[self._timestep]),
             conditioning=conditioning if isinstance(conditioning, Tensor) else None,

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from toma_fx.capture.companions import check_wrapping
-from toma_fx.capture.grids import Raster, raster
+from toma_fx.capture.grids import Raster, find_raster
 from toma_fx.capture.guard import ModelGuard
 from toma_fx.capture.model import check_model, flatten_call
 from toma_fx.compat import (
@@ -64,7 +64,7 @@ class Arguments:
     @property
     def rasters(self) -> tuple[Raster | None, ...]:
         """What the position ids among the leaves enumerate; on a GPU reading waits for it."""
-        return tuple(raster(leaf) for leaf in self.leaves)
+        return tuple(find_raster(leaf) for leaf in self.leaves)
 
 
 class OptimizedDenoiser(StandIn):

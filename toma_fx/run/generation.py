@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toma_fx.capture.grids import Raster, raster
+from toma_fx.capture.grids import Raster, find_raster
 from toma_fx.compat import mark_static_address
 from toma_fx.errors import SharedStateError
 
@@ -204,7 +204,7 @@ class Rasters:
     @classmethod
     def read(cls, leaves: Sequence[Any]) -> Rasters:
         """Read the position ids among the leaves of a call; on a GPU this waits for it."""
-        values = tuple(raster(leaf) for leaf in leaves)
+        values = tuple(find_raster(leaf) for leaf in leaves)
         ids = [(i, weakref.ref(leaves[i])) for i, found in enumerate(values) if found is not None]
         return cls(values, tuple(ids))
 

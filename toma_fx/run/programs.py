@@ -117,7 +117,7 @@ class Specialization:
             NoMergeSites, TileError: see `make_plan`.
         """
         check_model(model)
-        expected = Expected.of(model, args, kwargs)
+        expected = Expected.compute(model, args, kwargs)
         captured = capture(model, args, kwargs)
         if expected is not None:
             expected.check(captured)

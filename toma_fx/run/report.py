@@ -13,7 +13,7 @@ from toma_fx.methods.windows import Size, size_text
 from toma_fx.passes.uses import PLAIN, REFRESH, REUSE
 from toma_fx.plan.plan import Rejection
 from toma_fx.run.denoiser import OptimizedDenoiser
-from toma_fx.run.printed import Printed
+from toma_fx.run.printable import Printable
 from toma_fx.run.programs import Specialization
 from toma_fx.run.schedule import due
 
@@ -25,7 +25,7 @@ class Row:
     Attributes:
         site: attention node, or the branch's output node. module: module path. kind: what it is.
         scope: residual adds its segment spans. tokens, merged: image tokens before and after.
-        grid: in tokens. how: the method's window, cell or factor. group: pattern group.
+        grid: in tokens. window: the method's window, cell or factor. group: pattern group.
         flops_before, flops_after: of its nodes.
     """
 
@@ -36,14 +36,14 @@ class Row:
     tokens: int
     merged: int
     grid: Size
-    how: str
+    window: str
     group: str
     flops_before: int
     flops_after: int
 
 
 @dataclass(frozen=True)
-class Report(Printed):
+class Report(Printable):
     """What `explain` returns; prints as a table, converts to JSON.
 
     Attributes:
@@ -68,7 +68,7 @@ class Report(Printed):
         """The report as JSON text."""
         return json.dumps({**asdict(self), "ideal_speedup": self.ideal_speedup}, indent=2)
 
-    def _parts(self) -> list[Any]:
+    def _renderables(self) -> list[Any]:
         from rich.box import SIMPLE
         from rich.table import Table
         from rich.text import Text
@@ -82,7 +82,7 @@ class Report(Printed):
                 f"{row.module}\n  {row.kind}, {row.scope}",
                 f"{row.tokens} -> {row.merged}",
                 size_text(row.grid),
-                row.how,
+                row.window,
                 row.group,
                 f"{row.flops_before / 1e6:.1f} -> {row.flops_after / 1e6:.1f}",
             )
@@ -140,7 +140,7 @@ def make_report(specialization: Specialization) -> Report:
 
 
 @dataclass(frozen=True)
-class Live:
+class LiveGraph:
     """One graph that is kept.
 
     Attributes:
@@ -155,7 +155,7 @@ class Live:
 
 
 @dataclass(frozen=True)
-class Summary(Printed):
+class Summary(Printable):
     """What `summary` returns; prints as a table, converts to JSON.
 
     Attributes:
@@ -171,14 +171,14 @@ class Summary(Printed):
     compiled: bool
     config: dict[str, Any]
     captures: int
-    live: tuple[Live, ...]
+    live: tuple[LiveGraph, ...]
     steps: dict[str, int]
 
     def to_json(self) -> str:
         """The summary as JSON text."""
         return json.dumps(asdict(self), indent=2)
 
-    def _parts(self) -> list[Any]:
+    def _renderables(self) -> list[Any]:
         from rich.box import SIMPLE
         from rich.table import Table
         from rich.text import Text
@@ -188,7 +188,7 @@ class Summary(Printed):
         ran = ", ".join(f"{n} {call}" for call, n in self.steps.items()) or "none yet"
         named = (k for k in ("method", "ratio", "scope", "window") if k in self.config)
         brief = ", ".join(f"{k}={self.config[k]}" for k in named)
-        how = "compiled" if self.compiled else "eager"
+        mode = "compiled" if self.compiled else "eager"
         table = Table(box=SIMPLE)
         for name in ("inputs", "merged segments", "tokens", "steps"):
             table.add_column(name, overflow="fold")
@@ -200,7 +200,7 @@ class Summary(Printed):
                 "\n".join(f"{n} {call}" for call, n in live.steps.items()),
             )
         return [
-            Text(f"{self.denoiser}: token merging, {brief}, {how}"),
+            Text(f"{self.denoiser}: token merging, {brief}, {mode}"),
             Text(f"steps: {ran}; graphs captured: {self.captures}, kept: {len(self.live)}"),
             *([table] if self.live else []),
         ]
@@ -217,12 +217,12 @@ def make_summary(model: nn.Module, optimized: OptimizedDenoiser | None) -> Summa
         optimized.compiled,
         optimized.config_toma.to_json(),
         optimized.cache.made,
-        tuple(_live(s) for s in optimized.specializations),
+        tuple(_describe_graph(s) for s in optimized.specializations),
         optimized.totals,
     )
 
 
-def _live(specialization: Specialization) -> Live:
+def _describe_graph(specialization: Specialization) -> LiveGraph:
     inputs = {
         i.name: tuple(i.tensor.shape)
         for i in specialization.captured.inputs
@@ -230,6 +230,6 @@ def _live(specialization: Specialization) -> Live:
     }
     segments = specialization.plan.segments
     tokens = {(s.image.length, s.setting.merged_count) for s in segments}
-    return Live(
+    return LiveGraph(
         inputs, len(segments), tuple(sorted(tokens, reverse=True)), dict(specialization.counts)
     )

@@ -192,7 +192,7 @@ def linear(call: Call) -> Outcome:
 
 @rule(*CONVOLUTIONS, "conv_transpose2d")
 def convolution(call: Call) -> Outcome:
-    """Convolutions work on a spatial grid; their output is where token grids come from."""
+    """Convolutions work on a spatial grid; their output may be folded into tokens."""
     if tokens_of(call.layout(call.node.args[0])) is not None:
         return call.reject("a convolution over the token axis")
     return _spatial(call)

@@ -234,7 +234,7 @@ def _join_rows(call: Call, layouts: list[Layout | None], dim: int) -> Outcome:
 def _common_tokens(call: Call, labels: Sequence[Label], dim: int) -> Tokens | None:
     """The tokens of a batch whose rows have these; what differs between them is other tokens.
 
-    Images of one size that the rows bring along become one image with a batch.
+    Images of one size, one in each row, become one image with a batch.
     """
     size, segments = shape_of(call.node)[dim], list[Segment]()
     if not all(isinstance(label, Tokens) for label in labels):

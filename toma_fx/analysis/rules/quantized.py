@@ -100,7 +100,7 @@ def _label_scales(
     return refused or tuple(labels)
 
 
-def _check_scale(call: Call, layout: Layout, scale: Any) -> Rejected | None:
+def _check_scale(call: Call, layout: Layout, scale: object) -> Rejected | None:
     """Refusal unless the scales are those of these very tokens, or one number."""
     if not isinstance(scale, torch.fx.Node) or not shape_of(scale) or set(shape_of(scale)) == {1}:
         return None

@@ -40,16 +40,18 @@ FOLDS = (
 ROWS_SEPARATED = "rows of the batch are taken apart"
 
 
-def regroup(
-    source: Sequence[int], target: Sequence[int]
-) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+Groups = list[tuple[tuple[int, ...], tuple[int, ...]]]
+"""Dimensions (before, after) of a reshape that depend on each other alone."""
+
+
+def regroup(source: Sequence[int], target: Sequence[int]) -> Groups:
     """Finest independent groups of dimensions of a row-major reshape, as (in dims, out dims).
 
     [2, 256, 64] -> [2, 256, 4, 16] gives ((0,),(0,)), ((1,),(1,)), ((2,),(2,3)). Sizes of 1 pair up
     where both sides have one and stand alone otherwise. Sizes that depend on the data match their
     like; what can't be matched is one group.
     """
-    groups: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    groups: Groups = []
     i = j = 0
     while i < len(source) or j < len(target):
         if i == len(source) or (j < len(target) and target[j] == 1 != source[i]):
@@ -99,7 +101,7 @@ def _reshape(call: Call, layout: Layout, sizes_at: int | None) -> Outcome:
     return Transfer(tuple(labels), tuple(patches), needs_all_tokens=needs_all)
 
 
-def _keep_batch_of_one(layout: Layout, groups: Any, labels: list[Label]) -> None:
+def _keep_batch_of_one(layout: Layout, groups: Groups, labels: list[Label]) -> None:
     """[1, N, C] -> [N, C] folds a batch of 1 with the tokens, and -> [1, N, C] takes it out."""
     removed = any(not outs and layout[ins[0]] == BATCH for ins, outs in groups)
     for d, label in enumerate(labels):

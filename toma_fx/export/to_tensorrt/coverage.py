@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from toma_fx.errors import BuildError
-from toma_fx.run.printed import Printed
+from toma_fx.run.printable import Printable
 
 Verdict = Literal["taken", "folded", "conditional", "refused", "missing"]
 """taken: converted, decomposed or removed by name. folded: computed at build time. conditional: it
@@ -78,7 +78,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Coverage(Printed):
+class Coverage(Printable):
     """What TensorRT takes of a program; prints as a table, converts to JSON.
 
     Attributes:
@@ -107,7 +107,7 @@ class Coverage(Printed):
         """The coverage as JSON text."""
         return json.dumps({**asdict(self), "complete": self.complete}, indent=2)
 
-    def _parts(self) -> list[Any]:
+    def _renderables(self) -> list[Any]:
         table = Table(title=f"operators for {self.target}", title_justify="left", box=SIMPLE)
         table.add_column("operator", no_wrap=True)
         table.add_column("nodes", justify="right")

@@ -9,16 +9,16 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
 
-class Printed:
-    """Prints what `_parts` gives."""
+class Printable:
+    """Prints `_renderables` one below the other."""
 
-    def _parts(self) -> list[Any]:
+    def _renderables(self) -> list[Any]:
         raise NotImplementedError
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.console import Group
 
-        yield Group(*self._parts())
+        yield Group(*self._renderables())
 
     def __str__(self) -> str:
         from rich.console import Console
