@@ -96,12 +96,12 @@ def _measure_shares(specialization: Specialization, state: State) -> Iterator[tu
     places = places_of(specialization.analysis, specialization.flow)
     for group in plan.groups:
         pattern = {part: state.kept[group.tensor(part)] for part in group.setting.parts}
-        left = group.setting.count_merged(pattern)
+        merged_count = group.setting.count_merged(pattern)
         members = (
             (s.stream, i) for s in plan.segments if s.group == group.name for i in s.branches
         )
         for path in sorted({places[member].group for member in members}):
-            yield path, 1 - left / group.image.length
+            yield path, 1 - merged_count / group.image.length
 
 
 @contextmanager

@@ -60,7 +60,7 @@ class Argument:
         return (_split_source(self.source) or [""])[-1]
 
     @property
-    def captured(self) -> bool:
+    def is_captured(self) -> bool:
         """Whether the captured graph takes it too."""
         return self.kind != "constant"
 
@@ -126,7 +126,7 @@ def capture_dynamo(
     Raises:
         CaptureError: the graph can't be exported.
     """
-    captured = [(a, a.to_input(v)) for a, v in zip(arguments, values, strict=True) if a.captured]
+    captured = [(a, a.to_input(v)) for a, v in zip(arguments, values, strict=True) if a.is_captured]
     replay = _Replay(gm, arguments, values)
     try:
         # Dynamo's own tracing context, if one is open, must not pass on its symbolic shapes
@@ -193,7 +193,7 @@ class _Replay(nn.Module):
         self.graphs = (gm,)  # in a tuple: not a submodule
         self.numbers = frozenset(a.placeholder for a in arguments if a.kind == "number")
         self.constants = {
-            i: _to_number(value) for i, value in enumerate(values) if not arguments[i].captured
+            i: _to_number(value) for i, value in enumerate(values) if not arguments[i].is_captured
         }
 
     def forward(self, *tensors: Tensor) -> Any:

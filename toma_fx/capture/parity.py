@@ -136,7 +136,7 @@ def check_replay(
             return [x.detach() if isinstance(x, Tensor) else x for x in gm(*inputs)]
 
     expected = run()
-    leaves = [a.to_input(v) for (a, _), v in zip(pairs, inputs, strict=True) if a.captured]
+    leaves = [a.to_input(v) for (a, _), v in zip(pairs, inputs, strict=True) if a.is_captured]
     with torch.no_grad():
         outputs = captured.graph_module(*leaves)
     difference = _difference(list(outputs), expected)

@@ -218,7 +218,7 @@ class MergedGraph:
         return StepCall(
             # a graph for each batch size: guidance that ends in mid-run comes with another one
             signature=(id(self), *self._signature(values)),
-            leaves=[a.to_input(v) for a, v in pairs if a.captured],
+            leaves=[a.to_input(v) for a, v in pairs if a.is_captured],
             ids=self._ids(values),
             timestep=None if self._timestep is None else number_of(values[self._timestep]),
             conditioning=conditioning if isinstance(conditioning, Tensor) else None,
@@ -270,7 +270,7 @@ class MergedGraph:
         """
         given: list[Any] = self.gm.graph.find_nodes(op="placeholder")
         pairs = zip(given, self.arguments, strict=True)
-        notes = [input_notes(n) for n, argument in pairs if argument.captured]
+        notes = [input_notes(n) for n, argument in pairs if argument.is_captured]
         note_inputs(graph_module, [*notes, *map(static_notes, takes)])
         graph_module.meta.update(self.gm.meta)
         nodes: list[Any] = graph_module.graph.find_nodes(op="placeholder")
@@ -288,7 +288,7 @@ def _new_stepper() -> Stepper:
 
 def _position(arguments: Sequence[Argument], name: str) -> int | None:
     """Where the graph's input of that name is."""
-    found = [i for i, a in enumerate(arguments) if a.captured and a.name == name]
+    found = [i for i, a in enumerate(arguments) if a.is_captured and a.name == name]
     return found[0] if found else None
 
 

@@ -92,12 +92,12 @@ class Report(Printable):
         )
         parts: list[Any] = [table, Text(total)]
         if self.rejections:
-            left = Table(title="left alone", title_justify="left", box=SIMPLE)
+            reasons = Table(title="left alone", title_justify="left", box=SIMPLE)
             for name in ("module", "kind", "reason"):
-                left.add_column(name, overflow="fold")
-            for rejection in self.rejections:
-                left.add_row(rejection.module or rejection.node, rejection.kind, rejection.reason)
-            parts.append(left)
+                reasons.add_column(name, overflow="fold")
+            for r in self.rejections:
+                reasons.add_row(r.module or r.node, r.kind, r.reason)
+            parts.append(reasons)
         return parts
 
 

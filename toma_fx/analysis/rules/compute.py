@@ -114,8 +114,8 @@ def broadcast(call: Call, operands: Sequence[fx.Node], *, additive: bool = False
 def _holds_tokens(call: Call, operand: fx.Node, tokens: Tokens) -> bool:
     """Whether an operand holds some of these tokens itself, laid out otherwise."""
     names = {s.name for s in tokens.segments if s.grid}
-    held = (x for x in call.layout(operand) or () if isinstance(x, Tokens))
-    return any(s.name in names for x in held for s in x.segments)
+    labels = (x for x in call.layout(operand) or () if isinstance(x, Tokens))
+    return any(s.name in names for x in labels for s in x.segments)
 
 
 def _is_content(tokens: Tokens) -> bool:

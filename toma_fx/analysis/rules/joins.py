@@ -66,19 +66,19 @@ def _drop_label(layout: Layout, dim: int) -> Layout:
 
 def _cut(tokens: Tokens, start: int, end: int) -> tuple[Segment, ...] | None:
     """Segments of [start, end), cutting through text but never through an image."""
-    kept, at = [], 0
+    pieces, at = [], 0
     for segment in tokens.segments:
         low, high = max(start, at), min(end, at + segment.length)
         if low < high:
             if high - low == segment.length:
-                kept.append(segment)
+                pieces.append(segment)
             elif segment.grid is not None or segment.role == "image":
                 return None
             else:
                 name = f"{segment.name}[{low - at}:{high - at}]"
-                kept.append(Segment(name, high - low, None, segment.role))
+                pieces.append(Segment(name, high - low, None, segment.role))
         at += segment.length
-    return tuple(kept)
+    return tuple(pieces)
 
 
 def _cut_before(tokens: Tokens, position: int) -> tuple[Segment, ...]:
@@ -239,8 +239,8 @@ def _common_tokens(call: Call, labels: Sequence[Label], dim: int) -> Tokens | No
     size, segments = shape_of(call.node)[dim], list[Segment]()
     if not all(isinstance(label, Tokens) for label in labels):
         return None
-    held = (label.segments for label in labels if isinstance(label, Tokens))
-    for column in zip(*held, strict=False):
+    sequences = (label.segments for label in labels if isinstance(label, Tokens))
+    for column in zip(*sequences, strict=False):
         first = column[0]
         if len(set(column)) > 1:
             if first.grid is None or len({(s.grid, s.length, s.heights) for s in column}) > 1:

@@ -64,8 +64,8 @@ def choose_scale(call: Call) -> Outcome:
     if layout is None:
         return NOTHING
     refused = _check_blocks(call, layout, blocks)
-    kept = tuple(x if b == 1 else None for x, b in zip(layout, blocks, strict=True))
-    return refused or Transfer(kept)
+    labels = tuple(x if b == 1 else None for x, b in zip(layout, blocks, strict=True))
+    return refused or Transfer(labels)
 
 
 def quantize(call: Call) -> Outcome:
@@ -104,11 +104,11 @@ def _check_scale(call: Call, layout: Layout, scale: object) -> Rejected | None:
     """Refusal unless the scales are those of these very tokens, or one number."""
     if not isinstance(scale, torch.fx.Node) or not shape_of(scale) or set(shape_of(scale)) == {1}:
         return None
-    mine, theirs = (
+    axes, scale_axes = (
         [x for x in labels or () if isinstance(x, Tokens) or is_batch(x)]
         for labels in (layout, call.layout(scale))
     )
-    if mine == theirs or not any(isinstance(x, Tokens) for x in (*mine, *theirs)):
+    if axes == scale_axes or not any(isinstance(x, Tokens) for x in (*axes, *scale_axes)):
         return None
     return call.reject("scales that are not of these tokens")
 
