@@ -119,7 +119,7 @@ def test_presets_follow_the_publication() -> None:
 def test_a_mean_tile_of_a_bucket_is_shown() -> None:
     report = toma_fx.explain(denoisers.sdxl(), denoisers.sdxl_inputs(52, 76, 1), min_tokens=60)
     assert {r.grid for r in report.rows} == {(26, 38), (13, 19)}
-    tiles = [(r.grid, tuple(map(int, r.how.split("x")))) for r in report.rows]
+    tiles = [(r.grid, tuple(map(int, r.window.split("x")))) for r in report.rows]
     assert all(g[0] % t[0] == g[1] % t[1] == 0 for g, t in tiles)
 
 
