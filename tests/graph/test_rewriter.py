@@ -13,6 +13,7 @@ from tests.graphs import graph_of, text
 from toma_fx.capture.model import capture
 from toma_fx.errors import RewriteError, VerifyError
 from toma_fx.graph.nodes import module_path
+from toma_fx.graph.passes import EraseInputs
 from toma_fx.graph.rewriter import Rewriter
 from toma_fx.graph.verify import output_values, verify
 
@@ -115,6 +116,19 @@ def test_a_graph_without_inputs() -> None:
     assert torch.equal(second, torch.arange(6.0) + 1)
 
 
+@pytest.mark.parametrize("write", [lambda x: x.add_(1), lambda x: x.clone().mul_(2)])
+def test_a_snippet_that_writes_in_place_is_refused(write: Any) -> None:
+    """Other readers of what it writes into would see the change."""
+    rewriter = net()
+    first = rewriter.index()["linear"]
+    with (
+        pytest.raises(RewriteError, match="may not write in place") as caught,
+        rewriter.after(first),
+    ):
+        rewriter.splice("write", write, [first])
+    assert "_.Tensor" in caught.value.got
+
+
 def test_a_graph_without_tensors() -> None:
     graph = fx.Graph()
     graph.output((1, 2))
@@ -133,8 +147,8 @@ def test_inputs_and_outputs_are_kept_up_to_date() -> None:
     assert [tuple(v.shape) for v in rewriter.outputs] == [(2, 6), (2, 4)]
     verify(rewriter.graph_module, rewriter.inputs, rewriter.outputs, "test")
     with pytest.raises(RewriteError, match="in use"):
-        rewriter.erase_inputs(["x"])
-    rewriter.erase_inputs(["extra"])
+        EraseInputs(frozenset({"x"})).apply(rewriter)
+    EraseInputs(frozenset({"extra"})).apply(rewriter)
     assert rewriter.inputs == ["x"]
 
 

@@ -52,7 +52,9 @@ class EraseInputs:
 
     def apply(self, rewriter: Rewriter) -> None:
         """Erase them."""
-        rewriter.erase_inputs(self.names)
+        for node in rewriter.graph.find_nodes(op="placeholder"):
+            if node.name in self.names:
+                rewriter.erase(node)
 
 
 def run_passes(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from toma_fx.compat import tree_leaves
+from toma_fx.compat import tree_leaves, writes_in_place
 from toma_fx.errors import RewriteError
 from toma_fx.graph.nodes import is_dead, op_name
 from toma_fx.graph.templates import Opaque, Templates, trace_snippet
@@ -34,6 +34,24 @@ def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
     for new, old in zip(graph.nodes, graph_module.graph.nodes, strict=True):
         new.meta = dict(old.meta)
     return fx.GraphModule(graph_module, graph, graph_module.__class__.__name__)
+
+
+def _check_snippet(node: fx.Node, where: str) -> None:
+    """Raise unless a node of a traced snippet may stand in a graph."""
+    if node.op != "call_function":
+        raise RewriteError(
+            "a method may only call functions of torch",
+            where=where,
+            got=node.format_node() or "",
+            hint="make constant tensors with torch.arange and arithmetic, not with torch.tensor",
+        )
+    if writes_in_place(node.target):
+        raise RewriteError(
+            "a method may not write in place, not even into tensors of its own",
+            where=where,
+            got=node.format_node() or "",
+            hint="use the form without an underscore: add for add_, index_put for x[i] = y",
+        )
 
 
 class Rewriter:
@@ -156,14 +174,7 @@ class Rewriter:
                 continue
             if node.op == "output":
                 break
-            if node.op != "call_function":
-                raise RewriteError(
-                    "a method may only call functions of torch",
-                    where=self._pass,
-                    got=node.format_node() or "",
-                    hint="make constant tensors with torch.arange and arithmetic, "
-                    "not with torch.tensor",
-                )
+            _check_snippet(node, self._pass)
             args, kwargs = fx.map_arg((node.args, node.kwargs), mapping.__getitem__)
             mapping[node] = self._insert(node.target, args, kwargs)
             mapping[node].meta["val"] = node.meta["val"]
@@ -330,17 +341,6 @@ class Rewriter:
         self.outputs += [n.meta["val"] for n in nodes]
         self._record("add outputs", output)
 
-    def erase_inputs(self, names: Collection[str]) -> None:
-        """Erase inputs that no node uses (constants, which a graph has inside).
-
-        Raises:
-            RewriteError: one of them is used.
-        """
-        for node in self.graph.find_nodes(op="placeholder"):
-            if node.name in names:
-                self.erase(node)
-                self.inputs.remove(node.name)
-
     # -- erasing -----------------------------------------------------------------------------------
 
     def erase(self, node: fx.Node) -> None:
@@ -352,6 +352,8 @@ class Rewriter:
         if node.users:
             users = ", ".join(n.name for n in node.users)
             raise RewriteError("a node in use can't be erased", where=node.name, got=users)
+        if node.op == "placeholder":
+            self.inputs.remove(node.name)
         self.graph.erase_node(node)
         self._record("erase", node)
         self.changed.discard(node)
