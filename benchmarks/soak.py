@@ -104,7 +104,7 @@ def mixed(total: int) -> dict[str, Any]:
     for size, adapter in kinds:
         switch(model, adapter)
         done += generation(optimized, size, 6, True)
-    first = {"captures": optimized.cache.made, "compiled": counters["stats"]["unique_graphs"]}
+    first = {"captures": optimized.cache.captures, "compiled": counters["stats"]["unique_graphs"]}
     curve = [(done, held())]
     while done < total:
         for _ in range(20):
@@ -114,7 +114,7 @@ def mixed(total: int) -> dict[str, Any]:
             )
         curve.append((done, held()))
         print(f"{done} steps, {curve[-1][1]:.0f} MiB", flush=True)
-    after = {"captures": optimized.cache.made, "compiled": counters["stats"]["unique_graphs"]}
+    after = {"captures": optimized.cache.captures, "compiled": counters["stats"]["unique_graphs"]}
     return {
         "steps": done,
         "kinds": len(kinds),
@@ -138,7 +138,7 @@ def churn(generations: int, compiled: bool) -> dict[str, Any]:
         if i % max(1, generations // 10) == 0:
             curve.append((i, held()))
             print(f"{i} graphs, {curve[-1][1]:.0f} MiB", flush=True)
-    return {"captures": optimized.cache.made, "resident_mib": curve}
+    return {"captures": optimized.cache.captures, "resident_mib": curve}
 
 
 def main() -> None:

@@ -74,9 +74,7 @@ _NAMES = {
     "toma_fx.run.report": "Report Summary",
 }
 """Modules, and the public names that are imported from each."""
-
 _MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
-
 __all__ = ["export", *_MODULES]
 
 

@@ -21,8 +21,6 @@ from toma_fx.run.programs import Specialization, tracing
 from toma_fx.run.report import Report, Summary, make_report, make_summary
 
 T = TypeVar("T")
-
-
 COMPONENTS = ("unet", "transformer", "transformer_2")
 """Names under which diffusers pipelines hold their denoisers; Wan 2.2 has one for early steps and
 one for late steps."""

@@ -22,8 +22,6 @@ from toma_fx.run.denoiser import optimized_of
 from toma_fx.run.programs import Specialization
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-
-
 _STATISTICS: dict[str, Callable[[Sequence[float]], float]] = {
     "mean": fmean, "min": min, "max": max
 }  # fmt: skip

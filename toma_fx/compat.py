@@ -350,15 +350,12 @@ def has_cpp_compiler() -> bool:
 
 HOOKS, ORIGINAL_FORWARD = "_diffusers_hook", "_old_forward"
 """Where a module has diffusers' registry of hooks, and the `forward` that accelerate replaced."""
-
 WRAPPING = frozenset({"_hf_hook", ORIGINAL_FORWARD, "forward", HOOKS})
 """Attributes by which accelerate and diffusers wrap the call of a module."""
-
 HISTORY = frozenset(
     {"peft_config", "_hf_peft_config_loaded", "lora_scale", "_safe_fusing", "_cache_config"}
 )
 """Attributes that tell how a model of diffusers came about; its forward pass reads none of them."""
-
 ADAPTER_SWITCHES = frozenset({"_active_adapter", "_disable_adapters", "merged_adapters"})
 """Attributes of a tuner layer of peft that say which adapters act; public properties read them."""
 

@@ -338,7 +338,7 @@ def test_adapters_on_int8_weights_are_captured_once() -> None:
     for name in "aba":
         model.set_adapters([name])
         assert torch.equal(optimized(**call)[0], model(**call)[0])
-    assert optimized.cache.made == 2
+    assert optimized.cache.captures == 2
 
 
 @pytest.mark.parametrize("kind", [kind for kind in TORCHAO if "float8 act" not in kind])
@@ -956,7 +956,7 @@ def test_autocast_around_a_call(name: str) -> None:
             got, want = off(**make(1))[0], model(**make(1))[0]
             assert got.dtype == want.dtype
             assert torch.equal(got, want)
-    assert off.cache.made == 2
+    assert off.cache.captures == 2
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(toma_fx.TomaError, match="autocast"):
         merging(**make(1))
     assert denoisers.relative(merging(**make(1))[0], model(**make(1))[0]) > 1e-3
@@ -995,10 +995,10 @@ def test_sizes_alternate_in_one_module() -> None:
         (group,) = optimized.specializations[-1].plan.groups
         assert (group.setting.grid, group.batch) == (grid, batch)
         assert all(g % t == 0 for g, t in zip(grid, group.setting.tile, strict=True))
-    assert optimized.cache.made == 6
+    assert optimized.cache.captures == 6
     for batch, grid, text in CALLS[1:3]:
         optimized(**denoisers.flux_inputs(*grid, batch=batch, text=text))
-    assert optimized.cache.made == 6, "the last two are kept"
+    assert optimized.cache.captures == 6, "the last two are kept"
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ def refused(
         assert caught.value.hint
         with pytest.raises(error):
             toma_fx.explain(model, denoisers.flux_inputs(8, 8, batch=1), ratio=0.0)
-        assert optimized.cache.made == 0, "nothing was captured"
+        assert optimized.cache.captures == 0, "nothing was captured"
         for name, value in model.state_dict().items():
             same = value.is_meta or torch.equal(value.float(), weights[name].float())
             assert same, "the original is untouched"
@@ -233,7 +233,7 @@ def autocast_region(when: str) -> None:
         assert call(off).dtype == torch.bfloat16
     off.reset()
     assert torch.equal(call(off), call(model))
-    assert off.cache.made == 2
+    assert off.cache.captures == 2
 
 
 @torch.no_grad()
@@ -264,7 +264,7 @@ def backend_region(when: str) -> None:
             assert torch.equal(call(optimized), other)
         assert torch.equal(call(optimized), plain)
     assert not torch.equal(other, plain), "the kernels round differently"
-    assert optimized.cache.made == 2
+    assert optimized.cache.captures == 2
 
 
 @torch.no_grad()
@@ -281,7 +281,7 @@ def blocks_compiled(when: str) -> None:
     optimized.reset()
     model.compile_repeated_blocks(backend="eager")
     assert torch.equal(call(optimized), want), "the original's own affair"
-    assert optimized.cache.made == 1
+    assert optimized.cache.captures == 1
 
 
 @torch.no_grad()
@@ -686,7 +686,7 @@ def test_what_comes_and_goes_leaves_the_graph() -> None:
     remove("group_offloading")(optimized)
     optimized.reset()
     assert torch.equal(call(optimized), want)
-    assert optimized.cache.made == 1
+    assert optimized.cache.captures == 1
 
 
 @torch.no_grad()

@@ -62,13 +62,13 @@ def test_every_operation_shows_and_is_captured_once(through: str) -> None:
     handle = model if through == "original" else optimized
     seen, last = {"start": plain}, plain
     for i, (what, act, captures) in enumerate(SEQUENCE):
-        before = optimized.cache.made
+        before = optimized.cache.captures
         act(handle)
         optimized.reset()
         got = optimized(**call(0))[0]
-        assert optimized.cache.made - before == captures, what
+        assert optimized.cache.captures - before == captures, what
         optimized(**call(1 + i))
-        assert optimized.cache.made - before == captures, f"{what}: twice"
+        assert optimized.cache.captures - before == captures, f"{what}: twice"
         want = toma_fx.optimize(copy.deepcopy(model), **SMALL)(**call(0))[0]
         assert denoisers.relative(got, want) < 1e-5, what
         if what not in ("fuse", "unfuse", "delete b"):
@@ -96,7 +96,7 @@ def test_sdxl() -> None:
     optimized.unload_lora()
     optimized.reset()
     assert denoisers.relative(optimized(**call(0))[0], plain) < 1e-4
-    assert optimized.cache.made == 3, "plain, loaded, fused"
+    assert optimized.cache.captures == 3, "plain, loaded, fused"
 
 
 @torch.no_grad()
@@ -135,7 +135,7 @@ def test_scale_of_one_call() -> None:
         scaled = {**call(0), "joint_attention_kwargs": {"scale": scale}}
         assert denoisers.relative(optimized(**scaled)[0], whole) > 1e-3
         assert torch.equal(off(**scaled)[0], model(**scaled)[0])
-    assert optimized.cache.made == 3
+    assert optimized.cache.captures == 3
 
 
 @torch.no_grad()
@@ -149,10 +149,10 @@ def test_dora_and_weights_trained_further() -> None:
     for path, parameter in model.named_parameters():
         if "lora_B" in path:
             parameter.mul_(2)
-    before = optimized.cache.made
+    before = optimized.cache.captures
     optimized.reset()
     assert torch.equal(optimized(**call(0))[0], model(**call(0))[0])
-    assert optimized.cache.made == before, "values of weights are shared"
+    assert optimized.cache.captures == before, "values of weights are shared"
 
 
 @torch.no_grad()
@@ -168,7 +168,7 @@ def test_a_hundred_switches_keep_a_bounded_number_of_graphs() -> None:
         optimized.reset()
         got = optimized(**call(0))[0]
         assert torch.equal(got, want.setdefault(name, got))
-    assert optimized.cache.made == 3
+    assert optimized.cache.captures == 3
     assert len(optimized.states) == 1
 
 

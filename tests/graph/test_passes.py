@@ -214,7 +214,7 @@ return (to, to_1)
 def opaque(rewriter: Rewriter) -> None:
     (add,) = rewriter.calls("aten.add")
     with rewriter.after(add):
-        (node,) = rewriter.splice("key", lambda x: x * 2, [add], whole=True)
+        (node,) = rewriter.splice("key", lambda x: x * 2, [add], as_call=True)
     rewriter.replace_uses(add, node, keep=(node,))
 
 

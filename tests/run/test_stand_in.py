@@ -75,7 +75,7 @@ def test_moves_and_casts_reach_the_original() -> None:
     assert model.dtype == torch.float32
     optimized.reset()
     assert torch.equal(optimized(**flux_call())[0], before)
-    assert optimized.cache.made == 2, "the first graph is still good"
+    assert optimized.cache.captures == 2, "the first graph is still good"
 
 
 @torch.no_grad()
@@ -95,7 +95,7 @@ def test_buffers_made_anew_by_a_move_are_followed() -> None:
     model.shift = torch.full((1,), 3.0)
     optimized.reset()
     assert torch.allclose(optimized(**flux_call()), one + 2, atol=1e-5)
-    assert optimized.cache.made == 1
+    assert optimized.cache.captures == 1
 
 
 def test_training_mode_is_seen() -> None:
@@ -384,10 +384,10 @@ def test_fused_projections_are_captured_anew() -> None:
     optimized.fuse_qkv_projections()
     optimized.reset()
     assert denoisers.relative(optimized(**flux_call())[0], before) < 1e-5
-    assert optimized.cache.made == 2
+    assert optimized.cache.captures == 2
     optimized.reset()
     optimized(**flux_call())
-    assert optimized.cache.made == 2
+    assert optimized.cache.captures == 2
 
 
 @torch.no_grad()

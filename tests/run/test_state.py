@@ -271,7 +271,7 @@ def test_threads_with_their_own_state_do_not_mix() -> None:
     for seed, steps in want.items():
         assert all(torch.equal(a, b) for a, b in zip(got[seed], steps, strict=True))
     assert not optimized.states, "the shared implicit state was not used"
-    assert optimized.cache.made == 1
+    assert optimized.cache.captures == 1
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -310,7 +310,7 @@ def test_threads_step_while_another_captures(compiled: bool) -> None:
             thread.join()
     assert not errors
     assert done
-    assert optimized.cache.made == 3
+    assert optimized.cache.captures == 3
 
 
 @torch.no_grad()
@@ -366,7 +366,7 @@ def test_position_ids_of_another_grid_at_the_same_timestep() -> None:
     optimized(**wide)
     assert torch.equal(optimized(**square)[0], toma_fx.optimize(
         optimized.denoiser, **SMALL)(**square)[0])  # fmt: skip
-    assert optimized.cache.made == 2
+    assert optimized.cache.captures == 2
 
 
 @torch.no_grad()
@@ -420,6 +420,6 @@ def test_the_graphs_used_last_are_kept() -> None:
         optimized(**denoisers.flux_inputs(8, width, batch=1))
         optimized.reset()
     assert len(optimized.specializations) == 2
-    assert optimized.cache.made == 3, "8 was used again before 16 came"
+    assert optimized.cache.captures == 3, "8 was used again before 16 came"
     optimized(**denoisers.flux_inputs(8, 12, batch=1))
-    assert optimized.cache.made == 4, "12 had made room for 16"
+    assert optimized.cache.captures == 4, "12 had made room for 16"

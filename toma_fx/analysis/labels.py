@@ -13,8 +13,6 @@ from typing import Literal, TypeGuard, cast
 from toma_fx.methods.windows import Size, size_text
 
 FRAMES, HEIGHT, WIDTH = "frames", "height", "width"
-
-
 SPATIAL = (FRAMES, HEIGHT, WIDTH)
 
 
@@ -117,8 +115,6 @@ class Batch:
 
 
 BATCH = Batch()
-
-
 Label = str | Batch | Tokens | None
 
 
@@ -128,8 +124,6 @@ def is_batch(label: Label) -> TypeGuard[Batch]:
 
 
 Layout = tuple[Label, ...]
-
-
 Fact = Layout | tuple[Layout | None, ...] | None
 """Layout of a tensor, layouts of a tuple of tensors, or nothing known."""
 

@@ -16,15 +16,9 @@ PROLOGUE = CASTS | COPIES | JOINS | REDUCTIONS | {
     "getitem", "aten.transpose", "aten.permute",
 }  # fmt: skip
 """Ops besides element-wise ones that may stand between a stream and the point of merging."""
-
-
 UNFOLD = RESHAPES | {"aten.unflatten", "aten.unsqueeze", "aten.squeeze"}
 """Ops that lay an update out as a picture."""
-
-
 CONSTANTS = {"aten.zeros_like", "aten.ones_like", "aten.full_like", "aten.empty_like"}
-
-
 BLOCK = 3
 """Branches that one block has at most: self-attention, cross-attention, MLP."""
 

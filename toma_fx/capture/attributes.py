@@ -14,10 +14,8 @@ from toma_fx.compat import HISTORY, HOOKS, ORIGINAL_FORWARD, WRAPPING, module_fi
 
 ATOMS = frozenset({NoneType, bool, int, float, complex, str, bytes})
 """Types of values that never change and whose `repr` tells them apart."""
-
 HELPER_DEPTH = 2
 """How far helpers are followed: those of modules, and those that these hold."""
-
 _CONTAINERS = (nn.ModuleDict, nn.ParameterDict, nn.ModuleList, nn.Sequential, nn.Identity)
 _CONTAINER_FIELDS = frozenset({"training", "_keys"})
 """Fields that the containers of `nn` do not read when they are called."""

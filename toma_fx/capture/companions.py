@@ -143,27 +143,19 @@ _REMOVE = (
     "for root in {denoiser, toma_fx.restore(denoiser)}: for name in {names}: "
     "HookRegistry.check_if_exists_or_initialize(root).remove_hook(name, recurse=True)"
 )
-
-
 _CACHE = (
     "a cache skips parts of the model, by what it saw in earlier steps",
     f"denoiser.disable_cache(); where it was applied by hand, {_REMOVE}",
 )
-
-
 _PARALLEL = (
     "the model is split over several processes",
     "load the model without parallel_config and do not call enable_parallelism; "
     "run whole requests side by side instead, one process per device",
 )
-
-
 _GUIDER = (
     "a guider changes layers in one of its passes",
     "a guider that leaves the layers alone (ClassifierFreeGuidance), or toma_fx.restore(pipe)",
 )
-
-
 _KNOWN: Mapping[str, tuple[str, str]] = {
     "context_parallel": _PARALLEL,
     "tensor_parallel": _PARALLEL,
@@ -187,8 +179,6 @@ _KNOWN: Mapping[str, tuple[str, str]] = {
     ),
 }
 """Module of `diffusers.hooks` -> what its hooks do, and what to do instead."""
-
-
 _OTHER = (
     "a hook changes what the model does while it runs",
     f"{_REMOVE}; or register_forward_hook, which is captured, or a hook on the optimized denoiser "

@@ -23,8 +23,6 @@ from toma_fx.graph.nodes import module_path
 
 TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Largest difference relative to the largest value, by dtype of the output; else `EXACT`."""
-
-
 EXACT = 1e-4
 
 

@@ -26,15 +26,11 @@ from toma_fx.models import tiny
 from toma_fx.run.denoiser import OptimizedDenoiser
 
 LABELS = (0, 2, 4, 10)
-
 STEPS = 20
-
 OPTIONS: dict[str, dict[str, Any]] = {"tiny-sdxl": {}, "tiny-flux": {"last_step": 9}}
 """What the demo sets besides the default. Without a VAE every Flux token is four noisy pixels:
 steps that merge to the very end leave noise in the picture (docs/default.md)."""
-
 ROUNDS = 12
-
 CELL = 256
 """Pixels a side of one picture on the contact sheet."""
 

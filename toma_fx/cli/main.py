@@ -19,7 +19,6 @@ from toma_fx.errors import ConfigError, TomaError
 from toma_fx.export.registry import TARGETS
 
 DTYPES = ("float32", "float16", "bfloat16")
-
 COMMANDS = {
     "explain": "toma_fx.cli.explain:explain_model",
     "demo": "toma_fx.cli.demo:show_demo",

@@ -24,7 +24,6 @@ __all__ = [
     "tensorrt",
     "tensorrt_coverage",
 ]
-
 __getattr__ = lazy_names(
     __name__,
     {

@@ -24,7 +24,6 @@ from toma_fx.errors import ArtifactError, BuildError
 from toma_fx.export.manifest import FileSpec, Manifest
 
 MANIFEST = "manifest.json"
-
 STAGES = "stages.json"
 
 

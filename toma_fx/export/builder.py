@@ -37,13 +37,10 @@ from toma_fx.run.schedule import Schedule
 ALIKE = {"float16": 0.85, "bfloat16": 0.7}
 """Least share of tokens that an artifact's patterns treat as the process's do, by dtype of the
 model; else `EXACTLY_ALIKE`."""
-
 EXACTLY_ALIKE = 0.95
-
 PROBES, NEAR = 8, 0.05
 """Random channels that tell whether a token is treated alike, and how near their values must be,
 relative to the largest."""
-
 CHECKED_STEPS = 4
 """Steps of the comparison, of the schedule from its first merged step."""
 

@@ -58,9 +58,9 @@ class ArtifactPrograms:
 
         def run(*flat: Tensor) -> list[Tensor]:
             kept = dict(zip(spec.takes, flat[own:], strict=True))
-            outputs, given = self._runtime.run(kind, flat[:own], kept)
+            outputs, updates = self._runtime.run(kind, flat[:own], kept)
             # the next run may write to the same memory
-            return [x.clone() for x in (*outputs, *(given[name] for name in spec.gives))]
+            return [x.clone() for x in (*outputs, *(updates[name] for name in spec.gives))]
 
         return run
 
@@ -106,8 +106,8 @@ class ArtifactDenoiser(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights."""
-        found: torch.dtype = getattr(torch, self.manifest.dtype)
-        return found
+        dtype: torch.dtype = getattr(torch, self.manifest.dtype)
+        return dtype
 
     @property
     def device(self) -> torch.device:

@@ -24,8 +24,6 @@ if TYPE_CHECKING:  # `toma-fx info` reads manifests without torch
 
 VERSION = 2
 """Version of the form of the manifest; readers refuse others."""
-
-
 SCHEMA = f"urn:toma-fx:manifest:{VERSION}"
 """Identifier of the schema that `manifest.schema.json` beside this file holds."""
 

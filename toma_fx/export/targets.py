@@ -54,11 +54,11 @@ class Runtime(ABC):
         """
 
 
-def separate_inputs(given: Iterable[Tensor], outputs: Iterable[Tensor]) -> list[Tensor]:
+def separate_inputs(inputs: Iterable[Tensor], outputs: Iterable[Tensor]) -> list[Tensor]:
     """Inputs of a run, contiguous, and none in memory that the run writes to."""
     places = {x.data_ptr() for x in outputs}
     # an output of the last step may be an input of this one
-    return [x.clone() if x.data_ptr() in places else x.contiguous() for x in given]
+    return [x.clone() if x.data_ptr() in places else x.contiguous() for x in inputs]
 
 
 def check_options(owner: str, options: Mapping[str, Any], known: Sequence[str] = ()) -> None:

@@ -25,8 +25,6 @@ from toma_fx.errors import ConfigError
 from toma_fx.graph.printing import print_graph
 
 VARIABLE = "TOMA_FX_DUMP"
-
-
 _folder: ContextVar[str | Path | None] = ContextVar("toma_fx_dump", default=None)
 
 

@@ -13,8 +13,6 @@ _SUMMED = dict.fromkeys((*WEIGHTED, *PACKED, "aten.matmul", "aten.mm", "aten.bmm
     "aten.addmm": 1, "aten.baddbmm": 1,
 }  # fmt: skip
 """Products that sum over the last dimension of one of their arguments, and which one."""
-
-
 _ELLIPSIS = "01234567"
 """What stands for the dimensions of "..." in an einsum, the last of them last."""
 

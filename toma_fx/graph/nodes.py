@@ -22,61 +22,33 @@ TIMESTEP = "timestep"
 """The argument that tells how far a generation is."""
 CONDITIONING = "encoder_hidden_states"
 """The argument whose tensor stays the same through a generation."""
-
-
 ATTENTION = "aten.scaled_dot_product_attention"
-
-
 SOFTMAX = ("aten.softmax", "aten._softmax")
-
-
 CASTS = {"aten.to", "aten._to_copy"}
-
-
 COPIES = {"aten.contiguous", "aten.clone", "aten.alias", "aten.detach", "aten.lift_fresh_copy"}
 """Ops that return what they are given."""
-
-
 RESHAPES = {"aten.view", "aten.reshape", "aten._unsafe_view", "aten.view_copy"}
-
-
 JOINS = {"aten.cat", "aten.concat", "aten.concatenate"}
-
-
 REDUCTIONS = {
     "aten.mean", "aten.sum", "aten.amax", "aten.amin", "aten.var", "aten.std",
     "aten.linalg_vector_norm",
 }  # fmt: skip
-
-
 PACKED = {
     "aten._weight_int8pack_mm", "aten._weight_int4pack_mm", "aten._weight_int4pack_mm_for_cpu",
 }  # fmt: skip
 """Products of [N, C] with a weight that is packed in a layout of its own."""
-
-
 WEIGHTED = {"aten.linear", "aten._int_mm", "aten._scaled_mm"}
 """Products with a weight."""
-
-
 PRODUCTS = {"aten.matmul", "aten.mm", "aten.bmm", "aten.baddbmm", "aten.einsum"}
 """Products that may be those of an attention."""
-
-
 CONVOLUTIONS = {"aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution"}
-
-
 READERS = {"aten.slice", "aten.split_with_sizes", "getitem", ATTENTION, "output"} | PRODUCTS
 """Ops that may read tokens of a region without carrying them: others cut off, or attending.
 
 (The rules of `narrow`, `chunk` and `split` refuse to cut a token axis.)
 """
-
-
 SCALES = {"aten.mul", "aten.div", "aten.add"} | CASTS | COPIES | RESHAPES
 """Ops that may stand between scores, their softmax and its use."""
-
-
 DROPOUTS = {
     "aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.feature_alpha_dropout",
     "aten.native_dropout",

@@ -152,17 +152,17 @@ class Rewriter:
         function: Callable[..., Any],
         inputs: Sequence[fx.Node],
         *,
-        whole: bool = False,
+        as_call: bool = False,
     ) -> list[fx.Node]:
         """Trace `function` on the fake values of `inputs` and insert its nodes at the cursor.
 
         Equal `key` promises an equal function, so that its trace may be used again for inputs of
-        the same shapes. `whole` inserts one node that calls the function, for what can't be traced
-        because its shapes depend on the data. Returns the nodes of its outputs (a tensor, a number,
-        or a tuple of tensors).
+        the same shapes. `as_call` inserts one node that calls the function, for what can't be
+        traced because its shapes depend on the data. Returns the nodes of its outputs (a tensor, a
+        number, or a tuple of tensors).
         """
         self.spliced = []
-        if whole:
+        if as_call:
             return self._call(Opaque(function), tuple(inputs))
         fakes = [n.meta["val"] for n in inputs]
         traced = trace_snippet(self._templates, key, function, fakes, self._pass)

@@ -85,8 +85,6 @@ REWRITTEN = Spec(
     ),
 )
 """After the passes that carry out a plan. Functions called as one node (`Opaque`) may occur."""
-
-
 CAPTURED = Spec(
     "captured",
     (
@@ -97,8 +95,6 @@ CAPTURED = Spec(
     ),
 )
 """After canonicalization. Regions under autocast and flex attention stay higher-order operators."""
-
-
 EXPORTABLE = Spec(
     "exportable",
     (

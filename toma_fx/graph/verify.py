@@ -93,13 +93,13 @@ def verify(
             got=str(found),
         )
     _reexecute(graph, stage, changed)
-    given = output_values(graph)
-    if describe(given) != describe(list(outputs)):
+    values = output_values(graph)
+    if describe(values) != describe(list(outputs)):
         raise VerifyError(
             "the outputs of the graph changed",
             where=stage,
             expected=describe(list(outputs)),
-            got=describe(given),
+            got=describe(values),
         )
 
 

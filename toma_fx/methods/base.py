@@ -20,12 +20,8 @@ from toma_fx.methods.setting import Place, Setting
 
 Scope = Literal["sublayer", "block", "stack"]
 """Residual adds that a merged segment spans: one, those of a block, or those of the whole stack."""
-
-
 Share = Literal["stream", "block", "branch"]
 """Branches that have one pattern: all of a residual stream, those of a block, or one."""
-
-
 BRANCHES = ("attention", "cross", "mlp")
 """Kinds of branches of a residual stream."""
 

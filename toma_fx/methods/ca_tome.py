@@ -26,8 +26,6 @@ from toma_fx.methods.windows import size_text
 
 PUBLISHED_STEPS = 50
 """Steps of a generation that the published checkpoints are made for."""
-
-
 CHECKPOINTS: Mapping[str, tuple[int, ...]] = MappingProxyType(
     {
         "config-1": (0, 1, 2, 3, 5, 10, 15, 25, 35),

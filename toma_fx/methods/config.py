@@ -18,8 +18,6 @@ from toma_fx.methods.toma import ToMAConfig
 from toma_fx.methods.tomesd import ToMeSDConfig
 
 Config = TypeVar("Config", bound=MethodConfig)
-
-
 METHODS: tuple[type[MethodConfig], ...] = (
     ToMAConfig,
     ToMeSDConfig,
@@ -32,8 +30,6 @@ METHODS: tuple[type[MethodConfig], ...] = (
 )
 """The built-in methods, the default first. They alone go by their `name`; a method of a user's own
 is given as its class or as a configuration."""
-
-
 PRESETS: dict[str, ToMAConfig] = {
     "default": ToMAConfig(),
     # arXiv 2509.10918; the published code's merge_helper defaults to 64 tiles

@@ -7,8 +7,6 @@ from torch import Tensor
 
 BITS = 16
 """Similarities are integer multiples of 2^-BITS."""
-
-
 _EXACT = 24
 """Bits of the integers that float32 adds without rounding."""
 

@@ -7,8 +7,6 @@ from torch import Tensor
 
 PRIME = 2**31 - 1
 """Modulus of the hash: the product of two residues fits int64."""
-
-
 _ROUNDS = ((1_583_458_089, 784_588_716), (1_226_874_159, 1_934_104_823), (950_706_376, 69_621_571))
 """Factors of the value and of the seed in each round: any residues but 0."""
 

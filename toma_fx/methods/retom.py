@@ -39,8 +39,6 @@ from toma_fx.methods.windows import (
 )
 
 Reduction = Literal["representative", "mean"]
-
-
 TIE = 2.0**-14
 """Sums of cosines are compared in steps of this size, so that mathematically equal ones tie."""
 

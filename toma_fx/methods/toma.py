@@ -38,15 +38,9 @@ from toma_fx.methods.windows import (
 
 UNROLL = 4
 """Destinations a window up to which the greedy loop is unrolled into the graph."""
-
-
 WINDOW_TOKENS = 16
 """Tokens a window when the configuration does not say."""
-
-
 Window = Literal["tile", "stripe", "global"]
-
-
 Inverse = Literal["transpose", "pinv"]
 
 

@@ -31,21 +31,11 @@ CLASSES: tuple[str, ...] = (
     "china",
     "flower",
 )
-
-
 SIZE = 64
 """Pixels a side."""
-
-
 TEXT_TOKENS = 4
-
-
 COND_DIM = 64
-
-
 TIME_ID_DIM = 16
-
-
 SDXL_CONFIG: dict[str, Any] = {
     "sample_size": SIZE,
     "in_channels": 3,
@@ -63,8 +53,6 @@ SDXL_CONFIG: dict[str, Any] = {
     "addition_time_embed_dim": TIME_ID_DIM,
     "projection_class_embeddings_input_dim": COND_DIM + 6 * TIME_ID_DIM,
 }
-
-
 FLUX_CONFIG: dict[str, Any] = {
     "patch_size": 1,
     "in_channels": 12,
@@ -76,8 +64,6 @@ FLUX_CONFIG: dict[str, Any] = {
     "pooled_projection_dim": COND_DIM,
     "axes_dims_rope": (8, 12, 12),
 }
-
-
 NAMES = ("tiny-sdxl", "tiny-flux")
 
 

@@ -173,7 +173,7 @@ class _Work:
                 return rest + times * segment.setting.count_merged(pattern.named(parts))
 
             with self.rewriter.after(self.nodes[segment.entries[0]], *pattern.nodes):
-                (known[key],) = self.rewriter.splice(key, count, pattern.nodes, whole=True)
+                (known[key],) = self.rewriter.splice(key, count, pattern.nodes, as_call=True)
         return known[key]
 
     def merge_operand(

@@ -40,13 +40,13 @@ class ProvidePatterns:
     The nodes of a group's parts are handed on as `rewriter.named[group.name]`.
 
     Attributes:
-        taken, given: names of the kept tensors that the program takes and gives.
+        takes, gives: names of the kept tensors that the program takes and gives.
         spans: where the image lies in each group's feature.
     """
 
     plan: MergePlan
-    taken: frozenset[str]
-    given: frozenset[str]
+    takes: frozenset[str]
+    gives: frozenset[str]
     spans: Mapping[str, Span]
     name: ClassVar[str] = "provide_patterns"
 
@@ -63,14 +63,14 @@ class ProvidePatterns:
     def apply(self, rewriter: Rewriter) -> None:
         """Rewrite the graph."""
         nodes = rewriter.index()
-        masks = self._add_masks(rewriter, nodes) if self.taken & self.given else ()
+        masks = self._add_masks(rewriter, nodes) if self.takes & self.gives else ()
         outputs: list[fx.Node] = []
         for group in self.plan.groups:
             names = [group.tensor(part) for part in group.setting.parts]
             parts = self._provide(rewriter, group, nodes[group.feature], masks)
             rewriter.named[group.name] = tuple(parts)
             pairs = zip(names, parts, strict=True)
-            outputs += [node for name, node in pairs if name in self.given]
+            outputs += [node for name, node in pairs if name in self.gives]
         if outputs:
             rewriter.add_outputs(outputs)
 
@@ -90,7 +90,7 @@ class ProvidePatterns:
         return [
             rewriter.add_input(group.tensor(part), like.clone)
             for part, like in zip(setting.parts, likes, strict=True)
-            if group.tensor(part) in self.taken
+            if group.tensor(part) in self.takes
         ]
 
     def _provide(
@@ -106,10 +106,10 @@ class ProvidePatterns:
             return ()
         inputs = self._add_inputs(rewriter, group, span.image(feature.meta["val"]))
         names = [group.tensor(part) for part in setting.parts]
-        if self.taken.issuperset(names) and self.given.isdisjoint(names):
+        if self.takes.issuperset(names) and self.gives.isdisjoint(names):
             return inputs
         number = len(setting.chosen)
-        select_kept = self.taken.issuperset(names[:number])
+        select_kept = self.takes.issuperset(names[:number])
 
         def select(x: Tensor) -> tuple[Tensor, ...]:
             return setting.select(x)
@@ -122,7 +122,7 @@ class ProvidePatterns:
             chosen = inputs[:number]
             if masks or not select_kept:
                 key = ("select", setting)
-                computed = rewriter.splice(key, select, [image], whole=setting.dynamic)
+                computed = rewriter.splice(key, select, [image], as_call=setting.dynamic)
                 chosen = _where(rewriter, masks[0], computed, chosen) if masks else computed
             weights: list[fx.Node] = []
             if setting.weighed:

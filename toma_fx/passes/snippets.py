@@ -93,7 +93,7 @@ def splice_merge(
         return out if dim == 1 else out.movedim(1, dim)
 
     key = ("merge", span, setting, dim, lead)
-    return rewriter.splice(key, merge, [node, *pattern.nodes], whole=setting.dynamic)[0]
+    return rewriter.splice(key, merge, [node, *pattern.nodes], as_call=setting.dynamic)[0]
 
 
 def splice_unmerge(rewriter: Rewriter, node: fx.Node, span: Span, pattern: PatternNodes) -> fx.Node:
@@ -104,7 +104,7 @@ def splice_unmerge(rewriter: Rewriter, node: fx.Node, span: Span, pattern: Patte
         return span.with_image(y, setting.unmerge(span.image(y), pattern.named(parts)))
 
     key = ("unmerge", span, setting)
-    return rewriter.splice(key, unmerge, [node, *pattern.nodes], whole=setting.dynamic)[0]
+    return rewriter.splice(key, unmerge, [node, *pattern.nodes], as_call=setting.dynamic)[0]
 
 
 def splice_update(
@@ -144,7 +144,7 @@ def splice_update(
     key = ("update", base_span, end_span, setting, tuple(spans))
     pairs = [node for full, merged, _ in additions for node in (full, merged)]
     nodes = [base_node, merged_base, end_node, *pairs, *pattern.nodes]
-    return rewriter.splice(key, update, nodes, whole=setting.dynamic)[0]
+    return rewriter.splice(key, update, nodes, as_call=setting.dynamic)[0]
 
 
 def splice_gather(
@@ -174,4 +174,4 @@ def splice_gather(
         return span.with_image(table, image, at)
 
     key = ("gather", lead, at, span, setting)
-    return rewriter.splice(key, gather, [operand, *pattern.nodes], whole=setting.dynamic)[0]
+    return rewriter.splice(key, gather, [operand, *pattern.nodes], as_call=setting.dynamic)[0]

@@ -25,8 +25,6 @@ from toma_fx.plan.plan import MergePlan
 
 Names = Callable[[MergePlan], tuple[str, ...]]
 """Names of kept tensors, in order, of a plan."""
-
-
 PASSES: tuple[Callable[[Job], Pass], ...] = (
     ProvidePatterns.of,
     MergeSegments.of,
@@ -91,7 +89,6 @@ MIXED = Use(
     serves=(REFRESH.name, REWEIGH.name, REUSE.name),
 )
 """Serves a batch of requests that are due different kinds, each its own rows."""
-
 USES = (REFRESH, REWEIGH, REUSE, PLAIN, MIXED)
 """In the order in which programs are built, checked and reported."""
 

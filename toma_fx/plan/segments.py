@@ -13,8 +13,6 @@ from toma_fx.plan.plan import MergeSegment, Rejection
 from toma_fx.plan.reasons import reject_branch, reject_site
 
 _SMALLER = {"stack": "block", "block": "sublayer"}
-
-
 Found = tuple[list[MergeSegment], list[Rejection]]
 """Segments, and what can't be one with its reason."""
 

@@ -52,8 +52,6 @@ from toma_fx.run.stepper import GENERATIONS, StepCall, Stepper
 
 CAPACITY = 16
 """Sets of concrete shapes whose programs and patterns are kept for one Dynamo graph."""
-
-
 STEPPERS: MutableMapping[Tensor, Stepper] = WeakIdKeyDictionary()
 """State of the models that run, by a tensor that they own, while it lives. torch calls a back end
 once for every graph of a model and hands it nothing that the graphs share but such tensors."""
@@ -268,8 +266,8 @@ class MergedGraph:
         Without the sources and marks on its inputs, Inductor would take parameters and kept tensors
         for fresh tensors, and CUDA graphs would copy them at every call.
         """
-        given: list[Any] = self.gm.graph.find_nodes(op="placeholder")
-        pairs = zip(given, self.arguments, strict=True)
+        inputs: list[Any] = self.gm.graph.find_nodes(op="placeholder")
+        pairs = zip(inputs, self.arguments, strict=True)
         notes = [input_notes(n) for n, argument in pairs if argument.is_captured]
         note_inputs(graph_module, [*notes, *map(static_notes, takes)])
         graph_module.meta.update(self.gm.meta)

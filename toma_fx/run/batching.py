@@ -73,10 +73,10 @@ def step_states(
     gives = programs.gives(kind)
     own = len(results) - len(gives)
     stepper.count(programs, kind)
-    given = dict(zip(gives, clone_graph_outputs(results[own:]), strict=True))
+    updates = dict(zip(gives, clone_graph_outputs(results[own:]), strict=True))
     following = [replace(s, step=s.step + 1) for s in states]
-    if given:
-        following = _cut(following, {**kept, **given}, rows, programs.settings, model)
+    if updates:
+        following = _cut(following, {**kept, **updates}, rows, programs.settings, model)
     outputs = clone_graph_outputs(results[:own])
     return outputs, following[0] if isinstance(state, State) else following
 

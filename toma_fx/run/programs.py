@@ -38,7 +38,6 @@ from toma_fx.run.schedule import Schedule, Scheduled
 
 Runner = Callable[..., Sequence[Any]]
 """A program to call: (inputs, masks, kept tensors) -> (outputs, kept tensors), flat."""
-
 _ACTIVE: list[int] = []
 """Threads that are tracing; torch's own flags for it hold for the whole process."""
 
@@ -260,7 +259,7 @@ class SpecializationCache:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self.made = 0
+        self.captures = 0
         self._entries: OrderedDict[Hashable, Specialization] = OrderedDict()
         self._lock = threading.RLock()
 
@@ -283,7 +282,7 @@ class SpecializationCache:
                 found = make()
                 with self._lock:
                     self._entries[key] = found
-                    self.made += 1
+                    self.captures += 1
                     while len(self._entries) > self.capacity:
                         self._entries.popitem(last=False)
             return self._entries[key]

@@ -216,7 +216,7 @@ def make_summary(model: nn.Module, optimized: OptimizedDenoiser | None) -> Summa
         True,
         optimized.compiled,
         optimized.config_toma.to_json(),
-        optimized.cache.made,
+        optimized.cache.captures,
         tuple(_describe_graph(s) for s in optimized.specializations),
         optimized.totals,
     )

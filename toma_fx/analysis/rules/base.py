@@ -24,8 +24,6 @@ from toma_fx.errors import ConfigError, UnknownNameError
 from toma_fx.graph.nodes import op_name, shape_of
 
 Outcome = Transfer | Rejected
-
-
 NOTHING = Transfer(None)
 
 
@@ -81,8 +79,6 @@ class Call:
 
 
 Rule = Callable[[Call], Outcome]
-
-
 RULES: dict[str, Rule] = {}
 
 

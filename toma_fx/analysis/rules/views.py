@@ -35,11 +35,7 @@ FOLDS = (
     [FRAMES, HEIGHT],
 )
 """Dimensions that together enumerate the tokens of a picture or video."""
-
-
 ROWS_SEPARATED = "rows of the batch are taken apart"
-
-
 Groups = list[tuple[tuple[int, ...], tuple[int, ...]]]
 """Dimensions (before, after) of a reshape that depend on each other alone."""
 

@@ -16,9 +16,7 @@ from toma_fx.errors import BuildError
 from toma_fx.export.programs import Programs
 
 PACKAGE = "programs.pt2"
-
 WEIGHTS = "weights.safetensors"
-
 PARTS = "parts"
 """Folder of intermediate files, removed when the build ends."""
 

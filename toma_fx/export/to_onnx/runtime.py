@@ -19,7 +19,6 @@ from toma_fx.export.targets import Runtime, check_options, separate_inputs
 from toma_fx.export.to_onnx.weights import WEIGHTS
 
 LOAD_OPTIONS = ("providers", "threads", "prepack")
-
 Provider = str | tuple[str, Mapping[str, Any]]
 
 

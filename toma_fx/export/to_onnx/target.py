@@ -35,13 +35,10 @@ if TYPE_CHECKING:
     from toma_fx.export.programs import Programs
 
 Form = Literal["cached", "stateless"]
-
 OPSETS = range(18, 26)
 """What `torch.onnx` writes and ONNX Runtime reads correctly."""
-
 DEFAULT_OPSET = 23
 """The first with attention as one operator: it needs no tokens x tokens matrix on a GPU."""
-
 BUILD_PACKAGES = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 
 

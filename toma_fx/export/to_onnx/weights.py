@@ -11,7 +11,6 @@ from typing import Any
 from toma_fx.export.packages import import_onnx
 
 WEIGHTS = "weights.safetensors"
-
 INLINE = 1024
 """Bytes below which a constant stays in the model, where shape inference sees it."""
 
@@ -27,7 +26,6 @@ _SAFETENSORS = {
     "FLOAT8E4M3FN": "F8_E4M3",
     "FLOAT8E5M2": "F8_E5M2",
 }
-
 _ALIGNED = 64
 """Bytes that every tensor of the weights file starts at a multiple of."""
 

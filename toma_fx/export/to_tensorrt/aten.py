@@ -24,13 +24,9 @@ from toma_fx.graph.nodes import argument, module_path
 
 Find = Callable[[ExportedProgram], Iterator[tuple[Location, str]]]
 """A check of a whole program: where something stands against an engine, and what."""
-
 LARGEST_TOP_K = 3840
-
 LARGEST_RANK = 8
-
 UNCONVERTED = ("aten.one_hot.", "aten.searchsorted.")
-
 DOUBLE = "float64"
 """Name of the check that an option of the build answers."""
 
@@ -52,17 +48,17 @@ def aten_coverage(program: ExportedProgram, truncate_double: bool = False) -> Co
     table = load_table("torch_tensorrt")
     lowered = program.run_decompositions(decompositions())
     live = _live(lowered)
-    found: defaultdict[tuple[str, Verdict, str], list[Location]] = defaultdict(list)
+    locations: defaultdict[tuple[str, Verdict, str], list[Location]] = defaultdict(list)
     for node in lowered.graph.nodes:
         if node.op == "call_function":
             name = table_name(node)
             verdict, note = _aten_verdict(node, name, table, node in live)
-            found[name, verdict, note].append(location_of(node))
+            locations[name, verdict, note].append(location_of(node))
     answered = {DOUBLE} if truncate_double else set()
     traps = (replace(t, fatal=t.fatal and t.name not in answered) for t in ATEN_TRAPS)
     findings = tuple(f for trap in traps for f in trap.findings(lowered))
     source = f"{table['source']['file']}"
-    return Coverage("torch-tensorrt", table["version"], source, op_rows(found), findings)
+    return Coverage("torch-tensorrt", table["version"], source, op_rows(locations), findings)
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
@@ -229,7 +225,6 @@ VALIDATORS: Mapping[str, Callable[[fx.Node], str]] = {
     "bitwise_not_type_validator": _logical,
 }
 """What Torch-TensorRT's validators look at, by their names: the reason for a refusal or ""."""
-
 IRRELEVANT = {
     "index_has_bool_indices", "index_nonbool_validator", "has_static_shapes_in_args",
     "convolution_capability_validator", "cumsum_validator", "getitem_validator",
@@ -300,12 +295,12 @@ def _of_type(wanted: Callable[[torch.dtype], bool]) -> Find:
     """Finds tensors by their element type, once a module."""
 
     def find(program: ExportedProgram) -> Iterator[tuple[Location, str]]:
-        found: defaultdict[tuple[str, torch.dtype], list[Location]] = defaultdict(list)
+        groups: defaultdict[tuple[str, torch.dtype], list[Location]] = defaultdict(list)
         for node, value in _values(program):
             if wanted(value.dtype):
                 location = location_of(node)
-                found[location.module, value.dtype].append(location)
-        for (_, dtype), locations in found.items():
+                groups[location.module, value.dtype].append(location)
+        for (_, dtype), locations in groups.items():
             more = f", like {len(locations) - 1} more here" if len(locations) > 1 else ""
             yield locations[0], f"is {dtype}{more}"
 

@@ -30,7 +30,6 @@ from toma_fx.run.printable import Printable
 Verdict = Literal["taken", "folded", "conditional", "refused", "missing"]
 """taken: converted, decomposed or removed by name. folded: computed at build time. conditional: it
 depends on what no rule here looks at. refused: known, but not as it is used. missing: unknown."""
-
 TABLES = Path(__file__).parent / "tables"
 
 

@@ -29,13 +29,11 @@ SINCE: Mapping[str, tuple[int, int]] = {
     "TensorScatter": (10, 15),
 }
 """Operators that the parser of TensorRT 10 got late, by release notes: from which version."""
-
 _TYPES = {
     "FLOAT": "FP32", "FLOAT16": "FP16", "BFLOAT16": "BF16", "INT64": "INT64", "INT32": "INT32",
     "INT8": "INT8", "UINT8": "UINT8", "BOOL": "BOOL", "FLOAT8E4M3FN": "FP8", "INT4": "INT4",
     "FLOAT4E2M1": "FP4", "DOUBLE": "FP32",
 }  # fmt: skip
-
 _DECIDING = {"Where": 1, "OneHot": 2, "Constant": -1, "ConstantOfShape": -1}
 """Which input decides on the element type, where it is not the first; -1: the first output."""
 
@@ -70,11 +68,11 @@ def onnx_coverage(model: onnx.ModelProto, tensorrt: str | None = None) -> Covera
     table = load_table("onnx_tensorrt")
     version = _version(tensorrt or table["version"])
     values = _known_values(model.graph)
-    found: defaultdict[tuple[str, Verdict, str], list[Location]] = defaultdict(list)
+    locations: defaultdict[tuple[str, Verdict, str], list[Location]] = defaultdict(list)
     for node in model.graph.node:
         name = node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{node.op_type}"
         verdict, note = _onnx_verdict(node, name, values, table["operators"], version)
-        found[name, verdict, note].append(_onnx_location(node))
+        locations[name, verdict, note].append(_onnx_location(node))
     traps = (
         *ONNX_TRAPS,
         Trap("opset", "newer than the parser", partial(_opset, table["opsets"])),
@@ -82,7 +80,7 @@ def onnx_coverage(model: onnx.ModelProto, tensorrt: str | None = None) -> Covera
     findings = tuple(f for trap in traps for f in trap.findings(model))
     source = table["source"]
     text = f"{source['repository']} {source['path']}, {source['commit']}"
-    return Coverage("onnx-tensorrt", table["version"], text, op_rows(found), findings)
+    return Coverage("onnx-tensorrt", table["version"], text, op_rows(locations), findings)
 
 
 def _version(text: str) -> tuple[int, int]:
@@ -254,7 +252,6 @@ def _constant(node: onnx.NodeProto, attributes: Mapping[str, Any], values: _Valu
 
 
 Restriction = Callable[["onnx.NodeProto", Mapping[str, Any], _Values], str]
-
 RESTRICTIONS: Mapping[str, Restriction] = {
     "TopK": _top_k,
     "ScatterND": _scatter_nd,
@@ -302,6 +299,5 @@ ONNX_TRAPS: tuple[Trap[Any], ...] = (
     Trap("dynamic shapes", "engines here have static ones", _onnx_dynamic),
     Trap("rank", "tensors of too many dimensions", _onnx_ranks),
 )
-
 TRAPS: tuple[Trap[Any], ...] = (*ATEN_TRAPS, *ONNX_TRAPS)
 """Every check, for programs of torch.export and for ONNX models."""

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from toma_fx.export.programs import Programs
 
 Route = Literal["torch", "onnx"]
-
 LEVELS = range(6)
 """TensorRT's optimization levels."""
 
