@@ -30,6 +30,19 @@ def sdxl(seed: int = 0, **changes: Any) -> UNet2DConditionModel:
     return _lively(UNet2DConditionModel(**{**config, **changes}))
 
 
+def small_sdxl(seed: int = 0, **changes: Any) -> UNet2DConditionModel:
+    """SDXL's shape with one level of attention, three transformers of one layer."""
+    small = {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (16, 32),
+        "transformer_layers_per_block": (1, 1),
+        "attention_head_dim": (1, 2),
+        "mid_block_type": None,
+    }
+    return sdxl(seed, **{**small, **changes})
+
+
 def sd15(seed: int = 0, **changes: Any) -> UNet2DConditionModel:
     """SD 1.5's shape: convolutional projections, attention from the first resolution."""
     torch.manual_seed(seed)
@@ -44,6 +57,11 @@ def sd15(seed: int = 0, **changes: Any) -> UNet2DConditionModel:
         "cross_attention_dim": 24,
     }
     return _lively(UNet2DConditionModel(**{**config, **changes}))
+
+
+def small_flux(seed: int = 0, **changes: Any) -> FluxTransformer2DModel:
+    """Flux with one double and one single block."""
+    return flux(seed, **{"num_layers": 1, "num_single_layers": 1, **changes})
 
 
 def flux(seed: int = 0, **changes: Any) -> FluxTransformer2DModel:
@@ -89,6 +107,11 @@ def sdxl_inputs(
     }
 
 
+def small_sdxl_inputs(height: int = 16, width: int = 16, **call: Any) -> dict[str, Any]:
+    """A call of `small_sdxl()`: the attention grid is (height/2, width/2)."""
+    return sdxl_inputs(height, width, **call)
+
+
 def sd15_inputs(height: int = 16, width: int = 16, batch: int = 2, seed: int = 1) -> dict[str, Any]:
     """A call of `sd15()`: the attention grid is (height, width)."""
     g = torch.Generator().manual_seed(seed)
@@ -127,6 +150,11 @@ def flux_inputs(
         "txt_ids": torch.zeros(text, 3),
         "return_dict": False,
     }
+
+
+def small_flux_inputs(height: int = 8, width: int = 8, **call: Any) -> dict[str, Any]:
+    """A call of `small_flux()`."""
+    return flux_inputs(height, width, **call)
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -29,11 +29,12 @@ INDUCTOR = "compiles with Inductor; quick tests compile the same kinds of progra
 WHOLE = "one more whole model, like those of the quick run"
 MORE = "one more value of a parameter, computed like those of the quick run"
 PIPELINE = "one more whole pipeline, like those of the quick run"
-ONNX = "one more export to ONNX; quick tests export each method once"
+ONNX = "one more export to ONNX; quick tests export each kind of program and of selection"
 SUBPROCESS = "starts a process that imports everything, for an example or a command"
 
 SLOW = (
     # analysis
+    Slow("analysis/test_properties.py::test_right_or_refused[40]", MORE),
     Slow("analysis/test_variants.py::test_torchao[unet-*]", WHOLE),
     Slow("analysis/test_variants.py::test_torchao_as_diffusers_loads_it", WHOLE),
     Slow("analysis/test_variants.py::test_adapters_on_int8_weights_are_captured_once", WHOLE),
@@ -95,15 +96,26 @@ SLOW = (
     Slow("export/test_tensorrt.py::test_engines_through_all_steps[onnx]", ONNX),
     Slow("export/test_tensorrt.py::test_coverage_needs_no_tensorrt[onnx]", ONNX),
     # methods
+    Slow(
+        "methods/test_methods.py::test_exported_to_onnx[*]",
+        ONNX,
+        quick=("toma", "tomesd", "retom", "todo"),
+    ),
     Slow("methods/test_baselines.py::test_exports_to_onnx[*]", ONNX),
     Slow("methods/test_retom.py::test_exports_to_onnx[*]", ONNX),
     Slow("methods/test_todo.py::test_exports_to_onnx[*]", ONNX),
     Slow("methods/test_tomesd.py::test_onnx_gives_the_same[*]", ONNX),
+    Slow("methods/test_toma.py::test_compiled_and_eager_choose_the_same_tokens", INDUCTOR),
     Slow("methods/test_methods.py::test_example_of_an_own_method_runs", SUBPROCESS),
     Slow("methods/test_methods.py::test_whole_models_through_inductor[*]", INDUCTOR),
     # models
     Slow("models/test_tiny.py::test_demo_writes_pictures_and_figures", PIPELINE),
     # passes
+    Slow(
+        "passes/test_oracles.py::test_permuted_tokens_give_the_original_output[*]",
+        MORE,
+        quick=("*-tile-*", "*-stripe-stack", "*-global-sublayer"),
+    ),
     Slow("passes/test_reference.py::test_sdxl[*]", MORE, quick=("0.5-*",)),
     Slow("passes/test_reference.py::test_flux[*]", MORE, quick=("0.5-*",)),
     # pipelines
@@ -167,11 +179,12 @@ SLOW = (
         quick=("sdxl_controlnet", "flux_true_cfg", "flux_kontext"),
     ),
     # run
+    Slow("run/test_backend.py::test_every_step_equals_the_optimized_denoiser[sdxl]", WHOLE),
     Slow("run/test_backend.py::test_every_step_equals_the_optimized_denoiser[flux]", WHOLE),
     Slow("run/test_backend.py::test_another_shape[False]", MORE),
     Slow("run/test_backend.py::test_timesteps_that_are_python_numbers[int]", MORE),
     Slow("run/test_backend.py::test_a_ratio_of_zero_is_plain_inductor", INDUCTOR),
-    Slow("run/test_explain.py::test_every_attention_is_merged_or_rejected*[block]", MORE),
+    Slow("run/test_explain.py::test_every_attention_is_merged*[*]", MORE, quick=("stack",)),
     Slow("run/test_runtime.py::test_half_precision_models[*]", WHOLE, quick=("flux-*.float16",)),
     # zoo
     Slow(

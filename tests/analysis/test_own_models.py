@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import math
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -498,14 +497,17 @@ def test_the_timestep_tells_generations_and_the_state_tells_steps() -> None:
 # -- the script and the page ----------------------------------------------------------------------
 
 
-def test_the_example_runs() -> None:
-    script = [sys.executable, str(ROOT / "examples" / "own_model.py")]
+def test_the_example_runs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process, which has imported everything already."""
     small = ["--grid", "15", "21", "--depth", "1", "--rounds", "1"]
-    done = subprocess.run([*script, *small], capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("a step takes") == 3
-    assert done.stdout.count("blocks.0.attention    315 -> 168") == 3
-    assert f"no transfer rule for {RULE}" in done.stdout
+    monkeypatch.setattr(sys, "argv", ["own_model.py", *small])
+    own.main()
+    printed = capsys.readouterr().out
+    assert printed.count("a step takes") == 3
+    assert printed.count("blocks.0.attention    315 -> 168") == 3
+    assert f"no transfer rule for {RULE}" in printed
 
 
 def test_every_block_of_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:

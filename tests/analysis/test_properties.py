@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, one_hot, scaled_dot_product_attention
 
 from tests import denoisers
-from tests.passes.test_oracles import keep_all
+from tests.zoo.check import keep_all
 from toma_fx.analysis.dataflow import Flow
 from toma_fx.analysis.facts import Analysis
 from toma_fx.analysis.propagate import analyze
@@ -409,11 +409,12 @@ def specs(draw: Callable[..., Any]) -> Spec:
     )  # fmt: skip
 
 
-def test_right_or_refused() -> None:
+@pytest.mark.parametrize("examples", [12, 40])
+def test_right_or_refused(examples: int) -> None:
     accepted: list[bool] = []
 
     @settings(
-        max_examples=40,
+        max_examples=examples,
         deadline=None,
         derandomize=True,
         database=None,

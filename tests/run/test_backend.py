@@ -16,16 +16,15 @@ from torch._inductor import list_mode_options
 
 import toma_fx
 from tests import denoisers
+from tests.denoisers import small_flux
+from tests.methods.test_methods import inputs as picture
+from tests.methods.test_methods import model as block
 from toma_fx.errors import NoMergeSites
 from toma_fx.graph.nodes import op_name
 from toma_fx.plan.plan import MergePlan
 from toma_fx.run.backend import MergedGraph, toma_backend
 
 SMALL: dict[str, Any] = {"min_tokens": 60, "tile": 4}
-
-
-def small_flux(**changes: Any) -> Any:
-    return denoisers.flux(**{"num_layers": 1, "num_single_layers": 1, **changes})
 
 
 class Timed(nn.Module):
@@ -154,7 +153,7 @@ def test_include_and_exclude_name_module_paths() -> None:
 # -- running --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["sdxl", "flux"])
+@pytest.mark.parametrize("name", ["small_sdxl", "small_flux", "sdxl", "flux"])
 def test_every_step_equals_the_optimized_denoiser(
     name: str, compilations: list[dict[str, Any]]
 ) -> None:
@@ -247,12 +246,12 @@ def test_no_gradients() -> None:
 
 
 def test_compiled_programs() -> None:
-    model = small_flux(num_single_layers=0)
-    compiled = Compiled(model, fullgraph=True)
-    optimized = toma_fx.optimize(model, **SMALL)
+    compiled = Compiled(block(), fullgraph=True)
+    optimized = toma_fx.optimize(block(), **SMALL)
     for i in range(12):
-        inputs = denoisers.flux_inputs(8, 8, batch=1, timestep=0.9 - i / 50, seed=i)
-        assert denoisers.relative(compiled(**inputs), optimized(**inputs)[0]) < 1e-4, f"step {i}"
+        call = picture(timestep=900.0 - i, seed=i)
+        expected = optimized(**call)
+        assert denoisers.relative(compiled.run(**call), expected) < 1e-4, f"step {i}"
     assert counters["aot_autograd"]["total"] == 2, "refresh and reuse"
     assert counters["stats"]["unique_graphs"] == 1
 
@@ -278,12 +277,12 @@ def test_parameters_and_patterns_are_static_inputs(monkeypatch: pytest.MonkeyPat
         return compile_fx(*args, **kwargs, inner_compile=denoisers.counting_inner_compile(fresh))
 
     monkeypatch.setattr(inductor, "compile_fx", spied)
-    compiled = Compiled(small_flux())
+    compiled = Compiled(block())
     with torch._functorch.config.patch(enable_autograd_cache=False):
         for i in range(2):
-            compiled(**denoisers.flux_inputs(timestep=0.9 - i / 50))
-    # latents, timestep, pooled text, text, two kinds of position ids; neither weight nor pattern
-    assert fresh == [6, 6]
+            compiled(**picture(timestep=900.0 - i))
+    # latents and timestep; neither weight nor pattern
+    assert fresh == [2, 2]
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])

@@ -11,6 +11,8 @@ from torch._inductor.compile_fx import compile_fx
 
 import toma_fx
 from tests import denoisers
+from tests.methods.test_methods import inputs as picture
+from tests.methods.test_methods import model
 from toma_fx.errors import SignatureError
 from toma_fx.methods.toma import ToMAConfig
 from toma_fx.passes.uses import REFRESH, REUSE
@@ -20,7 +22,7 @@ SMALL: dict[str, Any] = {"min_tokens": 60, "tile": 4}
 
 
 def steps(
-    optimized: Any, count: int, make: Any = denoisers.sdxl_inputs, start: float = 900.0
+    optimized: Any, count: int, make: Any = denoisers.small_sdxl_inputs, start: float = 900.0
 ) -> list[str]:
     """Run `count` denoising steps with falling timesteps; the program of each."""
     done = []
@@ -48,8 +50,8 @@ def steps(
 )
 @torch.no_grad()
 def test_schedule(config: dict[str, Any], expected: str) -> None:
-    optimized = toma_fx.optimize(denoisers.sdxl(), **SMALL, **config)
-    assert steps(optimized, 6) == expected.split()
+    optimized = toma_fx.optimize(model(), **SMALL, **config)
+    assert steps(optimized, 6, picture) == expected.split()
 
 
 def test_first_merged_step_refreshes_even_off_the_grid() -> None:
@@ -57,8 +59,8 @@ def test_first_merged_step_refreshes_even_off_the_grid() -> None:
     kinds = {"reuse": REUSE, "refresh": REFRESH}
     assert due(config, 5) == "reuse"
     assert due(config, 2) == "plain"
-    optimized = toma_fx.optimize(denoisers.sdxl(), **SMALL, destinations_every=4, first_step=3)
-    specialization, _ = optimized.specialized((), denoisers.sdxl_inputs(batch=1))
+    optimized = toma_fx.optimize(model(), **SMALL, destinations_every=4, first_step=3)
+    specialization, _ = optimized.specialized((), picture())
     assert {name: specialization.use(name) for name in kinds} == kinds
     assert runnable("reuse", specialization, set()) == "refresh"
     assert runnable("reuse", specialization, set(specialization.gives("refresh"))) == "reuse"
@@ -66,7 +68,7 @@ def test_first_merged_step_refreshes_even_off_the_grid() -> None:
 
 @torch.no_grad()
 def test_resets() -> None:
-    optimized = toma_fx.optimize(denoisers.sdxl(), **SMALL)
+    optimized = toma_fx.optimize(denoisers.small_sdxl(), **SMALL)
     assert steps(optimized, 2) == ["refresh", "reuse"]
     optimized.reset()
     assert steps(optimized, 2) == ["refresh", "reuse"], "after reset()"
@@ -78,7 +80,9 @@ def test_resets() -> None:
 
 @torch.no_grad()
 def test_patterns_live_in_buffers_with_fixed_addresses() -> None:
-    optimized = toma_fx.optimize(denoisers.sdxl(), **SMALL, destinations_every=2, weights_every=1)
+    optimized = toma_fx.optimize(
+        denoisers.small_sdxl(), **SMALL, destinations_every=2, weights_every=1
+    )
     steps(optimized, 1)
     before = {k: (v.data_ptr(), v.clone()) for k, v in optimized.states[0].buffers.items()}
     steps(optimized, 3, start=800)
@@ -89,21 +93,18 @@ def test_patterns_live_in_buffers_with_fixed_addresses() -> None:
 
 @torch.no_grad()
 def test_signatures_have_their_own_programs_and_state() -> None:
-    model = denoisers.sdxl()
-    optimized = toma_fx.optimize(model, **SMALL)
-    for height, width, batch in ((32, 32, 2), (32, 48, 1), (26, 38, 1)):
-        inputs = denoisers.sdxl_inputs(height, width, batch) if height != 26 else None
-        if inputs is None:
-            inputs = denoisers.sdxl_inputs(52, 76, batch)
-        out = optimized(**inputs)[0]
-        assert out.shape == inputs["sample"].shape
+    optimized = toma_fx.optimize(denoisers.small_sdxl(), **SMALL)
+    for height, width, batch in ((16, 16, 2), (16, 24, 1), (26, 38, 1)):
+        call = denoisers.small_sdxl_inputs(height, width, batch=batch)
+        out = optimized(**call)[0]
+        assert out.shape == call["sample"].shape
         assert torch.isfinite(out).all()
     assert len(optimized.specializations) == 3
 
 
 @torch.no_grad()
 def test_flux_grid_is_read_from_the_ids_of_each_generation() -> None:
-    optimized = toma_fx.optimize(denoisers.flux(), **SMALL)
+    optimized = toma_fx.optimize(denoisers.small_flux(), **SMALL)
     optimized(**denoisers.flux_inputs(8, 16))
     wide = {**denoisers.flux_inputs(8, 16, seed=3), "img_ids": denoisers.ids(16, 8)}
     optimized.reset()
@@ -114,7 +115,7 @@ def test_flux_grid_is_read_from_the_ids_of_each_generation() -> None:
 
 @torch.no_grad()
 def test_cache_contexts_keep_their_own_patterns() -> None:
-    model = denoisers.flux()
+    model = denoisers.small_flux()
     both, alone = (toma_fx.optimize(model, **SMALL) for _ in range(2))
     first, second = denoisers.flux_inputs(8, 16, seed=1), denoisers.flux_inputs(8, 16, seed=2)
     with both.cache_context("cond"):
@@ -132,32 +133,29 @@ def test_cache_contexts_keep_their_own_patterns() -> None:
 @pytest.mark.parametrize("how", ["torch.compile", "method"])
 @torch.no_grad()
 def test_one_compiled_program_per_use_and_no_recompilation(how: str) -> None:
-    model = denoisers.flux(num_layers=1, num_single_layers=1)
-    optimized = toma_fx.optimize(
-        model, **SMALL, destinations_every=10, weights_every=10, last_step=44
-    )
-    eager = toma_fx.optimize(model, **SMALL, destinations_every=10, weights_every=10, last_step=44)
+    """With Inductor: refresh, reweigh, reuse and the unmerged program."""
+    config = {**SMALL, "destinations_every": 10, "weights_every": 5, "last_step": 44}
+    optimized, eager = (toma_fx.optimize(model(), **config) for _ in range(2))
     torch._dynamo.reset()
     counters.clear()
     compiled = torch.compile(optimized) if how == "torch.compile" else optimized.compile()
     for i in range(50):
-        inputs = denoisers.flux_inputs(8, 8, batch=1, seed=i, timestep=1 - i / 50)
-        got = compiled(**inputs)[0]
-        assert denoisers.relative(got, eager(**inputs)[0]) < 1e-4
+        call = picture(seed=i, timestep=1000.0 - 20 * i)
+        assert denoisers.relative(compiled(**call), eager(**call)) < 1e-4
         if i == 1:
             assert counters["stats"]["unique_graphs"] == 2, "refresh and reuse"
-    assert optimized.states[0].counts == {"refresh": 5, "reuse": 40, "plain": 5}
-    assert counters["stats"]["unique_graphs"] == 3, "and the unmerged one"
+    assert optimized.states[0].counts == {"refresh": 5, "reweigh": 4, "reuse": 36, "plain": 5}
+    assert counters["stats"]["unique_graphs"] == 4, "and the other two"
     assert not counters["graph_break"]
 
 
 @torch.no_grad()
 def test_nan_in_gives_nan_out() -> None:
-    for name in ("sdxl", "flux"):
+    for name in ("small_sdxl", "small_flux"):
         model, make = getattr(denoisers, name)(), getattr(denoisers, f"{name}_inputs")
         optimized = toma_fx.optimize(model, **SMALL)
         bad = make()
-        bad["sample" if name == "sdxl" else "hidden_states"][:] = float("nan")
+        bad["sample" if name == "small_sdxl" else "hidden_states"][:] = float("nan")
         for _ in range(2):
             assert optimized(**bad)[0].isnan().all() == model(**bad)[0].isnan().all()
 
@@ -196,7 +194,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 @torch.no_grad()
 def test_fixed_capture_refuses_other_shapes_by_name() -> None:
     optimized = toma_fx.optimize(
-        denoisers.flux(), **SMALL, example_inputs=denoisers.flux_inputs(8, 8)
+        denoisers.small_flux(), **SMALL, example_inputs=denoisers.flux_inputs(8, 8)
     )
     with pytest.raises(SignatureError) as caught:
         optimized(**denoisers.flux_inputs(8, 10))
@@ -208,22 +206,20 @@ def test_fixed_capture_refuses_other_shapes_by_name() -> None:
 
 @torch.no_grad()
 def test_positional_and_keyword_calls_are_one_signature() -> None:
-    optimized = toma_fx.optimize(denoisers.sdxl(), **SMALL)
-    inputs = denoisers.sdxl_inputs()
-    by_name = optimized(**inputs)[0]
-    rest = {k: inputs[k] for k in ("added_cond_kwargs", "return_dict")}
-    by_place = optimized(
-        inputs["sample"], inputs["timestep"], inputs["encoder_hidden_states"], **rest
-    )[0]
+    optimized = toma_fx.optimize(denoisers.small_sdxl(), **SMALL)
+    call = denoisers.small_sdxl_inputs()
+    by_name = optimized(**call)[0]
+    rest = {k: call[k] for k in ("added_cond_kwargs", "return_dict")}
+    by_place = optimized(call["sample"], call["timestep"], call["encoder_hidden_states"], **rest)[0]
     assert len(optimized.specializations) == 1
     assert torch.equal(by_name, by_place)
 
 
 @torch.no_grad()
 def test_return_dict_and_number_timesteps() -> None:
-    model = denoisers.sdxl()
+    model = denoisers.small_sdxl()
     optimized = toma_fx.optimize(model, ratio=0)
-    inputs = {**denoisers.sdxl_inputs(), "return_dict": True, "timestep": 7}
+    inputs = {**denoisers.small_sdxl_inputs(), "return_dict": True, "timestep": 7}
     assert type(optimized(**inputs)) is type(model(**inputs))
     assert torch.equal(optimized(**inputs).sample, model(**inputs).sample)
     optimized(**{**inputs, "timestep": 6})
@@ -232,7 +228,7 @@ def test_return_dict_and_number_timesteps() -> None:
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 def test_no_gradients_are_kept_whatever_the_mode(mode: Any) -> None:
-    model = denoisers.flux().requires_grad_(True)
+    model = denoisers.small_flux().requires_grad_(True)
     optimized = toma_fx.optimize(model, **SMALL, destinations_every=2, weights_every=1)
     with mode():
         for i in range(4):
@@ -244,9 +240,9 @@ def test_no_gradients_are_kept_whatever_the_mode(mode: Any) -> None:
 
 @torch.no_grad()
 def test_parameters_are_shared_and_the_model_is_untouched() -> None:
-    model = denoisers.sdxl()
+    model = denoisers.small_sdxl()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    inputs = denoisers.sdxl_inputs()
+    inputs = denoisers.small_sdxl_inputs()
     want = model(**inputs)[0]
     optimized = toma_fx.optimize(model, **SMALL)
     merged = optimized(**inputs)[0]
@@ -283,7 +279,7 @@ def test_stands_in_for_the_model() -> None:
 )
 @torch.no_grad()
 def test_methods_variants_run_refresh_and_reuse(options: dict[str, Any]) -> None:
-    model = denoisers.flux()
+    model = denoisers.small_flux()
     optimized = toma_fx.optimize(model, **{"min_tokens": 60, **options})
     outs = [optimized(**denoisers.flux_inputs(8, 8, timestep=t))[0] for t in (0.9, 0.8)]
     assert all(torch.isfinite(out).all() for out in outs)
@@ -302,7 +298,7 @@ def test_weights_and_patterns_are_static_inputs_of_compiled_programs(how: str) -
         return compile_fx(gm, inputs, inner_compile=denoisers.counting_inner_compile(fresh))
 
     torch._dynamo.reset()
-    optimized = toma_fx.optimize(denoisers.flux(num_layers=1, num_single_layers=1), **SMALL)
+    optimized = toma_fx.optimize(model(), **SMALL)
     compiled: Any = (
         torch.compile(optimized, backend=backend)
         if how == "torch.compile"
@@ -310,9 +306,9 @@ def test_weights_and_patterns_are_static_inputs_of_compiled_programs(how: str) -
     )
     with torch._functorch.config.patch(enable_autograd_cache=False):
         for i in range(2):
-            compiled(**denoisers.flux_inputs(8, 8, batch=1, timestep=0.9 - i / 10))
-    # latents, timestep, pooled text, text, two kinds of position ids
-    assert fresh == [6, 6]
+            compiled(**picture(timestep=900.0 - i))
+    # latents and timestep
+    assert fresh == [2, 2]
 
 
 def test_options_of_compile_reach_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,10 +72,16 @@ class Traced:
         return make_plan(self.analysis, self.flow, ToMAConfig(**config))
 
     def run(self, plan: MergePlan, use: str, *given: Tensor) -> list[Tensor]:
-        """The model's outputs by a program of the plan, on fresh inputs."""
+        """The model's outputs by a program of the plan, on fresh inputs.
+
+        Patterns are cast to the dtypes that the program takes.
+        """
         program = rewrite(self.captured, self.analysis, self.flow, plan, uses_of(plan.config)[use])
         leaves = flatten_call((), self.case.inputs(FRESH))[0]
-        results = program.graph_module(*leaves, *given)
+        nodes = {n.name: n for n in program.graph_module.graph.nodes}
+        likes = [nodes[name].meta["val"] for name in program.takes]
+        cast = [x.to(like.dtype) for x, like in zip(given, likes, strict=True)]
+        results = program.graph_module(*leaves, *cast)
         return tensors(results[: len(results) - len(program.gives)])
 
 
@@ -148,7 +154,7 @@ def _counts(traced: Traced) -> Found:
     return Found(sites, attention, mlp, case.grids, len(traced.plan().segments))
 
 
-def _keep_all(plan: MergePlan) -> MergePlan:
+def keep_all(plan: MergePlan) -> MergePlan:
     """The plan with every window keeping all of its tokens."""
 
     def whole(item: Any) -> Any:
@@ -159,7 +165,7 @@ def _keep_all(plan: MergePlan) -> MergePlan:
     return dataclasses.replace(plan, segments=tuple(segments), groups=tuple(groups))
 
 
-def _permutations(plan: MergePlan) -> Iterator[Tensor]:
+def permutations(plan: MergePlan) -> Iterator[Tensor]:
     """For every group, a pattern that permutes the tokens of each window."""
     g = torch.Generator().manual_seed(7)
     for group in plan.groups:
@@ -169,11 +175,11 @@ def _permutations(plan: MergePlan) -> Iterator[Tensor]:
         yield from (order, matrix, matrix.transpose(-1, -2).contiguous())
 
 
-def permuted(traced: Traced, scope: str) -> float:
+def permuted(traced: Traced, scope: str, exact: float = EXACT) -> float:
     """Computing on all tokens in another order gives the original output."""
-    plan = _keep_all(traced.plan(scope=scope))
-    found = difference(traced.run(plan, "reuse", *_permutations(plan)), traced.expected)
-    assert found < EXACT, f"permuted tokens differ by {found:.1e} in scope {scope}"
+    plan = keep_all(traced.plan(scope=scope))
+    found = difference(traced.run(plan, "reuse", *permutations(plan)), traced.expected)
+    assert found < exact, f"permuted tokens differ by {found:.1e} in scope {scope}"
     return found
 
 
