@@ -43,7 +43,8 @@ def test_the_pipelines_labels_keep_the_passes_of_guidance_apart() -> None:
     case = CASES["flux_true_cfg"]
     pipe = toma_fx.optimize(case.make(), min_tokens=60, tile=4)
     case.call(pipe)
-    assert {context for context, _ in pipe.transformer._implicit.generations} == {"cond", "uncond"}
+    kept = pipe.transformer._stepper._implicit.generations
+    assert {name for (name, _), _ in kept} == {"cond", "uncond"}
 
 
 def test_sd15_pipeline() -> None:
