@@ -18,11 +18,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import toma_fx.report
 import torch
 
 import toma_fx
 from toma_fx.models import tiny
+from toma_fx.run.report import make_report
 
 BASE: dict[str, Any] = {
     "scope": "sublayer",
@@ -88,7 +88,7 @@ def measure(
         got = model.generate(labels, seed=seed, steps=steps, denoiser=optimized)
         errors.append((got - want).square().mean((1, 2, 3)).tolist())
     specialization = optimized.specializations[0]
-    report = toma_fx.report.make_report(specialization)
+    report = make_report(specialization)
     pictures = [e for row in errors for e in row]
     return {
         "mean": statistics.mean(pictures),
