@@ -75,7 +75,7 @@ def test_calls_at_one_timestep_open_few_passes() -> None:
 def test_patterns_of_another_graph_are_forgotten() -> None:
     state = PassState()
     state.bind("one")
-    state.keep(["idx"], [torch.ones(2)])
+    state.keep({"idx": torch.ones(2)})
     state.bind("one")
     assert state.kept == {"idx"}
     state.bind("other")

@@ -122,9 +122,7 @@ class ArtifactDenoiser(nn.Module):
             SharedStateError: another thread is in a step, or in the middle of a generation.
         """
         call = match_call(self.manifest, args, kwargs, self._device)
-        outputs = self._stepper.step(
-            lambda: self._step_call(call), lambda rasters: self._find(rasters)
-        )
+        outputs = self._stepper.step(lambda: self._step_call(call), self._find)
         return self._structured(outputs)
 
     def step(self, inputs: Any, state: State | Sequence[State]) -> tuple[Any, Any]:

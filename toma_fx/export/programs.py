@@ -23,6 +23,7 @@ from toma_fx.run.calls import call_of
 from toma_fx.run.denoiser import OptimizedDenoiser, optimized_of
 from toma_fx.run.programs import Specialization, tracing
 from toma_fx.run.schedule import LONGEST, due, runnable
+from toma_fx.run.stepper import split_outputs
 
 
 @dataclass(frozen=True)
@@ -105,14 +106,6 @@ class Programs(Mapping[str, Exported]):
         return {f"output_{i}": x for i, x in enumerate(fakes)}
 
 
-def split_outputs(
-    results: Sequence[Tensor], gives: Sequence[str]
-) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """What a program gives: the model's own outputs, and the kept tensors after them by name."""
-    own = len(results) - len(gives)
-    return list(results[:own]), dict(zip(gives, results[own:], strict=True))
-
-
 def export_programs(optimized: Any, example_inputs: Any) -> Programs:
     """The programs that the schedule of an optimized denoiser runs, for one call's shapes.
 
@@ -165,8 +158,7 @@ def _export(
         example = tuple(x.contiguous() for x in tensors)
         if program.gives:
             results = graph_module(*example)
-            own = len(results) - len(program.gives)
-            kept.update(zip(program.gives, results[own:], strict=True))
+            kept.update(split_outputs(results, program.gives)[1])
         exported = torch.export.export(graph_module, example, strict=False)
     return Exported(exported, example, program.takes, program.gives, program.use.instead)
 

@@ -189,7 +189,8 @@ class MergedGraph:
             CaptureError, NoMergeSites, ParityError, TileError, UnknownNameError: see
                 `toma_backend`.
         """
-        return self._specialization(values, Rasters.read(self._ids(values)).values)
+        rasters = Rasters.read(self._ids(values)).values
+        return self._specialization(self._signature(values), rasters, values)
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         """One denoising step.
@@ -203,8 +204,8 @@ class MergedGraph:
         call = self._step_call(args, identity)
 
         def find(rasters: tuple[Raster | None, ...]) -> tuple[Hashable, Specialization]:
-            specialization = self._specialization(args, rasters)
-            return (id(self), identity, call.signature, rasters), specialization
+            specialization = self._specialization(call.signature, rasters, args)
+            return (identity, call.signature, rasters), specialization
 
         return tuple(self._stepper(owned).step(lambda: call, find))
 
@@ -214,8 +215,7 @@ class MergedGraph:
         pairs = zip(self.arguments, values, strict=True)
         conditioning = None if self._conditioning is None else values[self._conditioning]
         return StepCall(
-            # a graph for each batch size: guidance that ends in mid-run comes with another one
-            signature=(id(self), *self._signature(values)),
+            signature=self._signature(values),
             leaves=[a.to_input(v) for a, v in pairs if a.is_captured],
             ids=self._ids(values),
             timestep=None if self._timestep is None else number_of(values[self._timestep]),
@@ -236,14 +236,15 @@ class MergedGraph:
         return [v if a.kind == "tensor" else None for a, v in pairs]
 
     def _signature(self, values: Sequence[Any]) -> tuple[Any, ...]:
-        return tuple(a.key(v) for a, v in zip(self.arguments, values, strict=True))
+        # with the graph: Dynamo makes another one where guidance that ends changes the batch size
+        return (id(self), *(a.key(v) for a, v in zip(self.arguments, values, strict=True)))
 
     # -- making programs ------------------------------------------------------------------------
 
     def _specialization(
-        self, values: Sequence[Any], rasters: tuple[Raster | None, ...]
+        self, signature: Hashable, rasters: tuple[Raster | None, ...], values: Sequence[Any]
     ) -> Specialization:
-        return self.cache.get((self._signature(values), rasters), lambda: self._make(values))
+        return self.cache.get((signature, rasters), lambda: self._make(values))
 
     def _make(self, values: Sequence[Any]) -> Specialization:
         captured = capture_dynamo(self.gm, self.arguments, values)

@@ -13,7 +13,7 @@ from torch import Tensor
 from toma_fx.errors import StateError
 from toma_fx.passes.provide_patterns import MASKS
 from toma_fx.run.schedule import due, runnable
-from toma_fx.run.stepper import ProgramSet, Stepper, clone_graph_outputs, run_program
+from toma_fx.run.stepper import ProgramSet, Stepper, clone_graph_outputs, run_program, split_outputs
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,12 @@ def step_states(
     tensors = {**kept, **masks}
     inputs = [*leaves, *(tensors[name] for name in programs.takes(kind))]
     results = run_program(programs.runner(kind), inputs, kernel)
-    gives = programs.gives(kind)
-    own = len(results) - len(gives)
     stepper.count(programs, kind)
-    updates = dict(zip(gives, clone_graph_outputs(results[own:]), strict=True))
+    # both may lie in memory that a CUDA graph writes to again
+    outputs, updates = split_outputs(clone_graph_outputs(results), programs.gives(kind))
     following = [replace(s, step=s.step + 1) for s in states]
     if updates:
         following = _cut(following, {**kept, **updates}, rows, programs.settings, model)
-    outputs = clone_graph_outputs(results[:own])
     return outputs, following[0] if isinstance(state, State) else following
 
 

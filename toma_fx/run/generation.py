@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,17 +58,17 @@ class PassState:
         if self.owner != owner:
             self.owner, self.kept, self.buffers = owner, set(), {}
 
-    def keep(self, names: Sequence[str], values: Sequence[Tensor]) -> None:
+    def keep(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy outputs into the buffers."""
         with torch.inference_mode(False), torch.no_grad():
-            for name, value in zip(names, values, strict=True):
+            for name, value in tensors.items():
                 shape = tuple(value.shape)
                 if name not in self.buffers or self.buffers[name].shape != shape:
                     buffer = torch.empty(shape, dtype=value.dtype, device=value.device)
                     mark_static_address(buffer)
                     self.buffers[name] = buffer
                 self.buffers[name].copy_(value)
-        self.kept.update(names)
+        self.kept.update(tensors)
 
     def count(self, kind: str) -> None:
         """Count a step."""

@@ -240,13 +240,12 @@ class Stepper:
     @disable_dynamo
     def finish(self, turn: Turn, results: Sequence[Any]) -> list[Any]:
         """Keep what the program gives; returns the model's own outputs."""
-        gives = turn.programs.gives(turn.kind)
-        own = len(results) - len(gives)
-        if gives:
-            turn.state.keep(gives, results[own:])
+        outputs, given = split_outputs(results, turn.programs.gives(turn.kind))
+        if given:
+            turn.state.keep(given)
         turn.state.count(turn.kind)
         self.count(turn.programs, turn.kind)
-        return clone_graph_outputs(results[:own])
+        return clone_graph_outputs(outputs)
 
     @disable_dynamo
     def leave(self, turn: Turn, done: bool) -> None:
@@ -270,6 +269,12 @@ def run_program(
     """Run a program, which may be compiled, without gradients."""
     with torch.no_grad(), beside_tracing(), kernel():
         return run(*inputs)
+
+
+def split_outputs(results: Sequence[Any], gives: Sequence[str]) -> tuple[list[Any], dict[str, Any]]:
+    """What a program gives: the model's own outputs, and the kept tensors after them by name."""
+    own = len(results) - len(gives)
+    return list(results[:own]), dict(zip(gives, results[own:], strict=True))
 
 
 def clone_graph_outputs(results: Sequence[Any]) -> list[Any]:

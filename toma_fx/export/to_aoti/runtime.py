@@ -13,9 +13,9 @@ from torch import Tensor
 from toma_fx.compat import load_programs
 from toma_fx.errors import ArtifactError
 from toma_fx.export.manifest import Manifest
-from toma_fx.export.programs import split_outputs
 from toma_fx.export.targets import Runtime
 from toma_fx.export.to_aoti.files import PACKAGE, WEIGHTS, load_weights
+from toma_fx.run.stepper import split_outputs
 
 
 class AOTIRuntime(Runtime):
