@@ -11,6 +11,7 @@ import itertools
 import re
 import sys
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Set
 from importlib import metadata
@@ -23,6 +24,7 @@ import pytest
 import torch
 from diffusers.models.attention_dispatch import attention_backend
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from toma_fx import compat
 from toma_fx.errors import CompatError, TomaError
@@ -170,6 +172,19 @@ def test_fake_tensors_have_no_data() -> None:
     assert not compat.is_fake(torch.ones(1))
     assert not compat.is_fake(torch.ones(1, device="meta"))
     assert not compat.is_fake(None)
+
+
+def test_fake_tensors_forget_the_real_ones() -> None:
+    model = Toy().eval()
+    program = torch.export.export(model, (torch.ones(1, 2),), strict=False)
+    assert weakref.getweakrefcount(model.scale) == 1
+    compat.forget_tensors(n.meta.get("val") for n in program.graph.nodes)
+    assert weakref.getweakrefcount(model.scale) == 0
+    mode = FakeTensorMode()
+    mode.from_tensor(model.scale)
+    assert weakref.getweakrefcount(model.scale) == 1
+    compat.forget_tensors([1, None, mode])
+    assert weakref.getweakrefcount(model.scale) == 0
 
 
 def test_inner_tensors_of_a_quantized_weight() -> None:

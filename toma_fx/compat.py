@@ -103,6 +103,16 @@ def is_fake(value: Any) -> bool:
     return isinstance(value, _lookup("torch._subclasses.fake_tensor", "FakeTensor"))
 
 
+def forget_tensors(values: Iterable[Any]) -> None:
+    """Drop the weak references that modes of fake tensors, and theirs, keep to real tensors."""
+    kind = _lookup("torch._subclasses.fake_tensor", "FakeTensorMode")
+    modes = {v.fake_mode if is_fake(v) else v for v in values if is_fake(v) or type(v) is kind}
+    for mode in modes:
+        describer = _attribute("torch", mode.fake_tensor_converter.meta_converter, "describer")
+        describer.lookup_tensor.clear()
+        describer.lookup_storage.clear()
+
+
 def inner_tensors(tensor: Any) -> list[Any]:
     """What a traceable subclass of tensors (a quantized weight) is made of; empty for others."""
     flatten = getattr(tensor, "__tensor_flatten__", None)
@@ -204,18 +214,12 @@ def compile_lock() -> threading.RLock:
 
 
 def disable_dynamo(function: F) -> F:
-    """Decorator: Dynamo compiles neither the function nor what it calls.
-
-    `torch.compiler.disable` is public, but imports Dynamo when it decorates, not at the first call.
-    """
+    """Decorator: Dynamo compiles neither it nor what it calls. The public one imports Dynamo."""
     return _lookup("torch", "_disable_dynamo")(function)
 
 
 def skip_frame(function: Callable[..., Any]) -> None:
-    """Let Dynamo run this function as it is, and compile what it calls.
-
-    `torch.compiler.disable(recursive=False)` is public, but refuses to run while a thread traces.
-    """
+    """Let Dynamo run this as it is, and compile what it calls: beside a thread that traces, too."""
     _lookup("torch._dynamo.decorators", "skip")(function)
 
 

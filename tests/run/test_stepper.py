@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor import compile_fx as inductor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import toma_fx
 from tests.export.in_process import InProcess, opened
@@ -135,8 +136,8 @@ def denoising(stand: Any) -> Any:
     """The stepper of a stand."""
     if isinstance(stand, Compiled):
         stand(**inputs(timestep=999.0))
-        own = {id(parameter) for parameter in model().parameters()}
-        return next(s for tensor, s in backend.STEPPERS.items() if id(tensor) in own)
+        own = {StorageWeakRef(parameter.untyped_storage()) for parameter in model().parameters()}
+        return next(s for (place, _), s in backend.STEPPERS.items() if place in own)
     return stand._stepper
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from toma_fx.capture.canonical import flat_graph
 from toma_fx.capture.grids import find_raster
 from toma_fx.capture.model import Captured, InputSpec
+from toma_fx.capture.references import without_weak_references
 from toma_fx.compat import (
     CONTENTS,
     compiled_scope,
@@ -130,8 +131,14 @@ def capture_dynamo(
     replay = _Replay(gm, arguments, values)
     try:
         # Dynamo's own tracing context, if one is open, must not pass on its symbolic shapes
-        with torch.no_grad(), without_tracing_context(), fx.traceback.preserve_node_meta():
+        with (
+            torch.no_grad(),
+            without_tracing_context(),
+            fx.traceback.preserve_node_meta(),
+            without_weak_references() as graphs,
+        ):
             program = torch.export.export(replay, tuple(v for _, v in captured), strict=False)
+            graphs.append(program.graph)
             graph_module = flat_graph(program, "DynamoGraph")
     except TomaError:
         raise

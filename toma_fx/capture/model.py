@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from toma_fx.capture.canonical import flat_graph
 from toma_fx.capture.grids import Raster, find_raster, size_hints
+from toma_fx.capture.references import without_weak_references
 from toma_fx.compat import ORIGINAL_FORWARD, WRAPPING, tree_flatten
 from toma_fx.errors import CaptureError, ModelTypeError, TomaError, TrainingModeError
 
@@ -90,8 +91,9 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     check_model(model)
     kwargs, plain = dict(sorted(kwargs.items())), unwrap(model)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), without_weak_references() as graphs:
             program = torch.export.export(plain, tuple(args), kwargs, strict=False)
+            graphs.append(program.graph)
             graph_module = flat_graph(program, type(model).__name__)
     except TomaError:
         raise

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
+from toma_fx.capture.references import without_weak_references
 from toma_fx.compat import tree_paths
 from toma_fx.errors import ModelTypeError
 from toma_fx.export.selection import ExpandSelection
@@ -159,7 +160,9 @@ def _export(
         if program.gives:
             results = graph_module(*example)
             kept.update(split_outputs(results, program.gives)[1])
-        exported = torch.export.export(graph_module, example, strict=False)
+        with without_weak_references() as graphs:
+            exported = torch.export.export(graph_module, example, strict=False)
+            graphs.append(exported.graph)
     return Exported(exported, example, program.takes, program.gives, program.use.instead)
 
 

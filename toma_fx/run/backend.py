@@ -11,14 +11,14 @@ concrete shapes gets its own programs. Inference only: no gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from toma_fx.capture.dynamo import (
     Argument,
@@ -52,9 +52,10 @@ from toma_fx.run.stepper import GENERATIONS, StepCall, Stepper
 
 CAPACITY = 16
 """Sets of concrete shapes whose programs and patterns are kept for one Dynamo graph."""
-STEPPERS: MutableMapping[Tensor, Stepper] = WeakIdKeyDictionary()
-"""State of the models that run, by a tensor that they own, while it lives. torch calls a back end
-once for every graph of a model and hands it nothing that the graphs share but such tensors."""
+STEPPERS: dict[tuple[StorageWeakRef, Any], Stepper] = {}
+"""State of the models that run, by where a tensor that they own lies: torch calls a back end once
+for every graph of a model and hands it nothing that the graphs share but such tensors. (A weak
+reference to the tensor itself would keep quantized weights from moving.)"""
 
 
 @dataclass(frozen=True)
@@ -228,7 +229,11 @@ class MergedGraph:
         """That of the model: its graphs share it, since a generation may change between them."""
         if not owned:
             return self._own_stepper
-        return STEPPERS.setdefault(owned[0], self._own_stepper)
+        place = StorageWeakRef(owned[0].untyped_storage()), owned[0].storage_offset()
+        if place not in STEPPERS:
+            for gone in [each for each in list(STEPPERS) if each[0].expired()]:
+                STEPPERS.pop(gone, None)
+        return STEPPERS.setdefault(place, self._own_stepper)
 
     def _ids(self, values: Sequence[Any]) -> list[Any]:
         """The graph's own inputs, which may be position ids."""
