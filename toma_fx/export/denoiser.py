@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Collection, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
@@ -94,7 +93,7 @@ class ArtifactDenoiser(nn.Module):
         self.config = _Config(manifest.model_config)
         self._programs, self._device = ArtifactPrograms(manifest, runtime), device
         self._stepper = Stepper(GENERATIONS, "the loaded artifact", OWN_STATE)
-        self._digest = hashlib.sha256(manifest.to_json().encode()).hexdigest()
+        self._digest = manifest.digest
         self.training = False
         inside = manifest.model_config.get("projection_class_embeddings_input_dim")
         if inside is not None:  # SDXL's pipelines compare it with what they made

@@ -1,16 +1,22 @@
-"""`load`: open an artifact."""
+"""`load`: open an artifact, as a module that pipelines save and load, and that can be copied."""
 
 from __future__ import annotations
 
+import shutil
+import sys
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from toma_fx.errors import ArtifactError
-from toma_fx.export.artifact import verify_artifact
+from toma_fx.export.artifact import building, read_manifest, verify_artifact
 from toma_fx.export.denoiser import ArtifactDenoiser
+from toma_fx.export.manifest import Manifest
 from toma_fx.export.registry import TARGETS, target_class
+from toma_fx.export.targets import Runtime
 
 
 def load(
@@ -44,4 +50,95 @@ def load(
             hint="read it with the toma_fx that made it",
         )
     target = target_class(manifest.target.name)
-    return ArtifactDenoiser(manifest, target.open(folder, manifest, wanted, options), wanted)
+    runtime = target.open(folder, manifest, wanted, options)
+    return LoadedDenoiser(folder.resolve(), manifest, runtime, wanted, options)
+
+
+class LoadedDenoiser(ArtifactDenoiser):
+    """The denoiser of an artifact that lies in a folder. Made by `toma_fx.load`.
+
+    Copies and pickles open the folder again, on the same device and with the same options. It is
+    saved with a pipeline of diffusers, as a copy of the folder, and loaded with it.
+
+    Attributes:
+        folder: of the artifact. options: of the target.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        runtime: Runtime,
+        device: torch.device,
+        options: Mapping[str, Any],
+    ) -> None:
+        ArtifactDenoiser.__init__(self, manifest, runtime, device)
+        self.folder, self.options = folder, dict(options)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """To diffusers a model: its pipelines leave out what is none of their classes."""
+        return _model_class() if "diffusers.models.modeling_utils" in sys.modules else type(self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _reopen, (str(self.folder), str(self.device), self.options, self._digest)
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """Copy the artifact; called by `save_pretrained` of pipelines.
+
+        Args:
+            save_directory: where to. An artifact that is there is replaced.
+            options: of diffusers, for files of weights: an artifact's are as they are.
+
+        Raises:
+            ArtifactError: its folder is gone, or has changed. BuildError: other files are where it
+                would be saved, or the disk is full.
+        """
+        out = Path(save_directory)
+        if out.resolve() == self.folder:
+            return
+        manifest = verify_artifact(self.folder)
+
+        def copy(folder: Path) -> None:
+            for name in manifest.files:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(self.folder / name, folder / name)
+
+        with building(out, self._digest, overwrite=True) as build:
+            build.stage("copy", copy, *manifest.files)
+            build.finish(manifest)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **options: Any) -> ArtifactDenoiser:
+        """`toma_fx.load` for pipelines of diffusers; dtype and device are the artifact's."""
+        return load(path)
+
+
+ModelMixin = LoadedDenoiser
+"""diffusers loads a component with `from_pretrained` if its module has its class by this name."""
+
+
+@cache
+def _model_class() -> type:
+    """The class as one of diffusers' models; nothing is ever made of it."""
+    from diffusers import ModelMixin
+
+    return type(LoadedDenoiser.__name__, (LoadedDenoiser, ModelMixin), {"__module__": __name__})
+
+
+def _reopen(folder: str, device: str, options: Mapping[str, Any], digest: str) -> ArtifactDenoiser:
+    """A copy of a loaded artifact.
+
+    Raises:
+        ArtifactError: as of `load`, or another artifact is in the folder now.
+    """
+    found = read_manifest(Path(folder)).digest
+    if found != digest:
+        raise ArtifactError(
+            "a copy of a loaded artifact can't be opened",
+            where=folder,
+            expected=f"the artifact that was loaded (manifest {digest[:12]})",
+            got=f"another one (manifest {found[:12]})",
+            hint="toma_fx.load() opens the one that is there now",
+        )
+    return load(folder, device=device, **options)

@@ -8,6 +8,7 @@ the published schema, which tools/write_schema.py writes from the classes here.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -207,6 +208,11 @@ class Manifest:
     def instead(self, kind: str) -> str:
         """The kind that runs while something that `kind` takes is not kept."""
         return self.programs[kind].instead
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all it says, and so of the files."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
         """As JSON text."""
