@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from toma_fx.capture.grids import Raster
+from toma_fx.compat import inner_tensors
 from toma_fx.errors import SignatureError
 from toma_fx.export.manifest import ArtifactInput, Manifest, TensorSpec, raster_spec
 
@@ -52,11 +55,12 @@ def match_call(
 def _match_input(spec: ArtifactInput, value: Any, device: torch.device) -> Tensor:
     """One input of the programs, on their device."""
     dtype = getattr(torch, spec.tensor.dtype)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = torch.tensor(value, dtype=dtype)
     want = f"{spec.tensor.shape} {spec.tensor.dtype}"
+    if isinstance(value, Real) and not isinstance(value, bool):
+        value = _tensor_of(value, dtype, spec.path)
     if not isinstance(value, Tensor):
         raise _misfit(spec.path, want, repr(value))
+    value = _plain(value, spec.path)
     if spec.path[-1].endswith(NUMBERS):
         value = _cast_exactly(value, dtype)
     own = TensorSpec.of(spec.tensor.name, value)
@@ -65,6 +69,43 @@ def _match_input(spec: ArtifactInput, value: Any, device: torch.device) -> Tenso
         raise _misfit(spec.path, want, got)
     placed: Tensor = value.to(device)
     return placed
+
+
+def _tensor_of(value: Any, dtype: torch.dtype, path: Sequence[str]) -> Tensor:
+    """A number as a tensor of no dimension: fractions are rounded as torch does, nothing else."""
+    try:
+        tensor = torch.tensor(value, dtype=dtype)
+        held = tensor.item()
+        rounds = dtype.is_floating_point and not isinstance(value, Integral)
+        fits = math.isfinite(held) and (rounds or held == value) and dtype != torch.bool
+    except (RuntimeError, OverflowError, ValueError, TypeError):  # out of the dtype's range
+        fits = False
+    if not fits:
+        raise _misfit(path, f"a number that {dtype} holds", repr(value))
+    return tensor
+
+
+def _plain(value: Tensor, path: Sequence[str]) -> Tensor:
+    """A tensor whose memory holds its values: programs read inputs by their address.
+
+    Raises:
+        SignatureError: it has none such, or gradients are asked for.
+    """
+    if torch.is_grad_enabled() and value.requires_grad:
+        raise _misfit(
+            path, "a call without gradients: torch.no_grad(), or detach()", "requires_grad=True"
+        )
+    odd = [name for name in ODD if getattr(value, name)]
+    if value.layout != torch.strided or odd or inner_tensors(value):
+        got = f"{type(value).__name__} {value.layout} {' '.join(odd)}".rstrip()
+        raise _misfit(path, "a dense tensor with values of its own", got)
+    # signs and conjugates that wait to be applied, zeros that have no memory
+    lazy = value.is_neg() or value.is_conj() or (not value.data_ptr() and value.numel())
+    return value.detach().clone() if lazy else value.detach()
+
+
+ODD = ("is_nested", "is_quantized", "is_meta")
+"""Attributes of tensors whose values do not lie in memory as those of others do."""
 
 
 def check_positions(manifest: Manifest, rasters: Sequence[Raster | None]) -> None:
@@ -93,7 +134,7 @@ def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
 
 def _cast_exactly(value: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor in another dtype, if that changes no value."""
-    if value.dtype == dtype:
+    if value.dtype == dtype or value.dtype == torch.bool or value.is_complex():
         return value
     cast = value.to(dtype)
     return cast if torch.equal(cast.to(value.dtype), value) else value

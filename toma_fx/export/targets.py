@@ -55,10 +55,21 @@ class Runtime(ABC):
 
 
 def separate_inputs(inputs: Iterable[Tensor], outputs: Iterable[Tensor]) -> list[Tensor]:
-    """Inputs of a run, contiguous, and none in memory that the run writes to."""
+    """Inputs of a run, contiguous and aligned, and none in memory that the run writes to."""
     places = {x.data_ptr() for x in outputs}
+    placed = map(aligned, inputs)
     # an output of the last step may be an input of this one
-    return [x.clone() if x.data_ptr() in places else x.contiguous() for x in inputs]
+    return [x.clone() if x.data_ptr() in places else x for x in placed]
+
+
+def aligned(x: Tensor) -> Tensor:
+    """A tensor, contiguous, that begins where compiled code and TensorRT let tensors begin."""
+    x = x.contiguous()
+    return x.clone() if x.storage_offset() * x.element_size() % ALIGNMENT else x
+
+
+ALIGNMENT = 256
+"""Bytes: what TensorRT asks for; Inductor's code for GPUs asks for less."""
 
 
 def check_options(owner: str, options: Mapping[str, Any], known: Sequence[str] = ()) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from toma_fx.compat import load_programs
 from toma_fx.errors import ArtifactError
 from toma_fx.export.manifest import Manifest
-from toma_fx.export.targets import Runtime
+from toma_fx.export.targets import Runtime, aligned
 from toma_fx.export.to_aoti.files import PACKAGE, WEIGHTS, load_weights
 from toma_fx.run.stepper import split_outputs
 
@@ -43,7 +43,7 @@ class AOTIRuntime(Runtime):
         """One step. Programs read memory as their examples lay: contiguous."""
         spec = self._specs[kind]
         tensors = (*inputs, *(kept[name] for name in spec.takes))
-        results = self._runners[kind].run([x.contiguous() for x in tensors])
+        results = self._runners[kind].run([aligned(x) for x in tensors])
         return split_outputs(results, spec.gives)
 
     def _complete(self, runners: Mapping[str, Any], entry: str) -> Any:
