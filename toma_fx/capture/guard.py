@@ -32,6 +32,7 @@ from toma_fx.capture.attributes import (
     tracked_attributes,
 )
 from toma_fx.capture.companions import Companions
+from toma_fx.capture.fingerprint import CHANGED, Fingerprint
 from toma_fx.capture.state_key import state_key
 from toma_fx.compat import dict_version, hook_tables, module_tables
 
@@ -53,6 +54,16 @@ class ModelGuard:
         self._snapshot = Snapshot(model)
         self.companions = Companions(model)
         self.key = state_key(model)
+        self._fingerprint: Fingerprint | None = None
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """The model by content; read once, when first asked for."""
+        if self._fingerprint is None:
+            if not self.holds():
+                return Fingerprint(unknown=CHANGED)
+            self._fingerprint = Fingerprint.of(self._model)
+        return self._fingerprint
 
     def holds(self) -> bool:
         """Whether the model is what it was when this guard was made."""

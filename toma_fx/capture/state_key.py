@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -22,14 +22,39 @@ from toma_fx.errors import AdapterError
 Adapters = tuple[set[str], tuple[str, ...]]
 
 
-def state_key(model: nn.Module) -> str:
+class Opaque(Exception):
+    """The model holds an object that only its own process can tell from others."""
+
+
+Name = Callable[[Any], Any]
+"""What an object without plain contents is called in a key."""
+
+
+def _by_content(value: Any) -> Any:
+    """A name that means the same in another process."""
+    if value is None or isinstance(value, nn.Module):
+        return _kind(value)
+    if isinstance(value, Tensor):
+        return str((tuple(value.shape), value.dtype))
+    name = getattr(value, "__qualname__", "<")
+    if "<" in name:  # no function or class of a module
+        raise Opaque(f"the model holds a {_kind(value)}, which other processes can't compare")
+    return f"{value.__module__}.{name}"
+
+
+def state_key(model: nn.Module, *, local: bool = True) -> str:
     """Digest of types, attributes, parameters by identity, and buffers by shape, dtype and device.
 
     Of adapters (tuner layers of peft) only those that act count.
 
+    Args:
+        local: whether the key is for this process alone. Otherwise parameters count by shape and
+            dtype, functions by their names, and modules that attributes hold by their classes.
+
     Raises:
-        AdapterError: adapters are fused and switched off.
+        AdapterError: adapters are fused and switched off. Opaque: an object can't be named.
     """
+    name: Name = id if local else _by_content
     digest = hashlib.sha256()
     idle: set[str] = set()
     for path, module in model.named_modules():
@@ -44,10 +69,11 @@ def state_key(model: nn.Module) -> str:
             idle.update(f"{path}.{k}.{n}" for k in children for n in names - set(acting))
         described = (
             path,
-            _describe_owner(module, HELPER_DEPTH, root=not path, adapters=adapters),
-            [(name, id(p)) for name, p in parameters.items()],
-            [(name, str(_shape(b))) for name, b in buffers.items()],
-            [n for table in hook_tables(module) for n in table],  # numbers never come again
+            _describe_owner(module, HELPER_DEPTH, name, root=not path, adapters=adapters),
+            [(key, name(p)) for key, p in parameters.items()],
+            [(key, str(_shape(b)) if local else name(b)) for key, b in buffers.items()],
+            # numbers never come again
+            [n if local else name(h) for table in hook_tables(module) for n, h in table.items()],
         )
         digest.update(repr(described).encode())
     return digest.hexdigest()
@@ -77,7 +103,7 @@ def _shape(tensor: Tensor | None) -> tuple[Any, ...] | None:
 
 
 def _describe_owner(
-    owner: Any, depth: int, *, root: bool = False, adapters: Adapters | None = None
+    owner: Any, depth: int, name: Name, *, root: bool = False, adapters: Adapters | None = None
 ) -> Any:
     """Type and attributes of a module or helper."""
     values = tracked_attributes(owner, root=root)
@@ -85,40 +111,44 @@ def _describe_owner(
     if adapters is not None:
         names, acting = adapters
         values = {
-            name: _only_acting(value, names, acting)
-            for name, value in values.items()
-            if name not in ADAPTER_SWITCHES
+            key: _only_acting(value, names, acting)
+            for key, value in values.items()
+            if key not in ADAPTER_SWITCHES
         }
-    return _kind(owner), acting, [(n, _describe(values[n], depth)) for n in sorted(values)]
+    return _kind(owner), acting, [(n, _describe(values[n], depth, name)) for n in sorted(values)]
 
 
-def _describe(value: Any, depth: int, around: tuple[int, ...] = ()) -> Any:
+def _describe(value: Any, depth: int, name: Name, around: tuple[int, ...] = ()) -> Any:
     """A structure of texts and numbers that is the same for two values that act alike.
 
     Args:
-        depth: how far to follow helpers. around: ids of the containers that the value is in.
+        depth: how far to follow helpers. name: of what has no contents.
+        around: ids of the containers that the value is in.
     """
     kind = type(value)
     if kind in ATOMS:
         return repr(value)
     if isinstance(value, (Tensor, nn.Module)):
-        return id(value)
+        return name(value)
     if id(value) in around:
         return "the container", around.index(id(value))
     around = (*around, id(value))
     if isinstance(value, Mapping):
-        return _kind(value), [(repr(k), _describe(v, depth, around)) for k, v in value.items()]
+        return _kind(value), [
+            (repr(k), _describe(v, depth, name, around)) for k, v in value.items()
+        ]
     if isinstance(value, (set, frozenset)):
         return _kind(value), sorted(map(repr, value))
     if isinstance(value, (list, tuple)):
-        return _kind(value), [_describe(v, depth, around) for v in value]
+        return _kind(value), [_describe(v, depth, name, around) for v in value]
     if isinstance(value, partial):
-        return _kind(value), _describe((value.func, value.args, value.keywords), depth, around)
+        parts = value.func, value.args, value.keywords
+        return _kind(value), _describe(parts, depth, name, around)
     if is_helper(value):
-        return _describe_owner(value, depth - 1) if depth else _kind(value)
+        return _describe_owner(value, depth - 1, name) if depth else _kind(value)
     if kind.__module__ == "torch":
         return repr(value)
-    return _kind(value), as_bytes(value) or id(value)
+    return _kind(value), as_bytes(value) or name(value)
 
 
 def _kind(value: Any) -> str:

@@ -3,6 +3,8 @@ kept tensors it takes and gives."""
 
 from __future__ import annotations
 
+import logging
+import weakref
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,10 +12,59 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from toma_fx.capture.fingerprint import CHANGED, Fingerprint
+from toma_fx.capture.guard import ModelGuard
 from toma_fx.errors import StateError
 from toma_fx.passes.provide_patterns import MASKS
 from toma_fx.run.schedule import due, runnable
 from toma_fx.run.stepper import ProgramSet, Stepper, clone_graph_outputs, run_program, split_outputs
+
+LOGGER = logging.getLogger("toma_fx.run")
+
+
+class ModelKey:
+    """Which state of which model kept tensors belong to.
+
+    In its process by the guard's key, which is free. One that went through a pickle knows the model
+    by content, which is read when a state is pickled, and when one from elsewhere is first used.
+    """
+
+    __hash__ = None  # type: ignore[assignment]  # one model has keys of both sorts
+
+    def __init__(self, guard: ModelGuard, environment: Hashable) -> None:
+        self.environment = environment
+        self.local: str | None = guard.key
+        self._guard: weakref.ref[ModelGuard] | None = weakref.ref(guard)
+        self._fingerprint = Fingerprint(unknown=CHANGED)
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """The model by content."""
+        guard = None if self._guard is None else self._guard()
+        return self._fingerprint if guard is None else guard.fingerprint
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ModelKey) and not self.difference(other)
+
+    def difference(self, other: ModelKey) -> str:
+        """What tells two apart, in words; "" for equal ones."""
+        if self.environment != other.environment:
+            return f"it was made for {self.environment}, and the model runs in {other.environment}"
+        if self.local is not None and other.local is not None:
+            return "" if self.local == other.local else "the model has changed since"
+        return self.fingerprint.difference(other.fingerprint)
+
+    def __reduce__(self) -> Any:
+        return _unpickle_key, (self.environment, self.fingerprint)
+
+    def __deepcopy__(self, memo: Any) -> ModelKey:
+        return self
+
+
+def _unpickle_key(environment: Hashable, fingerprint: Fingerprint) -> ModelKey:
+    key = ModelKey.__new__(ModelKey)
+    key.environment, key.local, key._guard, key._fingerprint = environment, None, None, fingerprint
+    return key
 
 
 @dataclass(frozen=True)
@@ -28,13 +79,13 @@ class State:
         kept: kept tensors by name, first dimension the request's rows of the batch; empty before
             the first merged step.
         settings: groups and settings that they fit. model: identifies the model's state, dtype and
-            device.
+            device, in other processes too.
     """
 
     step: int = 0
     kept: Mapping[str, Tensor] = field(default_factory=dict)
     settings: Hashable = None
-    model: Hashable = None
+    model: Any = None
 
     @property
     def rows(self) -> int | None:
@@ -47,7 +98,7 @@ def step_states(
     programs: ProgramSet,
     leaves: Sequence[Any],
     state: Any,
-    model: Hashable,
+    model: Any,
     kernel: Any,
 ) -> tuple[list[Any], Any]:
     """One step of the requests of a batch.
@@ -92,8 +143,8 @@ def _as_list(state: Any) -> list[State]:
     )
 
 
-def _check_fits(state: State, programs: ProgramSet, model: Hashable) -> State:
-    """The state, without its kept tensors if the model has changed since.
+def _check_fits(state: State, programs: ProgramSet, model: Any) -> State:
+    """The state, without its kept tensors if the model has changed since, or is another one.
 
     Raises:
         StateError: they were made for another size or configuration.
@@ -101,6 +152,7 @@ def _check_fits(state: State, programs: ProgramSet, model: Hashable) -> State:
     if not state.kept:
         return state
     if state.model != model:
+        _log_difference(state, model)
         return State(state.step)
     if state.settings != programs.settings:
         raise StateError(
@@ -110,7 +162,18 @@ def _check_fits(state: State, programs: ProgramSet, model: Hashable) -> State:
             got=f"kept tensors for {state.settings}",
             hint="keep one state per request; start with State() when its size changes",
         )
+    if isinstance(state.model, ModelKey) and state.model.local is None:
+        return replace(state, model=model)  # need not be compared by content again
     return state
+
+
+def _log_difference(state: State, model: Any) -> None:
+    """Say why a state starts anew: a warning, unless the model changed in its own process."""
+    known = isinstance(state.model, ModelKey) and isinstance(model, ModelKey)
+    reason = state.model.difference(model) if known else "it belongs to another model"
+    level = logging.INFO if known and state.model.local is not None else logging.WARNING
+    text = "a state at step %d selects its tokens anew, without what it kept: %s"
+    LOGGER.log(level, text, state.step, reason)
 
 
 def _rows_of(states: Sequence[State], programs: ProgramSet) -> list[int]:
@@ -205,7 +268,7 @@ def _cut(
     kept: Mapping[str, Tensor],
     rows: Sequence[int],
     settings: Hashable,
-    model: Hashable,
+    model: Any,
 ) -> list[State]:
     """The states with their rows of the kept tensors of a batch."""
     pieces = {name: torch.split(value, list(rows)) for name, value in kept.items()}

@@ -32,7 +32,7 @@ from toma_fx.compat import (
 )
 from toma_fx.errors import AdapterError, CaptureError
 from toma_fx.methods.base import MethodConfig
-from toma_fx.run.batching import State, step_states
+from toma_fx.run.batching import ModelKey, State, step_states
 from toma_fx.run.calls import (
     NamedCall,
     call_of_step,
@@ -137,7 +137,7 @@ class OptimizedDenoiser(StandIn):
         args, kwargs = call_of_step(inputs)
         arguments = self._arguments(*self._apply_offload_hook(args, kwargs, step=True))
         _, programs = self._specialization(arguments, arguments.rasters)
-        model = (arguments.guard.key, arguments.signature[1])  # with its dtype and device
+        model = ModelKey(arguments.guard, arguments.signature[1])  # with its dtype and device
         outputs, following = step_states(
             self._stepper,
             programs,

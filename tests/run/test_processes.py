@@ -1,0 +1,185 @@
+"""A state that goes to another process continues there, or a warning says why it does not."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import multiprocessing
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import toma_fx
+from tests.methods.test_methods import inputs, model
+from toma_fx.capture.fingerprint import Fingerprint
+from toma_fx.capture.guard import ModelGuard
+from toma_fx.run.batching import ModelKey, State
+
+OPTIONS: dict[str, Any] = {"method": "toma", "min_tokens": 1, "destinations_every": 4}
+
+
+def steps(denoiser: Any, state: State, first: int, last: int) -> tuple[list[Tensor], State]:
+    outputs = []
+    for i in range(first, last):
+        out, state = denoiser.step(inputs(seed=i, timestep=900.0 - 100 * i), state)
+        outputs.append(out)
+    return outputs, state
+
+
+def optimized(module: Any = None) -> Any:
+    return toma_fx.optimize(copy.deepcopy(model()) if module is None else module, **OPTIONS)
+
+
+@contextmanager
+def logged(level: int) -> Iterator[list[str]]:
+    """Messages of a level."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    keep = lambda r: messages.append(r.getMessage()) if r.levelno == level else None  # noqa: E731
+    handler.emit = keep  # type: ignore[method-assign]
+    logger = logging.getLogger("toma_fx.run")
+    before = logger.level
+    logger.setLevel(level)
+    logger.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+def other_weights() -> Any:
+    changed = copy.deepcopy(model())
+    with torch.no_grad():
+        next(changed.parameters()).mul_(1.001)
+    return changed
+
+
+def other_attribute() -> Any:
+    changed: Any = copy.deepcopy(model())
+    changed.extra = 3
+    return changed
+
+
+class Received:
+    """What another process made of a state."""
+
+    def __init__(self, data: bytes, change: str) -> None:
+        state = pickle.loads(data)
+        denoiser = optimized(globals()[change]() if change else None)
+        self.step = state.step
+        with logged(logging.WARNING) as self.warnings:
+            self.outputs, _ = steps(denoiser, state, state.step, state.step + 3)
+        self.kinds = dict(denoiser.totals)
+
+
+CASES = ("", "other_weights", "other_attribute")
+
+
+def receive(folder: Path) -> None:
+    """In the other process."""
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        results = [Received((folder / "state").read_bytes(), change) for change in CASES]
+        results.append(Received((folder / "late").read_bytes(), ""))
+    (folder / "results").write_bytes(pickle.dumps(results))
+
+
+@torch.no_grad()
+def test_a_state_in_another_process(tmp_path: Path) -> None:
+    denoiser = optimized()
+    state = steps(denoiser, State(), 0, 2)[1]
+    assert state.kept
+    (tmp_path / "state").write_bytes(pickle.dumps(state))
+    want = steps(denoiser, state, 2, 5)[0]
+    gone = ModelKey(ModelGuard(copy.deepcopy(model())), state.model.environment)
+    (tmp_path / "late").write_bytes(pickle.dumps(replace(state, model=gone)))
+    process = multiprocessing.get_context("spawn").Process(target=receive, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    same, weights, attribute, unknown = pickle.loads((tmp_path / "results").read_bytes())
+    assert same.step == 2
+    assert all(torch.equal(a, b) for a, b in zip(same.outputs, want, strict=True))
+    assert same.kinds == {"reuse": 2, "refresh": 1}, "the schedule goes on"
+    assert same.warnings == []
+    for received, reason in (
+        (weights, "differ in weights"),
+        (attribute, "differ in modules, attributes"),
+        (unknown, "had changed, or was gone"),
+    ):
+        assert received.kinds == {"refresh": 2, "reuse": 1}, "it selects anew"
+        assert len(received.warnings) == 1, "once a state"
+        assert reason in received.warnings[0]
+        assert "step 2" in received.warnings[0]
+
+
+@torch.no_grad()
+def test_in_its_own_process() -> None:
+    """Pickles continue, copies cost nothing, and a change of the model drops what is kept."""
+    denoiser = optimized()
+    state = steps(denoiser, State(), 0, 2)[1]
+    want = steps(denoiser, state, 2, 3)[0][0]
+    assert denoiser._guard._fingerprint is None, "nothing was read"
+    for copied in (copy.copy(state), copy.deepcopy(state)):
+        assert torch.equal(steps(denoiser, copied, 2, 3)[0][0], want)
+    assert denoiser._guard._fingerprint is None, "still"
+    again = pickle.loads(pickle.dumps(state))
+    outputs, following = steps(denoiser, again, 2, 3)
+    assert torch.equal(outputs[0], want)
+    assert following.model.local is not None
+    with logged(logging.INFO) as messages:
+        denoiser.denoiser.extra = 4
+        before = denoiser.totals["refresh"]
+        steps(denoiser, state, 2, 3)
+    assert denoiser.totals["refresh"] == before + 1
+    assert len(messages) == 1
+    assert "has changed" in messages[0]
+
+
+def layer(**changes: Any) -> Any:
+    torch.manual_seed(0)
+    made: Any = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).eval()
+    for name, value in changes.items():
+        setattr(made, name, value)
+    return made
+
+
+def test_fingerprints() -> None:
+    one = Fingerprint.of(layer())
+    assert one == Fingerprint.of(layer())
+    assert one.difference(Fingerprint.of(layer().to(torch.float64)))
+    flipped = layer()
+    with torch.no_grad():
+        flipped[0].weight.copy_(flipped[0].weight.flip(0).clone())
+    assert "weights" in one.difference(Fingerprint.of(flipped)), "order counts"
+    buffer = layer()
+    buffer[1].running_mean += 1
+    assert "weights" in one.difference(Fingerprint.of(buffer))
+    hooked = layer()
+    hooked.register_forward_hook(receive)
+    assert "hooks" in one.difference(Fingerprint.of(hooked))
+    hooked.register_forward_hook(lambda *_: None)
+    assert "other processes can't compare" in Fingerprint.of(hooked).unknown
+    assert Fingerprint.of(layer(act=torch.relu)) == Fingerprint.of(layer(act=torch.relu))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.bool, torch.complex64]
+)
+def test_fingerprints_of_any_dtype(dtype: torch.dtype) -> None:
+    def holding(value: float) -> Any:
+        made = nn.Module()
+        made.register_buffer("odd", torch.full((3, 5), value).to(dtype).t())
+        made.register_buffer("none", torch.empty(0, dtype=dtype))
+        return made.eval()
+
+    assert Fingerprint.of(holding(1.0)) == Fingerprint.of(holding(1.0))
+    assert Fingerprint.of(holding(1.0)) != Fingerprint.of(holding(0.0))
