@@ -14,12 +14,16 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DConditionModel
+from peft import LoraConfig
 from torch import Tensor, nn
 
 import toma_fx
+from tests import denoisers
 from tests.methods.test_methods import inputs, model
 from toma_fx.capture.fingerprint import Fingerprint
 from toma_fx.capture.guard import ModelGuard
+from toma_fx.errors import SignatureError
 from toma_fx.run.batching import ModelKey, State
 
 OPTIONS: dict[str, Any] = {"method": "toma", "min_tokens": 1, "destinations_every": 4}
@@ -183,3 +187,52 @@ def test_fingerprints_of_any_dtype(dtype: torch.dtype) -> None:
 
     assert Fingerprint.of(holding(1.0)) == Fingerprint.of(holding(1.0))
     assert Fingerprint.of(holding(1.0)) != Fingerprint.of(holding(0.0))
+
+
+def test_fingerprints_of_models_that_were_loaded_and_adapted(tmp_path: Path) -> None:
+    """From two folders, as two machines have them; adapters count while they act."""
+    own = denoisers.sd15()
+    for name in "ab":
+        own.save_pretrained(tmp_path / name)
+    loaded = [UNet2DConditionModel.from_pretrained(tmp_path / name).eval() for name in "ab"]
+    assert Fingerprint.of(loaded[0]) == Fingerprint.of(loaded[1])
+    for each in loaded:
+        torch.manual_seed(0)
+        each.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "one")
+    assert Fingerprint.of(loaded[0]) == Fingerprint.of(loaded[1])
+    assert Fingerprint.of(loaded[0]).difference(Fingerprint.of(own))
+    loaded[0].disable_adapters()
+    assert Fingerprint.of(loaded[0]).difference(Fingerprint.of(loaded[1]))
+
+
+COPIES = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda x: pickle.loads(pickle.dumps(x)),
+}
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("how", COPIES)
+@torch.no_grad()
+def test_copies_of_a_denoiser_keep_its_settings(how: str, inside: bool) -> None:
+    module = copy.deepcopy(model())
+    denoiser: Any = toma_fx.optimize(
+        module, example_inputs=inputs(), max_signatures=3, **(OPTIONS | {"ratio": 0.4})
+    )
+    denoiser.compile(backend="eager", fullgraph=True)
+    want = denoiser(**inputs())
+    if inside:
+        pipe = DDIMPipeline(unet=denoiser, scheduler=DDIMScheduler())
+        copied: Any = COPIES[how](pipe).unet
+    else:
+        copied = COPIES[how](denoiser)
+    assert copied.config_toma == denoiser.config_toma
+    assert copied.cache.capacity == 3
+    assert copied.compiled
+    assert copied._compile == {"dynamic": False, "backend": "eager", "fullgraph": True}
+    assert (copied.denoiser is module) == (how == "copy")
+    copied.reset()
+    assert torch.equal(copied(**inputs()), want)
+    with pytest.raises(SignatureError):
+        copied(**inputs(batch=3))

@@ -19,6 +19,8 @@ from toma_fx.capture.attributes import (
 from toma_fx.compat import ADAPTER_SWITCHES, hook_tables, module_tables
 from toma_fx.errors import AdapterError
 
+PLACE = "_name_or_path"
+"""Where diffusers loaded a model from, in its configuration."""
 Adapters = tuple[set[str], tuple[str, ...]]
 
 
@@ -134,9 +136,8 @@ def _describe(value: Any, depth: int, name: Name, around: tuple[int, ...] = ()) 
         return "the container", around.index(id(value))
     around = (*around, id(value))
     if isinstance(value, Mapping):
-        return _kind(value), [
-            (repr(k), _describe(v, depth, name, around)) for k, v in value.items()
-        ]
+        items = [(k, v) for k, v in value.items() if k != PLACE]
+        return _kind(value), [(repr(k), _describe(v, depth, name, around)) for k, v in items]
     if isinstance(value, (set, frozenset)):
         return _kind(value), sorted(map(repr, value))
     if isinstance(value, (list, tuple)):
