@@ -19,12 +19,12 @@ from toma_fx.analysis.facts import Analysis
 from toma_fx.analysis.propagate import analyze
 from toma_fx.capture.model import Captured, capture, check_model
 from toma_fx.capture.parity import Expected
+from toma_fx.capture.quantized import Parts
 from toma_fx.compat import (
     allow_calls_while_tracing,
     compile_lock,
     disable_dynamo,
     graph_sources,
-    inner_tensors,
 )
 from toma_fx.errors import UnknownNameError, nearest
 from toma_fx.graph.templates import Templates
@@ -87,7 +87,7 @@ class Specialization:
         captured, analysis, flow, plan: from the stages of that name.
         make_runner: makes a program of this callable.
         programs: rewritten so far. runners: what is called for each, compiled or not.
-        counts: steps run per kind.
+        counts: steps run per kind. parts: what the graph holds of quantized weights.
     """
 
     captured: Captured
@@ -99,6 +99,7 @@ class Specialization:
     programs: dict[str, Program] = field(default_factory=dict)
     runners: dict[str, Runner] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
+    parts: Parts = field(default_factory=Parts)
 
     @classmethod
     def make(
@@ -120,7 +121,9 @@ class Specialization:
         captured = capture(model, args, kwargs)
         if expected is not None:
             expected.check(captured)
-        return cls.of(captured, config, make_runner)
+        specialization = cls.of(captured, config, make_runner)
+        specialization.parts = Parts(captured.graph_module, model)
+        return specialization
 
     @classmethod
     def of(
@@ -230,10 +233,11 @@ class Specialization:
         yield self.captured.graph_module
         yield from (p.graph_module for p in self.programs.values() if p.use.passes)
 
-    def fits(self, parameters: set[int]) -> bool:
-        """Whether every parameter of the graph is among these ids, or shares such memory."""
-        own = self.captured.graph_module.parameters()
-        return all(id(p) in parameters or p.data_ptr() in parameters for p in own)
+    def fits(self, model: nn.Module) -> bool:
+        """Whether every parameter of the graph is the model's, or a part of one."""
+        known = set(map(id, model.parameters()))
+        known |= self.parts.of(known)
+        return all(id(p) in known for p in self.captured.graph_module.parameters())
 
     def rebind(self, buffers: Mapping[str, Tensor]) -> None:
         """Take over the model's buffers, which a move between devices makes anew."""
@@ -245,13 +249,6 @@ class Specialization:
                 if (new.shape, new.dtype, new.device) == (old.shape, old.dtype, old.device):
                     path, _, leaf = name.rpartition(".")
                     setattr(graph_module.get_submodule(path), leaf, new)
-
-
-def _inside(tensor: Any) -> Iterator[Tensor]:
-    """The plain tensors that a quantized weight is made of, which a graph may hold apart."""
-    for inner in inner_tensors(tensor):
-        yield inner
-        yield from _inside(inner)
 
 
 class SpecializationCache:
@@ -274,11 +271,11 @@ class SpecializationCache:
     def get(self, key: Hashable, make: Callable[[], Specialization]) -> Specialization:
         """The specialization of a key, made if need be; drops the one unused longest."""
         with self._lock:
-            if key in self._entries:
+            if key in self._entries and not self._entries[key].parts.lost:
                 self._entries.move_to_end(key)
                 return self._entries[key]
         with tracing():
-            if key not in self._entries:
+            if key not in self._entries or self._entries[key].parts.lost:
                 found = make()
                 with self._lock:
                     self._entries[key] = found
@@ -289,12 +286,10 @@ class SpecializationCache:
 
     def refresh(self, model: nn.Module) -> None:
         """Follow a changed model: drop graphs over parameters that are gone, rebind buffers."""
-        parameters = {id(p) for p in model.parameters()}
-        parameters.update(t.data_ptr() for p in model.parameters() for t in _inside(p))
         buffers = dict(model.named_buffers())
         with self._lock:
             for key, found in list(self._entries.items()):
-                if found.fits(parameters):
+                if found.fits(model):
                     found.rebind(buffers)
                 else:
                     del self._entries[key]
