@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 
 from toma_fx.capture.canonical import flat_graph
 from toma_fx.capture.grids import find_raster
-from toma_fx.capture.model import Captured, InputSpec
+from toma_fx.capture.model import Captured, InputSpec, resolve_lazy
 from toma_fx.capture.references import without_weak_references
 from toma_fx.compat import (
     CONTENTS,
@@ -69,7 +69,7 @@ class Argument:
         """The value as the captured graph takes it: numbers are tensors of no dimension."""
         if self.kind == "number" and not isinstance(value, Tensor):
             return torch.tensor(value)
-        return value
+        return resolve_lazy(value) if self.kind == "tensor" else value
 
     def key(self, value: Any) -> Hashable:
         """What a capture depends on; None for what Dynamo guards itself."""

@@ -19,8 +19,14 @@ from torch import Tensor, fx, nn
 from toma_fx.capture.canonical import flat_graph
 from toma_fx.capture.grids import Raster, find_raster, size_hints
 from toma_fx.capture.references import without_weak_references
-from toma_fx.compat import ORIGINAL_FORWARD, WRAPPING, tree_flatten
-from toma_fx.errors import CaptureError, ModelTypeError, TomaError, TrainingModeError
+from toma_fx.compat import ORIGINAL_FORWARD, WRAPPING, tree_flatten, tree_paths
+from toma_fx.errors import (
+    CaptureError,
+    ModelTypeError,
+    SignatureError,
+    TomaError,
+    TrainingModeError,
+)
 
 if TYPE_CHECKING:
     from toma_fx.compat import TreeSpec
@@ -58,8 +64,38 @@ class Captured:
 
 
 def flatten_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], TreeSpec]:
-    """Flatten a call; keyword order does not matter."""
-    return tree_flatten((tuple(args), dict(sorted(kwargs.items()))))
+    """Flatten a call; keyword order does not matter.
+
+    Raises:
+        SignatureError: a tensor is sparse, nested, or of another layout that graphs do not take.
+    """
+    call = tuple(args), dict(sorted(kwargs.items()))
+    leaves, structure = tree_flatten(call)
+    for i, leaf in enumerate(leaves):
+        if not isinstance(leaf, Tensor):
+            continue
+        if leaf.layout is not torch.strided or leaf.is_nested:
+            path = tree_paths(call)[i][0][1:]
+            raise _layout_error(".".join(path), leaf)
+        leaves[i] = resolve_lazy(leaf)
+    return leaves, structure
+
+
+def resolve_lazy(tensor: Tensor) -> Tensor:
+    """A tensor whose memory holds its values: Inductor reads no signs that wait to be applied."""
+    if tensor.is_neg() or tensor.is_conj():
+        return tensor.resolve_conj().resolve_neg()
+    return tensor
+
+
+def _layout_error(path: str, tensor: Tensor) -> SignatureError:
+    return SignatureError(
+        "a graph takes dense tensors",
+        where=path,
+        expected="a dense tensor",
+        got=f"a nested tensor ({tensor.layout})" if tensor.is_nested else str(tensor.layout),
+        hint="call the denoiser with tensor.to_dense(), or with padding",
+    )
 
 
 def check_model(model: Any) -> None:
