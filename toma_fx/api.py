@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -58,7 +59,8 @@ def optimize(
 
     Raises:
         ConfigError: a field out of its domain (`UnknownNameError`, `TileError` are kinds of it).
-        ModelTypeError: no denoiser found, or it or parts of it are compiled already.
+        ModelTypeError: no denoiser found, or it is an autoencoder, or it or parts of it are
+            compiled already.
         TrainingModeError: the model is in training mode.
         CaptureError, CompanionError, NoMergeSites: with example inputs; otherwise they come at the
             first call.
@@ -161,11 +163,21 @@ def _find_components(pipeline: Any) -> dict[str, nn.Module]:
     modules = {name: inner for name, inner in attributes.items() if isinstance(inner, nn.Module)}
     if modules:
         return modules
+    kind = pipeline if isinstance(pipeline, type) else type(pipeline)
+    if isinstance(pipeline, type):
+        hint = f"give an object, not its class: {kind.__name__}.from_pretrained(...)"
+    elif isinstance(pipeline, (str, PathLike)):
+        hint = "load it first: DiffusionPipeline.from_pretrained(...), then optimize that"
+    elif pipeline is None:
+        hint = "was it loaded? a pipeline holds None for a component that it was made without"
+    else:
+        hint = "give the denoiser itself, as the pipeline calls it"
     raise ModelTypeError(
         "no denoiser found",
-        where=type(pipeline).__name__,
+        where=f"class {kind.__name__}" if isinstance(pipeline, type) else kind.__name__,
         expected="a torch.nn.Module, or a pipeline with " + " or ".join(COMPONENTS),
-        got=type(pipeline).__name__,
+        got=repr(pipeline) if isinstance(pipeline, str) else kind.__name__,
+        hint=hint,
     )
 
 
@@ -178,6 +190,14 @@ def _require_original(model: nn.Module) -> nn.Module:
     """The original of `model`, which must be in evaluation mode and not compiled."""
     model = restore(model)
     check_model(model)
+    if all(callable(getattr(model, name, None)) for name in ("encode", "decode")):
+        raise ModelTypeError(
+            "an autoencoder is no denoiser",
+            where=type(model).__name__,
+            expected="a module that works in forward()",
+            got="one that works in encode() and decode(), which nothing would merge in",
+            hint="give the denoiser: pipe.unet or pipe.transformer, or the pipeline itself",
+        )
     if is_compiled(model):
         raise ModelTypeError(
             "the model is compiled already",

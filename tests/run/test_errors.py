@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from toma_fx.errors import (
 )
 from toma_fx.methods.config import PRESETS, make_config
 from toma_fx.methods.toma import ToMAConfig
+from toma_fx.methods.tomesd import ToMeSDConfig
 
 
 @pytest.mark.parametrize(
@@ -120,10 +122,69 @@ def test_path_pattern_that_matches_nothing(options: dict[str, Any]) -> None:
     assert "blocks.0.attention" in caught.value.hint
 
 
-@pytest.mark.parametrize("thing", [object(), "unet", lambda x: x])
-def test_wrong_model_type(thing: Any) -> None:
-    with pytest.raises(ModelTypeError):
+@pytest.mark.parametrize("overrides", [{"x": 0.3}, {3: {"ratio": 0.3}}, 0.3, "x", ("x", "y")])
+def test_overrides_that_are_no_table(overrides: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ToMAConfig(overrides=overrides)
+    assert caught.value.where == "overrides"
+    assert "field: value" in caught.value.expected
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "error"),
+    [
+        ("tomesd", {"rubbish": 3}, UnknownNameError),
+        ("tomsd", {}, UnknownNameError),
+        (None, {"ratio": 7}, ConfigError),
+        (None, {"ratio": 0.5}, ConfigError),
+        ("ca-tome", {"threshold": 0.5}, ConfigError),
+        (None, {"overrides": {"mid_block.*": {"ratio": 0.5}}}, ConfigError),
+        (ToMeSDConfig(), {}, ConfigError),
+    ],
+)
+def test_merging_off_checks_what_comes_with_it(
+    method: Any, options: dict[str, Any], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        make_config(False, method, options)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [(None, {}), (None, {"ratio": 0}), ("tomesd", {"min_tokens": 9}), (ToMeSDConfig(ratio=0), {})],
+)
+def test_merging_off_takes_what_does_not_contradict(method: Any, options: dict[str, Any]) -> None:
+    assert not make_config(False, method, options).merges
+
+
+@pytest.mark.parametrize(
+    ("thing", "hint"),
+    [
+        (object(), "the denoiser itself"),
+        ("unet", "from_pretrained"),
+        (Path("unet"), "from_pretrained"),
+        (None, "None"),
+        (nn.Linear, "Linear.from_pretrained"),
+        (lambda x: x, "the denoiser itself"),
+    ],
+)
+def test_wrong_model_type(thing: Any, hint: str) -> None:
+    with pytest.raises(ModelTypeError) as caught:
         toma_fx.optimize(thing)
+    assert hint in caught.value.hint
+
+
+def test_a_module_whose_work_bypasses_forward() -> None:
+    class Autoencoder(nn.Linear):
+        def encode(self, x: Tensor) -> Tensor:
+            return self(x)
+
+        def decode(self, x: Tensor) -> Tensor:
+            return self(x)
+
+    for use in (toma_fx.optimize, lambda m: toma_fx.explain(m, (torch.ones(3),))):
+        with pytest.raises(ModelTypeError, match="autoencoder"):
+            use(Autoencoder(3, 3).eval())
 
 
 def test_training_mode() -> None:

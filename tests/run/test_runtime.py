@@ -103,6 +103,22 @@ def test_signatures_have_their_own_programs_and_state() -> None:
 
 
 @torch.no_grad()
+def test_captures_and_evictions_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    optimized = toma_fx.optimize(model(), **SMALL, max_signatures=1)
+    with caplog.at_level("INFO", "toma_fx.run"):
+        optimized(**picture())
+        assert [r.levelname for r in caplog.records] == ["INFO"]
+        assert "captured a graph for sample 1x4x32x32" in caplog.records[0].message
+        optimized(**picture())
+        assert len(caplog.records) == 1, "nothing is captured"
+        optimized(**{k: v.repeat_interleave(2, 0) for k, v in picture().items()})
+    dropped = caplog.records[-1]
+    assert dropped.levelname == "WARNING"
+    assert "1x4x32x32" in dropped.message
+    assert "dropped (max_signatures=1); the next call" in dropped.message
+
+
+@torch.no_grad()
 def test_flux_grid_is_read_from_the_ids_of_each_generation() -> None:
     optimized = toma_fx.optimize(denoisers.small_flux(), **SMALL)
     optimized(**denoisers.flux_inputs(8, 16))

@@ -229,6 +229,9 @@ class MethodConfig(ABC):
     def _freeze_overrides(self) -> tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]:
         """Overrides as nested tuples, each validated by building the configuration it leads to."""
         frozen = []
+        self.require(
+            _is_overrides(self.overrides), "overrides", "{module path pattern: {field: value}}"
+        )
         for pattern, values in self._overrides():
             for name in dict(values):
                 if name not in self.overridable:
@@ -241,3 +244,13 @@ class MethodConfig(ABC):
             dataclasses.replace(self, overrides=(), **dict(values))
             frozen.append((pattern, tuple(sorted(dict(values).items()))))
         return tuple(frozen)
+
+
+def _is_overrides(value: Any) -> bool:
+    """Whether a value has the form of overrides: a mapping of mappings, or frozen tuples."""
+    if isinstance(value, Mapping):
+        return all(isinstance(k, str) and isinstance(v, Mapping) for k, v in value.items())
+    return isinstance(value, tuple) and all(
+        isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], (tuple, Mapping))
+        for pair in value
+    )

@@ -40,6 +40,8 @@ PRESETS: dict[str, ToMAConfig] = {
     "paper-flux": ToMAConfig(scope="sublayer", tiles=256, destinations_every=10, weights_every=5),
 }
 """Named configurations of ToMA. `default` is chosen by measurement: see docs/default.md."""
+AMOUNTS = frozenset({"ratio", "ratios", "factor", "threshold"})
+"""Fields that say how much the built-in methods merge."""
 
 
 def method_names() -> tuple[str, ...]:
@@ -60,10 +62,12 @@ def make_config(
 
     Raises:
         UnknownNameError: an unknown preset, method or field, with the nearest known names.
-        ConfigError: a field out of its domain, or `toma` and `method` that contradict each other.
+        ConfigError: a field out of its domain, or `toma`, `method` and options that contradict each
+            other.
     """
     fields = dict(options or {})
     if toma is False:
+        _check_off(method, fields)
         return ToMAConfig(ratio=0.0)
     if isinstance(toma, Mapping):
         fields, toma = {**toma, **fields}, True
@@ -89,6 +93,26 @@ def with_options(config: Config, options: Mapping[str, Any]) -> Config:
     """
     _check_options(type(config), options)
     return dataclasses.replace(config, **options)
+
+
+def _check_off(method: Any, options: Mapping[str, Any]) -> None:
+    """Check what was given beside `toma=False`: an amount to merge contradicts it.
+
+    Raises:
+        ConfigError, UnknownNameError: as `make_config`.
+    """
+    config = make_config(True, method, options)
+    overrides = dict(config.to_json()["overrides"])
+    names = {*options, *(name for values in overrides.values() for name in values)}
+    amounts = sorted(names & AMOUNTS)
+    if config.merges and (amounts or isinstance(method, MethodConfig)):
+        raise ConfigError(
+            "toma=False turns merging off, and what is given with it turns it on",
+            where="toma",
+            expected="toma=False without an amount to merge",
+            got=", ".join(amounts) or f"method={method!r}",
+            hint="leave out toma=False to merge, or leave out the rest",
+        )
 
 
 def _method_class(method: Any) -> type[MethodConfig]:

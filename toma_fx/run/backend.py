@@ -173,7 +173,7 @@ class MergedGraph:
         self.gm = gm
         self.arguments = arguments_of(gm)
         self.options = options
-        self.cache = SpecializationCache(CAPACITY)
+        self.cache = SpecializationCache(CAPACITY, "CAPACITY")
         self._own_stepper = _new_stepper()
         self._timestep = _position(self.arguments, TIMESTEP)
         self._conditioning = _position(self.arguments, CONDITIONING)

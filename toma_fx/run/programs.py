@@ -4,7 +4,9 @@ bounded cache."""
 from __future__ import annotations
 
 import linecache
+import logging
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -38,6 +40,7 @@ from toma_fx.run.schedule import Schedule, Scheduled
 
 Runner = Callable[..., Sequence[Any]]
 """A program to call: (inputs, masks, kept tensors) -> (outputs, kept tensors), flat."""
+_log = logging.getLogger("toma_fx.run")
 _ACTIVE: list[int] = []
 """Threads that are tracing; torch's own flags for it hold for the whole process."""
 
@@ -251,11 +254,21 @@ class Specialization:
                     setattr(graph_module.get_submodule(path), leaf, new)
 
 
-class SpecializationCache:
-    """The specializations used last, at most `capacity`; safe to share between threads."""
+def _shapes(specialization: Specialization) -> str:
+    """The shapes of the inputs, for a log: "sample 1x4x64x64, timestep scalar"."""
+    tensors = [(i.name, i.tensor) for i in specialization.captured.inputs if i.tensor is not None]
+    return ", ".join(f"{name} {'x'.join(map(str, t.shape)) or 'scalar'}" for name, t in tensors)
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
+
+class SpecializationCache:
+    """The specializations used last, at most `capacity`; safe to share between threads.
+
+    Args:
+        capacity: how many. limit: the name of the option or constant that says so.
+    """
+
+    def __init__(self, capacity: int, limit: str = "max_signatures") -> None:
+        self.capacity, self.limit = capacity, limit
         self.captures = 0
         self._entries: OrderedDict[Hashable, Specialization] = OrderedDict()
         self._lock = threading.RLock()
@@ -276,13 +289,24 @@ class SpecializationCache:
                 return self._entries[key]
         with tracing():
             if key not in self._entries or self._entries[key].parts.lost:
+                start = time.perf_counter()
                 found = make()
+                seconds = time.perf_counter() - start
+                _log.info("captured a graph for %s in %.1f s", _shapes(found), seconds)
                 with self._lock:
                     self._entries[key] = found
                     self.captures += 1
                     while len(self._entries) > self.capacity:
-                        self._entries.popitem(last=False)
+                        self._log_dropped(self._entries.popitem(last=False)[1])
             return self._entries[key]
+
+    def _log_dropped(self, dropped: Specialization) -> None:
+        _log.warning(
+            "the graph for %s is dropped (%s=%d); the next call with its shapes is captured anew",
+            _shapes(dropped),
+            self.limit,
+            self.capacity,
+        )
 
     def refresh(self, model: nn.Module) -> None:
         """Follow a changed model: drop graphs over parameters that are gone, rebind buffers."""
@@ -292,4 +316,5 @@ class SpecializationCache:
                 if found.fits(model):
                     found.rebind(buffers)
                 else:
+                    _log.info("the graph for %s is dropped: other parameters", _shapes(found))
                     del self._entries[key]
