@@ -24,10 +24,12 @@ if TYPE_CHECKING:  # the names of the table, for type checkers and editors
         AdapterError as AdapterError, ArtifactError as ArtifactError, BuildError as BuildError,
         CaptureError as CaptureError, CompanionError as CompanionError, CompatError as CompatError,
         ConfigError as ConfigError, DynamicError as DynamicError,
+        GradientError as GradientError,
         MissingPackageError as MissingPackageError, ModelTypeError as ModelTypeError,
         NoMergeSites as NoMergeSites, OffloadError as OffloadError, ParityError as ParityError,
         RewriteError as RewriteError, SharedStateError as SharedStateError,
-        SignatureError as SignatureError, StateError as StateError, TileError as TileError,
+        SignatureError as SignatureError, StatefulModelError as StatefulModelError,
+        StateError as StateError, TileError as TileError,
         TomaError as TomaError, TrainingModeError as TrainingModeError,
         UnknownNameError as UnknownNameError, VerifyError as VerifyError,
     )
@@ -54,9 +56,9 @@ _NAMES = {
     "toma_fx.calibration": "calibrate record_calls",
     "toma_fx.errors": (
         "AdapterError ArtifactError BuildError CaptureError CompanionError CompatError "
-        "ConfigError DynamicError MissingPackageError ModelTypeError NoMergeSites OffloadError "
-        "ParityError RewriteError SharedStateError SignatureError StateError TileError TomaError "
-        "TrainingModeError UnknownNameError VerifyError"
+        "ConfigError DynamicError GradientError MissingPackageError ModelTypeError NoMergeSites "
+        "OffloadError ParityError RewriteError SharedStateError SignatureError StatefulModelError "
+        "StateError TileError TomaError TrainingModeError UnknownNameError VerifyError"
     ),
     "toma_fx.export.denoiser": "ArtifactDenoiser",
     "toma_fx.export.loader": "load",

@@ -16,6 +16,7 @@ from toma_fx.errors import ConfigError, ModelTypeError
 from toma_fx.graph.dump import dumping
 from toma_fx.methods.base import MethodConfig
 from toma_fx.methods.config import make_config
+from toma_fx.run.arguments import check_leaves, plain_numbers
 from toma_fx.run.calls import call_of
 from toma_fx.run.denoiser import OptimizedDenoiser, merging, optimized_of
 from toma_fx.run.programs import Specialization, tracing
@@ -150,7 +151,8 @@ def explain(
     """
     config = make_config(toma, method, options)
     denoiser = _require_original(denoiser_of(model))
-    args, kwargs = call_of(example_inputs)
+    args, kwargs = plain_numbers(*call_of(example_inputs))
+    check_leaves(args, kwargs)
     guard = ModelGuard(denoiser)
     guard.companions.check_merging(merging(config))
     with dumping(dump), tracing(), guard.companions.kernel():

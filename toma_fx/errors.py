@@ -57,6 +57,14 @@ class ParityError(CaptureError):
     """A captured graph computes something else than the model."""
 
 
+class StatefulModelError(CaptureError):
+    """The model keeps state in Python from call to call; names what changed during a call."""
+
+
+class GradientError(TomaError, RuntimeError):
+    """A call asks for gradients where tokens merge, or of an artifact."""
+
+
 class SignatureError(TomaError, ValueError):
     """A call does not fit the signature that was captured."""
 

@@ -176,5 +176,7 @@ def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
         where=f"{where} at {line}" if line else where,
         expected="a forward pass without data-dependent Python",
         got=f"{type(error).__name__}: {reason[0]}",
-        hint="check the inputs first: the original model must run on them",
+        hint="rewrite what is named without Python that depends on the values of tensors or on "
+        "objects that a graph can't hold; torch.export.export(model, args, kwargs, strict=False) "
+        "must take it",
     )

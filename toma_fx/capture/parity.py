@@ -2,12 +2,14 @@
 
 Export can go wrong silently: a lost write into a buffer, a value that was baked in, another path
 taken while tracing. The model runs first: tracing leaves its stand-ins in tables that a model makes
-lazily, unless they are there already.
+lazily, unless they are there already. It runs twice, so that one that keeps state is found before
+anything is traced (see `stateful`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import Tensor, fx, nn
 from toma_fx.capture.dynamo import Argument
 from toma_fx.capture.grids import find_raster
 from toma_fx.capture.model import Captured, flatten_call, unwrap
+from toma_fx.capture.stateful import PythonState, stateful_error
 from toma_fx.compat import is_fake, tree_leaves, tree_map
 from toma_fx.errors import CaptureError, ParityError
 from toma_fx.graph.nodes import module_path
@@ -43,10 +46,11 @@ class Expected:
     def compute(
         cls, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Expected | None:
-        """Run the model once on fresh inputs; None where nothing can run (meta or fake tensors).
+        """Run the model on fresh inputs; None where nothing can run (meta or fake tensors).
 
         Raises:
             CaptureError: the model does not run on such inputs.
+            StatefulModelError: it keeps state in Python from call to call.
         """
         leaves = [*tree_leaves((args, kwargs)), *model.parameters()]
         if any(is_fake(x) or getattr(x, "is_meta", False) for x in leaves):
@@ -54,6 +58,8 @@ class Expected:
         fresh_args, fresh_kwargs = tree_map(perturb, (tuple(args), dict(kwargs)))
         plain = unwrap(model)
         try:
+            _run_model(plain, tuple(args), dict(kwargs))  # makes the tables that are made lazily
+            before = PythonState(plain)
             outputs = _run_model(plain, fresh_args, fresh_kwargs)
         except Exception as error:
             raise CaptureError(
@@ -62,6 +68,9 @@ class Expected:
                 got=f"{type(error).__name__}: {error}",
                 hint="call the original model with them first",
             ) from error
+        changed = before.changes(PythonState(plain))
+        if changed:
+            raise stateful_error(model, changed)
         return cls(plain, fresh_args, fresh_kwargs, outputs)
 
     def check(self, captured: Captured) -> None:
@@ -69,15 +78,19 @@ class Expected:
 
         Raises:
             ParityError: they differ; names the first module that does.
+            StatefulModelError: the model differs from itself, whatever the random numbers.
         """
         leaves = flatten_call(self.args, self.kwargs)[0]
-        with torch.no_grad():
+        with torch.no_grad(), _seeded((leaves, list(self.model.parameters()))):
             outputs = captured.graph_module(*leaves)
         difference = _difference(list(outputs), self.outputs)
-        if difference is None or _difference(
-            _run_model(self.model, self.args, self.kwargs), self.outputs
-        ):  # two runs of the model differ, too: it uses random numbers
+        if difference is None:
             return
+        again = _difference(_run_model(self.model, self.args, self.kwargs), self.outputs)
+        if again is not None:
+            raise stateful_error(self.model, difference=again)
+        if _difference(_run_model(self.model, self.args, self.kwargs, seed=1), self.outputs):
+            return  # the model uses random numbers, and the graph draws them in another order
         raise ParityError(
             "the captured graph does not compute what the model computes",
             where=self._first_module(captured, leaves) or type(self.model).__name__,
@@ -164,10 +177,24 @@ class _Recorder(fx.Interpreter):
         return value
 
 
-def _run_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+@contextmanager
+def _seeded(tensors: Any, seed: int = 0) -> Iterator[None]:
+    """Random numbers of one seed; those of the caller go on afterwards as if nothing had run."""
+    places = {x.device for x in tree_leaves(tensors) if isinstance(x, Tensor) and x.is_cuda}
+    with torch.random.fork_rng(devices=list(places)):
+        torch.default_generator.manual_seed(seed)
+        for place in places:
+            with torch.cuda.device(place):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+def _run_model(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int = 0
+) -> list[Any]:
     """Leaves of the model's output; its arguments are copied, for some models pop from lists."""
     args, kwargs = tree_map(lambda x: x, (args, kwargs))
-    with torch.no_grad():
+    with torch.no_grad(), _seeded((args, kwargs, list(model.parameters())), seed):
         return list(tree_leaves(model(*args, **kwargs)))
 
 

@@ -17,9 +17,11 @@ from toma_fx.export.calls import ArtifactCall, check_positions, match_call
 from toma_fx.export.manifest import Manifest, ProgramSpec
 from toma_fx.export.targets import Runtime
 from toma_fx.graph.nodes import CONDITIONING, TIMESTEP
+from toma_fx.run.arguments import plain_numbers
 from toma_fx.run.batching import State, step_states
 from toma_fx.run.calls import call_of_step, number_of
 from toma_fx.run.generation import Rasters
+from toma_fx.run.gradients import refuse_gradient
 from toma_fx.run.stepper import GENERATIONS, OWN_STATE, StepCall, Stepper
 
 
@@ -118,8 +120,11 @@ class ArtifactDenoiser(nn.Module):
 
         Raises:
             SignatureError: other inputs than the artifact was built for: names the first.
+            GradientError: gradients are asked for.
             SharedStateError: another thread is in a step, or in the middle of a generation.
         """
+        refuse_gradient((args, kwargs), "the loaded artifact")
+        args, kwargs = plain_numbers(args, kwargs)
         call = match_call(self.manifest, args, kwargs, self._device)
         outputs = self._stepper.step(lambda: self._step_call(call), self._find)
         return self._structured(outputs)
@@ -142,6 +147,8 @@ class ArtifactDenoiser(nn.Module):
             SignatureError: inputs that the artifact was not built for.
         """
         args, kwargs = call_of_step(inputs)
+        refuse_gradient((args, kwargs), "the loaded artifact")
+        args, kwargs = plain_numbers(args, kwargs)
         call = match_call(self.manifest, args, kwargs, self._device)
         step_call = self._step_call(call)
         self._find(Rasters.read(step_call.ids).values)

@@ -47,6 +47,7 @@ from toma_fx.methods.toma import ToMAConfig
 from toma_fx.run.calls import number_of
 from toma_fx.run.denoiser import merging
 from toma_fx.run.generation import Rasters
+from toma_fx.run.gradients import refuse_gradient
 from toma_fx.run.programs import Runner, Specialization, SpecializationCache
 from toma_fx.run.stepper import GENERATIONS, StepCall, Stepper
 
@@ -200,6 +201,7 @@ class MergedGraph:
             CaptureError, NoMergeSites, ParityError, TileError: at the first call with new shapes.
             SharedStateError: another thread is in a step, or in the middle of a generation.
         """
+        refuse_gradient(self._ids(args), "a model compiled with backend='toma_fx'")
         owned = [v for a, v in zip(self.arguments, args, strict=True) if a.kind == "owned"]
         identity = tuple(map(id, owned))
         call = self._step_call(args, identity)

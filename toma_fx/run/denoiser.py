@@ -30,8 +30,9 @@ from toma_fx.compat import (
     skip_frame,
     tree_unflatten,
 )
-from toma_fx.errors import AdapterError, CaptureError
+from toma_fx.errors import AdapterError, CaptureError, StatefulModelError
 from toma_fx.methods.base import MethodConfig
+from toma_fx.run.arguments import check_leaves, plain_numbers
 from toma_fx.run.batching import ModelKey, State, step_states
 from toma_fx.run.calls import (
     NamedCall,
@@ -42,6 +43,7 @@ from toma_fx.run.calls import (
     name_arguments,
 )
 from toma_fx.run.generation import PassState
+from toma_fx.run.gradients import needs_gradient, refuse_gradient
 from toma_fx.run.programs import Runner, Specialization, SpecializationCache
 from toma_fx.run.stand_in import StandIn
 from toma_fx.run.stepper import GENERATIONS, OWN_STATE, StepCall, Stepper
@@ -105,12 +107,16 @@ class OptimizedDenoiser(StandIn):
         """One denoising step, called as the original is.
 
         Raises:
-            SignatureError: the call does not fit a fixed capture.
-            CaptureError, NoMergeSites, TileError: at the first call of a signature.
+            SignatureError: the call does not fit a fixed capture, or no graph can take it.
+            CaptureError, NoMergeSites, TileError: at the first call of a signature
+                (`StatefulModelError`: the model keeps state in Python).
             AdapterError: the model no longer accepts the call.
+            GradientError: gradients are asked for, and tokens merge.
             CompanionError: another library acts inside the forward pass (`OffloadError`: by hooks).
             SharedStateError: another thread is in the middle of a generation.
         """
+        if self._runs_original((args, kwargs)):
+            return self.denoiser(*args, **kwargs)
         turn = _DenoiserTurn(self, args, kwargs)
         outputs = self._stepper.step(turn.prepare, turn.find)
         return turn.unflatten(outputs)
@@ -135,6 +141,7 @@ class OptimizedDenoiser(StandIn):
         """
         self._refuse_own_hooks()
         args, kwargs = call_of_step(inputs)
+        original = self._runs_original((args, kwargs))
         arguments = self._arguments(*self._apply_offload_hook(args, kwargs, step=True))
         _, programs = self._specialization(arguments, arguments.rasters)
         model = ModelKey(arguments.guard, arguments.signature[1])  # with its dtype and device
@@ -146,14 +153,25 @@ class OptimizedDenoiser(StandIn):
             model,
             arguments.guard.companions.kernel,
         )
+        if original:
+            return self.denoiser(*args, **kwargs), following
         return tree_unflatten(outputs, programs.captured.out_spec), following
 
     # -- what a call is -------------------------------------------------------------------------
 
+    def _runs_original(self, call: Any) -> bool:
+        """Whether the original has to run, for the sake of gradients; refused where it merges."""
+        if self.config_toma.merges:
+            hint = "turn merging off for them: ratio=0, or toma_fx.restore(model)"
+            refuse_gradient(call, "the optimized denoiser", hint)
+        return needs_gradient(call)
+
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         check_model(self.denoiser)
         check_wrapping(self)
+        args, kwargs = plain_numbers(args, kwargs)
         call = name_arguments(self._forward_signature, args, kwargs, type(self.denoiser).__name__)
+        check_leaves(call.args, call.kwargs)
         leaves, tree = flatten_call(call.args, call.kwargs)
         guard = self._current_guard()
         signature = (tree, guard.companions.environment, *(leaf_key(leaf) for leaf in leaves))
@@ -188,7 +206,8 @@ class OptimizedDenoiser(StandIn):
                     self.denoiser, call.args, call.kwargs, self.config_toma, self._make_runner
                 )
         except CaptureError as error:
-            if arguments.signature not in self._accepted:
+            refused = arguments.signature not in self._accepted
+            if refused or isinstance(error, StatefulModelError):
                 raise
             raise AdapterError(
                 "the model no longer accepts a call that it accepted before",
