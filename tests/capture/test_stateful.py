@@ -175,6 +175,14 @@ class Lazy(Model):
         return super().forward(x) * self.table + self.tables[x.shape]
 
 
+class Replacing(Model):
+    """Puts an equal buffer in the place of one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = self.get_buffer("last").clone()
+        return super().forward(x)
+
+
 class Noisy(Model):
     """Draws random numbers."""
 
@@ -201,6 +209,10 @@ def test_tables_and_random_numbers_are_no_state(cls: type[Model]) -> None:
     assert expected is not None
     expected.check(capture(m, call, {}))
     assert torch.equal(torch.get_rng_state(), before), "the caller's random numbers go on"
+
+
+def test_a_buffer_that_is_replaced_by_an_equal_one_is_no_state() -> None:
+    assert Expected.compute(Replacing().eval(), (torch.randn(2, 3),), {}) is not None
 
 
 def test_hidden_state_is_no_random_number() -> None:

@@ -59,7 +59,8 @@ class PythonState:
     def _add_module(self, module: nn.Module, path: str) -> None:
         dot = f"{path}." if path else ""
         for name, buffer in module.named_buffers(recurse=False):
-            self._add(f"{dot}{name}", buffer, 0)
+            # by content: some models put an equal buffer in its place at each call
+            self._note(f"{dot}{name}", None if buffer.is_meta else buffer.detach().clone())
         self._add_attributes(module, dot, 0, root=not path)
         for table in hook_tables(module):
             for hook in list(table.values()):
