@@ -157,6 +157,13 @@ def small_flux_inputs(height: int = 8, width: int = 8, **call: Any) -> dict[str,
     return flux_inputs(height, width, **call)
 
 
+def at_step(make: Any, step: int, start: float = 900.0, **call: Any) -> dict[str, Any]:
+    """The call of a step that `make` makes: another picture each time, the same text."""
+    made = make(timestep=start - step, seed=1, **call)
+    name = "sample" if "sample" in made else "hidden_states"
+    return {**made, name: make(seed=step, **call)[name]}
+
+
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     """Largest difference relative to the largest value of `b`."""
     return float((a - b).abs().max() / b.abs().max())

@@ -657,6 +657,8 @@ ALLOWED = {
     "_native_flash": "a value: the name of an attention backend of diffusers",
     "_native_math": "a value: the name of an attention backend of diffusers",
     "_ids": "a value: how the names of some inputs end",
+    "_abc_": "how names begin that Python gives to abstract classes",
+    "_getframe": "a function of Python",
     "_operator": "a module of Python",
 }
 

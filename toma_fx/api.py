@@ -19,13 +19,11 @@ from toma_fx.methods.config import make_config
 from toma_fx.run.arguments import check_leaves, plain_numbers
 from toma_fx.run.calls import call_of
 from toma_fx.run.denoiser import OptimizedDenoiser, merging, optimized_of
+from toma_fx.run.pipelines import COMPONENTS, leave_generations, tell_generations
 from toma_fx.run.programs import Specialization, tracing
 from toma_fx.run.report import Report, Summary, make_report, make_summary
 
 T = TypeVar("T")
-COMPONENTS = ("unet", "transformer", "transformer_2")
-"""Names under which diffusers pipelines hold their denoisers; Wan 2.2 has one for early steps and
-one for late steps."""
 
 
 def optimize(
@@ -55,8 +53,8 @@ def optimize(
 
     Returns:
         The optimized denoiser (a stand-in for the original, which is not modified); or the same
-        pipeline, holding the optimized denoiser. What is optimized already is optimized anew from
-        the original, with these settings alone.
+        pipeline with it, whose calls tell it which generation and step they are at. What is
+        optimized already is optimized anew from the original, with these settings alone.
 
     Raises:
         ConfigError: a field out of its domain (`UnknownNameError`, `TileError` are kinds of it).
@@ -86,6 +84,7 @@ def optimize(
     denoisers = {name: wrap(restore(inner)) for name, inner in _find_components(model).items()}
     for name, denoiser in denoisers.items():
         setattr(model, name, denoiser)
+    tell_generations(model)
     return model
 
 
@@ -101,6 +100,7 @@ def restore(model: T) -> T:
         for name, inner in _find_components(model).items():
             if optimized_of(inner) is not None:
                 setattr(model, name, restore(inner))
+        leave_generations(model)
         return model
     optimized = optimized_of(model)
     if optimized is None:

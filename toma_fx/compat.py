@@ -7,13 +7,12 @@ called.
 
 from __future__ import annotations
 
-import importlib
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
-from importlib import metadata
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from toma_fx.errors import CompatError
@@ -31,7 +30,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 def _lookup(module: str, name: str) -> Any:
     """The object `name` of `module`; raises `CompatError` if there is none."""
     try:
-        found: Any = sys.modules.get(module) or importlib.import_module(module)
+        found: Any = sys.modules.get(module) or import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
@@ -343,10 +342,9 @@ def load_programs(path: Path, device_index: int) -> dict[str, Any]:
 
 def has_cpp_compiler() -> bool:
     """Whether Inductor finds a C++ compiler."""
-    refused = _lookup("torch._inductor.exc", "InvalidCxxCompiler")
     try:
         return bool(_lookup("torch._inductor.cpp_builder", "get_cpp_compiler")())
-    except refused:
+    except _lookup("torch._inductor.exc", "InvalidCxxCompiler"):
         return False
 
 
@@ -360,6 +358,8 @@ HISTORY = frozenset(
     {"peft_config", "_hf_peft_config_loaded", "lora_scale", "_safe_fusing", "_cache_config"}
 )
 """Attributes that tell how a model of diffusers came about; its forward pass reads none of them."""
+STEPS_MADE, LOADED_FROM = "_num_timesteps", "_name_or_path"
+"""Where a pipeline notes how many steps it makes, and a configuration where it was loaded from."""
 ADAPTER_SWITCHES = frozenset({"_active_adapter", "_disable_adapters", "merged_adapters"})
 """Attributes of a tuner layer of peft that say which adapters act; public properties read them."""
 

@@ -85,6 +85,10 @@ class StateError(TomaError, ValueError):
     """A merging state does not fit the call it is given with."""
 
 
+class GenerationError(TomaError, RuntimeError):
+    """What a caller tells of a generation contradicts its calls, or itself."""
+
+
 class SharedStateError(TomaError, RuntimeError):
     """Two threads use the implicit state of one optimized denoiser at the same time."""
 

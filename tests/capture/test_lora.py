@@ -22,8 +22,8 @@ TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 def model_and_call(name: str) -> tuple[Any, Callable[[int], dict[str, Any]]]:
     if name == "flux":
         model = denoisers.flux(num_layers=1, num_single_layers=1)
-        return model, lambda i: denoisers.flux_inputs(8, 8, batch=1, seed=i, timestep=0.9 - i / 20)
-    return denoisers.sdxl(), lambda i: denoisers.sdxl_inputs(batch=1, seed=i, timestep=900 - i)
+        return model, lambda i: denoisers.at_step(denoisers.small_flux_inputs, i, batch=1)
+    return denoisers.sdxl(), lambda i: denoisers.at_step(denoisers.sdxl_inputs, i, batch=1)
 
 
 def add(model: Any, name: str, seed: int, **options: Any) -> None:
@@ -120,7 +120,7 @@ def test_a_switch_in_mid_generation_refreshes_and_keeps_the_step() -> None:
     for i in range(2, 5):
         got = optimized(**call(i))[0]
     assert optimized.states[0].counts == {"refresh": 2, "reuse": 2, "plain": 1}
-    assert optimized.states[0].step == 5
+    assert optimized.states[0].last == 4
     assert torch.equal(got, model(**call(4))[0])
 
 

@@ -162,7 +162,7 @@ def test_every_step_equals_the_optimized_denoiser(
     compiled = Compiled(model, **config, fullgraph=True)
     optimized = toma_fx.optimize(model, **SMALL, **config)
     for i in range(12):
-        inputs = make(timestep=900.0 - i, seed=i)
+        inputs = denoisers.at_step(make, i)
         assert denoisers.relative(compiled(**inputs), optimized(**inputs)[0]) < 1e-6, f"step {i}"
     check_equal(compiled, optimized)
     assert compiled.counts == {"refresh": 3, "reweigh": 3, "reuse": 6}
@@ -176,7 +176,7 @@ def test_another_shape(dynamic: bool | None, compilations: list[dict[str, Any]])
     compiled, optimized = Compiled(model, dynamic=dynamic), toma_fx.optimize(model, **SMALL)
     for height, width in ((8, 8), (8, 16), (16, 8)):
         for i in range(2):
-            inputs = denoisers.flux_inputs(height, width, timestep=900.0 - i, seed=i)
+            inputs = denoisers.at_step(denoisers.flux_inputs, i, height=height, width=width)
             assert torch.equal(compiled(**inputs), optimized(**inputs)[0]), (height, width, i)
     assert len(compiled.graphs) == 2, "8x16 and 16x8 have the same shapes"
     assert len(compilations) == 6, "but not the same programs"
@@ -199,7 +199,7 @@ def test_models_of_one_class_keep_their_own_patterns() -> None:
     runs = [torch.compile(m, backend="toma_fx", options=dict(SMALL)) for m in both]
     optimized = [toma_fx.optimize(m, **SMALL) for m in both]
     for i in range(3):
-        inputs = denoisers.flux_inputs(8, 8, timestep=900.0 - i, seed=i)
+        inputs = denoisers.at_step(denoisers.small_flux_inputs, i)
         for run, expected in zip(runs, optimized, strict=True):
             assert torch.equal(run(**inputs)[0], expected(**inputs)[0]), f"step {i}"
     assert counters["stats"]["unique_graphs"] == 1, "Dynamo compiles them once"
@@ -210,7 +210,8 @@ def test_timesteps_that_are_python_numbers(kind: type, compilations: list[dict[s
     model = Timed().eval()
     compiled, optimized = Compiled(model), toma_fx.optimize(model, **SMALL)
     for i in range(4):
-        inputs = {**denoisers.flux_inputs(8, 8, seed=i), "timestep": kind(900 - i)}
+        inputs = denoisers.at_step(denoisers.small_flux_inputs, i)
+        inputs["timestep"] = kind(900 - i)
         if i == 1:
             optimized.reset()
         alike = optimized(**{**inputs, "timestep": torch.tensor(kind(900 - i))})[0]
@@ -221,15 +222,27 @@ def test_timesteps_that_are_python_numbers(kind: type, compilations: list[dict[s
 
 
 @pytest.mark.usefixtures("compilations")
-def test_without_a_timestep_the_conditioning_tells_a_generation() -> None:
+@pytest.mark.parametrize("options", [{}, {"first_step": 1}, {"last_step": 1}])
+def test_timesteps_given_by_position(options: dict[str, Any]) -> None:
+    """SDXL's pipelines do: the graph tells which input is the timestep, for no name does."""
+    model = denoisers.small_sdxl()
+    compiled, optimized = Compiled(model, **options), toma_fx.optimize(model, **SMALL, **options)
+    for i in range(4):
+        inputs = denoisers.at_step(denoisers.small_sdxl_inputs, i)
+        positional = [inputs.pop(name) for name in ("sample", "timestep")]
+        got, want = (run(*positional, **inputs)[0] for run in (compiled.run, optimized))
+        assert denoisers.relative(got, want) < 1e-6, f"step {i}"
+    assert compiled.counts == optimized.totals
+
+
+@pytest.mark.usefixtures("compilations")
+def test_without_a_timestep_every_call_selects() -> None:
     compiled = Compiled(Timed().eval())
     inputs = denoisers.flux_inputs()
     del inputs["timestep"]
     for _ in range(3):
         compiled(**inputs)
-    assert compiled.counts == {"refresh": 1, "reuse": 2}
-    compiled(**{**inputs, "encoder_hidden_states": inputs["encoder_hidden_states"].clone()})
-    assert compiled.counts == {"refresh": 2, "reuse": 2}
+    assert compiled.counts == {"refresh": 3}
 
 
 @pytest.mark.usefixtures("compilations")

@@ -6,8 +6,6 @@ import copy
 import logging
 import multiprocessing
 import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 
 import toma_fx
 from tests import denoisers
+from tests.logs import logged
 from tests.methods.test_methods import inputs, model
 from toma_fx.capture.fingerprint import Fingerprint
 from toma_fx.capture.guard import ModelGuard
@@ -39,24 +38,6 @@ def steps(denoiser: Any, state: State, first: int, last: int) -> tuple[list[Tens
 
 def optimized(module: Any = None) -> Any:
     return toma_fx.optimize(copy.deepcopy(model()) if module is None else module, **OPTIONS)
-
-
-@contextmanager
-def logged(level: int) -> Iterator[list[str]]:
-    """Messages of a level."""
-    messages: list[str] = []
-    handler = logging.Handler()
-    keep = lambda r: messages.append(r.getMessage()) if r.levelno == level else None  # noqa: E731
-    handler.emit = keep  # type: ignore[method-assign]
-    logger = logging.getLogger("toma_fx.run")
-    before = logger.level
-    logger.setLevel(level)
-    logger.addHandler(handler)
-    try:
-        yield messages
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before)
 
 
 def other_weights() -> Any:
@@ -144,8 +125,8 @@ def test_in_its_own_process() -> None:
         before = denoiser.totals["refresh"]
         steps(denoiser, state, 2, 3)
     assert denoiser.totals["refresh"] == before + 1
-    assert len(messages) == 1
-    assert "has changed" in messages[0]
+    (message,) = [m for m in messages if "anew" in m]
+    assert "has changed" in message
 
 
 def layer(**changes: Any) -> Any:

@@ -28,11 +28,9 @@ def steps(
     """Run `count` denoising steps with falling timesteps; the program of each."""
     done = []
     for i in range(count):
-        before = dict(optimized.states[0].counts) if optimized.states else {}
-        optimized(**make(timestep=start - i, seed=i))
-        state = optimized.states[0]
-        known = before if state.step > 1 else {}
-        done.extend(k for k, n in state.counts.items() if n != known.get(k, 0))
+        before = optimized.totals
+        optimized(**denoisers.at_step(make, i, start))
+        done.extend(k for k, n in optimized.totals.items() if n != before.get(k, 0))
     return done
 
 
@@ -150,7 +148,8 @@ def test_cache_contexts_keep_their_own_patterns() -> None:
     with both.cache_context("uncond"):
         both(**second)
     alone(**first)
-    later = denoisers.flux_inputs(8, 16, seed=3, timestep=0.4)
+    other = denoisers.flux_inputs(8, 16, seed=3, timestep=0.4)
+    later = {**first, **{k: other[k] for k in ("hidden_states", "timestep")}}
     with both.cache_context("cond"):
         got = both(**later)[0]
     assert torch.equal(got, alone(**later)[0])
@@ -259,10 +258,10 @@ def test_no_gradients_are_kept_whatever_the_mode(mode: Any) -> None:
     optimized = toma_fx.optimize(model, **SMALL, destinations_every=2, weights_every=1)
     with mode():
         for i in range(4):
-            out = optimized(**denoisers.flux_inputs(8, 8, seed=i, timestep=0.9 - i / 10))[0]
+            out = optimized(**denoisers.at_step(denoisers.small_flux_inputs, i))[0]
             assert not out.requires_grad
     assert not any(p.requires_grad for p in optimized.states[0].buffers.values())
-    assert optimized.states[0].step == 4
+    assert optimized.states[0].last == 3
 
 
 @torch.no_grad()

@@ -10,77 +10,15 @@ import torch
 
 import toma_fx
 from tests import denoisers
-from toma_fx.errors import SharedStateError, SignatureError, StateError
+from toma_fx.errors import SignatureError, StateError
 from toma_fx.run.batching import State, share_rows
-from toma_fx.run.generation import MAX_PASSES, Generation, PassState
+from toma_fx.run.generation import PassState
 
 SMALL: dict[str, Any] = {"min_tokens": 60, "tile": 4}
 
 
 def small_flux() -> Any:
     return denoisers.flux(num_layers=1, num_single_layers=1)
-
-
-def passes(calls: list[tuple[float | None, Any]]) -> list[tuple[int, int]]:
-    """(pass, step) of each call (timestep, conditioning) of one generation object."""
-    generation = Generation()
-    out = []
-    for timestep, conditioning in calls:
-        state = generation.advance(timestep, conditioning)
-        assert state is not None
-        out.append((generation.passes.index(state), state.step))
-        state.count("reuse")
-    return out
-
-
-A, B, C = (torch.zeros(1) for _ in range(3))
-
-
-@pytest.mark.parametrize(
-    ("calls", "expected"),
-    [
-        ([(9, A), (8, A), (7, A)], [(0, 0), (0, 1), (0, 2)]),
-        ([(9, A), (9, B), (8, A), (8, B)], [(0, 0), (1, 0), (0, 1), (1, 1)]),
-        ([(9, A), (9, A), (9, A)], [(0, 0), (0, 1), (0, 2)]),
-        # second-order solvers call twice at the later timesteps, not at the first
-        ([(9, A), (8, A), (8, A), (7, A)], [(0, 0), (0, 1), (0, 2), (0, 3)]),
-        ([(9, A), (9, B), (9, C), (8, A)], [(0, 0), (1, 0), (2, 0), (0, 1)]),
-        ([(9, None), (9, None), (8, None), (8, None)], [(0, 0), (1, 0), (0, 1), (1, 1)]),
-        # a rising timestep starts a generation, with its own number of passes
-        ([(5, A), (5, B), (9, A), (8, A)], [(0, 0), (1, 0), (0, 0), (0, 1)]),
-        # so does another conditioning after steps that shared one
-        ([(9, A), (8, A), (7, B), (6, B)], [(0, 0), (0, 1), (0, 0), (0, 1)]),
-        # but not where every step brings a new tensor
-        ([(9, A), (8, B), (7, C)], [(0, 0), (0, 1), (0, 2)]),
-        # without timesteps the conditioning tells
-        ([(None, A), (None, A), (None, B)], [(0, 0), (0, 1), (0, 0)]),
-        ([(None, None), (None, None)], [(0, 0), (0, 0)]),
-        # models whose timesteps rise: known by the second rise
-        ([(1, A), (2, A), (3, A), (4, A), (1, A)], [(0, 0), (0, 0), (0, 1), (0, 2), (0, 0)]),
-        ([(1, A), (2, B), (3, C)], [(0, 0), (0, 0), (0, 0)]),
-        # with true CFG, too
-        ([(9, A), (8, A), (9, A), (8, A)], [(0, 0), (0, 1), (0, 0), (0, 1)]),
-    ],
-)
-def test_passes_and_steps(calls: Any, expected: Any) -> None:
-    assert passes(calls) == expected
-
-
-def test_calls_at_one_timestep_open_few_passes() -> None:
-    done = passes([(9, torch.zeros(1)) for _ in range(3 * MAX_PASSES)])
-    assert {p for p, _ in done} == set(range(MAX_PASSES))
-    assert done[-1] == (MAX_PASSES - 1, 2)
-
-
-def test_patterns_of_another_graph_are_forgotten() -> None:
-    state = PassState()
-    state.bind("one")
-    state.keep({"idx": torch.ones(2)})
-    state.bind("one")
-    assert state.kept == {"idx"}
-    state.bind("other")
-    assert not state.kept
-    assert not state.buffers
 
 
 def test_share_rows_states() -> None:
@@ -210,36 +148,38 @@ def run_thread(work: Any) -> list[BaseException]:
 
 
 @torch.no_grad()
-def test_threads_taking_turns_on_one_implicit_state_raise() -> None:
-    optimized = toma_fx.optimize(small_flux(), **SMALL)
-    optimized(**call(1, 0))
-    (error,) = run_thread(lambda: optimized(**call(2, 1)))
-    assert isinstance(error, SharedStateError)
-    assert "own_state" in str(error)
-    optimized(**call(1, 1))
-    assert not run_thread(lambda: optimized(**call(2, 0))), "a new generation may begin elsewhere"
-    with pytest.raises(SharedStateError):
-        optimized(**call(1, 2))
-    optimized.reset()
-    optimized(**call(1, 2))
+def test_threads_that_take_turns_get_what_each_gets_alone() -> None:
+    optimized, alone = (toma_fx.optimize(small_flux(), **SMALL) for _ in range(2))
+    want = {}
+    for seed in (1, 2):
+        want[seed] = [alone(**call(seed, i))[0] for i in range(4)]
+        alone.reset()
+    for i in range(4):
+        assert torch.equal(optimized(**call(1, i))[0], want[1][i])
+        other: list[torch.Tensor] = []
+        assert not run_thread(lambda i=i, other=other: other.append(optimized(**call(2, i))[0]))
+        assert i > 0 or torch.equal(other[0], want[2][i]), "each call is a thread of its own"
 
 
 @torch.no_grad()
-def test_a_call_during_a_call_raises() -> None:
+def test_a_call_during_a_call_is_another_generation() -> None:
     optimized = toma_fx.optimize(small_flux(), **SMALL)
-    optimized(**call(1, 0))
-    errors: list[BaseException] = []
+    want = optimized(**call(2, 0))[0]
+    optimized.reset()
+    seen: list[torch.Tensor] = []
     run = optimized.specializations[0].runners["refresh"]
 
     def slow(*args: Any) -> Any:
-        errors.extend(run_thread(lambda: optimized(**call(2, 0))))
+        if not seen:
+            seen.append(want)
+            assert not run_thread(lambda: seen.append(optimized(**call(2, 0))[0]))
         return run(*args)
 
     optimized.specializations[0].runners["refresh"] = slow
-    optimized.reset()
     optimized(**call(1, 0))
-    assert [type(e) for e in errors] == [SharedStateError]
-    assert optimized.totals == {"refresh": 2}
+    assert torch.equal(seen[1], want)
+    optimized(**call(1, 1))
+    assert optimized.totals == {"refresh": 3, "reuse": 1}
 
 
 def test_threads_with_their_own_state_do_not_mix() -> None:

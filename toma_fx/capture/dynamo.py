@@ -155,7 +155,9 @@ def capture_dynamo(
     specs = []
     for node, (argument, value) in zip(graph.find_nodes(op="placeholder"), captured, strict=True):
         fake = node.meta["val"] if argument.kind == "tensor" else None
-        specs.append(InputSpec(node.name, fake, find_raster(value) if fake is not None else None))
+        raster = find_raster(value) if fake is not None else None
+        owned = argument.kind == "owned"
+        specs.append(InputSpec(node.name, fake, raster, argument.name, owned))
     Rewriter(graph_module).set_module_stacks(_relative_stacks(graph))
     out_spec = program.call_spec.out_spec
     assert out_spec is not None

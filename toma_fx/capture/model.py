@@ -40,11 +40,15 @@ class InputSpec:
         name: placeholder name.
         tensor: fake tensor with its shape, dtype, device; None for constants.
         raster: what the values enumerate, if they are position ids.
+        argument: the name of the argument, where the placeholder has another one.
+        owned: whether it belongs to the model, and is no argument.
     """
 
     name: str
     tensor: Tensor | None
     raster: Raster | None = None
+    argument: str = ""
+    owned: bool = False
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,9 @@ from toma_fx.capture.attributes import (
     is_helper,
     tracked_attributes,
 )
-from toma_fx.compat import ADAPTER_SWITCHES, hook_tables, module_tables
+from toma_fx.compat import ADAPTER_SWITCHES, LOADED_FROM, hook_tables, module_tables
 from toma_fx.errors import AdapterError
 
-PLACE = "_name_or_path"
-"""Where diffusers loaded a model from, in its configuration."""
 Adapters = tuple[set[str], tuple[str, ...]]
 
 
@@ -136,7 +134,7 @@ def _describe(value: Any, depth: int, name: Name, around: tuple[int, ...] = ()) 
         return "the container", around.index(id(value))
     around = (*around, id(value))
     if isinstance(value, Mapping):
-        items = [(k, v) for k, v in value.items() if k != PLACE]
+        items = [(k, v) for k, v in value.items() if k != LOADED_FROM]
         return _kind(value), [(repr(k), _describe(v, depth, name, around)) for k, v in items]
     if isinstance(value, (set, frozenset)):
         return _kind(value), sorted(map(repr, value))

@@ -115,6 +115,7 @@ def manifest_of(programs: Programs, lowered: Lowered, license: str) -> Manifest:
     constants = tuple(
         Constant(path, leaf) for path, leaf, _ in leaves if not isinstance(leaf, Tensor)
     )
+    timestep = specialization.roles.timestep
     used = {n for p in lowered.programs.values() for n in (*p.takes, *p.gives)}
     return Manifest(
         version=VERSION,
@@ -128,6 +129,7 @@ def manifest_of(programs: Programs, lowered: Lowered, license: str) -> Manifest:
         schedule=_schedule(programs, lowered.programs),
         parameters=denoiser.parameter_names,
         inputs=inputs,
+        timestep=() if timestep is None else programs.paths[timestep],
         constants=constants,
         outputs=tuple(TensorSpec.of(name, x) for name, x in programs.outputs.items()),
         structure=_structure(captured.out_spec),

@@ -16,10 +16,6 @@ from toma_fx.compat import inner_tensors
 from toma_fx.errors import SignatureError
 from toma_fx.export.manifest import ArtifactInput, Manifest, TensorSpec, raster_spec
 
-NUMBERS = ("timestep", "_ids")
-"""Ends of the names of inputs that may come in any dtype that holds their values: schedulers count
-timesteps in integers or not, pipelines number positions in the dtype of their embeddings."""
-
 
 @dataclass(frozen=True)
 class ArtifactCall:
@@ -39,7 +35,10 @@ def match_call(
     """
     named = {**dict(zip(manifest.parameters, args, strict=False)), **kwargs}
     leaves = dict(_leaves(named))
-    inputs = tuple(_match_input(spec, leaves.get(spec.path), device) for spec in manifest.inputs)
+    inputs = tuple(
+        _match_input(spec, leaves.get(spec.path), device, casts=_may_cast(manifest, spec))
+        for spec in manifest.inputs
+    )
     known = {spec.path for spec in manifest.inputs}
     for constant in manifest.constants:
         if leaves.get(constant.path) != constant.value:
@@ -52,7 +51,16 @@ def match_call(
     return ArtifactCall(inputs, leaves)
 
 
-def _match_input(spec: ArtifactInput, value: Any, device: torch.device) -> Tensor:
+def _may_cast(manifest: Manifest, spec: ArtifactInput) -> bool:
+    """Whether an input may come in any dtype that holds its values.
+
+    Schedulers count timesteps in integers or not, pipelines number positions in the dtype of their
+    embeddings.
+    """
+    return spec.path == manifest.timestep or spec.path[-1].endswith("_ids")
+
+
+def _match_input(spec: ArtifactInput, value: Any, device: torch.device, *, casts: bool) -> Tensor:
     """One input of the programs, on their device."""
     dtype = getattr(torch, spec.tensor.dtype)
     want = f"{spec.tensor.shape} {spec.tensor.dtype}"
@@ -61,7 +69,7 @@ def _match_input(spec: ArtifactInput, value: Any, device: torch.device) -> Tenso
     if not isinstance(value, Tensor):
         raise _misfit(spec.path, want, repr(value))
     value = _plain(value, spec.path)
-    if spec.path[-1].endswith(NUMBERS):
+    if casts:
         value = _cast_exactly(value, dtype)
     own = TensorSpec.of(spec.tensor.name, value)
     got = f"{own.shape} {own.dtype}"

@@ -10,27 +10,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from toma_fx.analysis.roles import Roles
 from toma_fx.capture.grids import Raster
 from toma_fx.compat import ORIGINAL_FORWARD
 from toma_fx.errors import ArtifactError
 from toma_fx.export.calls import ArtifactCall, check_positions, match_call
 from toma_fx.export.manifest import Manifest, ProgramSpec
 from toma_fx.export.targets import Runtime
-from toma_fx.graph.nodes import CONDITIONING, TIMESTEP
 from toma_fx.run.arguments import plain_numbers
 from toma_fx.run.batching import State, step_states
-from toma_fx.run.calls import call_of_step, number_of
-from toma_fx.run.generation import Rasters
+from toma_fx.run.calls import call_of_step
 from toma_fx.run.gradients import refuse_gradient
-from toma_fx.run.stepper import GENERATIONS, OWN_STATE, StepCall, Stepper
+from toma_fx.run.keeps_state import KeepsState
+from toma_fx.run.marks import Rasters
+from toma_fx.run.program_set import StepCall
+from toma_fx.run.stepper import Stepper
 
 
 class ArtifactPrograms:
-    """The programs of an artifact, by kind: a `run.stepper.ProgramSet`."""
+    """The programs of an artifact, by kind: a `run.program_set.ProgramSet`."""
 
     def __init__(self, manifest: Manifest, runtime: Runtime) -> None:
         self._manifest, self._runtime = manifest, runtime
         self.schedule = manifest.schedule
+        paths = [spec.path for spec in manifest.inputs]
+        timestep = paths.index(manifest.timestep) if manifest.timestep else None
+        self.roles = Roles.of_names(["_".join(p) for p in paths], [True] * len(paths), timestep)
         self.settings = tuple((spec.name, spec.shape, spec.dtype) for spec in manifest.kept)
         self.batch_sizes = frozenset(spec.shape[0] for spec in manifest.kept if spec.shape)
 
@@ -77,7 +82,7 @@ class ArtifactPrograms:
         return self._manifest.programs[kind]
 
 
-class ArtifactDenoiser(nn.Module):
+class ArtifactDenoiser(KeepsState, nn.Module):
     """A denoiser that runs from an artifact. Made by `toma_fx.load`.
 
     Called by keyword as the original, or with its arguments in the order of the manifest. It keeps
@@ -94,7 +99,7 @@ class ArtifactDenoiser(nn.Module):
         self.manifest = manifest
         self.config = _Config(manifest.model_config)
         self._programs, self._device = ArtifactPrograms(manifest, runtime), device
-        self._stepper = Stepper(GENERATIONS, "the loaded artifact", OWN_STATE)
+        self._stepper = Stepper("the loaded artifact")
         self._digest = manifest.digest
         self.training = False
         inside = manifest.model_config.get("projection_class_embeddings_input_dim")
@@ -121,13 +126,17 @@ class ArtifactDenoiser(nn.Module):
         Raises:
             SignatureError: other inputs than the artifact was built for: names the first.
             GradientError: gradients are asked for.
-            SharedStateError: another thread is in a step, or in the middle of a generation.
+            GenerationError: the call contradicts what `generation` was told, or the steps that a
+                schedule needs can't be counted.
+            SharedStateError: another thread is in the same pass of a generation.
         """
-        refuse_gradient((args, kwargs), "the loaded artifact")
-        args, kwargs = plain_numbers(args, kwargs)
-        call = match_call(self.manifest, args, kwargs, self._device)
-        outputs = self._stepper.step(lambda: self._step_call(call), self._find)
-        return self._structured(outputs)
+
+        def prepare() -> StepCall:
+            refuse_gradient((args, kwargs), "the loaded artifact")
+            call = plain_numbers(args, kwargs)
+            return self._step_call(match_call(self.manifest, *call, self._device))
+
+        return self._stepper.step(prepare, self._find, self._structured)
 
     def step(self, inputs: Any, state: State | Sequence[State]) -> tuple[Any, Any]:
         """One denoising step with the state in the caller's hands; changes nothing else.
@@ -162,13 +171,10 @@ class ArtifactDenoiser(nn.Module):
 
     def _step_call(self, call: ArtifactCall) -> StepCall:
         arguments, specs = call.arguments, self.manifest.inputs
-        conditioning = arguments.get((CONDITIONING,))
         return StepCall(
             signature=None,
             leaves=call.inputs,
             ids=[arguments[spec.path] if spec.raster is not None else None for spec in specs],
-            timestep=number_of(arguments.get((TIMESTEP,))),
-            conditioning=conditioning if isinstance(conditioning, Tensor) else None,
         )
 
     def _find(self, rasters: tuple[Raster | None, ...]) -> tuple[Hashable, ArtifactPrograms]:
@@ -212,21 +218,13 @@ class ArtifactDenoiser(nn.Module):
             )
         super().__setattr__(name, value)
 
-    def cache_context(self, name: str) -> AbstractContextManager[None]:
-        """Keep separate state for the calls inside ("cond", "uncond" of true CFG)."""
-        return self._stepper.cache_context(name)
+    def cache_context(self, name: str, **about: Any) -> AbstractContextManager[Any]:
+        """Calls inside are a pass of their own ("cond", "uncond" of true CFG).
 
-    @property
-    def _context(self) -> str:
-        return self._stepper.context
-
-    def own_state(self) -> AbstractContextManager[None]:
-        """Calls of this thread inside keep their state apart from everybody else's."""
-        return self._stepper.own_state()
-
-    def reset(self) -> None:
-        """Forget what is kept; the next call is step 0 of a new generation."""
-        self._stepper.reset()
+        Args:
+            name: of the pass. about: what diffusers tells its caches beside it.
+        """
+        return self._stepper.cache_context(name, **about)
 
     def _reset_stateful_cache(self, *args: Any, **kwargs: Any) -> None:
         """Called by diffusers pipelines at the end of a generation."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # `toma-fx info` reads manifests without torch
 
     from toma_fx.capture.grids import Raster
 
-VERSION = 2
+VERSION = 3
 """Version of the form of the manifest; readers refuse others."""
 SCHEMA = f"urn:toma-fx:manifest:{VERSION}"
 """Identifier of the schema that `manifest.schema.json` beside this file holds."""
@@ -167,6 +167,7 @@ class Manifest:
         plan: what merges, as `MergePlan.to_json()` gives it. schedule: which program runs when.
         parameters: of a call, in order, for arguments without keywords.
         inputs, constants, outputs, structure: what a call takes and gives.
+        timestep: path of the input that tells how far a generation is; empty if none does.
         kept: every tensor that is kept from step to step. programs: by kind of step.
         versions: of toma_fx, torch, and what the target is made with.
         parity: the check that the build ended with. files: by path inside the folder.
@@ -183,6 +184,7 @@ class Manifest:
     schedule: Schedule
     parameters: tuple[str, ...]
     inputs: tuple[ArtifactInput, ...]
+    timestep: tuple[str, ...]
     constants: tuple[Constant, ...]
     outputs: tuple[TensorSpec, ...]
     structure: Structure

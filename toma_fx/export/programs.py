@@ -22,9 +22,9 @@ from toma_fx.graph.verify import output_values
 from toma_fx.plan.plan import MergePlan
 from toma_fx.run.calls import call_of
 from toma_fx.run.denoiser import OptimizedDenoiser, optimized_of
+from toma_fx.run.program_set import split_outputs
 from toma_fx.run.programs import Specialization, tracing
 from toma_fx.run.schedule import LONGEST, due, runnable
-from toma_fx.run.stepper import split_outputs
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,15 @@ UNKNOWN = 2**40
 """Sizes from here on stand for what depends on the data (text without its padding, say)."""
 
 
-# A graph tells nearly all that is asked of it; what a call means, only names can tell. These three
-# are those of diffusers, and each is looked up once: at a model with other names less is known.
+# A graph tells nearly all that is asked of it; what a call means, only names can tell. These are
+# those of diffusers and of the field, and each is looked up once: at a model with other names less
+# is known.
 LATENTS = "hidden_states"
 """The packed input that holds the picture, where the text has as many tokens."""
-TIMESTEP = "timestep"
-"""The argument that tells how far a generation is."""
+PICTURES = ("sample", LATENTS, "x", "latents", "img", "0")
+"""The argument that is another one at every step, the likelier name first."""
+TIMESTEPS = ("timestep", "timesteps", "t", "timestep_ratio", "time", "sigma", "sigmas")
+"""The argument that tells how far a generation is, the likelier name first."""
 CONDITIONING = "encoder_hidden_states"
 """The argument whose tensor stays the same through a generation."""
 ATTENTION = "aten.scaled_dot_product_attention"

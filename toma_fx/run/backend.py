@@ -21,7 +21,6 @@ from torch import Tensor, fx
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from toma_fx.capture.dynamo import (
-    Argument,
     arguments_of,
     capture_dynamo,
     example_values,
@@ -39,17 +38,16 @@ from toma_fx.compat import (
     static_notes,
 )
 from toma_fx.errors import ConfigError, NoMergeSites, UnknownNameError, nearest
-from toma_fx.graph.nodes import CONDITIONING, TIMESTEP
 from toma_fx.graph.rewriter import copy_graph
 from toma_fx.methods.base import MethodConfig
 from toma_fx.methods.config import make_config
 from toma_fx.methods.toma import ToMAConfig
-from toma_fx.run.calls import number_of
 from toma_fx.run.denoiser import merging
-from toma_fx.run.generation import Rasters
 from toma_fx.run.gradients import refuse_gradient
+from toma_fx.run.marks import Rasters
+from toma_fx.run.program_set import StepCall
 from toma_fx.run.programs import Runner, Specialization, SpecializationCache
-from toma_fx.run.stepper import GENERATIONS, StepCall, Stepper
+from toma_fx.run.stepper import Stepper
 
 CAPACITY = 16
 """Sets of concrete shapes whose programs and patterns are kept for one Dynamo graph."""
@@ -175,9 +173,7 @@ class MergedGraph:
         self.arguments = arguments_of(gm)
         self.options = options
         self.cache = SpecializationCache(CAPACITY, "CAPACITY")
-        self._own_stepper = _new_stepper()
-        self._timestep = _position(self.arguments, TIMESTEP)
-        self._conditioning = _position(self.arguments, CONDITIONING)
+        self._own_stepper = Stepper("a model compiled with backend='toma_fx'")
         self._kernel: Callable[[], AbstractContextManager[Any]] = nullcontext
         for model in models_being_compiled(self.arguments):
             guard = ModelGuard(model)
@@ -199,7 +195,7 @@ class MergedGraph:
 
         Raises:
             CaptureError, NoMergeSites, ParityError, TileError: at the first call with new shapes.
-            SharedStateError: another thread is in a step, or in the middle of a generation.
+            GenerationError: the schedule counts steps, and no input is a timestep.
         """
         refuse_gradient(self._ids(args), "a model compiled with backend='toma_fx'")
         owned = [v for a, v in zip(self.arguments, args, strict=True) if a.kind == "owned"]
@@ -210,19 +206,16 @@ class MergedGraph:
             specialization = self._specialization(call.signature, rasters, args)
             return (identity, call.signature, rasters), specialization
 
-        return tuple(self._stepper(owned).step(lambda: call, find))
+        return self._stepper(owned).step(lambda: call, find, tuple)
 
     # -- which program --------------------------------------------------------------------------
 
     def _step_call(self, values: Sequence[Any], identity: tuple[int, ...]) -> StepCall:
         pairs = zip(self.arguments, values, strict=True)
-        conditioning = None if self._conditioning is None else values[self._conditioning]
         return StepCall(
             signature=self._signature(values),
             leaves=[a.to_input(v) for a, v in pairs if a.is_captured],
             ids=self._ids(values),
-            timestep=None if self._timestep is None else number_of(values[self._timestep]),
-            conditioning=conditioning if isinstance(conditioning, Tensor) else None,
             context=identity,
             kernel=self._kernel,
         )
@@ -282,20 +275,6 @@ class MergedGraph:
         nodes: list[Any] = graph_module.graph.find_nodes(op="placeholder")
         fakes = [node.meta["val"] for node in nodes]
         return compile_graph(graph_module, fakes, self.options.patches)
-
-
-def _new_stepper() -> Stepper:
-    hint = (
-        "one thread at a time; toma_fx.optimize(model).compile() has own_state() for threads and "
-        "step(inputs, state) for servers"
-    )
-    return Stepper(GENERATIONS * CAPACITY, "a model compiled with backend='toma_fx'", hint)
-
-
-def _position(arguments: Sequence[Argument], name: str) -> int | None:
-    """Where the graph's input of that name is."""
-    found = [i for i, a in enumerate(arguments) if a.is_captured and a.name == name]
-    return found[0] if found else None
 
 
 def _no_sites(error: NoMergeSites) -> NoMergeSites:

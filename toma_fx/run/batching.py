@@ -16,8 +16,14 @@ from toma_fx.capture.fingerprint import CHANGED, Fingerprint
 from toma_fx.capture.guard import ModelGuard
 from toma_fx.errors import StateError
 from toma_fx.passes.provide_patterns import MASKS
+from toma_fx.run.program_set import (
+    ProgramSet,
+    clone_graph_outputs,
+    run_program,
+    split_outputs,
+)
 from toma_fx.run.schedule import due, runnable
-from toma_fx.run.stepper import ProgramSet, Stepper, clone_graph_outputs, run_program, split_outputs
+from toma_fx.run.stepper import Stepper
 
 LOGGER = logging.getLogger("toma_fx.run")
 

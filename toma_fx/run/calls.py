@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from toma_fx.compat import tree_paths
 from toma_fx.errors import ConfigError, SignatureError
-from toma_fx.graph.nodes import CONDITIONING, TIMESTEP
+from toma_fx.graph.nodes import TIMESTEPS
 
 
 def call_of(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -69,14 +69,13 @@ class NamedCall:
     """One call, by keyword where the forward signature names the argument.
 
     Attributes:
-        args, kwargs: of the call. timestep: as a number. conditioning: the text tokens, if the
-            model has them.
+        args, kwargs: of the call. label, token: see `StepCall`.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    timestep: float | None
-    conditioning: Tensor | None
+    label: Hashable = None
+    token: Tensor | None = None
 
 
 def name_arguments(
@@ -109,21 +108,41 @@ def name_arguments(
             named.update(value)
         else:
             named[name] = value
-    text = kwargs.get(CONDITIONING) if rest else named.get(CONDITIONING)
-    conditioning = text if isinstance(text, Tensor) else None
     if rest:
-        return NamedCall(args, kwargs, None, conditioning)
-    timestep = named.get(TIMESTEP)
-    if isinstance(timestep, (int, float)) and not isinstance(timestep, bool):
-        dtype = torch.float64 if isinstance(timestep, float) else torch.int64
-        named[TIMESTEP] = torch.tensor(timestep, dtype=dtype)
-    return NamedCall((), named, number_of(timestep), conditioning)
+        return NamedCall(args, kwargs)
+    for name in TIMESTEPS:
+        value = named.get(name)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            dtype = torch.float64 if isinstance(value, float) else torch.int64
+            named[name] = torch.tensor(value, dtype=dtype)
+    return NamedCall((), named, *_split_options(named))
+
+
+OPTIONS = "transformer_options"
+"""The argument by which ComfyUI tells its models about the call."""
+_BOOKKEEPING = ("cond_or_uncond", "uuids", "sigmas", "sample_sigmas")
+"""What is in it of the sampler alone: other values at every call."""
+
+
+def _split_options(named: dict[str, Any]) -> tuple[Hashable, Tensor | None]:
+    """Take out of ComfyUI's options what no model reads.
+
+    Returns:
+        What it says of the pass, and the list of noise levels, which is one of the generation.
+    """
+    options = named.get(OPTIONS)
+    if not isinstance(options, Mapping):
+        return None, None
+    named[OPTIONS] = {k: v for k, v in options.items() if k not in _BOOKKEEPING}
+    levels = options.get("sample_sigmas")
+    label = tuple(options.get("cond_or_uncond") or ())
+    return label, levels if isinstance(levels, Tensor) else None
 
 
 def number_of(timestep: Any) -> float | None:
-    """A timestep, or the first of a batch, as a number; None if there is none."""
+    """A timestep as a number: the largest where rows or tokens have their own; None if none."""
     if isinstance(timestep, Tensor):
-        return float(timestep.reshape(-1)[0]) if timestep.numel() else None
+        return float(timestep.detach().max()) if timestep.numel() else None
     return float(timestep) if isinstance(timestep, (int, float)) else None
 
 

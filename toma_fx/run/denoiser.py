@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,9 +44,14 @@ from toma_fx.run.calls import (
 )
 from toma_fx.run.generation import PassState
 from toma_fx.run.gradients import needs_gradient, refuse_gradient
+from toma_fx.run.keeps_state import KeepsState
+from toma_fx.run.program_set import StepCall
 from toma_fx.run.programs import Runner, Specialization, SpecializationCache
 from toma_fx.run.stand_in import StandIn
-from toma_fx.run.stepper import GENERATIONS, OWN_STATE, StepCall, Stepper
+from toma_fx.run.stepper import Stepper
+
+ACCEPTED = 4
+"""Signatures that are remembered as accepted, for each graph that is kept."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class Arguments:
         return tuple(find_raster(leaf) for leaf in self.leaves)
 
 
-class OptimizedDenoiser(StandIn):
+class OptimizedDenoiser(KeepsState, StandIn):
     """A denoiser that runs with token merging. Made by `toma_fx.optimize`.
 
     Called exactly as the original, of which it is a view.
@@ -90,7 +95,7 @@ class OptimizedDenoiser(StandIn):
         own["config_toma"] = config
         own["cache"] = SpecializationCache(max_signatures)
         own["_guard"] = None
-        own["_stepper"] = Stepper(GENERATIONS * max_signatures, "the optimized denoiser", OWN_STATE)
+        own["_stepper"] = Stepper("the optimized denoiser")
         own["_fixed"] = None
         own["_compile"] = None
         own["_accepted"] = OrderedDict()
@@ -113,13 +118,14 @@ class OptimizedDenoiser(StandIn):
             AdapterError: the model no longer accepts the call.
             GradientError: gradients are asked for, and tokens merge.
             CompanionError: another library acts inside the forward pass (`OffloadError`: by hooks).
-            SharedStateError: another thread is in the middle of a generation.
+            GenerationError: the call contradicts what `generation` was told, or the steps that a
+                schedule needs can't be counted.
+            SharedStateError: another thread is in the same pass of a generation.
         """
         if self._runs_original((args, kwargs)):
             return self.denoiser(*args, **kwargs)
         turn = _DenoiserTurn(self, args, kwargs)
-        outputs = self._stepper.step(turn.prepare, turn.find)
-        return turn.unflatten(outputs)
+        return self._stepper.step(turn.prepare, turn.find, turn.unflatten)
 
     def step(self, inputs: Any, state: State | Sequence[State]) -> tuple[Any, Any]:
         """One denoising step with the state in the caller's hands; changes nothing else.
@@ -218,7 +224,7 @@ class OptimizedDenoiser(StandIn):
                 "with the inputs it needs now",
             ) from error
         self._accepted[arguments.signature] = None
-        if len(self._accepted) > GENERATIONS * self.cache.capacity:
+        if len(self._accepted) > ACCEPTED * self.cache.capacity:
             self._accepted.popitem(last=False)
         return specialization
 
@@ -283,31 +289,26 @@ class OptimizedDenoiser(StandIn):
 
     # -- implicit state -------------------------------------------------------------------------
 
-    def own_state(self) -> AbstractContextManager[None]:
-        """Calls of this thread inside keep their state apart from everybody else's."""
-        state: AbstractContextManager[None] = self._stepper.own_state()
-        return state
-
-    def reset(self) -> None:
-        """Forget what is kept; the next call is step 0 of a new generation."""
-        self._stepper.reset()
-
     def _reset_stateful_cache(self, *args: Any, **kwargs: Any) -> None:
         """Called by diffusers pipelines at the end of a generation."""
         self.reset()
         reset_stateful_cache(self.denoiser, *args, **kwargs)
 
     @contextmanager
-    def cache_context(self, name: str) -> Iterator[None]:
-        """Keep separate state for the calls inside ("cond", "uncond" of true CFG)."""
+    def cache_context(self, name: str, **about: Any) -> Iterator[None]:
+        """Calls inside are a pass of their own ("cond", "uncond" of true CFG).
+
+        Args:
+            name: of the pass. about: what diffusers tells its caches beside it.
+        """
         inner = getattr(self.denoiser, "cache_context", None)
-        inside = inner(name) if inner is not None else nullcontext()
-        with self._stepper.cache_context(name), inside:
+        inside = inner(name, **about) if inner is not None else nullcontext()
+        with self._stepper.cache_context(name, **about), inside:
             yield
 
     @property
     def states(self) -> tuple[PassState, ...]:
-        """Implicit states that live: one per context, signature and pass."""
+        """States of the passes that live, of this thread or of the generation that was told."""
         return tuple(s for g in self._stepper.generations() for s in g.passes)
 
     @property
@@ -318,7 +319,14 @@ class OptimizedDenoiser(StandIn):
     @property
     def totals(self) -> dict[str, int]:
         """Steps run since `optimize`, by kind of program."""
-        return dict(self._stepper.totals)
+        totals: dict[str, int] = self._stepper.totals
+        return totals
+
+    @property
+    def unsure(self) -> int:
+        """Steps that selected anew because it was not clear what they belong to."""
+        count: int = self._stepper.unsure
+        return count
 
 
 class _DenoiserTurn:
@@ -338,8 +346,8 @@ class _DenoiserTurn:
             self.arguments.signature,
             leaves,
             leaves,
-            call.timestep,
-            call.conditioning,
+            label=call.label,
+            token=call.token,
             kernel=self.arguments.guard.companions.kernel,
         )
 

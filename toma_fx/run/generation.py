@@ -1,65 +1,85 @@
-"""Which step of which generation a call is.
+"""A generation: the steps of one picture (or batch of pictures), and the passes of each step.
 
-    one context and signature: Generation ---- pass 0: PassState (step, kept tensors)
-                                          \--- pass 1: PassState (true CFG without labels)
+    Generation ---- pass "cond":   PassState (marks of its inputs, kept tensors)
+      step, timestep \--- pass "uncond": PassState
 
-Nobody tells a denoiser that a generation starts, or that guidance calls it twice a step. Both are
-read off the calls: a timestep that turns back starts a generation; so does a new conditioning
-tensor after steps that shared one (a generation that was broken off); calls at one timestep are the
-passes of one step, as many as the first step had.
+A pass is what is called once a step: one side of guidance, a tile. Passes of one name and shape are
+told apart by their inputs (marks), and where these are alike, by the order of the calls.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
-import weakref
-from collections import OrderedDict
-from collections.abc import Hashable, Mapping, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from toma_fx.capture.grids import Raster, find_raster
 from toma_fx.compat import mark_static_address
 from toma_fx.errors import SharedStateError
+from toma_fx.run.marks import Likeness, Mark
 
-MAX_PASSES = 4
-"""Calls at one timestep that count as passes of one step; more start over at the first."""
+PASSES = 64
+"""Passes of a generation whose tensors are kept, if nothing else is asked for."""
+
+OWNERS = 8
+"""Graphs whose buffers are kept for the next generation."""
+
+_log = logging.getLogger("toma_fx.run")
+
+Marks = Sequence[Mark | None]
+"""Marks of the inputs that tell a pass; None for others."""
 
 
-@dataclass
+@dataclass(eq=False)
 class PassState:
     """State of one pass of a generation.
 
     Attributes:
+        key: its name and the shapes of its inputs. marks: of its last call.
+        steady: inputs that were the very same tensors in its last two calls.
+        family: a number that the passes share which only their order tells apart.
         owner: identifies what the kept tensors were made for; None before the first step.
-        step: steps done. kept: names of the tensors that are valid now.
-        buffers: kept tensors by name, at fixed addresses; they outlive the generation.
+        kept: names of the tensors that are valid now.
+        buffers: kept tensors by name, at fixed addresses.
+        born, last: steps of the generation at which it was called first, and last.
+        first: step at which what is kept was first selected. skipped: steps since its last call.
         counts: steps done per kind of program.
+        caller: the thread that is in a step with it.
+        unsure: whether its next step selects anew for want of knowledge.
     """
 
+    key: Hashable = None
+    marks: Marks = ()
+    steady: frozenset[int] = frozenset()
+    family: int = 0
     owner: Hashable = None
-    step: int = 0
     kept: set[str] = field(default_factory=set)
     buffers: dict[str, Tensor] = field(default_factory=dict)
+    born: int = 0
+    last: int = -1
+    first: int | None = None
+    skipped: range = range(0)
     counts: dict[str, int] = field(default_factory=dict)
-    _conditioning: weakref.ref[Tensor] | None = None
-    _steady: bool = False
+    caller: int | None = None
+    unsure: bool = False
 
-    def restart(self) -> None:
-        """Back to before the first step; buffers keep their addresses."""
-        self.step, self.kept, self.counts = 0, set(), {}
-        self._conditioning, self._steady = None, False
+    def forget(self) -> None:
+        """Trust nothing that is kept; buffers keep their addresses."""
+        self.kept, self.first = set(), None
 
-    def bind(self, owner: Hashable) -> None:
+    def bind(self, owner: Hashable, buffers: Buffers) -> None:
         """Forget the kept tensors if they were made for something else (another graph, say)."""
         if self.owner != owner:
-            self.owner, self.kept, self.buffers = owner, set(), {}
+            self.forget()
+            self.owner, self.buffers = owner, buffers.take(owner)
 
     def keep(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy outputs into the buffers."""
+        self.kept.difference_update(tensors)  # an interrupt may come between two copies
         with torch.inference_mode(False), torch.no_grad():
             for name, value in tensors.items():
                 shape = tuple(value.shape)
@@ -72,190 +92,213 @@ class PassState:
 
     def count(self, kind: str) -> None:
         """Count a step."""
-        self.step += 1
         self.counts[kind] = self.counts.get(kind, 0) + 1
 
-    def follows(self, conditioning: Tensor | None) -> bool:
-        """Whether the last call had this very conditioning tensor."""
-        last = None if self._conditioning is None else self._conditioning()
-        return last is not None and last is conditioning
+    def note(self, marks: Marks) -> None:
+        """Remember the inputs of a call."""
+        if marks is not self.marks:
+            pairs = enumerate(zip(self.marks, marks, strict=True))
+            same = (i for i, (a, b) in pairs if _compare(a, b) is Likeness.SAME)
+            self.steady = frozenset(same)
+        self.marks = marks
 
-    def is_like(self, conditioning: Tensor | None) -> bool:
-        """Whether nothing of the conditioning says that another generation begins."""
-        return self.follows(conditioning) or (conditioning is None and self._conditioning is None)
+    def differences(self, marks: Marks, varying: Collection[int]) -> dict[int, Likeness]:
+        """Inputs that speak against a call being the next one of this pass.
 
-    def breaks_off(self, conditioning: Tensor | None) -> bool:
-        """Whether a conditioning tensor that earlier steps shared is replaced."""
-        return self._steady and not self.follows(conditioning)
+        An equal tensor in the place of the same one counts: something was made anew. Not so where
+        all inputs are made anew at every call.
 
-    def note(self, conditioning: Tensor | None) -> None:
-        """Remember the conditioning of a call."""
-        self._steady = conditioning is not None and self.follows(conditioning)
-        self._conditioning = None if conditioning is None else weakref.ref(conditioning)
+        Args:
+            marks: of the call. varying: inputs that change at every step.
+        """
+        likeness = {
+            i: _compare(a, b)
+            for i, (a, b) in enumerate(zip(self.marks, marks, strict=True))
+            if i not in varying and not (a is None and b is None)
+        }
+        anew = Likeness.SAME not in likeness.values() and not self.steady
+        enough = Likeness.EQUAL if anew else Likeness.SAME
+        return {i: found for i, found in likeness.items() if found < enough}
 
 
-class Generation:
-    """The generation that runs under one context and signature.
+def _compare(one: Mark | None, other: Mark | None) -> Likeness:
+    if one is None or other is None:
+        return Likeness.SAME if one is other else Likeness.DIFFERENT
+    return one.compare(other)
 
-    Attributes:
-        passes: their states. thread: who runs it.
+
+def _living_threads() -> set[int | None]:
+    return {each.ident for each in threading.enumerate()}
+
+
+class Buffers:
+    """Buffers of passes that are over, for the next ones: their addresses do not change then.
+
+    Only what the thread itself was done with may be given back: elsewhere a program may still run.
     """
 
     def __init__(self) -> None:
-        self.passes: list[PassState] = [PassState()]
-        self.thread: int | None = None
-        self._timestep: float | None = None
-        self._direction = 0
-        self._risen = False
-        self._at = -1
-        self._opened = 0
-        self._count: int | None = None
+        self._free: OrderedDict[Hashable, list[dict[str, Tensor]]] = OrderedDict()
 
-    @property
-    def running(self) -> bool:
-        """Whether a step was done since the last restart."""
-        return self._at >= 0
+    def take(self, owner: Hashable) -> dict[str, Tensor]:
+        """Buffers that were made for the same owner, the first given back first."""
+        try:
+            return self._free[owner].pop(0)
+        except (KeyError, IndexError):
+            return {}
 
-    def restart(self) -> None:
-        """The next call is step 0."""
-        for state in self.passes:
-            state.restart()
-        self._timestep, self._at, self._opened, self._count = None, -1, 0, None
-        self._direction, self._risen = 0, False
-        self.thread = None
-
-    def starts(self, timestep: float | None, conditioning: Tensor | None) -> bool:
-        """Whether a call with these begins a new generation.
-
-        Timesteps fall, so one that rises begins a generation: 999, 500, 1 | 999, ... A model that
-        counts upwards (0.1, 0.2, 0.3, ...) looks like that at every step. It is known by its second
-        rise in a row with one conditioning tensor: from then on its direction is up, and a fall
-        begins a generation. So its steps are 0, 0, 1, 2, ...: the second begins once more.
-        """
-        if not self.running:
-            return True
-        first = self.passes[0]
-        if timestep is None or self._timestep is None:
-            return not first.follows(conditioning)
-        if timestep == self._timestep:
-            return False
-        direction = 1 if timestep > self._timestep else -1
-        if self._direction == 0:
-            return direction > 0 and not (self._risen and first.is_like(conditioning))
-        return direction != self._direction or first.breaks_off(conditioning)
-
-    def follow(self, other: Generation) -> None:
-        """Go on from the step of a generation that this one takes over from, with nothing kept."""
-        self.passes[0].step = other.passes[0].step
-        other.restart()
-
-    def precedes(self, timestep: float | None) -> bool:
-        """Whether this generation runs and a call at `timestep` would be a later step of it."""
-        if not self.running or timestep is None or self._timestep is None:
-            return False
-        return (timestep - self._timestep) * (self._direction or -1) > 0
-
-    def advance(self, timestep: float | None, conditioning: Tensor | None) -> PassState | None:
-        """The state of this call; restarts when a new generation begins.
-
-        None if another thread is in the middle of this generation: nothing has changed then.
-        """
-        me = threading.get_ident()
-        if self.starts(timestep, conditioning):
-            again = self.running and self.passes[0].is_like(conditioning)
-            risen = again and None not in (timestep, self._timestep)
-            self.restart()
-            self._risen = risen
-        elif self.thread != me:
-            return None
-        self.thread = me
-        if self.running and timestep is not None and timestep == self._timestep:
-            self._at = self._next_pass(conditioning)
-        else:
-            if self.running and self._count is None:
-                self._count = self._opened
-            if timestep is not None and self._timestep is not None:
-                self._direction = 1 if timestep > self._timestep else -1
-            self._at = 0
-        self._opened = max(self._opened, self._at + 1)
-        self._timestep = timestep
-        if self._at == len(self.passes):
-            self.passes.append(PassState())
-        state = self.passes[self._at]
-        state.note(conditioning)
-        return state
-
-    def _next_pass(self, conditioning: Tensor | None) -> int:
-        if self._count is not None:
-            return (self._at + 1) % self._count
-        for i in range(self._opened):
-            if self.passes[i].follows(conditioning):
-                return i
-        return self._at + 1 if self._at + 1 < MAX_PASSES else 0
+    def give_back(self, passes: Sequence[PassState]) -> None:
+        """Take over the buffers of passes that are over."""
+        for state in passes:
+            if state.buffers:
+                free = self._free.setdefault(state.owner, [])
+                free.append(state.buffers)
+                del free[:-PASSES]
+            state.forget()
+            state.owner, state.buffers = None, {}
+        while len(self._free) > OWNERS:
+            self._free.popitem(last=False)
 
 
-@dataclass(frozen=True)
-class Rasters:
-    """What the inputs of a call enumerate, and the tensors that told it."""
-
-    values: tuple[Raster | None, ...]
-    ids: tuple[tuple[int, weakref.ref[Tensor]], ...]
-
-    @classmethod
-    def read(cls, leaves: Sequence[Any]) -> Rasters:
-        """Read the position ids among the leaves of a call; on a GPU this waits for it."""
-        values = tuple(find_raster(leaf) for leaf in leaves)
-        ids = [(i, weakref.ref(leaves[i])) for i, found in enumerate(values) if found is not None]
-        return cls(values, tuple(ids))
-
-    def are_of(self, leaves: Sequence[Any]) -> bool:
-        """Whether these leaves hold the very tensors that were read."""
-        return all(ref() is leaves[i] for i, ref in self.ids)
-
-
-Key = tuple[Hashable, Hashable]
-"""Context and signature of a call."""
-
-
-@dataclass
-class Implicit:
-    """The state that is kept for whoever calls a denoiser.
+class Generation:
+    """Steps that belong together.
 
     Attributes:
-        generations: by context and signature, used last at the end. rasters: what their inputs
-            enumerate. busy: held during a call.
+        passes: their states, in the order of their first calls.
+        step: index of the step that the last call was at; -1 before the first.
+        timestep: of the last call, where it is known. called: passes of this step, in order.
+        varying: inputs that change at every step. capacity: passes that are kept.
+        told: whether its limits are known, so that the order of calls tells more.
     """
 
-    generations: OrderedDict[Key, Generation] = field(default_factory=OrderedDict)
-    rasters: dict[Key, Rasters] = field(default_factory=dict)
-    busy: threading.Lock = field(default_factory=threading.Lock)
+    def __init__(self, buffers: Buffers, capacity: int = PASSES, *, told: bool = False) -> None:
+        self.passes: list[PassState] = []
+        self.step = -1
+        self.timestep: float | None = None
+        self.called: list[PassState] = []
+        self.varying: set[int] = set()
+        self.capacity, self.told = capacity, told
+        self._pool = buffers
+        self._previous = -1
+        self._families = 0
+        self._counts: dict[int, int] = {}  # calls of a step by family, at the last one with any
+        self._scattered: set[int] = set()  # families that lost a pass: their order tells nothing
+        self._in_order: set[Hashable] = set()  # keys whose inputs are made anew at every call
+        self._warned = False
 
-    def running(self, context: Hashable, timestep: float | None) -> Generation | None:
-        """The generation of a context that a call at `timestep` goes on with.
+    def end(self, *, reuse: bool = True) -> None:
+        """Forget everything.
 
-        Its inputs may have changed shape: guidance that ends in mid-run halves the batch.
+        Args:
+            reuse: whether buffers go to the next generation; not if a program may still run.
+        """
+        if reuse:
+            self._pool.give_back(self.passes)
+        self.passes, self.called, self.step, self.timestep = [], [], -1, None
+        self._counts, self._scattered, self._in_order = {}, set(), set()
+
+    def move_to(self, step: int) -> None:
+        """Go on to a later step."""
+        if step != self.step:
+            self._close_step()
+            self._previous, self.step, self.timestep = self.step, step, None
+
+    def find_pass(self, key: Hashable, marks: Marks) -> PassState | None:
+        """The pass of this name and shape, with these inputs, that was not called in this step."""
+        return self._first(key, lambda state: not state.differences(marks, self.varying))
+
+    def find_in_order(self, key: Hashable, *, labeled: bool) -> PassState | None:
+        """The next pass of a key whose calls may bring new inputs every time, but come in order.
+
+        Args:
+            labeled: whether the caller gave the pass its name; else it must have been noticed.
+        """
+        known = labeled or key in self._in_order
+        return self._first(key, lambda _: True) if known else None
+
+    def _first(self, key: Hashable, fits: Callable[[PassState], bool]) -> PassState | None:
+        free = (p for p in self.passes if p.key == key and p not in self.called)
+        return next(filter(fits, free), None)
+
+    def add_pass(self, key: Hashable, marks: Marks) -> PassState:
+        """A new pass of this step."""
+        alike = (
+            p.family for p in self.called if p.key == key and not p.differences(marks, self.varying)
+        )
+        family = next(alike, None)
+        if family is None:
+            family = self._families = self._families + 1
+        state = PassState(key, marks, family=family, born=self.step)
+        self.passes.append(state)
+        if len(self.passes) > self.capacity:
+            self._drop(min(self.passes[:-1], key=lambda p: (p.last, self.passes.index(p))))
+        return state
+
+    def _drop(self, state: PassState) -> None:
+        """Make room; what is left of its family can't be told apart any more."""
+        self.passes.remove(state)
+        self._scattered.add(state.family)
+        self._pool.give_back([state])
+        (_log.debug if self._warned else _log.warning)(
+            "more than %d passes a step: the one unused longest was dropped, and selects anew when "
+            "it comes back; generation(passes=...) keeps more",
+            self.capacity,
+        )
+        self._warned = True
+
+    def call(self, state: PassState, marks: Marks, timestep: float | None) -> None:
+        """Note a call of a pass at this step.
+
+        Raises:
+            SharedStateError: another thread is in a call of the pass.
         """
         me = threading.get_ident()
-        for (other, _), generation in reversed(self.generations.items()):
-            if other == context and generation.thread == me and generation.precedes(timestep):
-                return generation
-        return None
+        if state.caller not in (None, me) and state.caller in _living_threads():
+            raise SharedStateError(
+                "two threads are in one pass of a generation",
+                where=f"step {self.step}",
+                expected="one call at a time for each pass",
+                got="a second one while the first still runs",
+                hint="name what runs at once: with run.step(i, pass_=name)",
+            )
+        state.caller = me
+        if state.last >= 0:
+            changed = state.differences(marks, ())
+            self.varying &= changed.keys()
+            state.skipped = range(state.last + 1, self.step)
+        state.note(marks)
+        state.last = self.step
+        self.called.append(state)
+        self.timestep = timestep
 
-    def generation(self, key: Key, capacity: int) -> Generation:
-        """The generation of a context and signature; the one unused longest is dropped."""
-        generation = self.generations.setdefault(key, Generation())
-        self.generations.move_to_end(key)
-        while len(self.generations) > capacity:
-            self.rasters.pop(self.generations.popitem(last=False)[0], None)
-        return generation
+    def _close_step(self) -> None:
+        """Passes that only order tells apart are trusted where a step had as many as the last.
 
+        Where another number was called, nobody knows which were left out, or whose they are.
+        """
+        if self.told:
+            self._learn_order()
+        counts = Counter(state.family for state in self.called)
+        for family, count in counts.items():
+            before = self._counts.get(family, count)
+            if family in self._scattered or (before != count and max(before, count) > 1):
+                own = [p for p in self.passes if p.family == family]
+                for state in own:
+                    state.forget()
+                    state.unsure = True
+                late = [p for p in own if p not in self.called]
+                self._pool.give_back(late)
+                self.passes = [p for p in self.passes if p not in late]
+        self._counts |= counts
+        self.called = []
 
-def shared_state_error(where: str, got: str, hint: str) -> SharedStateError:
-    """The error for two threads on one implicit state."""
-    return SharedStateError(
-        "implicit state can't be shared by threads",
-        where=where,
-        expected="one generation at a time",
-        got=got,
-        hint=hint,
-    )
+    def _learn_order(self) -> None:
+        """Notice passes that come in the same number, and with new inputs every time."""
+        for key in {p.key for p in self.called} - self._in_order:
+            new = [p for p in self.called if p.key == key]
+            old = [p for p in self.passes if p.key == key and p not in new]
+            before = [p for p in old if p.last == self._previous]
+            if len(before) == len(new) and all(p.born == self.step for p in new):
+                self._in_order.add(key)
+                self._pool.give_back(old)
+                self.passes = [p for p in self.passes if p not in old]

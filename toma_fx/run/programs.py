@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from toma_fx.analysis.dataflow import Flow
 from toma_fx.analysis.facts import Analysis
 from toma_fx.analysis.propagate import analyze
+from toma_fx.analysis.roles import Roles, find_roles
 from toma_fx.capture.model import Captured, capture, check_model
 from toma_fx.capture.parity import Expected
 from toma_fx.capture.quantized import Parts
@@ -165,6 +166,11 @@ class Specialization:
     def schedule(self) -> Scheduled:
         """Which kind is due when."""
         return self.plan.config if self.plan.segments else Schedule.plain()
+
+    @cached_property
+    def roles(self) -> Roles:
+        """What the inputs mean."""
+        return find_roles(self.captured)
 
     def takes(self, kind: str) -> tuple[str, ...]:
         """Names of the masks and kept tensors that follow the model's own inputs."""

@@ -164,6 +164,8 @@ class Summary(Printable):
         captures: graphs made so far. live: those kept.
         steps: run since `optimize`, by kind: "refresh", "reweigh", "reuse", "mixed" (several
             requests in one batch), "plain" (unmerged).
+        unsure: steps that selected anew because it was not clear which generation, step or pass
+            they belong to; `denoiser.generation()` tells it.
     """
 
     denoiser: str
@@ -173,6 +175,7 @@ class Summary(Printable):
     captures: int
     live: tuple[LiveGraph, ...]
     steps: dict[str, int]
+    unsure: int = 0
 
     def to_json(self) -> str:
         """The summary as JSON text."""
@@ -188,6 +191,7 @@ class Summary(Printable):
         ran = ", ".join(f"{n} {call}" for call, n in self.steps.items()) or "none yet"
         named = (k for k in ("method", "ratio", "scope", "window") if k in self.config)
         brief = ", ".join(f"{k}={self.config[k]}" for k in named)
+        unsure = f" ({self.unsure} unsure, selected anew)" if self.unsure else ""
         mode = "compiled" if self.compiled else "eager"
         table = Table(box=SIMPLE)
         for name in ("inputs", "merged segments", "tokens", "steps"):
@@ -201,7 +205,7 @@ class Summary(Printable):
             )
         return [
             Text(f"{self.denoiser}: token merging, {brief}, {mode}"),
-            Text(f"steps: {ran}; graphs captured: {self.captures}, kept: {len(self.live)}"),
+            Text(f"steps: {ran}{unsure}; graphs captured: {self.captures}, kept: {len(self.live)}"),
             *([table] if self.live else []),
         ]
 
@@ -219,6 +223,7 @@ def make_summary(model: nn.Module, optimized: OptimizedDenoiser | None) -> Summa
         optimized.cache.captures,
         tuple(_describe_graph(s) for s in optimized.specializations),
         optimized.totals,
+        optimized.unsure,
     )
 
 

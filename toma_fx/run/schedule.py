@@ -81,12 +81,22 @@ def _shortest_cycle(kinds: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, .
     return tuple(kinds[:-1]), (kinds[-1],)
 
 
-def due(schedule: Scheduled, step: int) -> str:
-    """The kind of program that is due at `step` (from 0) of a generation."""
+def due(schedule: Scheduled, step: int, first: int = 0) -> str:
+    """The kind of program that is due.
+
+    Args:
+        step: of the generation, from 0. first: step at which the pass selected first.
+    """
     last = schedule.last_step
     if step < schedule.first_step or (last is not None and step > last):
         return "plain"
-    return schedule.renewal(step - schedule.first_step)
+    return schedule.renewal(step - max(first, schedule.first_step))
+
+
+def counts_steps(schedule: Scheduled) -> bool:
+    """Whether some steps merge and others do not, so that it matters which step a call is."""
+    last = schedule.last_step
+    return (last is None and schedule.first_step > 0) or (last is not None and last >= 0)
 
 
 class Kinds(Protocol):

@@ -1,104 +1,54 @@
 """The turn of a step, written once: for the denoiser, the back end and loaded artifacts.
 
-    call -> generation starts or goes on? -> position ids -> programs -> state of the pass
-         -> kind that runs -> inputs and kept tensors -> RUN -> keep what it gives -> outputs
+    call -> position ids -> programs -> whose generation, step, pass -> kind that runs
+         -> inputs and kept tensors -> RUN -> keep what it gives -> outputs
 
 What differs between the three is behind two things: a `StepCall`, the call in canonical form, and
-a `ProgramSet`, the programs of its signature. An exception after the state has been asked restarts
-the generation: its kept tensors can't be trusted. One before that (a call that does not fit, a
-second thread) changes nothing.
+a `ProgramSet`, the programs of its signature.
+
+An error before the state is asked (a call that does not fit) changes nothing. After one that comes
+later, and after an interrupt at any point, nothing is trusted that the call may have touched: its
+thread is noted when it begins and crossed off when it is done, and who finds itself noted was
+broken off. No lock is held, so none can be left behind.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from toma_fx.capture.grids import Raster
 from toma_fx.compat import disable_dynamo, skip_frame
-from toma_fx.errors import SharedStateError
-from toma_fx.run.generation import (
-    Generation,
-    Implicit,
-    PassState,
-    Rasters,
-    shared_state_error,
+from toma_fx.errors import GenerationError, TomaError
+from toma_fx.run.calls import number_of
+from toma_fx.run.generation import PASSES, Buffers, Generation, PassState
+from toma_fx.run.guess import Facts, Guesses
+from toma_fx.run.marks import Mark, Rasters
+from toma_fx.run.program_set import (
+    Find,
+    ProgramSet,
+    StepCall,
+    clone_graph_outputs,
+    run_program,
+    split_outputs,
 )
-from toma_fx.run.programs import beside_tracing
-from toma_fx.run.schedule import Scheduled, due, runnable
+from toma_fx.run.schedule import counts_steps, due, runnable
+from toma_fx.run.scopes import Entered, Flow, Scopes
+from toma_fx.run.told import Run
 
-GENERATIONS = 4
-"""Implicit states that are kept for each set of programs that may live."""
-OWN_STATE = (
-    "run each thread inside `with denoiser.own_state():`, or hold the state yourself: "
-    "denoiser.step(inputs, state); denoiser.reset() ends a generation that was broken off"
-)
-"""What a second thread can do."""
+RASTERS = 64
+"""Signatures of which it is remembered what their position ids enumerate."""
 
+T = TypeVar("T")
 
-class ProgramSet(Protocol):
-    """The programs of one signature, by kind."""
-
-    @property
-    def schedule(self) -> Scheduled:
-        """Which kind is due when."""
-
-    @property
-    def settings(self) -> Hashable:
-        """What kept tensors must agree on to fit."""
-
-    @property
-    def batch_sizes(self) -> frozenset[int]:
-        """Rows of the batch, as the kept tensors see them."""
-
-    def takes(self, kind: str) -> tuple[str, ...]:
-        """Names of the masks and kept tensors that follow the model's own inputs."""
-
-    def gives(self, kind: str) -> tuple[str, ...]:
-        """Names of the kept tensors that follow the model's own outputs."""
-
-    def instead(self, kind: str) -> str:
-        """The kind that runs while something that `kind` takes is not kept."""
-
-    def mixed(self, kinds: Collection[str]) -> str | None:
-        """The kind that serves a batch of requests that are due these kinds, if there is one."""
-
-    def runner(self, kind: str) -> Callable[..., Sequence[Any]]:
-        """The program: (inputs, kept tensors) -> (outputs, kept tensors), flat."""
-
-    def count(self, kind: str) -> None:
-        """Count a step."""
-
-
-@dataclass(frozen=True)
-class StepCall:
-    """One call in canonical form.
-
-    Attributes:
-        signature: what the programs depend on, but for the values of position ids.
-        leaves: inputs of the programs, in order. ids: those that may be position ids, at the same
-            places. timestep: as a number. conditioning: the text tokens, if the model has them.
-        context: whose generation it is, beside `cache_context`.
-        kernel: makes the context that the program runs under.
-    """
-
-    signature: Hashable
-    leaves: Sequence[Any]
-    ids: Sequence[Any]
-    timestep: float | None
-    conditioning: Tensor | None
-    context: Hashable = None
-    kernel: Callable[[], AbstractContextManager[Any]] = nullcontext
-
-
-Find = Callable[[tuple[Raster | None, ...]], tuple[Hashable, ProgramSet]]
-"""(what kept tensors depend on, programs) for what the position ids of a call enumerate."""
+_log = logging.getLogger("toma_fx.run")
 
 
 @dataclass(frozen=True)
@@ -110,132 +60,192 @@ class Turn:
     run: Callable[..., Sequence[Any]]
     inputs: Sequence[Any]
     kernel: Callable[[], AbstractContextManager[Any]]
-    generation: Generation
     state: PassState
-    implicit: Implicit
+    calling: Hashable
 
 
 class Stepper:
     """Runs steps and keeps their state for whoever calls.
 
     Attributes:
-        capacity: generations that are kept. totals: steps run, by kind.
-        where, hint: of the error for a second thread.
+        where: of its errors. buffers: of passes that are over.
     """
 
-    def __init__(self, capacity: int, where: str, hint: str) -> None:
+    def __init__(self, where: str) -> None:
         for function in (Stepper.step, run_program):  # disabled, they could not run beside a trace
             skip_frame(function)
-        self.capacity = capacity
-        self.totals: dict[str, int] = {}
-        self.where, self.hint = where, hint
-        self._implicit = Implicit()
-        self._local = threading.local()
-        self._counting = threading.Lock()
+        self.where = where
+        self.buffers = Buffers()
+        self._states: Scopes[Guesses | Run] = Scopes(Guesses(self.buffers))
+        self._labels: Scopes[str] = Scopes("")
+        self._rasters: OrderedDict[Hashable, Rasters] = OrderedDict()
+        self._calling: set[Hashable] = set()
+        self._counts: dict[tuple[int, str], int] = {}  # by thread: it alone adds to its own
+        self._unsure: dict[int, int] = {}
 
     # -- whose state ----------------------------------------------------------------------------
 
+    def own_state(self) -> AbstractContextManager[Any]:
+        """Calls inside keep their state apart from all others."""
+        return self._states.enter(Guesses(self.buffers))
+
+    def _current(self) -> Guesses | Run:
+        """The state that holds here."""
+        states = self._states.current()
+        if isinstance(states, Run) and states.ended and states.flow == Flow.current():
+            # no late task, but who opened it: an interrupt came while its `with` was left
+            self._states.forget(states)
+            return self._current()
+        return states
+
+    @property
+    def told(self) -> Run | None:
+        """The generation that calls here belong to, if it was told and is not over."""
+        states = self._current()
+        return states if isinstance(states, Run) and not states.ended else None
+
     @contextmanager
-    def own_state(self) -> Iterator[None]:
-        """Calls of this thread inside keep their state to themselves."""
-        previous = getattr(self._local, "implicit", None)
-        self._local.implicit = Implicit()
+    def generation(self, steps: int | None = None, passes: int = PASSES) -> Iterator[Run]:
+        """Calls inside are the steps of one generation.
+
+        Args:
+            steps: how many there will be, if that is known. passes: those of a step that are kept.
+
+        Raises:
+            GenerationError: inside another generation of the same denoiser, or wrong numbers.
+        """
+        if self.told is not None:
+            raise GenerationError(
+                "a generation inside another one",
+                where=self.where,
+                expected="one generation at a time in each thread, coroutine or generator",
+                got="generation() inside another one",
+                hint="own_state() inside it keeps a second one apart",
+            )
+        with self.enter(Run(steps, passes, self.buffers)) as run:
+            yield run
+
+    @contextmanager
+    def enter(self, run: Run) -> Iterator[Run]:
+        """Calls inside are those of a generation, which ends with it."""
         try:
-            yield
+            with self._states.enter(run):
+                yield run
         finally:
-            self._local.implicit = previous
+            run.end()
 
     @property
     def context(self) -> str:
-        """The name that `cache_context` set in this thread."""
-        name: str = getattr(self._local, "context", "")
-        return name
+        """The name that `cache_context` set here."""
+        return self._labels.current()
 
-    @contextmanager
-    def cache_context(self, name: str) -> Iterator[None]:
-        """Calls of this thread inside are a pass of their own ("cond", "uncond" of true CFG)."""
-        previous, self._local.context = self.context, name
-        try:
-            yield
-        finally:
-            self._local.context = previous
+    def cache_context(
+        self, name: str, *, step_index: int | None = None, **about: Any
+    ) -> Entered[str]:
+        """Calls inside are a pass of their own ("cond", "uncond" of true CFG).
+
+        Args:
+            name: of the pass. step_index: of the step, for a generation that was told.
+            about: anything else that diffusers tells its caches.
+
+        Raises:
+            GenerationError: such a step can't come next.
+        """
+        states = self._current()
+        if step_index is not None and isinstance(states, Run):
+            states.step(step_index)
+        return self._labels.enter(name)
 
     def reset(self) -> None:
-        """Forget what is kept; the next call is step 0 of a new generation."""
-        for generation in self.generations():
-            generation.restart()
+        """Forget what is kept for this thread or coroutine: its next call begins a generation."""
+        states = self._current()
+        if isinstance(states, Guesses):
+            states.drop_those_of(Flow.current())
 
     def generations(self) -> tuple[Generation, ...]:
-        """Those of this thread's state, the one used last at the end."""
-        return tuple(self._state().generations.values())
+        """Those of this thread, the one used last at the end; or the one that was told."""
+        states = self._current()
+        if isinstance(states, Run):
+            return (states.generation,)
+        return tuple(states.of(threading.get_ident()))
 
-    def _state(self) -> Implicit:
-        implicit: Implicit = getattr(self._local, "implicit", None) or self._implicit
-        return implicit
-
-    def _shared(self, got: str) -> SharedStateError:
-        return shared_state_error(self.where, got, self.hint)
+    @property
+    def totals(self) -> dict[str, int]:
+        """Steps run, by kind."""
+        totals: dict[str, int] = {}
+        for (_, kind), count in list(self._counts.items()):
+            totals[kind] = totals.get(kind, 0) + count
+        return totals
 
     # -- a step ---------------------------------------------------------------------------------
 
-    def step(self, prepare: Callable[[], StepCall], find: Find) -> list[Any]:
-        """One step; `prepare` makes the call when the state is this thread's.
+    def step(
+        self,
+        prepare: Callable[[], StepCall],
+        find: Find,
+        unflatten: Callable[[list[Any]], T],
+    ) -> T:
+        """One step; `prepare` makes the call.
 
         Returns:
-            The model's own outputs, flat.
+            The model's own outputs, as `unflatten` makes them of the flat ones.
 
         Raises:
-            SharedStateError: another thread is in a step, or in the middle of the generation.
+            GenerationError: the call contradicts what was told, or its steps can't be counted.
+            SharedStateError: another thread is in the same pass of a generation that was told.
             Whatever `prepare` and `find` raise.
         """
         turn = self.begin(prepare, find)
-        done = False
         try:
             results = run_program(turn.run, turn.inputs, turn.kernel)
-            outputs: list[Any] = self.finish(turn, results)
-            done = True
-        finally:
-            self.leave(turn, done)
-        return outputs
+            outputs = unflatten(self.finish(turn, results))
+            self._calling.discard(turn.calling)
+            return outputs
+        except BaseException:
+            self.abandon()
+            raise
 
     @disable_dynamo
     def begin(self, prepare: Callable[[], StepCall], find: Find) -> Turn:
-        """Take the state and say what runs; `leave` must follow."""
-        implicit = self._state()
-        if not implicit.busy.acquire(blocking=False):
-            raise self._shared("another thread is in a step with it")
+        """Take the state and say what runs; `finish` or `abandon` must follow."""
+        states = self._current()
+        calling = (id(states), threading.get_ident())
+        if calling in self._calling:
+            self.abandon()
+        self._calling.add(calling)
         try:
-            return self._turn(implicit, prepare(), find)
+            call = prepare()
+            rasters = self._read_rasters(call)
+            owner, programs = find(rasters)
+        except TomaError:  # the call does not fit: nothing has changed
+            self._calling.discard(calling)
+            raise
         except BaseException:
-            implicit.busy.release()
+            self.abandon()
+            raise
+        try:
+            return self._turn(states, call, owner, programs, calling)
+        except BaseException:
+            self.abandon()
             raise
 
-    def _turn(self, implicit: Implicit, call: StepCall, find: Find) -> Turn:
-        context = (self.context, call.context)
-        key = (context, call.signature)
-        generation = implicit.generation(key, self.capacity)
-        starts = generation.starts(call.timestep, call.conditioning)
-        rasters = implicit.rasters.get(key)
-        if rasters is None or starts or not rasters.are_of(call.ids):
-            # position ids are read once a generation: on a GPU reading waits for it
-            rasters = implicit.rasters[key] = Rasters.read(call.ids)
-        before = implicit.running(context, call.timestep) if starts else None
-        owner, programs = find(rasters.values)
-        state = generation.advance(call.timestep, call.conditioning)
-        if state is None:
-            raise self._shared("another thread is in the middle of a generation with it")
-        try:
-            if before is not None and before is not generation:
-                generation.follow(before)
-            state.bind(owner)
-            kind = runnable(due(programs.schedule, state.step), programs, state.kept)
-            kept = [state.buffers[name] for name in programs.takes(kind)]
-            run = programs.runner(kind)
-        except BaseException:
-            generation.restart()
-            raise
-        inputs = [*call.leaves, *kept]
-        return Turn(programs, kind, run, inputs, call.kernel, generation, state, implicit)
+    def _turn(
+        self,
+        states: Guesses | Run,
+        call: StepCall,
+        owner: Hashable,
+        programs: ProgramSet,
+        calling: Hashable,
+    ) -> Turn:
+        generation, state = self._place(states, call, programs)
+        state.bind(owner, self.buffers)
+        kind = _kind_of(state, generation.step, programs)
+        kept = [state.buffers[name] for name in programs.takes(kind)]
+        run = programs.runner(kind)
+        if state.unsure and programs.gives(kind):
+            self._note_unsure()
+        state.unsure = False
+        return Turn(programs, kind, run, [*call.leaves, *kept], call.kernel, state, calling)
 
     @disable_dynamo
     def finish(self, turn: Turn, results: Sequence[Any]) -> list[Any]:
@@ -245,38 +255,119 @@ class Stepper:
             turn.state.keep(given)
         turn.state.count(turn.kind)
         self.count(turn.programs, turn.kind)
-        return clone_graph_outputs(outputs)
+        outputs = clone_graph_outputs(outputs)
+        turn.state.caller = None
+        return outputs
 
     @disable_dynamo
-    def leave(self, turn: Turn, done: bool) -> None:
-        """Release the state; after an exception the next call starts a generation."""
-        if not done:
-            turn.generation.restart()
-        turn.implicit.busy.release()
+    def abandon(self) -> None:
+        """End what a call that was broken off may have touched: the next one begins anew.
+
+        A generation that was told goes on; its passes that this thread was in select anew.
+        """
+        states, me = self._states.current(), threading.get_ident()
+        if isinstance(states, Run):
+            states.abandon(me)
+        else:
+            states.drop_those_of(Flow.current())
+        self._calling.discard((id(states), me))
+
+    # -- which step -----------------------------------------------------------------------------
+
+    def _place(
+        self, states: Guesses | Run, call: StepCall, programs: ProgramSet
+    ) -> tuple[Generation, PassState]:
+        roles = programs.roles
+        marks = [_mark(call.leaves[i]) for i in roles.compared]
+        value = TimestepValue(None if roles.timestep is None else call.leaves[roles.timestep])
+        label = (self.context, call.label)
+        run = states if isinstance(states, Run) else states.run_of(call.token)
+        if run is not None:
+            return run.generation, run.place(label, call.signature, marks, value)
+        assert isinstance(states, Guesses)
+        timestep = value.read()
+        if timestep is None and counts_steps(programs.schedule):
+            raise GenerationError(
+                "the steps of this model can't be counted",
+                where=self.where,
+                expected="a timestep among the arguments, or a generation that is told",
+                got="no argument that is a timestep, and a schedule with first_step or last_step",
+                hint="with denoiser.generation(steps=30) as run: run.step(i) before the calls "
+                "of step i",
+            )
+        key = (label, call.signature)
+        facts = Facts(call.context, key, marks, roles.conditioning, timestep, Flow.current())
+        return states.place(facts)
+
+    def _read_rasters(self, call: StepCall) -> tuple[Raster | None, ...]:
+        """What the position ids of a call enumerate; on a GPU reading new ones waits for it."""
+        rasters = self._rasters.get(call.signature)
+        if rasters is None or not rasters.are_of(call.ids):
+            rasters = self._rasters[call.signature] = Rasters.read(call.ids)
+            while len(self._rasters) > RASTERS:
+                self._rasters.popitem(last=False)
+        return rasters.values
+
+    # -- counting -------------------------------------------------------------------------------
 
     def count(self, programs: ProgramSet, kind: str) -> None:
         """Count a step."""
-        with self._counting:
-            programs.count(kind)
-            self.totals[kind] = self.totals.get(kind, 0) + 1
+        programs.count(kind)
+        key = (threading.get_ident(), kind)
+        self._counts[key] = self._counts.get(key, 0) + 1
+
+    @property
+    def unsure(self) -> int:
+        """Steps that selected anew because it was not clear what they belong to."""
+        return sum(list(self._unsure.values()))
+
+    def _note_unsure(self) -> None:
+        level, me = logging.DEBUG if self._unsure else logging.WARNING, threading.get_ident()
+        self._unsure[me] = self._unsure.get(me, 0) + 1
+        _log.log(
+            level,
+            "%s: it is not clear which generation, step or pass a call belongs to, so that it "
+            "selects anew; toma_fx.optimize(pipe) tells it for a pipeline, `with "
+            "denoiser.generation(steps=...)` for a loop (docs/generations.md)",
+            self.where,
+        )
 
 
-def run_program(
-    run: Callable[..., Sequence[Any]],
-    inputs: Sequence[Any],
-    kernel: Callable[[], AbstractContextManager[Any]],
-) -> Sequence[Any]:
-    """Run a program, which may be compiled, without gradients."""
-    with torch.no_grad(), beside_tracing(), kernel():
-        return run(*inputs)
+def _kind_of(state: PassState, step: int, programs: ProgramSet) -> str:
+    """The kind that a pass runs at a step.
+
+    Renewals count from the step at which the pass selected first. One that it missed makes out of
+    date what would have been renewed.
+    """
+    schedule = programs.schedule
+    if state.first is not None:
+        for missed in state.skipped:
+            kind = due(schedule, missed, state.first)
+            if kind != "plain":
+                state.kept.difference_update(programs.gives(kind))
+    kind = due(schedule, step, step if state.first is None else state.first)
+    if state.first is None and kind != "plain":
+        state.first = step
+    return runnable(kind, programs, state.kept)
 
 
-def split_outputs(results: Sequence[Any], gives: Sequence[str]) -> tuple[list[Any], dict[str, Any]]:
-    """What a program gives: the model's own outputs, and the kept tensors after them by name."""
-    own = len(results) - len(gives)
-    return list(results[:own]), dict(zip(gives, results[own:], strict=True))
+def _mark(leaf: Any) -> Mark | None:
+    return Mark.of(leaf) if isinstance(leaf, Tensor) else None
 
 
-def clone_graph_outputs(results: Sequence[Any]) -> list[Any]:
-    """Results that stay as they are: a CUDA graph writes its outputs to the same place again."""
-    return [r.clone() if isinstance(r, Tensor) and r.is_cuda else r for r in results]
+class TimestepValue:
+    """A timestep, as the call has it: on a GPU, reading it waits for all that was asked before."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+        self._waits = isinstance(value, Tensor) and value.device.type != "cpu"
+
+    def peek(self) -> float | None:
+        """It as a number, if that is known without waiting."""
+        return None if self._waits else self.read()
+
+    def read(self) -> float | None:
+        """It as a number; None where there is none."""
+        number = number_of(self._value)
+        self._value, self._waits = number, False
+        return number

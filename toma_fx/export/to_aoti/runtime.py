@@ -15,7 +15,7 @@ from toma_fx.errors import ArtifactError
 from toma_fx.export.manifest import Manifest
 from toma_fx.export.targets import Runtime, aligned
 from toma_fx.export.to_aoti.files import PACKAGE, WEIGHTS, load_weights
-from toma_fx.run.stepper import split_outputs
+from toma_fx.run.program_set import split_outputs
 
 
 class AOTIRuntime(Runtime):

@@ -16,7 +16,7 @@ from toma_fx.export.manifest import Manifest, TensorSpec
 from toma_fx.export.packages import import_onnx, missing_onnx
 from toma_fx.export.targets import Runtime, check_options, separate_inputs
 from toma_fx.export.to_onnx.weights import WEIGHTS
-from toma_fx.run.stepper import split_outputs
+from toma_fx.run.program_set import split_outputs
 
 LOAD_OPTIONS = ("providers", "threads", "prepack")
 Provider = str | tuple[str, Mapping[str, Any]]

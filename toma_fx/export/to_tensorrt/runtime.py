@@ -12,7 +12,7 @@ from torch import Tensor
 from toma_fx.errors import ArtifactError
 from toma_fx.export.manifest import Manifest, TensorSpec
 from toma_fx.export.targets import Runtime, separate_inputs
-from toma_fx.run.stepper import split_outputs
+from toma_fx.run.program_set import split_outputs
 
 _DTYPES = {
     "FLOAT": "float32",
