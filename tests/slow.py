@@ -185,6 +185,7 @@ SLOW = (
     Slow("run/test_backend.py::test_timesteps_that_are_python_numbers[int]", MORE),
     Slow("run/test_backend.py::test_a_ratio_of_zero_is_plain_inductor", INDUCTOR),
     Slow("run/test_explain.py::test_every_attention_is_merged*[*]", MORE, quick=("stack",)),
+    Slow("run/test_sequences.py::test_many_random_sequences[*]", "2,000 random worlds"),
     Slow("run/test_runtime.py::test_half_precision_models[*]", WHOLE, quick=("flux-*.float16",)),
     # zoo
     Slow(

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # the names of the table, for type checkers and editors
         AdapterError as AdapterError, ArtifactError as ArtifactError, BuildError as BuildError,
         CaptureError as CaptureError, CompanionError as CompanionError, CompatError as CompatError,
         ConfigError as ConfigError, DynamicError as DynamicError,
-        GradientError as GradientError,
+        GenerationError as GenerationError, GradientError as GradientError,
         MissingPackageError as MissingPackageError, ModelTypeError as ModelTypeError,
         NoMergeSites as NoMergeSites, OffloadError as OffloadError, ParityError as ParityError,
         RewriteError as RewriteError, SharedStateError as SharedStateError,
@@ -56,9 +56,9 @@ _NAMES = {
     "toma_fx.calibration": "calibrate record_calls",
     "toma_fx.errors": (
         "AdapterError ArtifactError BuildError CaptureError CompanionError CompatError "
-        "ConfigError DynamicError GradientError MissingPackageError ModelTypeError NoMergeSites "
-        "OffloadError ParityError RewriteError SharedStateError SignatureError StatefulModelError "
-        "StateError TileError TomaError TrainingModeError UnknownNameError VerifyError"
+        "ConfigError DynamicError GenerationError GradientError MissingPackageError ModelTypeError "
+        "NoMergeSites OffloadError ParityError RewriteError SharedStateError SignatureError "
+        "StatefulModelError StateError TileError TomaError TrainingModeError UnknownNameError VerifyError"
     ),
     "toma_fx.export.denoiser": "ArtifactDenoiser",
     "toma_fx.export.loader": "load",

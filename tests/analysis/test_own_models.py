@@ -471,8 +471,8 @@ def test_python_that_depends_on_values_is_refused_with_its_line() -> None:
 
 
 class Renamed(own.PackedDenoiser):
-    def forward(self, hidden_states: Tensor, t: Tensor) -> Tensor:
-        return super().forward(hidden_states, t)
+    def forward(self, hidden_states: Tensor, when: Tensor) -> Tensor:
+        return super().forward(hidden_states, when)
 
 
 @torch.no_grad()
@@ -487,11 +487,11 @@ def test_the_timestep_tells_generations_and_the_state_tells_steps() -> None:
     renamed = toma_fx.optimize(lively(Renamed((9, 15), width=32, depth=1)), **options)
     for t in (900.0, 800.0, 700.0):
         renamed(tokens, torch.tensor([t, t]))
-    assert toma_fx.summary(renamed).steps == {"refresh": 3}
+    assert toma_fx.summary(renamed).steps == {"refresh": 1, "reuse": 2}, "found by its sine"
     state = toma_fx.State()
     for t in (900.0, 800.0, 700.0):
-        _, state = renamed.step({"hidden_states": tokens, "t": torch.tensor([t, t])}, state)
-    assert toma_fx.summary(renamed).steps == {"refresh": 4, "reuse": 2}
+        _, state = renamed.step({"hidden_states": tokens, "when": torch.tensor([t, t])}, state)
+    assert toma_fx.summary(renamed).steps == {"refresh": 2, "reuse": 4}
 
 
 # -- the script and the page ----------------------------------------------------------------------

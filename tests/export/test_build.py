@@ -151,7 +151,7 @@ def test_the_published_schema(tmp_path: Path, optimized: Any, target: InProcess)
     data = json.loads((tmp_path / "a" / "manifest.json").read_text())
     check = jsonschema.Draft202012Validator(json.loads(written.text())).validate
     check(data)
-    for wrong in ({"version": 3}, {"files": {"a": 3}}, {"schedule": {}}, {"more": 1}):
+    for wrong in ({"version": 2}, {"files": {"a": 3}}, {"schedule": {}}, {"more": 1}):
         with pytest.raises(jsonschema.ValidationError):
             check({**data, **wrong})
 

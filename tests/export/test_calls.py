@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tests.export.in_process import InProcess, opened
 from tests.methods.test_methods import inputs
-from toma_fx.errors import SignatureError
+from toma_fx.errors import GradientError, SignatureError
 from toma_fx.export.builder import export
 from toma_fx.export.calls import match_call
 from toma_fx.export.targets import separate_inputs
@@ -138,7 +138,6 @@ REFUSED: dict[str, Callable[[Tensor], Any]] = {
     "nested": lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged),
     "quantized": _quantized,
     "without values": lambda x: x.to("meta"),
-    "that asks for gradients": lambda x: x.clone().requires_grad_(),
     "an array": lambda x: x.numpy(),
 }
 
@@ -152,6 +151,16 @@ def test_tensors_that_no_program_can_read(
     with pytest.raises(SignatureError) as caught:
         loaded(**{**inputs(), "sample": REFUSED[how](inputs()["sample"])})
     assert caught.value.where == "sample"
+
+
+def test_gradients_are_refused(tmp_path: Path, target: InProcess, optimized: Any) -> None:
+    export(optimized, inputs(), tmp_path / "a", target)
+    loaded: Any = opened(target, tmp_path / "a")
+    sample = inputs()["sample"].requires_grad_()
+    with torch.enable_grad(), pytest.raises(GradientError):
+        loaded(**{**inputs(), "sample": sample})
+    with torch.no_grad():
+        assert loaded(**{**inputs(), "sample": sample}).isfinite().all()
 
 
 def test_calls_in_any_mode_of_gradients(tmp_path: Path, target: InProcess, optimized: Any) -> None:

@@ -21,7 +21,12 @@ from toma_fx.graph.flops import graph_flops, node_flops
 from toma_fx.graph.rewriter import Rewriter
 
 CLASSES = {name: value for name, value in vars(nodes).items() if name.isupper()}
-TABLES = [name for name, value in CLASSES.items() if isinstance(value, (set, tuple))]
+ARGUMENTS = ("PICTURES", "TIMESTEPS")
+TABLES = [
+    name
+    for name, value in CLASSES.items()
+    if isinstance(value, (set, tuple)) and name not in ARGUMENTS
+]
 aten = torch.ops.aten
 
 

@@ -17,8 +17,7 @@ KEEP = {0.25: 12, 0.5: 8, 0.75: 4}
 def test_sdxl(ratio: float, scope: str) -> None:
     model = denoisers.sdxl()
     first, second = (
-        denoisers.sdxl_inputs(32, 48),
-        denoisers.sdxl_inputs(32, 48, seed=2, timestep=400),
+        denoisers.at_step(denoisers.sdxl_inputs, i, height=32, width=48) for i in (0, 1)
     )
     optimized = toma_fx.optimize(
         model, ratio=ratio, scope=scope, tile=4, min_tokens=90, example_inputs=first
@@ -42,7 +41,9 @@ def test_sdxl(ratio: float, scope: str) -> None:
 @torch.no_grad()
 def test_flux(ratio: float, scope: str) -> None:
     model = denoisers.flux()
-    first, second = denoisers.flux_inputs(8, 12), denoisers.flux_inputs(8, 12, seed=2, timestep=0.4)
+    first, second = (
+        denoisers.at_step(denoisers.flux_inputs, i, start=2, height=8, width=12) for i in (0, 1)
+    )
     optimized = toma_fx.optimize(
         model, ratio=ratio, scope=scope, tile=4, min_tokens=90, example_inputs=first
     )

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    ClassifierFreeGuidance,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
@@ -20,9 +21,11 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UniPCMultistepScheduler,
 )
+from diffusers.modular_pipelines.stable_diffusion_xl.denoise import StableDiffusionXLDenoiseStep
 from torch import Tensor
 
 import toma_fx
+from tests import denoisers
 from tests.diffusers_pipelines import CASES, sdxl, sdxl_call, sdxl_img2img_call
 from tests.run.loops import call, denoiser, same, truth
 from toma_fx.run.told import Run
@@ -71,6 +74,78 @@ def test_img2img_counts_from_where_it_begins(told: Any) -> None:
     pipe = toma_fx.optimize(sdxl(StableDiffusionXLImg2ImgPipeline), **SMALL)
     sdxl_img2img_call(pipe, strength=0.5)
     assert told == [(step, 4, 1) for step in range(4)], "half of eight"
+
+
+def record_calls(denoiser: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Tensor]]:
+    """Every ((args, kwargs), output) of the denoiser from here on."""
+    calls: list[tuple[Any, Tensor]] = []
+    real = type(denoiser).forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = real(self, *args, **kwargs)
+        calls.append(((args, kwargs), output[0].clone()))
+        return output
+
+    monkeypatch.setattr(type(denoiser), "forward", forward)
+    return calls
+
+
+def check(denoiser: Any, calls: list[tuple[Any, Tensor]], passes: int) -> None:
+    """Compare recorded calls with `step()`, with one state for each pass of a step."""
+    states = [toma_fx.State()] * passes
+    for i, (made, output) in enumerate(calls):
+        (want, *_), states[i % passes] = denoiser.step(made, states[i % passes])
+        assert torch.equal(output, want), f"call {i}"
+    assert denoiser.unsure == 0
+    assert {"refresh", "reuse"} <= denoiser.totals.keys()
+
+
+@pytest.mark.parametrize("name", ["flux_true_cfg", "flux_img2img", "sdxl"])
+def test_a_pipeline_gets_the_truth(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES[name]
+    pipe = toma_fx.optimize(case.make(), **SMALL)
+    calls = record_calls(case.denoiser(pipe), monkeypatch)
+    case.call(pipe)
+    check(case.denoiser(pipe), calls, 1 if name == "sdxl" else 2)
+
+
+@pytest.mark.parametrize("name", ["flux_true_cfg", "flux_img2img", "sdxl"])
+def test_a_pipeline_that_does_not_tell_gets_the_truth(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = CASES[name]
+    pipe = case.make()
+    setattr(pipe, case.component, toma_fx.optimize(case.denoiser(pipe), **SMALL))
+    calls = record_calls(case.denoiser(pipe), monkeypatch)
+    case.call(pipe)
+    check(case.denoiser(pipe), calls, 1 if name == "sdxl" else 2)
+
+
+@torch.no_grad()
+def test_a_modular_pipeline_gets_the_truth(monkeypatch: pytest.MonkeyPatch, told: Any) -> None:
+    """Its guider calls the denoiser once for each side, and labels neither."""
+    scheduler = EulerDiscreteScheduler()
+    pipe: Any = StableDiffusionXLDenoiseStep().init_pipeline()
+    guider = ClassifierFreeGuidance(guidance_scale=5.0)
+    pipe.update_components(unet=denoisers.sdxl(), scheduler=scheduler, guider=guider)
+    pipe.set_progress_bar_config(disable=True)
+    toma_fx.optimize(pipe, **SMALL)
+    calls = record_calls(pipe.unet, monkeypatch)
+    made = denoisers.sdxl_inputs(batch=1)
+    text, added = made["encoder_hidden_states"], made["added_cond_kwargs"]
+    fields = {
+        "prompt_embeds": text,
+        "negative_prompt_embeds": -text,
+        "pooled_prompt_embeds": added["text_embeds"],
+        "negative_pooled_prompt_embeds": -added["text_embeds"],
+        "add_time_ids": added["time_ids"],
+        "negative_add_time_ids": added["time_ids"],
+    }
+    scheduler.set_timesteps(4)
+    options = {"timesteps": scheduler.timesteps, "num_inference_steps": 4, "output": "latents"}
+    pipe(latents=made["sample"] * 10, denoiser_input_fields=fields, **options)
+    assert [step for step, _, _ in told] == [0, 0, 1, 1, 2, 2, 3, 3]
+    check(pipe.unet, calls, 2)
 
 
 class Cancelled(Exception):

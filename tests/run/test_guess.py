@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import gc
 import logging
+import re
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import toma_fx
 from tests.logs import logged
+from tests.run.loops import CONFIG, call, optimized, same, text_of, truth
+from tests.run.loops import denoiser as texted
 from toma_fx.run.generation import PASSES, Buffers, PassState
 from toma_fx.run.guess import GENERATIONS, Facts, Guesses
 from toma_fx.run.marks import Likeness, Mark
@@ -290,3 +295,74 @@ def test_a_mark_keeps_no_tensor_alive_and_sees_order() -> None:
     gc.collect()
     assert mark.tensor() is None
     assert mark.compare(Mark.of(copy)) is Likeness.EQUAL
+
+
+# -- whole calls ----------------------------------------------------------------------------------
+
+
+PLANS = {
+    "always": [2] * 6,
+    "late": [1, 1, 2, 2, 2, 2],
+    "late, the other side first": [1, 1, -2, -2, -2],
+    "interval": [1, 2, 2, 1, 1],
+    "early": [2, 2, 1, 1],
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("plan", PLANS)
+def test_guidance_that_comes_and_goes(plan: str) -> None:
+    """Each side keeps its own tokens, and both are at one step: they merge alike."""
+    for options in ({}, {"last_step": 2}, {"first_step": 2}):
+        denoiser, calls, kinds = optimized(destinations_every=6, **options), [], []
+        got = []
+        for step, sides in enumerate(PLANS[plan]):
+            names = ["uncond", "cond"] if sides < 0 else ["cond", "uncond"][:sides]
+            row = []
+            for name in names:
+                before = denoiser.totals
+                made = call(1, step, text_of(5 if name == "cond" else 6))
+                got.append(denoiser(**made))
+                calls.append((name, made))
+                row += [k for k, n in denoiser.totals.items() if n != before.get(k, 0)]
+            kinds.append({kind == "plain" for kind in row})
+        assert all(len(kind) == 1 for kind in kinds), kinds
+        if not options and plan != "late, the other side first":
+            assert same(got, truth(denoiser, calls))
+            assert denoiser.unsure == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", ["number", "rows", "tokens"])
+def test_timesteps_of_rows_and_tokens(shape: str) -> None:
+    """Wan 2.2 gives clean tokens 0, at every step."""
+
+    class PerToken(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = texted()
+
+        def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Any:
+            largest = timestep.reshape(len(sample) if timestep.dim() else 1, -1).amax(1)
+            return self.inner(sample, largest.expand(len(sample)), encoder_hidden_states)
+
+    denoiser = toma_fx.optimize(PerToken().eval(), **CONFIG, last_step=2)
+    for step in range(5):
+        made = call(1, step)
+        number = made["timestep"][0]
+        shapes = {
+            "number": number,
+            "rows": made["timestep"],
+            "tokens": torch.stack([torch.zeros(2, 8), number.expand(2, 8)], -1).flatten(1),
+        }
+        denoiser(**{**made, "timestep": shapes[shape]})
+    assert denoiser.totals == {"refresh": 1, "reuse": 2, "plain": 2}
+
+
+def test_every_way_in_the_docs_has_its_test() -> None:
+    root = Path(__file__).parents[2]
+    names = re.findall(r"`(test_\w+)` \|$", (root / "docs" / "generations.md").read_text(), re.M)
+    assert len(names) > 15
+    code = "".join(file.read_text() for file in (root / "tests").rglob("test_*.py"))
+    missing = [name for name in names if f"def {name}(" not in code]
+    assert not missing

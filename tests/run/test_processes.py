@@ -92,7 +92,8 @@ def test_a_state_in_another_process(tmp_path: Path) -> None:
     assert process.exitcode == 0
     same, weights, attribute, unknown = pickle.loads((tmp_path / "results").read_bytes())
     assert same.step == 2
-    assert all(torch.equal(a, b) for a, b in zip(same.outputs, want, strict=True))
+    for a, b in zip(same.outputs, want, strict=True):  # other processes may round otherwise
+        assert denoisers.relative(a, b) < 1e-5
     assert same.kinds == {"reuse": 2, "refresh": 1}, "the schedule goes on"
     assert same.warnings == []
     for received, reason in (

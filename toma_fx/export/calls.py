@@ -97,12 +97,8 @@ def _plain(value: Tensor, path: Sequence[str]) -> Tensor:
     """A tensor whose memory holds its values: programs read inputs by their address.
 
     Raises:
-        SignatureError: it has none such, or gradients are asked for.
+        SignatureError: it has none such.
     """
-    if torch.is_grad_enabled() and value.requires_grad:
-        raise _misfit(
-            path, "a call without gradients: torch.no_grad(), or detach()", "requires_grad=True"
-        )
     odd = [name for name in ODD if getattr(value, name)]
     if value.layout != torch.strided or odd or inner_tensors(value):
         got = f"{type(value).__name__} {value.layout} {' '.join(odd)}".rstrip()

@@ -9,7 +9,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -289,10 +289,11 @@ class SpecializationCache:
 
     def get(self, key: Hashable, make: Callable[[], Specialization]) -> Specialization:
         """The specialization of a key, made if need be; drops the one unused longest."""
-        with self._lock:
-            if key in self._entries and not self._entries[key].parts.lost:
+        known = self._entries.get(key)  # without the lock: a step holds none
+        if known is not None and not known.parts.lost:
+            with suppress(KeyError):  # another thread dropped it just now
                 self._entries.move_to_end(key)
-                return self._entries[key]
+            return known
         with tracing():
             if key not in self._entries or self._entries[key].parts.lost:
                 start = time.perf_counter()

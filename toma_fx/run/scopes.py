@@ -83,7 +83,7 @@ class Entered(Generic[T]):
         self._entries.append((frame, outer.get(id(scopes), _NOTHING)))
         try:
             scopes._frames[frame] = (*scopes._frames.get(frame, ()), self._value)
-            if not frame.f_code.co_flags & _RESUMED:  # whoever resumes it would see the value too
+            if _has_own_context(frame):  # else whoever resumes it would see the value too
                 _ENTERED.set({**outer, id(scopes): self._value})
         except BaseException:
             self.__exit__(None, None, None)
@@ -116,6 +116,22 @@ def find_owner(frame: FrameType) -> FrameType:
             break
         frame = outer
     return frame
+
+
+def _has_own_context(frame: FrameType) -> bool:
+    """Whether context variables that a frame sets stay with it: not in what others resume.
+
+    A coroutine has a context of its own where it is (part of) a task.
+    """
+    if not frame.f_code.co_flags & _SUSPENDABLE:
+        return True
+    asyncio = sys.modules.get("asyncio")
+    if frame.f_code.co_flags & _RESUMED or asyncio is None:
+        return False
+    try:
+        return asyncio.current_task() is not None
+    except RuntimeError:  # no event loop runs
+        return False
 
 
 def _is_contextlib(frame: FrameType) -> bool:
