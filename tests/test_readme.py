@@ -202,6 +202,14 @@ def test_server(run: Run) -> None:
 
 
 @torch.no_grad()
+def test_loop(run: Run) -> None:
+    denoiser = toma_fx.optimize(one_block.model(), method="tomesd", min_tokens=1)
+    names = run("In a loop", denoiser=denoiser, inputs=one_block.inputs(batch=1))
+    assert names["out"].shape == one_block.inputs(batch=1)["sample"].shape
+    assert names["run"].ended
+
+
+@torch.no_grad()
 def test_artifact(run: Run) -> None:
     pytest.importorskip("onnxruntime")
     optimized = toma_fx.optimize(one_block.model(), method="todo", min_tokens=1)
@@ -220,7 +228,7 @@ def test_explain(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_snippet_is_run() -> None:
     source = Path(__file__).read_text()
     starts = re.findall(r'run\(\s*"(.+?)"', source)
-    assert len(snippets()) == 8
+    assert len(snippets()) == 9
     for words in snippets():
         assert sum(words.startswith(start) for start in starts) == 1, words
 

@@ -58,7 +58,8 @@ _NAMES = {
         "AdapterError ArtifactError BuildError CaptureError CompanionError CompatError "
         "ConfigError DynamicError GenerationError GradientError MissingPackageError ModelTypeError "
         "NoMergeSites OffloadError ParityError RewriteError SharedStateError SignatureError "
-        "StatefulModelError StateError TileError TomaError TrainingModeError UnknownNameError VerifyError"
+        "StatefulModelError StateError TileError TomaError TrainingModeError UnknownNameError "
+        "VerifyError"
     ),
     "toma_fx.export.denoiser": "ArtifactDenoiser",
     "toma_fx.export.loader": "load",
