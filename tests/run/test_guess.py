@@ -190,6 +190,19 @@ def test_few_generations_are_kept() -> None:
     assert caller(8, texts[-1])[1] == f"p{GENERATIONS}"
 
 
+def test_tiles_whose_generation_made_room_in_the_middle_of_a_step() -> None:
+    """The rest of the step is no whole step: its order tells nothing."""
+    caller, texts = Caller(), [torch.full((2, 3), float(i)) for i in range(GENERATIONS)]
+    caller(9, A)
+    for i, text in enumerate(texts):
+        caller(10 + i, text + 5)
+    assert "anew" in caller(9, A)[1]
+    for _ in range(2):
+        assert "anew" in caller(8, A)[1]
+    assert all("anew" in caller(7, A)[1] for _ in range(2)), "two calls, not one as before"
+    assert not any("anew" in caller(6, A)[1] for _ in range(2))
+
+
 def test_the_batch_halves() -> None:
     caller = Caller()
     caller(9, A, key="two rows")

@@ -169,6 +169,7 @@ class Generation:
         timestep: of the last call, where it is known. called: passes of this step, in order.
         varying: inputs that change at every step. capacity: passes that are kept.
         told: whether its limits are known, so that the order of calls tells more.
+        incomplete: whether calls of its first step may be missing.
     """
 
     def __init__(self, buffers: Buffers, capacity: int = PASSES, *, told: bool = False) -> None:
@@ -179,6 +180,7 @@ class Generation:
         self.varying: set[int] = set()
         self.capacity, self.told = capacity, told
         self._pool = buffers
+        self.incomplete = False
         self._previous = -1
         self._families = 0
         self._counts: dict[int, int] = {}  # calls of a step by family, at the last one with any
@@ -281,7 +283,8 @@ class Generation:
         counts = Counter(state.family for state in self.called)
         for family, count in counts.items():
             before = self._counts.get(family, count)
-            if family in self._scattered or (before != count and max(before, count) > 1):
+            lost = self.incomplete or family in self._scattered
+            if lost or (before != count and max(before, count) > 1):
                 own = [p for p in self.passes if p.family == family]
                 for state in own:
                     state.forget()
@@ -290,7 +293,7 @@ class Generation:
                 self._pool.give_back(late)
                 self.passes = [p for p in self.passes if p not in late]
         self._counts |= counts
-        self.called = []
+        self.called, self.incomplete = [], False
 
     def _learn_order(self) -> None:
         """Notice passes that come in the same number, and with new inputs every time."""

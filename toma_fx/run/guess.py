@@ -12,6 +12,7 @@ second starts later than the first was broken off, or both are broken off after 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
@@ -23,7 +24,9 @@ from toma_fx.run.scopes import Flow
 from toma_fx.run.told import Run
 
 GENERATIONS = 4
-"""Generations of a thread that are kept beside each other: requests that take turns."""
+"""Generations that are kept beside each other for one caller: requests that take turns."""
+CALLERS = 16
+"""Callers in one thread (coroutines, generators) whose generations are kept."""
 THREADS = 32
 """Threads whose generations are kept when they have ended."""
 
@@ -85,6 +88,7 @@ class Guesses:
         self.direction = -1
         self._pool = buffers
         self._by_thread: dict[int, list[Guessed]] = {}
+        self._dropped: dict[int, deque[PassState]] = {}
         self._by_token: list[tuple[Mark, Run]] = []
 
     def of(self, thread: int) -> list[Guessed]:
@@ -108,8 +112,9 @@ class Guesses:
         own = self.of(facts.flow.thread)
         _remove(own, generation)
         own.append(generation)
-        for old in own[:-GENERATIONS]:
-            self._drop(old)
+        mine = [g for g in own if g.flow == facts.flow]
+        for old in (*mine[:-GENERATIONS], *own[: -GENERATIONS * CALLERS]):
+            self._make_room(old)
         generation.call(state, facts.marks, facts.timestep)
         return placed
 
@@ -136,6 +141,18 @@ class Guesses:
     def _drop(self, generation: Guessed) -> None:
         _remove(self.of(generation.flow.thread), generation)
         generation.end(reuse=generation.flow.thread == threading.get_ident())
+
+    def _make_room(self, generation: Guessed) -> None:
+        """Drop a generation that may go on: what comes of it later begins in the middle."""
+        dropped = self._dropped.setdefault(generation.flow.thread, deque(maxlen=PASSES))
+        dropped.extend({p.family: p for p in generation.passes}.values())
+        self._drop(generation)
+
+    def _begins_in_the_middle(self, facts: Facts) -> bool:
+        """Whether a call looks like one of a generation that was dropped: calls may be missing."""
+        dropped = self._dropped.get(facts.flow.thread, ())
+        alike = (p for p in dropped if p.key == facts.key)
+        return any(not p.differences(facts.marks, ()) for p in alike)
 
     def _candidates(self, facts: Facts) -> Iterator[Guessed]:
         """Generations that a call may go on with, the one used last first."""
@@ -187,6 +204,7 @@ class Guesses:
             state.unsure = True
             return last, state
         generation = Guessed(self._pool, facts, self.direction)
+        generation.incomplete = self._begins_in_the_middle(facts)
         unsure = facts.timestep is None or way == 1
         if last is not None and known:
             match = last.match(facts)
