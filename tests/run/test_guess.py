@@ -203,6 +203,21 @@ def test_tiles_whose_generation_made_room_in_the_middle_of_a_step() -> None:
     assert not any("anew" in caller(6, A)[1] for _ in range(2))
 
 
+def test_tiles_that_go_on_after_an_error() -> None:
+    """As after a call that ran out of memory, and was tried again."""
+    caller = Caller()
+    for timestep in (9, 8):
+        for _ in range(4):
+            caller(timestep, A)
+    for _ in range(2):
+        caller(7, A)
+    flow = Flow(threading.get_ident(), frozenset())
+    caller.guesses.drop_those_of(flow, broken_off=True)
+    for timestep, count in ((7, 2), (6, 4), (5, 4)):
+        assert all("anew" in caller(timestep, A)[1] for _ in range(count)), timestep
+    assert not any("anew" in caller(4, A)[1] for _ in range(4))
+
+
 def test_the_batch_halves() -> None:
     caller = Caller()
     caller(9, A, key="two rows")

@@ -142,7 +142,8 @@ def _split_options(named: dict[str, Any]) -> tuple[Hashable, Tensor | None]:
 def number_of(timestep: Any) -> float | None:
     """A timestep as a number: the largest where rows or tokens have their own; None if none."""
     if isinstance(timestep, Tensor):
-        return float(timestep.detach().max()) if timestep.numel() else None
+        count = timestep.numel()
+        return float(timestep.detach().max() if count > 1 else timestep) if count else None
     return float(timestep) if isinstance(timestep, (int, float)) else None
 
 

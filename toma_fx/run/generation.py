@@ -248,6 +248,13 @@ class Generation:
         )
         self._warned = True
 
+    def passes_in_order(self) -> list[PassState]:
+        """One pass of each family that has several, or may have: before the first step is over."""
+        first = {
+            p.family: p for p in self.passes if not self._counts or self._counts.get(p.family) != 1
+        }
+        return list(first.values())
+
     def call(self, state: PassState, marks: Marks, timestep: float | None) -> None:
         """Note a call of a pass at this step.
 

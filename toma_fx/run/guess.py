@@ -114,7 +114,7 @@ class Guesses:
         own.append(generation)
         mine = [g for g in own if g.flow == facts.flow]
         for old in (*mine[:-GENERATIONS], *own[: -GENERATIONS * CALLERS]):
-            self._make_room(old)
+            self._break_off(old)
         generation.call(state, facts.marks, facts.timestep)
         return placed
 
@@ -130,22 +130,29 @@ class Guesses:
         self._by_token = [*self._by_token[1 - GENERATIONS :], (mark, run)]
         return run
 
-    def drop_those_of(self, flow: Flow) -> None:
-        """End the generations of whoever calls; of a whole thread where no coroutine calls."""
+    def drop_those_of(self, flow: Flow, *, broken_off: bool = False) -> None:
+        """End the generations of whoever calls; of a whole thread where no coroutine calls.
+
+        Args:
+            broken_off: whether calls may go on as if nothing had happened.
+        """
         for _, run in self._by_token:
             run.abandon(flow.thread)
         for generation in list(self.of(flow.thread)):
             if not flow.frames or flow.may_continue(generation.flow):
-                self._drop(generation)
+                (self._break_off if broken_off else self._drop)(generation)
 
     def _drop(self, generation: Guessed) -> None:
         _remove(self.of(generation.flow.thread), generation)
         generation.end(reuse=generation.flow.thread == threading.get_ident())
 
-    def _make_room(self, generation: Guessed) -> None:
-        """Drop a generation that may go on: what comes of it later begins in the middle."""
+    def _break_off(self, generation: Guessed) -> None:
+        """Drop a generation that may go on: what comes of it later begins in the middle.
+
+        That matters where a step has several calls that their order tells apart, or may have.
+        """
         dropped = self._dropped.setdefault(generation.flow.thread, deque(maxlen=PASSES))
-        dropped.extend({p.family: p for p in generation.passes}.values())
+        dropped.extend(generation.passes_in_order())
         self._drop(generation)
 
     def _begins_in_the_middle(self, facts: Facts) -> bool:

@@ -269,7 +269,7 @@ class Stepper:
         if isinstance(states, Run):
             states.abandon(me)
         else:
-            states.drop_those_of(Flow.current())
+            states.drop_those_of(Flow.current(), broken_off=True)
         self._calling.discard((id(states), me))
 
     # -- which step -----------------------------------------------------------------------------
