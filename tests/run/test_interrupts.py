@@ -74,7 +74,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_at_every_line_of_a_step(kind: str, error: type[BaseException], artifact: Any) -> None:
     """The step in the middle of a picture is broken off; another picture begins later than it."""
     stand = optimized() if kind == "denoiser" else artifact()
-    want = picture(stand, 1, (2, 3))
+    want = picture(stand, 1, (3, 4))
     picture(stand, 2)
     counter = Injector(0, error)
     with counter.active():
@@ -83,17 +83,17 @@ def test_at_every_line_of_a_step(kind: str, error: type[BaseException], artifact
     outside = 0
     for at in range(1, counter.lines + 1, 1 if error is KeyboardInterrupt else 7):
         stand.reset()
-        picture(stand, 1, (0,))
+        picture(stand, 1, (0, 1))
         injector = Injector(at, error)
         try:
             with injector.active():
-                stand(**call(1, 1))
+                stand(**call(1, 2))
         except error:
             stepper = stand._stepper
             if stepper.generations() and not stepper._calling:
                 outside += 1  # before the call was noted, or after it was done
                 continue
-            got = picture(stand, 1, (2, 3))
+            got = picture(stand, 1, (3, 4))
             assert same(got, want), f"line {at}: the picture after it uses what is not its own"
         except BaseException as other:
             pytest.fail(f"line {at}: {type(other).__name__} instead of {error.__name__}")

@@ -18,6 +18,19 @@ _TAKEN = (Tensor, bool, int, float, str, NoneType, Enum, torch.ScriptObject)
 """Types of the leaves of a call that `torch.export` takes as inputs, or holds as constants."""
 
 
+def are_taken(leaves: Sequence[Any]) -> bool:
+    """Whether a graph takes all of these leaves of a call as they are."""
+    return all(type(leaf) in _PLAIN or _is_taken(leaf) for leaf in leaves)
+
+
+_PLAIN = frozenset({Tensor, bool, int, float, str, NoneType})
+
+
+def _is_taken(leaf: Any) -> bool:
+    numpy = sys.modules.get("numpy")  # its float64 is a Python float as well
+    return isinstance(leaf, _TAKEN) and (numpy is None or not isinstance(leaf, numpy.generic))
+
+
 def plain_numbers(
     args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:

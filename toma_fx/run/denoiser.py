@@ -32,7 +32,7 @@ from toma_fx.compat import (
 )
 from toma_fx.errors import AdapterError, CaptureError, StatefulModelError
 from toma_fx.methods.base import MethodConfig
-from toma_fx.run.arguments import check_leaves, plain_numbers
+from toma_fx.run.arguments import are_taken, check_leaves, plain_numbers
 from toma_fx.run.batching import ModelKey, State, step_states
 from toma_fx.run.calls import (
     NamedCall,
@@ -175,10 +175,14 @@ class OptimizedDenoiser(KeepsState, StandIn):
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         check_model(self.denoiser)
         check_wrapping(self)
-        args, kwargs = plain_numbers(args, kwargs)
-        call = name_arguments(self._forward_signature, args, kwargs, type(self.denoiser).__name__)
-        check_leaves(call.args, call.kwargs)
+        where = type(self.denoiser).__name__
+        call = name_arguments(self._forward_signature, args, kwargs, where)
         leaves, tree = flatten_call(call.args, call.kwargs)
+        if not are_taken(leaves):
+            args, kwargs = plain_numbers(args, kwargs)
+            call = name_arguments(self._forward_signature, args, kwargs, where)
+            check_leaves(call.args, call.kwargs)
+            leaves, tree = flatten_call(call.args, call.kwargs)
         guard = self._current_guard()
         signature = (tree, guard.companions.environment, *(leaf_key(leaf) for leaf in leaves))
         if self._fixed is not None and signature != self._fixed[0]:

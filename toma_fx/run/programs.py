@@ -92,6 +92,7 @@ class Specialization:
         make_runner: makes a program of this callable.
         programs: rewritten so far. runners: what is called for each, compiled or not.
         counts: steps run per kind. parts: what the graph holds of quantized weights.
+        names: of what each kind takes and gives.
     """
 
     captured: Captured
@@ -104,6 +105,7 @@ class Specialization:
     runners: dict[str, Runner] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     parts: Parts = field(default_factory=Parts)
+    names: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=dict)
 
     @classmethod
     def make(
@@ -174,12 +176,19 @@ class Specialization:
 
     def takes(self, kind: str) -> tuple[str, ...]:
         """Names of the masks and kept tensors that follow the model's own inputs."""
-        use = self.use(kind)
-        return (*use.masks(self.plan), *use.takes(self.plan))
+        return self._names(kind)[0]
 
     def gives(self, kind: str) -> tuple[str, ...]:
         """Names of the kept tensors that follow the model's own outputs."""
-        return self.use(kind).gives(self.plan)
+        return self._names(kind)[1]
+
+    def _names(self, kind: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """What a kind takes and gives, worked out once: every step asks."""
+        if kind not in self.names:
+            use = self.use(kind)
+            taken = (*use.masks(self.plan), *use.takes(self.plan))
+            self.names[kind] = taken, tuple(use.gives(self.plan))
+        return self.names[kind]
 
     def instead(self, kind: str) -> str:
         """The kind that runs while something that `kind` takes is not kept."""

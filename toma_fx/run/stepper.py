@@ -14,6 +14,7 @@ broken off. No lock is held, so none can be left behind.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from collections import OrderedDict
@@ -43,7 +44,7 @@ from toma_fx.run.schedule import counts_steps, due, runnable
 from toma_fx.run.scopes import Entered, Flow, Scopes
 from toma_fx.run.told import Run
 
-RASTERS = 64
+RASTERS = 256
 """Signatures of which it is remembered what their position ids enumerate."""
 
 T = TypeVar("T")
@@ -78,7 +79,8 @@ class Stepper:
         self.buffers = Buffers()
         self._states: Scopes[Guesses | Run] = Scopes(Guesses(self.buffers))
         self._labels: Scopes[str] = Scopes("")
-        self._rasters: OrderedDict[Hashable, Rasters] = OrderedDict()
+        self._rasters: OrderedDict[Hashable, tuple[int, Rasters]] = OrderedDict()
+        self._numbers = itertools.count()
         self._calling: set[Hashable] = set()
         self._counts: dict[tuple[int, str], int] = {}  # by thread: it alone adds to its own
         self._unsure: dict[int, int] = {}
@@ -215,7 +217,7 @@ class Stepper:
         self._calling.add(calling)
         try:
             call = prepare()
-            rasters = self._read_rasters(call)
+            shapes, rasters = self._read_rasters(call)
             owner, programs = find(rasters)
         except TomaError:  # the call does not fit: nothing has changed
             self._calling.discard(calling)
@@ -224,7 +226,7 @@ class Stepper:
             self.abandon()
             raise
         try:
-            return self._turn(states, call, owner, programs, calling)
+            return self._turn(states, call, shapes, owner, programs, calling)
         except BaseException:
             self.abandon()
             raise
@@ -233,11 +235,12 @@ class Stepper:
         self,
         states: Guesses | Run,
         call: StepCall,
+        shapes: int,
         owner: Hashable,
         programs: ProgramSet,
         calling: Hashable,
     ) -> Turn:
-        generation, state = self._place(states, call, programs)
+        generation, state = self._place(states, call, shapes, programs)
         state.bind(owner, self.buffers)
         kind = _kind_of(state, generation.step, programs)
         kept = [state.buffers[name] for name in programs.takes(kind)]
@@ -275,7 +278,7 @@ class Stepper:
     # -- which step -----------------------------------------------------------------------------
 
     def _place(
-        self, states: Guesses | Run, call: StepCall, programs: ProgramSet
+        self, states: Guesses | Run, call: StepCall, shapes: int, programs: ProgramSet
     ) -> tuple[Generation, PassState]:
         roles = programs.roles
         marks = [_mark(call.leaves[i]) for i in roles.compared]
@@ -283,7 +286,7 @@ class Stepper:
         label = (self.context, call.label)
         run = states if isinstance(states, Run) else states.run_of(call.token)
         if run is not None:
-            return run.generation, run.place(label, call.signature, marks, value)
+            return run.generation, run.place(label, shapes, marks, value)
         assert isinstance(states, Guesses)
         timestep = value.read()
         if timestep is None and counts_steps(programs.schedule):
@@ -295,18 +298,24 @@ class Stepper:
                 hint="with denoiser.generation(steps=30) as run: run.step(i) before the calls "
                 "of step i",
             )
-        key = (label, call.signature)
+        key = (label, shapes)
         facts = Facts(call.context, key, marks, roles.conditioning, timestep, Flow.current())
         return states.place(facts)
 
-    def _read_rasters(self, call: StepCall) -> tuple[Raster | None, ...]:
-        """What the position ids of a call enumerate; on a GPU reading new ones waits for it."""
-        rasters = self._rasters.get(call.signature)
+    def _read_rasters(self, call: StepCall) -> tuple[int, tuple[Raster | None, ...]]:
+        """(number of the signature, what the position ids of a call enumerate)
+
+        On a GPU, reading new ones waits for it. A number is compared faster than a signature.
+        """
+        number, rasters = self._rasters.get(call.signature, (None, None))
         if rasters is None or not rasters.are_of(call.ids):
-            rasters = self._rasters[call.signature] = Rasters.read(call.ids)
+            rasters = Rasters.read(call.ids)
+            number = next(self._numbers) if number is None else number
+            self._rasters[call.signature] = number, rasters
             while len(self._rasters) > RASTERS:
                 self._rasters.popitem(last=False)
-        return rasters.values
+        assert number is not None
+        return number, rasters.values
 
     # -- counting -------------------------------------------------------------------------------
 
