@@ -185,6 +185,28 @@ SLOW = (
     Slow("run/test_backend.py::test_timesteps_that_are_python_numbers[int]", MORE),
     Slow("run/test_backend.py::test_a_ratio_of_zero_is_plain_inductor", INDUCTOR),
     Slow("run/test_explain.py::test_every_attention_is_merged*[*]", MORE, quick=("stack",)),
+    Slow(
+        "capture/test_references.py::test_nothing_keeps_weak_references[*]",
+        MORE,
+        quick=("run-True", "run_compiled-True", "export-False"),
+    ),
+    Slow("capture/test_references.py::test_a_graph_follows_quantized_weights[False]", MORE),
+    Slow("capture/test_references.py::test_model_offload_with_quantized_weights[before]", MORE),
+    Slow(
+        "pipelines/test_generations.py::test_steps_are_the_schedulers[*]",
+        MORE,
+        quick=("HeunDiscreteScheduler-11-2", "DDIMScheduler-6-1"),
+    ),
+    Slow(
+        "pipelines/test_generations.py::test_a_pipeline_*gets_the_truth[*]",
+        MORE,
+        quick=("flux_true_cfg",),
+    ),
+    Slow(
+        "pipelines/test_generations.py::test_a_cancelled_request_leaves_nothing[*]",
+        MORE,
+        quick=("0-component", "1-component", "0-pipeline"),
+    ),
     Slow("run/test_sequences.py::test_many_random_sequences[*]", "2,000 random worlds"),
     Slow("run/test_runtime.py::test_half_precision_models[*]", WHOLE, quick=("flux-*.float16",)),
     # zoo

@@ -16,9 +16,9 @@ from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FluxPipeline,
     HeunDiscreteScheduler,
     StableDiffusionXLImg2ImgPipeline,
-    StableDiffusionXLPipeline,
     UniPCMultistepScheduler,
 )
 from diffusers.modular_pipelines.stable_diffusion_xl.denoise import StableDiffusionXLDenoiseStep
@@ -176,19 +176,17 @@ def test_a_cancelled_request_leaves_nothing(how: str, at: int) -> None:
 
 
 def test_a_pipeline_that_tells_is_the_pipeline_it_was() -> None:
-    pipe = toma_fx.optimize(sdxl(), **SMALL)
-    assert isinstance(pipe, StableDiffusionXLPipeline)
-    assert (type(pipe).__name__, type(pipe).__module__) == (
-        "StableDiffusionXLPipeline",
-        StableDiffusionXLPipeline.__module__,
-    )
-    want = sdxl_call(pipe)
+    case = CASES["flux"]
+    pipe = toma_fx.optimize(case.make(), **SMALL)
+    assert isinstance(pipe, FluxPipeline)
+    assert (type(pipe).__name__, type(pipe).__module__) == ("FluxPipeline", FluxPipeline.__module__)
+    want = case.call(pipe)
     toma_fx.optimize(pipe, **SMALL)
     for other in (copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe))):
-        assert torch.equal(sdxl_call(other), want)
+        assert torch.equal(case.call(other), want)
         assert type(other) is type(pipe)
     toma_fx.restore(pipe)
-    assert type(pipe) is StableDiffusionXLPipeline
+    assert type(pipe) is FluxPipeline
 
 
 class Loop:

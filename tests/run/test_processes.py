@@ -36,19 +36,24 @@ def steps(denoiser: Any, state: State, first: int, last: int) -> tuple[list[Tens
     return outputs, state
 
 
+def fresh() -> Any:
+    """The model as every process makes it; the one that tests share may have been changed."""
+    return model.__wrapped__()
+
+
 def optimized(module: Any = None) -> Any:
-    return toma_fx.optimize(copy.deepcopy(model()) if module is None else module, **OPTIONS)
+    return toma_fx.optimize(fresh() if module is None else module, **OPTIONS)
 
 
 def other_weights() -> Any:
-    changed = copy.deepcopy(model())
+    changed = fresh()
     with torch.no_grad():
         next(changed.parameters()).mul_(1.001)
     return changed
 
 
 def other_attribute() -> Any:
-    changed: Any = copy.deepcopy(model())
+    changed: Any = fresh()
     changed.extra = 3
     return changed
 
@@ -84,7 +89,7 @@ def test_a_state_in_another_process(tmp_path: Path) -> None:
     assert state.kept
     (tmp_path / "state").write_bytes(pickle.dumps(state))
     want = steps(denoiser, state, 2, 5)[0]
-    gone = ModelKey(ModelGuard(copy.deepcopy(model())), state.model.environment)
+    gone = ModelKey(ModelGuard(fresh()), state.model.environment)
     (tmp_path / "late").write_bytes(pickle.dumps(replace(state, model=gone)))
     process = multiprocessing.get_context("spawn").Process(target=receive, args=(tmp_path,))
     process.start()
@@ -198,7 +203,7 @@ COPIES = {
 @pytest.mark.parametrize("how", COPIES)
 @torch.no_grad()
 def test_copies_of_a_denoiser_keep_its_settings(how: str, inside: bool) -> None:
-    module = copy.deepcopy(model())
+    module = fresh()
     denoiser: Any = toma_fx.optimize(
         module, example_inputs=inputs(), max_signatures=3, **(OPTIONS | {"ratio": 0.4})
     )

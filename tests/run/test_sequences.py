@@ -25,7 +25,7 @@ from tests.run.loops import call, optimized, text_of
 
 CONFIG: dict[str, Any] = {"destinations_every": 3, "weights_every": 3}
 TEXTS = 6
-QUICK, SLOW = 40, 2000
+QUICK, SLOW = 15, 2000
 
 
 @pytest.fixture(autouse=True)

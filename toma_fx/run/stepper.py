@@ -17,7 +17,6 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -44,8 +43,8 @@ from toma_fx.run.schedule import counts_steps, due, runnable
 from toma_fx.run.scopes import Entered, Flow, Scopes
 from toma_fx.run.told import Run
 
-RASTERS = 256
-"""Signatures of which it is remembered what their position ids enumerate."""
+SIGNATURES = 1024
+"""Signatures that are known by number; when there are more, all get new ones."""
 
 T = TypeVar("T")
 
@@ -79,8 +78,9 @@ class Stepper:
         self.buffers = Buffers()
         self._states: Scopes[Guesses | Run] = Scopes(Guesses(self.buffers))
         self._labels: Scopes[str] = Scopes("")
-        self._rasters: OrderedDict[Hashable, tuple[int, Rasters]] = OrderedDict()
-        self._numbers = itertools.count()
+        self._counter = itertools.count()
+        self._numbers: dict[Hashable, int] = {}
+        self._rasters: dict[int, Rasters] = {}
         self._calling: set[Hashable] = set()
         self._counts: dict[tuple[int, str], int] = {}  # by thread: it alone adds to its own
         self._unsure: dict[int, int] = {}
@@ -307,14 +307,12 @@ class Stepper:
 
         On a GPU, reading new ones waits for it. A number is compared faster than a signature.
         """
-        number, rasters = self._rasters.get(call.signature, (None, None))
+        if len(self._numbers) > SIGNATURES:
+            self._numbers, self._rasters = {}, {}
+        number = self._numbers.setdefault(call.signature, next(self._counter))  # at once, for all
+        rasters = self._rasters.get(number)
         if rasters is None or not rasters.are_of(call.ids):
-            rasters = Rasters.read(call.ids)
-            number = next(self._numbers) if number is None else number
-            self._rasters[call.signature] = number, rasters
-            while len(self._rasters) > RASTERS:
-                self._rasters.popitem(last=False)
-        assert number is not None
+            rasters = self._rasters[number] = Rasters.read(call.ids)
         return number, rasters.values
 
     # -- counting -------------------------------------------------------------------------------
