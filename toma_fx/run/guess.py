@@ -88,7 +88,7 @@ class Guesses:
         self.direction = -1
         self._pool = buffers
         self._by_thread: dict[int, list[Guessed]] = {}
-        self._dropped: dict[int, deque[PassState]] = {}
+        self._dropped: dict[int, deque[tuple[float | None, PassState]]] = {}
         self._by_token: list[tuple[Mark, Run]] = []
 
     def of(self, thread: int) -> list[Guessed]:
@@ -147,18 +147,21 @@ class Guesses:
         generation.end(reuse=generation.flow.thread == threading.get_ident())
 
     def _break_off(self, generation: Guessed) -> None:
-        """Drop a generation that may go on: what comes of it later begins in the middle.
+        """Drop a generation that may go on, perhaps in the middle of its step.
 
-        That matters where a step has several calls that their order tells apart, or may have.
+        That matters where calls of the step are done and others may come that only their order
+        tells apart. A call that was itself broken off is not done.
         """
-        dropped = self._dropped.setdefault(generation.flow.thread, deque(maxlen=PASSES))
-        dropped.extend(generation.passes_in_order())
+        me = threading.get_ident()
+        if any(state.caller != me for state in generation.called):
+            dropped = self._dropped.setdefault(generation.flow.thread, deque(maxlen=PASSES))
+            dropped.extend((generation.timestep, p) for p in generation.passes_in_order())
         self._drop(generation)
 
     def _begins_in_the_middle(self, facts: Facts) -> bool:
-        """Whether a call looks like one of a generation that was dropped: calls may be missing."""
+        """Whether a call may belong to the step at which a generation was dropped."""
         dropped = self._dropped.get(facts.flow.thread, ())
-        alike = (p for p in dropped if p.key == facts.key)
+        alike = (p for t, p in dropped if t == facts.timestep and p.key == facts.key)
         return any(not p.differences(facts.marks, ()) for p in alike)
 
     def _candidates(self, facts: Facts) -> Iterator[Guessed]:
