@@ -146,9 +146,10 @@ def _one_model(
             LABELS, steps=STEPS, denoiser=denoiser, on_step=lambda _: progress.advance(bar)
         )
 
-    merged.reset()
-    plain, fast = draw("original pictures", original), draw("merged pictures", merged)
-    tokens = [_token_map(fast[i], merged, i) for i in range(len(LABELS))]
+    plain = draw("original pictures", original)
+    with merged.generation(steps=STEPS):
+        fast = draw("merged pictures", merged)
+        tokens = [_token_map(fast[i], merged, i) for i in range(len(LABELS))]
     times = _time(model, original, merged, progress)
     mse = float((plain - fast).square().mean())
     median = {k: statistics.median(v) * 1e3 for k, v in times.items()}
