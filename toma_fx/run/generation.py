@@ -102,7 +102,9 @@ class PassState:
             self.steady = frozenset(same)
         self.marks = marks
 
-    def differences(self, marks: Marks, varying: Collection[int]) -> dict[int, Likeness]:
+    def differences(
+        self, marks: Marks, varying: Collection[int], *, told: bool = False
+    ) -> dict[int, Likeness]:
         """Inputs that speak against a call being the next one of this pass.
 
         An equal tensor in the place of the same one counts: something was made anew. Not so where
@@ -110,6 +112,7 @@ class PassState:
 
         Args:
             marks: of the call. varying: inputs that change at every step.
+            told: whether the call is known to be of the generation: then equal tensors will do.
         """
         likeness = {
             i: _compare(a, b)
@@ -117,7 +120,7 @@ class PassState:
             if i not in varying and not (a is None and b is None)
         }
         anew = Likeness.SAME not in likeness.values() and not self.steady
-        enough = Likeness.EQUAL if anew else Likeness.SAME
+        enough = Likeness.EQUAL if anew or told else Likeness.SAME
         return {i: found for i, found in likeness.items() if found < enough}
 
 
@@ -207,7 +210,9 @@ class Generation:
 
     def find_pass(self, key: Hashable, marks: Marks) -> PassState | None:
         """The pass of this name and shape, with these inputs, that was not called in this step."""
-        return self._first(key, lambda state: not state.differences(marks, self.varying))
+        return self._first(
+            key, lambda state: not state.differences(marks, self.varying, told=self.told)
+        )
 
     def find_in_order(self, key: Hashable, *, labeled: bool) -> PassState | None:
         """The next pass of a key whose calls may bring new inputs every time, but come in order.
