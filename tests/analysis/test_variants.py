@@ -67,16 +67,7 @@ def check(found: Traced, plain: Traced | None = None, exact: float = EXACT) -> N
 
 def unet(**changes: Any) -> Any:
     """SDXL's shape with one level of attention."""
-    small = {
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-        "block_out_channels": (16, 32),
-        "transformer_layers_per_block": (1, 1),
-        "attention_head_dim": (1, 2),
-        "cross_attention_dim": 32,
-        "mid_block_type": None,
-    }
-    return denoisers.sdxl(**{**small, **changes})
+    return denoisers.small_sdxl(**{"cross_attention_dim": 32, **changes})
 
 
 def unet_call(seed: int) -> Inputs:

@@ -12,6 +12,7 @@ from torch._inductor.compile_fx import compile_fx
 
 import toma_fx
 from tests import denoisers
+from tests.logs import logged
 from tests.methods.test_methods import inputs as picture
 from tests.methods.test_methods import model
 from toma_fx.errors import SignatureError
@@ -103,28 +104,18 @@ def test_signatures_have_their_own_programs_and_state() -> None:
 
 @torch.no_grad()
 def test_captures_and_evictions_are_logged() -> None:
-    records: list[logging.LogRecord] = []
-    handler, log = logging.Handler(), logging.getLogger("toma_fx.run")
-    handler.emit = records.append  # type: ignore[method-assign]
-    log.addHandler(handler)
-    level = log.level
-    log.setLevel(logging.INFO)
-    try:
+    with logged(logging.INFO) as infos, logged(logging.WARNING) as warnings:
         optimized = toma_fx.optimize(model(), **SMALL, max_signatures=1)
         optimized(**picture())
-        first = [r for r in records if "captured a graph" in r.getMessage()]
-        assert [r.levelname for r in first] == ["INFO"]
-        assert "sample 2x4x" in first[0].getMessage()
-        count = len(records)
+        (first,) = [m for m in infos if "captured a graph" in m]
+        assert "sample 2x4x" in first
+        count = len(infos) + len(warnings)
         optimized(**picture())
-        assert len(records) == count, "nothing is captured"
+        assert len(infos) + len(warnings) == count, "nothing is captured"
         optimized(**picture(batch=1))
-    finally:
-        log.removeHandler(handler)
-        log.setLevel(level)
-    dropped = next(r for r in records if r.levelname == "WARNING" and "dropped" in r.getMessage())
-    assert "sample 2x4x" in dropped.getMessage()
-    assert "dropped (max_signatures=1); the next call" in dropped.getMessage()
+    dropped = next(m for m in warnings if "dropped" in m)
+    assert "sample 2x4x" in dropped
+    assert "dropped (max_signatures=1); the next call" in dropped
 
 
 @torch.no_grad()

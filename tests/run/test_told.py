@@ -52,6 +52,26 @@ def test_steps_are_counted_where_nothing_is_announced() -> None:
         assert counted == {"plain": 2, "refresh": 1, "reuse": 1}
 
 
+@pytest.mark.parametrize("anew", [True, False])
+def test_tiles_in_another_number_select_anew(anew: bool) -> None:
+    """Also where inputs are made anew at every call: order alone tells these passes."""
+    denoiser, text = optimized(), text_of(0)
+    want = truth(denoiser, [("", call(tile, 2, text)) for tile in (2,)])
+    with denoiser.generation(steps=3) as run:
+        for step, tiles in enumerate(((0, 1, 2), (0, 1, 2), (0, 2))):
+            run.step(step)
+            for tile in tiles:
+                denoiser(**call(tile, step, text.clone() if anew else text))
+        assert denoiser.unsure == 0
+    with denoiser.generation(steps=4) as run:
+        for step, tiles in enumerate(((0, 1, 2), (0, 2), (2,))):
+            run.step(step)
+            for tile in tiles:
+                got = denoiser(**call(tile, step, text.clone() if anew else text))
+    assert torch.equal(got, want[0])
+    assert denoiser.unsure == 1
+
+
 def test_a_generation_that_is_broken_off_leaves_nothing() -> None:
     denoiser = optimized()
     want = truth(denoiser, [("", call(1, step)) for step in (2, 3)])

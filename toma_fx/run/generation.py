@@ -30,8 +30,8 @@ OWNERS = 8
 
 _log = logging.getLogger("toma_fx.run")
 
-Marks = Sequence[Mark | None]
-"""Marks of the inputs that tell a pass; None for others."""
+Marks = Sequence[Mark]
+"""Marks of the inputs that tell a pass."""
 
 
 @dataclass(eq=False)
@@ -98,7 +98,7 @@ class PassState:
         """Remember the inputs of a call."""
         if marks is not self.marks:
             pairs = enumerate(zip(self.marks, marks, strict=True))
-            same = (i for i, (a, b) in pairs if _compare(a, b) is Likeness.SAME)
+            same = (i for i, (a, b) in pairs if a.compare(b) is Likeness.SAME)
             self.steady = frozenset(same)
         self.marks = marks
 
@@ -115,22 +115,17 @@ class PassState:
             told: whether the call is known to be of the generation: then equal tensors will do.
         """
         likeness = {
-            i: _compare(a, b)
+            i: a.compare(b)
             for i, (a, b) in enumerate(zip(self.marks, marks, strict=True))
-            if i not in varying and not (a is None and b is None)
+            if i not in varying
         }
         anew = Likeness.SAME not in likeness.values() and not self.steady
         enough = Likeness.EQUAL if anew or told else Likeness.SAME
         return {i: found for i, found in likeness.items() if found < enough}
 
 
-def _compare(one: Mark | None, other: Mark | None) -> Likeness:
-    if one is None or other is None:
-        return Likeness.SAME if one is other else Likeness.DIFFERENT
-    return one.compare(other)
-
-
-def _living_threads() -> set[int | None]:
+def living_threads() -> set[int | None]:
+    """Identities of the threads that have not ended."""
     return {each.ident for each in threading.enumerate()}
 
 
@@ -208,11 +203,13 @@ class Generation:
             self._close_step()
             self._previous, self.step, self.timestep = self.step, step, None
 
+    def fits(self, state: PassState, marks: Marks) -> bool:
+        """Whether nothing speaks against a call being one of this pass."""
+        return not state.differences(marks, self.varying, told=self.told)
+
     def find_pass(self, key: Hashable, marks: Marks) -> PassState | None:
         """The pass of this name and shape, with these inputs, that was not called in this step."""
-        return self._first(
-            key, lambda state: not state.differences(marks, self.varying, told=self.told)
-        )
+        return self._first(key, lambda state: self.fits(state, marks))
 
     def find_in_order(self, key: Hashable, *, labeled: bool) -> PassState | None:
         """The next pass of a key whose calls may bring new inputs every time, but come in order.
@@ -229,9 +226,7 @@ class Generation:
 
     def add_pass(self, key: Hashable, marks: Marks) -> PassState:
         """A new pass of this step."""
-        alike = (
-            p.family for p in self.called if p.key == key and not p.differences(marks, self.varying)
-        )
+        alike = (p.family for p in self.called if p.key == key and self.fits(p, marks))
         family = next(alike, None)
         if family is None:
             family = self._families = self._families + 1
@@ -267,7 +262,7 @@ class Generation:
             SharedStateError: another thread is in a call of the pass.
         """
         me = threading.get_ident()
-        if state.caller not in (None, me) and state.caller in _living_threads():
+        if state.caller not in (None, me) and state.caller in living_threads():
             raise SharedStateError(
                 "two threads are in one pass of a generation",
                 where=f"step {self.step}",

@@ -18,7 +18,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from toma_fx.run.generation import PASSES, Buffers, Generation, Marks, PassState
+from toma_fx.run.generation import (
+    PASSES,
+    Buffers,
+    Generation,
+    Marks,
+    PassState,
+    living_threads,
+)
 from toma_fx.run.marks import Likeness, Mark
 from toma_fx.run.scopes import Flow
 from toma_fx.run.told import Run
@@ -74,7 +81,7 @@ class Guessed(Generation):
     def match(self, facts: Facts) -> PassState | None:
         """The first pass with such inputs, called in this step or not."""
         alike = (p for p in self.passes if p.key == facts.key)
-        return next((p for p in alike if not p.differences(facts.marks, self.varying)), None)
+        return next((p for p in alike if self.fits(p, facts.marks)), None)
 
 
 class Guesses:
@@ -94,7 +101,7 @@ class Guesses:
     def of(self, thread: int) -> list[Guessed]:
         """The generations of a thread, the one used last at the end."""
         if thread not in self._by_thread and len(self._by_thread) >= THREADS:
-            alive = {each.ident for each in threading.enumerate()}
+            alive = living_threads()
             for other in [t for t in list(self._by_thread) if t not in alive]:
                 self._by_thread.pop(other, None)
         return self._by_thread.setdefault(thread, [])

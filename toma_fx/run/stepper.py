@@ -281,7 +281,7 @@ class Stepper:
         self, states: Guesses | Run, call: StepCall, shapes: int, programs: ProgramSet
     ) -> tuple[Generation, PassState]:
         roles = programs.roles
-        marks = [_mark(call.leaves[i]) for i in roles.compared]
+        marks = [Mark.of(call.leaves[i]) for i in roles.compared]
         value = TimestepValue(None if roles.timestep is None else call.leaves[roles.timestep])
         label = (self.context, call.label)
         run = states if isinstance(states, Run) else states.run_of(call.token)
@@ -356,10 +356,6 @@ def _kind_of(state: PassState, step: int, programs: ProgramSet) -> str:
     if state.first is None and kind != "plain":
         state.first = step
     return runnable(kind, programs, state.kept)
-
-
-def _mark(leaf: Any) -> Mark | None:
-    return Mark.of(leaf) if isinstance(leaf, Tensor) else None
 
 
 class TimestepValue:

@@ -156,7 +156,7 @@ class Run:
         if number is not None and generation.timestep is not None:
             return generation.step + (number != generation.timestep)
         alike = (p for p in generation.called if p.key == key)
-        again = any(not p.differences(marks, generation.varying) for p in alike)
+        again = any(generation.fits(p, marks) for p in alike)
         return generation.step + again
 
     # -- what can't be --------------------------------------------------------------------------
