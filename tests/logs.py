@@ -16,7 +16,7 @@ def logged(level: int, name: str = "toma_fx.run") -> Iterator[list[str]]:
     handler.emit = keep  # type: ignore[method-assign]
     logger = logging.getLogger(name)
     before = logger.level
-    logger.setLevel(level)
+    logger.setLevel(min(level, before or level))  # one inside another hears both
     logger.addHandler(handler)
     try:
         yield messages

@@ -182,6 +182,30 @@ def test_generations_that_take_turns() -> None:
     assert caller.unsure == 0
 
 
+def test_a_text_that_pictures_share_leads_back_to_none() -> None:
+    """The negative prompt of a picture that was broken off, in one whose guidance begins late."""
+    caller = Caller()
+    for timestep, text in ((9, A), (9, B), (8, A)):
+        caller(timestep, text)
+    for timestep in (9, 8, 7):
+        caller(timestep, C)
+    assert caller(7, B) == (2, "p3 anew")
+    caller = Caller()
+    for timestep, text in ((9, A), (9, B), (8, A)):
+        caller(timestep, text)
+    for timestep in (9, 8):
+        caller(timestep, C)
+    assert caller(8, B) == (1, "p3 anew"), "it was not called at this step there"
+
+
+def test_another_picture_of_a_text_ends_all_before_it() -> None:
+    caller = Caller()
+    for timestep, text in ((9, A), (8, A), (9, B), (9, A), (9, B)):
+        caller(timestep, text)
+    caller(8, B)
+    assert caller(7, A) != (2, "p0"), "it was over when the text began again"
+
+
 def test_few_generations_are_kept() -> None:
     caller, texts = Caller(), [torch.full((2, 3), float(i)) for i in range(GENERATIONS + 1)]
     for i, text in enumerate(texts):

@@ -183,24 +183,33 @@ class Guesses:
     # -- going on -------------------------------------------------------------------------------
 
     def _continuations(self, facts: Facts) -> Iterator[tuple[Guessed, PassState]]:
-        """Generations that all evidence says the call goes on with, the one used last first."""
+        """Generations that all evidence says the call goes on with, the one used last first.
+
+        To one that was not used last a call leads back only as the first of a step: a text that
+        pictures share (a negative prompt) would fit the others of all of them.
+        """
+        last: Guessed | None = None
         for generation in self._candidates(facts):
             if generation.context != facts.context:
                 continue
-            way = generation.way(facts.timestep)
-            if way == 0 and facts.flow.is_that_of(generation.flow):
+            way, own = generation.way(facts.timestep), facts.flow.is_that_of(generation.flow)
+            if last is None and own:
+                last = generation
+            if way == 0 and own:
+                if generation is not last and last is not None and last.way(facts.timestep) == 0:
+                    continue  # rather a new pass of the last one
                 state = generation.find_pass(facts.key, facts.marks)
                 if state is not None:
                     yield generation, state
             elif way == 1 and facts.flow.may_continue(generation.flow):
                 state = generation.match(facts)
-                if state is not None:
+                if state is not None and (generation is last or state in generation.called[:1]):
                     generation.move_to(generation.step + 1)
                     yield generation, state
-            elif way == -1 and generation.turned and generation.step == 0:
+            elif way == -1 and own and generation.turned and generation.step == 0:
                 # the second turn in a row: timesteps go the other way
                 state = generation.match(facts)
-                if state is not None and facts.flow.is_that_of(generation.flow):
+                if state is not None:
                     generation.direction = self.direction = -generation.direction
                     generation.move_to(1)
                     yield generation, state
@@ -228,8 +237,12 @@ class Guesses:
             if way == 1:
                 generation.varying |= _learn_varying(last, known, facts)
             generation.turned = way == -1 and match is not None
-            if way == 1 or match is not None:  # else both may go on, in turns
+            if way == 1:
                 self._drop(last)
+        for old in list(self._candidates(facts)):
+            # another picture of the same text is over; those of other texts go on, in turns
+            if facts.flow.is_that_of(old.flow) and old.match(facts) is not None:
+                self._drop(old)
         state = generation.add_pass(facts.key, facts.marks)
         state.unsure = unsure
         return generation, state
