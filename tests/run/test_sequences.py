@@ -110,6 +110,7 @@ class World:
         self.denoiser, self.truth = denoisers[0], Truth(denoisers[1])
         self.texts = range(1000 * seed, 1000 * seed + TEXTS)  # no other world has them
         self.numbers = iter(range(1000))
+        self.used: set[int] = set()
         self.closing: list[Callable[[], Any]] = []
 
     def work(self, pictures: list[Picture]) -> Generator[None, None, None]:
@@ -133,13 +134,15 @@ class World:
 
     def pictures(self, texts: range) -> list[Picture]:
         """Pictures of one worker. Untold, those that nothing tells apart are left out: a later
-        begin, or one after a picture of a single step, with the very same text."""
+        begin, or one after a picture of a single step, with the very same text. So of all workers:
+        the frame of a coroutine that ended may come again as that of another."""
         pictures: list[Picture] = []
         for _ in range(self.draw.randint(1, 3)):
             text, begin = self.draw.choice(texts), self.draw.choice([0, 0, 0, 1, 2])
             steps = self.draw.randint(1, 5)
-            if not self.told and any(p.text == text for p in pictures):
+            if not self.told and text in self.used:
                 begin = 0
+            self.used.add(text)
             if not self.told:
                 steps = max(steps, 2)
             pictures.append(draw_picture(self.draw, next(self.numbers), text, begin, steps))
