@@ -218,8 +218,9 @@ class Guesses:
 
     def _begin(self, facts: Facts) -> tuple[Guessed, PassState]:
         """A new pass of the generation that ran last, or a new generation."""
-        own = (g for g in self._candidates(facts) if g.context == facts.context)
-        last = next((g for g in own if facts.flow.is_that_of(g.flow)), None)
+        own = [g for g in self._candidates(facts) if g.context == facts.context]
+        own = [g for g in own if facts.flow.is_that_of(g.flow)]
+        last = own[0] if own else None
         way = None if last is None else last.way(facts.timestep)
         if last is not None and way == 0:
             return last, last.add_pass(facts.key, facts.marks)
@@ -239,9 +240,9 @@ class Guesses:
             generation.turned = way == -1 and match is not None
             if way == 1:
                 self._drop(last)
-        for old in list(self._candidates(facts)):
+        for old in own:
             # another picture of the same text is over; those of other texts go on, in turns
-            if facts.flow.is_that_of(old.flow) and old.match(facts) is not None:
+            if old.match(facts) is not None:
                 self._drop(old)
         state = generation.add_pass(facts.key, facts.marks)
         state.unsure = unsure
