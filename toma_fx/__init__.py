@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # the names of the table, for type checkers and editors
         ConfigError as ConfigError, DynamicError as DynamicError,
         GenerationError as GenerationError, GradientError as GradientError,
         MissingPackageError as MissingPackageError, ModelTypeError as ModelTypeError,
-        NoMergeSites as NoMergeSites, OffloadError as OffloadError, ParityError as ParityError,
+        NoCacheSites as NoCacheSites, NoMergeSites as NoMergeSites, OffloadError as OffloadError, ParityError as ParityError,
         RewriteError as RewriteError, SharedStateError as SharedStateError,
         SignatureError as SignatureError, StatefulModelError as StatefulModelError,
         StateError as StateError, TileError as TileError,
@@ -38,6 +38,7 @@ if TYPE_CHECKING:  # the names of the table, for type checkers and editors
     from toma_fx.methods.base import MethodConfig as MethodConfig
     from toma_fx.methods.baselines import GridConfig as GridConfig, RandomConfig as RandomConfig
     from toma_fx.methods.ca_tome import CAToMeConfig as CAToMeConfig
+    from toma_fx.methods.cache import CACHES as CACHES, CacheConfig as CacheConfig
     from toma_fx.methods.config import METHODS as METHODS, PRESETS as PRESETS
     from toma_fx.methods.retom import ReToMConfig as ReToMConfig
     from toma_fx.methods.setting import Place as Place, Setting as Setting
@@ -57,7 +58,7 @@ _NAMES = {
     "toma_fx.errors": (
         "AdapterError ArtifactError BuildError CaptureError CompanionError CompatError "
         "ConfigError DynamicError GenerationError GradientError MissingPackageError ModelTypeError "
-        "NoMergeSites OffloadError ParityError RewriteError SharedStateError SignatureError "
+        "NoCacheSites NoMergeSites OffloadError ParityError RewriteError SharedStateError SignatureError "
         "StatefulModelError StateError TileError TomaError TrainingModeError UnknownNameError "
         "VerifyError"
     ),
@@ -66,6 +67,7 @@ _NAMES = {
     "toma_fx.methods.base": "MethodConfig",
     "toma_fx.methods.baselines": "GridConfig RandomConfig",
     "toma_fx.methods.ca_tome": "CAToMeConfig",
+    "toma_fx.methods.cache": "CACHES CacheConfig",
     "toma_fx.methods.config": "METHODS PRESETS",
     "toma_fx.methods.retom": "ReToMConfig",
     "toma_fx.methods.setting": "Place Setting",

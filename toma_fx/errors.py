@@ -129,9 +129,19 @@ class NoMergeSites(TomaError, RuntimeError):
     ) -> None:
         self.reasons = tuple(reasons)
         listed = "; ".join(self.reasons) if self.reasons else "the graph has no attention at all"
-        super().__init__(
-            what, where=where, expected="at least one merged branch", got=listed, hint=hint
-        )
+        super().__init__(what, where=where, expected=self.expected_sites, got=listed, hint=hint)
+
+    expected_sites = "at least one merged branch"
+
+
+class NoCacheSites(NoMergeSites):
+    """No update of the model can be kept over steps with this configuration.
+
+    Attributes:
+        reasons: one line per stretch that can't be cut.
+    """
+
+    expected_sites = "at least one stretch of blocks that a kept update can stand for"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -37,6 +37,22 @@ def find_streams(flow: Flow, sites: tuple[Site, ...]) -> tuple[Stream, ...]:
     )
 
 
+def find_text_streams(flow: Flow, sites: tuple[Site, ...]) -> tuple[Stream, ...]:
+    """The residual streams of tokens that are no image, as far as they run by themselves."""
+    texts: dict[str, Segment] = {}
+    for name in flow.order:
+        segments = flow.segments(name)
+        if len(segments) == 1 and segments[0].grid is None and segments[0].role != "ids":
+            texts[segments[0].name] = segments[0]
+    by_node = {s.node: s for s in sites}
+    return tuple(
+        stream
+        for segment in texts.values()
+        for stream in _find_segment_streams(segment, flow, by_node)
+        if stream.branches[0].add
+    )
+
+
 def _find_segment_streams(segment: Segment, flow: Flow, sites: Mapping[str, Site]) -> list[Stream]:
     """Streams of one segment: adds whose one operand is an ancestor of the other."""
     carriers = flow.carriers(segment.name)
@@ -155,6 +171,8 @@ def _match_residual(
         return None
     for main, out in (operands, operands[::-1]):
         root = flow.root(main)
+        if root not in bits:  # text that follows an image into a joint sequence
+            continue
         chain = next((c for c in chains if c.values[-1] == root), None)
         if chain is None:
             chain = next((c for c in chains if root in c.values[:-1]), None)

@@ -32,7 +32,8 @@ from toma_fx.export.manifest import (
 from toma_fx.export.programs import Programs, export_programs
 from toma_fx.export.registry import make_target
 from toma_fx.export.targets import Lowered, Runtime, Target
-from toma_fx.run.schedule import Schedule
+from toma_fx.methods.cached_steps import Length
+from toma_fx.run.schedule import Schedule, aging
 
 ALIKE = {"float16": 0.85, "bfloat16": 0.7}
 """Least share of tokens that an artifact's patterns treat as the process's do, by dtype of the
@@ -41,6 +42,9 @@ EXACTLY_ALIKE = 0.95
 PROBES, NEAR = 8, 0.05
 """Random channels that tell whether a token is treated alike, and how near their values must be,
 relative to the largest."""
+UPDATES = 8
+"""How many times the tolerance of outputs kept updates may differ: they are small differences of
+large values."""
 CHECKED_STEPS = 4
 """Steps of the comparison, of the schedule from its first merged step."""
 
@@ -134,6 +138,7 @@ def manifest_of(programs: Programs, lowered: Lowered, license: str) -> Manifest:
         outputs=tuple(TensorSpec.of(name, x) for name, x in programs.outputs.items()),
         structure=_structure(captured.out_spec),
         kept=tuple(TensorSpec.of(name, x) for name, x in programs.kept.items() if name in used),
+        older={a: b for a, b in programs.plan.older.items() if a in used and b in used},
         programs=lowered.programs,
         versions={"toma_fx": version("toma_fx"), "torch": torch.__version__, **lowered.versions},
         parity=(),
@@ -144,7 +149,7 @@ def manifest_of(programs: Programs, lowered: Lowered, license: str) -> Manifest:
 def _schedule(programs: Programs, lowered: Mapping[str, ProgramSpec]) -> Schedule:
     """Which kind is due when; for a kind that the target left out, what runs instead of it."""
     if not programs.plan.segments:
-        return Schedule.plain()
+        return Schedule.plain(programs.plan.config.caching)
 
     def replacing(kind: str) -> str:
         return kind if kind in lowered else programs[kind].instead
@@ -169,10 +174,13 @@ def _compare(programs: Programs, manifest: Manifest, runtime: Runtime) -> Iterat
         outputs, gives = runtime.run(kind, inputs, kept)
         got = [x.clone() for x in outputs]
         expected, expected_gives = programs.run(kind, inputs, kept)
+        for source, target in aging(kept, gives, manifest.older):
+            kept[target] = kept[source]
         kept.update({name: x.clone() for name, x in gives.items()})
         alike = 1.0
-        if gives and "reuse" in programs:
-            expected, _ = programs.run("reuse", inputs, kept)
+        if not set(programs.plan.new_updates).issuperset(gives) and "reuse" in programs:
+            expected, more = programs.run("reuse", inputs, kept)
+            expected_gives = {**expected_gives, **more}
             alike = _alike(programs, kept, {**kept, **expected_gives})
             limit = ALIKE.get(manifest.dtype, EXACTLY_ALIKE)
             if not alike >= limit:
@@ -184,6 +192,12 @@ def _compare(programs: Programs, manifest: Manifest, runtime: Runtime) -> Iterat
                 most = f"a difference of at most {limit:.0e} of the largest value"
                 raise _mismatch(f"{where}, {spec.name}", most, f"{difference:.2g}")
             yield Parity(kind, difference, limit, alike)
+        for name in set(programs.plan.new_updates).intersection(gives):
+            difference = relative_difference(gives[name], expected_gives[name])
+            limit = UPDATES * tolerance(gives[name].dtype)
+            if not difference <= limit:
+                most = f"a difference of at most {limit:.0e} of the largest value"
+                raise _mismatch(f"{where}, {name}", most, f"{difference:.2g}")
 
 
 def _mismatch(where: str, expected: str, got: str) -> BuildError:
@@ -217,8 +231,9 @@ def _alike(programs: Programs, a: Mapping[str, Tensor], b: Mapping[str, Tensor])
 
 def _checked_kinds(manifest: Manifest) -> list[str]:
     """Kinds of the first merged steps, and those that no such step runs."""
-    first = manifest.schedule.first_step
-    kinds = manifest.kinds(first + CHECKED_STEPS)[first:]
+    first, caching = manifest.schedule.first_step, manifest.schedule.caching
+    length = Length(None if caching is None else caching.horizon)
+    kinds = manifest.kinds(first + CHECKED_STEPS, length)[first:]
     return kinds + [kind for kind in manifest.programs if kind not in kinds]
 
 

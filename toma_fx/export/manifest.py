@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Any, Self
 
 from toma_fx.errors import ArtifactError
 from toma_fx.export.decode import check_file_name, decode, malformed
-from toma_fx.run.schedule import Schedule, due, runnable
+from toma_fx.methods.cached_steps import Length
+from toma_fx.run.schedule import Schedule, kinds_of
 
 if TYPE_CHECKING:  # `toma-fx info` reads manifests without torch
     from torch import Tensor
 
     from toma_fx.capture.grids import Raster
 
-VERSION = 3
+VERSION = 4
 """Version of the form of the manifest; readers refuse others."""
 SCHEMA = f"urn:toma-fx:manifest:{VERSION}"
 """Identifier of the schema that `manifest.schema.json` beside this file holds."""
@@ -168,7 +169,8 @@ class Manifest:
         parameters: of a call, in order, for arguments without keywords.
         inputs, constants, outputs, structure: what a call takes and gives.
         timestep: path of the input that tells how far a generation is; empty if none does.
-        kept: every tensor that is kept from step to step. programs: by kind of step.
+        kept: every tensor that is kept from step to step. older: by kept tensor, where its value
+            goes when a program gives it anew. programs: by kind of step.
         versions: of toma_fx, torch, and what the target is made with.
         parity: the check that the build ended with. files: by path inside the folder.
     """
@@ -189,23 +191,30 @@ class Manifest:
     outputs: tuple[TensorSpec, ...]
     structure: Structure
     kept: tuple[TensorSpec, ...]
+    older: Mapping[str, str]
     programs: Mapping[str, ProgramSpec]
     versions: Mapping[str, str]
     parity: tuple[Parity, ...]
     files: Mapping[str, FileSpec]
 
-    def kinds(self, steps: int) -> list[str]:
-        """Kinds of the programs of the first steps of a generation."""
-        kept: set[str] = set()
-        kinds = []
-        for step in range(steps):
-            kinds.append(runnable(due(self.schedule, step), self, kept))
-            kept.update(self.programs[kinds[-1]].gives)
-        return kinds
+    def kinds(self, steps: int, length: Length | None = None) -> list[str]:
+        """Kinds of the programs of the first steps of a generation.
+
+        Args:
+            steps: how many. length: of the generation; these are all of it if not given.
+
+        Raises:
+            GenerationError: the schedule is for another length.
+        """
+        return kinds_of(self, self.schedule, Length(steps) if length is None else length, steps)
 
     def takes(self, kind: str) -> tuple[str, ...]:
         """Names of the kept tensors that a kind of program takes."""
         return self.programs[kind].takes
+
+    def gives(self, kind: str) -> tuple[str, ...]:
+        """Names of the kept tensors that a kind of program gives."""
+        return self.programs[kind].gives
 
     def instead(self, kind: str) -> str:
         """The kind that runs while something that `kind` takes is not kept."""

@@ -19,12 +19,13 @@ from toma_fx.graph.passes import EraseInputs, run_passes
 from toma_fx.graph.rewriter import Rewriter, copy_graph
 from toma_fx.graph.specs import EXPORTABLE
 from toma_fx.graph.verify import output_values
+from toma_fx.methods.cached_steps import LONGEST, Length
 from toma_fx.plan.plan import MergePlan
 from toma_fx.run.calls import call_of
 from toma_fx.run.denoiser import OptimizedDenoiser, optimized_of
 from toma_fx.run.program_set import split_outputs
 from toma_fx.run.programs import Specialization, tracing
-from toma_fx.run.schedule import LONGEST, due, runnable
+from toma_fx.run.schedule import kinds_of
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,9 @@ def _export(
         if program.gives:
             results = graph_module(*example)
             kept.update(split_outputs(results, program.gives)[1])
+            for newer, older in specialization.older.items():
+                if newer in kept:
+                    kept.setdefault(older, kept[newer])
         with without_weak_references() as graphs:
             exported = torch.export.export(graph_module, example, strict=False)
             graphs.append(exported.graph)
@@ -169,12 +173,9 @@ def _export(
 def kinds_that_run(specialization: Specialization) -> list[str]:
     """The kinds of programs that some step of a generation runs, in the order of `uses`."""
     schedule = specialization.schedule
-    kept: set[str] = set()
-    ran = set()
-    for step in range(max(LONGEST, (schedule.last_step or 0) + 2)):
-        kind = runnable(due(schedule, step), specialization, kept)
-        kept.update(specialization.gives(kind))
-        ran.add(kind)
+    steps = max(LONGEST, (schedule.last_step or 0) + 2)
+    length = Length(steps if schedule.caching is None else schedule.caching.horizon)
+    ran = kinds_of(specialization, schedule, length, steps)
     return [kind for kind in specialization.uses if kind in ran]
 
 

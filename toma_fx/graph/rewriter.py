@@ -61,7 +61,8 @@ class Rewriter:
         graph_module: the graph being rewritten. log: (pass, action, node) of every change.
         inputs: names that the inputs must have. outputs: fake values of the outputs; the verbs that
             add or erase some keep both up to date, and verification compares them with the graph.
-        named: nodes that a pass leaves for the passes after it.
+        named: nodes that a pass leaves for the passes after it. stand_ins: what now stands for
+            nodes of the graph at first, by their names.
         changed: nodes made or changed since `settle`. spliced: nodes of the last `splice`.
     """
 
@@ -73,6 +74,8 @@ class Rewriter:
         self.inputs = [n.name for n in self.graph.nodes if n.op == "placeholder"]
         self.outputs = output_values(self.graph)
         self.named: dict[str, tuple[fx.Node, ...]] = {}
+        self.stand_ins: dict[str, fx.Node] = {}
+        self._first = self.index()
         self.changed: set[fx.Node] = set()
         self.spliced: list[fx.Node] = []
         self._restrided: set[fx.Node] = set()
@@ -117,6 +120,14 @@ class Rewriter:
     def index(self) -> dict[str, fx.Node]:
         """All nodes by name."""
         return {n.name: n for n in self.graph.nodes}
+
+    def current(self, name: str) -> fx.Node:
+        """What now stands for a node that the graph had at first."""
+        return self.stand_ins.get(name) or self._first[name]
+
+    def stand_in(self, name: str, node: fx.Node) -> None:
+        """Say that `node` has taken the place of one that the graph had at first."""
+        self.stand_ins[name] = node
 
     def calls(self, *ops: str) -> list[fx.Node]:
         """The calls of these ops, in graph order."""

@@ -12,9 +12,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any, ClassVar, Literal, Self, get_args
 
 from toma_fx.errors import ConfigError, DynamicError, TileError, UnknownNameError, nearest
+from toma_fx.methods.cache import CacheConfig
+from toma_fx.methods.cached_steps import CachedSteps
 from toma_fx.methods.checks import check_choice, is_count, is_number, is_size
 from toma_fx.methods.setting import Place, Setting
 
@@ -47,6 +50,9 @@ class MethodConfig(ABC):
             patterns that match, the later wins.
         grid: token grid (H, W) or (T, H, W) of a packed input, where neither position ids nor sizes
             among the arguments tell it.
+        cache: which steps compute the blocks, and what the others use instead: a `CacheConfig`, a
+            number n for one step in n, a name in `toma_fx.CACHES`; None: every step computes. It
+            works without merging, too.
 
     Class attributes:
         name: of the method in reports, plans and messages; methods of this package are also asked
@@ -75,6 +81,7 @@ class MethodConfig(ABC):
         Mapping[str, Mapping[str, Any]] | tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]
     ) = ()
     grid: tuple[int, ...] | None = None
+    cache: CacheConfig | int | str | Mapping[str, Any] | None = None
 
     name: ClassVar[str] = ""
     overridable: ClassVar[tuple[str, ...]] = ("min_tokens",)
@@ -89,6 +96,7 @@ class MethodConfig(ABC):
         for field in dataclasses.fields(self):
             if isinstance(getattr(self, field.name), list):
                 object.__setattr__(self, field.name, tuple(getattr(self, field.name)))
+        object.__setattr__(self, "cache", CacheConfig.of(self.cache))
         self.check()
         object.__setattr__(self, "overrides", self._freeze_overrides())
 
@@ -186,6 +194,17 @@ class MethodConfig(ABC):
         )
         return not self.is_off or any(not variant.is_off for variant in variants)
 
+    @cached_property
+    def caching(self) -> CachedSteps | None:
+        """Which steps compute; None: all."""
+        cache = CacheConfig.of(self.cache)
+        return None if cache is None else cache.cached_steps
+
+    @property
+    def changes_outputs(self) -> bool:
+        """Whether the model computes something else with it: it merges, or keeps updates."""
+        return self.merges or self.caching is not None
+
     def path_patterns(self) -> tuple[str, ...]:
         """Every module path pattern that the configuration mentions."""
         return (*self.include, *self.exclude, *(pattern for pattern, _ in self._overrides()))
@@ -198,6 +217,8 @@ class MethodConfig(ABC):
         """The method and its fields as JSON-able values."""
         out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         out["overrides"] = {pattern: dict(values) for pattern, values in self._overrides()}
+        cache = CacheConfig.of(self.cache)
+        out["cache"] = None if cache is None else cache.to_json()
         return {"method": self.name, **out}
 
     # -- checking -------------------------------------------------------------------------------

@@ -67,8 +67,7 @@ def make_config(
     """
     fields = dict(options or {})
     if toma is False:
-        _check_off(method, fields)
-        return ToMAConfig(ratio=0.0)
+        return ToMAConfig(ratio=0.0, cache=_check_off(method, fields).cache)
     if isinstance(toma, Mapping):
         fields, toma = {**toma, **fields}, True
     if method is None and isinstance(toma, MethodConfig):
@@ -95,8 +94,11 @@ def with_options(config: Config, options: Mapping[str, Any]) -> Config:
     return dataclasses.replace(config, **options)
 
 
-def _check_off(method: Any, options: Mapping[str, Any]) -> None:
+def _check_off(method: Any, options: Mapping[str, Any]) -> MethodConfig:
     """Check what was given beside `toma=False`: an amount to merge contradicts it.
+
+    Returns:
+        The configuration that it would be with merging.
 
     Raises:
         ConfigError, UnknownNameError: as `make_config`.
@@ -113,6 +115,7 @@ def _check_off(method: Any, options: Mapping[str, Any]) -> None:
             got=", ".join(amounts) or f"method={method!r}",
             hint="leave out toma=False to merge, or leave out the rest",
         )
+    return config
 
 
 def _method_class(method: Any) -> type[MethodConfig]:

@@ -61,7 +61,8 @@ class MergeSegments:
         patterns = {
             g.name: PatternNodes(g.setting, rewriter.named[g.name]) for g in self.plan.groups
         }
-        work = _Work(self, rewriter, patterns, rewriter.index())
+        nodes = {**rewriter.index(), **rewriter.stand_ins}
+        work = _Work(self, rewriter, patterns, nodes)
         for segment in self.plan.segments:
             work.rewrite(segment)
 
@@ -229,3 +230,4 @@ class _Work:
         self.cache.pop(end.name, None)
         # later segments that name this value mean the unmerged one
         self.nodes[segment.exit] = result
+        self.rewriter.stand_in(segment.exit, result)

@@ -53,13 +53,13 @@ def rewrite(
     Raises:
         RewriteError, VerifyError: the graph can't be rewritten as planned.
     """
-    if not use.passes:
+    job = Job(captured, analysis, flow, plan.computed if use.cached else plan, use)
+    steps = [step for make_pass in use.passes if (step := make_pass(job)) is not None]
+    if not steps:
         return Program(use, captured.graph_module, (), (), ())
     rewriter = Rewriter(copy_graph(captured.graph_module), templates)
-    job = Job(captured, analysis, flow, plan, use)
-    steps = [make_pass(job) for make_pass in use.passes]
     run_passes(rewriter, steps, use.name, before=CAPTURED, after=REWRITTEN)
-    takes, gives = (*use.masks(plan), *use.takes(plan)), use.gives(plan)
+    takes, gives = use.inputs(plan), use.gives(plan)
     wanted = [*(i.name for i in captured.inputs), *takes]
     own = len(output_values(captured.graph_module.graph))
     if rewriter.inputs != wanted or len(rewriter.outputs) != own + len(gives):

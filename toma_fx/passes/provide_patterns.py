@@ -28,7 +28,7 @@ from toma_fx.passes.job import Job
 from toma_fx.passes.snippets import Span, span_of, splice_image
 from toma_fx.plan.plan import MergePlan, PatternGroup
 
-MASKS = {"pattern_select": ("refresh",), "pattern_weigh": ("refresh", "reweigh")}
+PATTERN_MASKS = {"pattern_select": ("refresh",), "pattern_weigh": ("refresh", "reweigh")}
 """Inputs of a program that chooses by row, before its kept tensors: the kinds of the rows that they
 hold true for."""
 
@@ -54,7 +54,10 @@ class ProvidePatterns:
     def of(cls, job: Job) -> Self:
         """The pass for a job."""
         plan = job.plan
-        takes, gives = frozenset(job.use.takes(plan)), frozenset(job.use.gives(plan))
+        takes, gives = (
+            frozenset(names).difference(plan.all_updates)
+            for names in (job.use.takes(plan), job.use.gives(plan))
+        )
         return cls(plan, takes, gives, {g.name: _feature_span(job, g) for g in plan.groups})
 
     def __str__(self) -> str:
@@ -81,7 +84,7 @@ class ProvidePatterns:
         def mask() -> Tensor:
             return torch.empty(first.batch, dtype=torch.bool, device=device)
 
-        return tuple(rewriter.add_input(name, mask) for name in MASKS)
+        return tuple(rewriter.add_input(name, mask) for name in PATTERN_MASKS)
 
     def _add_inputs(self, rewriter: Rewriter, group: PatternGroup, image: Tensor) -> list[fx.Node]:
         """Inputs for the parts of a group that the program takes."""

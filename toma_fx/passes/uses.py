@@ -12,23 +12,33 @@ schedule that names it. Whatever runs, exports, batches and reports programs rea
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from toma_fx.errors import ConfigError
 from toma_fx.graph.passes import EraseDead, Pass
 from toma_fx.methods.base import MethodConfig
 from toma_fx.methods.setting import Setting
+from toma_fx.passes.cache_updates import USED_ROWS, KeepUpdates, UseUpdates
 from toma_fx.passes.job import Job
 from toma_fx.passes.merge_segments import MergeSegments
-from toma_fx.passes.provide_patterns import MASKS, ProvidePatterns
+from toma_fx.passes.provide_patterns import PATTERN_MASKS, ProvidePatterns
 from toma_fx.plan.plan import MergePlan
 
 Names = Callable[[MergePlan], tuple[str, ...]]
 """Names of kept tensors, in order, of a plan."""
-PASSES: tuple[Callable[[Job], Pass], ...] = (
+MakePass = Callable[[Job], Pass | None]
+"""A pass for a job; None where there is nothing to do."""
+
+
+def _erase_dead(job: Job) -> Pass:
+    return EraseDead()
+
+
+PASSES: tuple[MakePass, ...] = (
     ProvidePatterns.of,
     MergeSegments.of,
-    lambda job: EraseDead(),
+    KeepUpdates.of,
+    _erase_dead,
 )
 """What makes a program that merges, in this order: each pass for a job."""
 
@@ -45,6 +55,16 @@ def parts(select: Callable[[Setting], Collection[str]]) -> Names:
 _every_part = parts(lambda setting: setting.parts)
 
 
+def keeping(names: Names = _no_tensor) -> Names:
+    """Those names and the updates that every step which computes gives."""
+    return lambda plan: (*names(plan), *plan.new_updates)
+
+
+def using(names: Names = _no_tensor) -> Names:
+    """Those names and all updates that are kept."""
+    return lambda plan: (*names(plan), *plan.all_updates)
+
+
 @dataclass(frozen=True)
 class Use:
     """One kind of program.
@@ -56,41 +76,74 @@ class Use:
         instead: the kind that runs while a tensor that it takes is not kept.
         passes: what makes the program of a captured graph; none leave it as it is.
         serves: kinds that requests of one batch may be due while this one runs.
+        cached: whether it uses kept updates for all rows, and merges only what it still computes.
     """
 
     name: str
     takes: Names = _no_tensor
     gives: Names = _no_tensor
     instead: str = "refresh"
-    passes: tuple[Callable[[Job], Pass], ...] = PASSES
+    passes: tuple[MakePass, ...] = PASSES
     serves: tuple[str, ...] = ()
+    cached: bool = False
 
-    def masks(self, plan: MergePlan) -> tuple[str, ...]:
-        """Names of the masks that are inputs before the kept tensors."""
-        return tuple(MASKS) if set(self.takes(plan)) & set(self.gives(plan)) else ()
+    def inputs(self, plan: MergePlan) -> tuple[str, ...]:
+        """Names of the inputs behind the model's own: patterns, then updates, masks before each."""
+        taken, given, kept = self.takes(plan), set(self.gives(plan)), set(plan.all_updates)
+        patterns = [name for name in taken if name not in kept]
+        updates = [name for name in taken if name in kept]
+        by_row = [] if given.isdisjoint(patterns) else list(PATTERN_MASKS)
+        used = [] if given.isdisjoint(updates) else [USED_ROWS]
+        return (*by_row, *patterns, *used, *updates)
 
 
-REFRESH = Use("refresh", gives=_every_part)
+REFRESH = Use("refresh", gives=keeping(_every_part))
 """Selects destinations and weighs; the first step that merges, and every n-th after it."""
 REWEIGH = Use(
     "reweigh",
     takes=parts(lambda setting: setting.chosen),
-    gives=parts(lambda setting: setting.weighed),
+    gives=keeping(parts(lambda setting: setting.weighed)),
 )
 """Weighs for kept destinations."""
-REUSE = Use("reuse", takes=_every_part)
+REUSE = Use("reuse", takes=_every_part, gives=keeping())
 """Merges with kept patterns."""
-PLAIN = Use("plain", passes=())
+PLAIN = Use("plain", gives=keeping(), passes=(KeepUpdates.of,))
 """Merges nothing: steps before `first_step` and after `last_step`."""
+CACHED = Use(
+    "cached",
+    takes=using(lambda plan: _every_part(plan.computed)),
+    instead=REUSE.name,
+    passes=(ProvidePatterns.of, UseUpdates.of, MergeSegments.of, _erase_dead),
+    cached=True,
+)
+"""Uses kept updates instead of computing them; what is left merges with kept patterns."""
+CACHED_PLAIN = Use(
+    "cached_plain",
+    takes=using(),
+    instead=PLAIN.name,
+    passes=(UseUpdates.of, _erase_dead),
+    cached=True,
+)
+"""Uses kept updates, and merges nothing in what is left."""
 MIXED = Use(
     "mixed",
-    takes=_every_part,
-    gives=_every_part,
-    serves=(REFRESH.name, REWEIGH.name, REUSE.name),
+    takes=using(_every_part),
+    gives=keeping(_every_part),
+    serves=(REFRESH.name, REWEIGH.name, REUSE.name, CACHED.name),
 )
 """Serves a batch of requests that are due different kinds, each its own rows."""
-USES = (REFRESH, REWEIGH, REUSE, PLAIN, MIXED)
+MIXED_PLAIN = Use(
+    "mixed_plain",
+    takes=using(),
+    gives=keeping(),
+    passes=(KeepUpdates.of, _erase_dead),
+    serves=(PLAIN.name, CACHED_PLAIN.name),
+)
+"""The same, where nothing merges."""
+USES = (REFRESH, REWEIGH, REUSE, PLAIN, CACHED, CACHED_PLAIN, MIXED, MIXED_PLAIN)
 """In the order in which programs are built, checked and reported."""
+MASKS = {**PATTERN_MASKS, USED_ROWS: tuple(use.name for use in USES if use.cached)}
+"""Inputs of a program that chooses by row: the kinds of the rows that they hold true for."""
 
 
 def uses_of(config: MethodConfig) -> Mapping[str, Use]:
@@ -99,7 +152,8 @@ def uses_of(config: MethodConfig) -> Mapping[str, Use]:
     Raises:
         ConfigError: a kind of the method's own has the name of another.
     """
-    rows = (*USES, *config.uses)
+    own = [_also_keeping(use) if KeepUpdates.of in use.passes else use for use in config.uses]
+    rows = (*USES, *own)
     by_name = {use.name: use for use in rows}
     if len(by_name) < len(rows):
         raise ConfigError(
@@ -109,3 +163,8 @@ def uses_of(config: MethodConfig) -> Mapping[str, Use]:
             got=", ".join(use.name for use in config.uses),
         )
     return by_name
+
+
+def _also_keeping(use: Use) -> Use:
+    """A kind of a method's own, which gives updates as every step does that computes."""
+    return replace(use, gives=keeping(use.gives))

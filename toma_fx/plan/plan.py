@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from toma_fx.analysis.labels import Segment
@@ -61,6 +62,58 @@ class PatternGroup:
 
 
 @dataclass(frozen=True)
+class KeptUpdate:
+    """What a cached step uses instead of a stretch of blocks.
+
+    Attributes:
+        name: unique name. node: the value x_b that the stretch computes.
+        base: the value x_a that it updates; "" keeps x_b itself.
+        image: whose tokens are updated, where x_a lacks tokens of x_b (text joined later); of
+            those, x_b itself is kept.
+        modules: paths of the stretch. shape: of x_b. order: of the extrapolation.
+    """
+
+    name: str
+    node: str
+    base: str
+    image: Segment | None
+    modules: tuple[str, ...]
+    shape: tuple[int, ...]
+    order: int
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of the kept tensors, the newest first."""
+        return tuple(f"update_{self.name}_{age}" for age in range(self.order + 1))
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """What is kept over steps.
+
+    Attributes:
+        updates: in graph order. clock: the input that is the timestep; "" if nothing extrapolates.
+        batch: rows of the batch. segments: names of the merged segments that a cached step has.
+    """
+
+    updates: tuple[KeptUpdate, ...]
+    clock: str
+    batch: int
+    segments: tuple[str, ...]
+
+    @property
+    def times(self) -> tuple[str, ...]:
+        """Names of the timesteps that are kept, the newest first."""
+        most = max(update.order for update in self.updates)
+        return tuple(f"update_time_{age}" for age in range(most + 1)) if self.clock else ()
+
+    @property
+    def series(self) -> tuple[tuple[str, ...], ...]:
+        """All kept tensors: of each value its newest form and the older ones."""
+        return (*(u.tensors for u in self.updates), *([self.times] if self.times else []))
+
+
+@dataclass(frozen=True)
 class Rejection:
     """An attention or branch left alone, and why.
 
@@ -84,6 +137,33 @@ class MergePlan:
     groups: tuple[PatternGroup, ...]
     rejections: tuple[Rejection, ...]
     config: MethodConfig
+    cache: CachePlan | None = None
+
+    @property
+    def computed(self) -> MergePlan:
+        """What still merges where kept updates are used."""
+        if self.cache is None:
+            return self
+        segments = tuple(s for s in self.segments if s.name in self.cache.segments)
+        used = {s.group for s in segments}
+        groups = tuple(g for g in self.groups if g.name in used)
+        return dataclasses.replace(self, segments=segments, groups=groups)
+
+    @property
+    def new_updates(self) -> tuple[str, ...]:
+        """Names of the kept tensors that a step which computes gives anew, patterns apart."""
+        return tuple(series[0] for series in self.cache.series) if self.cache else ()
+
+    @property
+    def all_updates(self) -> tuple[str, ...]:
+        """Names of the kept tensors that a step which does not compute uses, patterns apart."""
+        return tuple(name for series in self.cache.series for name in series) if self.cache else ()
+
+    @property
+    def older(self) -> dict[str, str]:
+        """By kept tensor, where its value goes when it is given anew."""
+        series = self.cache.series if self.cache else ()
+        return {a: b for names in series for a, b in pairwise(names)}
 
     def group(self, name: str) -> PatternGroup:
         """Pattern group by name."""
@@ -98,4 +178,5 @@ class MergePlan:
         for name in ("segments", "groups"):
             for shown, item in zip(out[name], getattr(self, name), strict=True):
                 shown["setting"] = {"method": type(item.setting).__name__, **shown["setting"]}
-        return {**out, "config": self.config.to_json()}
+        cache = None if self.cache is None else dataclasses.asdict(self.cache)
+        return {**out, "cache": cache, "config": self.config.to_json()}

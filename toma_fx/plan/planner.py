@@ -16,20 +16,27 @@ from toma_fx.analysis.dataflow import Flow
 from toma_fx.analysis.facts import Analysis, Branch, Rejected, Stream
 from toma_fx.errors import NoMergeSites, UnknownNameError, nearest
 from toma_fx.methods.base import MethodConfig
+from toma_fx.methods.cache import CacheConfig
 from toma_fx.methods.setting import Place, Setting
+from toma_fx.plan.cached import Runs, cached_runs, plan_cache
 from toma_fx.plan.places import places_of
 from toma_fx.plan.plan import MergePlan, MergeSegment, PatternGroup, Rejection
 from toma_fx.plan.reasons import hint_no_sites, reject_branch, reject_rest
 from toma_fx.plan.segments import Found, Run, split_keys, split_run
 
 
-def make_plan(analysis: Analysis, flow: Flow, config: MethodConfig) -> MergePlan:
-    """Choose segments and pattern groups.
+def make_plan(
+    analysis: Analysis, flow: Flow, config: MethodConfig, timestep: str = ""
+) -> MergePlan:
+    """Choose segments, pattern groups, and what is kept over steps.
 
-    A ratio of 0 everywhere gives an empty plan: the model runs as captured.
+    A ratio of 0 everywhere gives no segments: the model runs as captured.
+
+    Args:
+        timestep: the input that is the timestep; "" if none is.
 
     Raises:
-        NoMergeSites: nothing can be merged, with every reason.
+        NoMergeSites: nothing can be merged, with every reason; `NoCacheSites`: nothing be cached.
         UnknownNameError: a path pattern that matches no module.
         TileError: a window larger than a grid.
     """
@@ -40,7 +47,11 @@ def make_plan(analysis: Analysis, flow: Flow, config: MethodConfig) -> MergePlan
     segments, groups = _group_segments(segments, analysis, flow)
     merged_sites = {site for s in segments for site in s.sites}
     rejections += reject_rest(analysis, flow, merged_sites, rejections)
-    plan = MergePlan(tuple(segments), groups, tuple(rejections), config)
+    cache, caching = CacheConfig.of(config.cache), None
+    if cache is not None:
+        caching, left = plan_cache(analysis, flow, cache, segments, timestep)
+        rejections += left
+    plan = MergePlan(tuple(segments), groups, tuple(rejections), config, caching)
     if not segments and config.merges:
         raise NoMergeSites(
             "no attention or MLP of this model can be merged with this configuration",
@@ -52,9 +63,10 @@ def make_plan(analysis: Analysis, flow: Flow, config: MethodConfig) -> MergePlan
 
 def _find_segments(analysis: Analysis, flow: Flow, config: MethodConfig) -> Found:
     places, sites = places_of(analysis, flow), {s.node: s for s in analysis.sites}
+    cached = cached_runs(analysis, CacheConfig.of(config.cache))
     segments, rejections = list[MergeSegment](), list[Rejection]()
     for stream in analysis.streams:
-        runs, refused = _split_stream(stream, config, places)
+        runs, refused = _split_stream(stream, config, places, cached)
         rejections += refused
         for run in runs:
             if config.keys_only:
@@ -88,7 +100,8 @@ def _drop_overlaps(segments: list[MergeSegment]) -> Found:
 def _check_patterns(analysis: Analysis, config: MethodConfig) -> None:
     paths = {b.module for s in analysis.streams for b in s.branches}
     paths |= {s.module for s in analysis.sites}
-    for pattern in config.path_patterns():
+    cache = CacheConfig.of(config.cache)
+    for pattern in (*config.path_patterns(), *(cache.path_patterns() if cache else ())):
         if not any(fnmatchcase(path, pattern) for path in paths):
             raise UnknownNameError(
                 f"the module path pattern {pattern!r} matches nothing",
@@ -100,9 +113,14 @@ def _check_patterns(analysis: Analysis, config: MethodConfig) -> None:
 
 
 def _split_stream(
-    stream: Stream, config: MethodConfig, places: Mapping[tuple[str, int], Place]
+    stream: Stream,
+    config: MethodConfig,
+    places: Mapping[tuple[str, int], Place],
+    cached: Runs,
 ) -> tuple[list[Run], list[Rejection]]:
-    """Runs of branches with equal settings, and the branches that the configuration leaves out."""
+    """Runs of branches with equal settings that are cached together, if at all, and the branches
+    that the configuration leaves out.
+    """
     settings: list[Setting | None] = []
     rejections: list[Rejection] = []
     for i, branch in enumerate(stream.branches):
@@ -111,7 +129,11 @@ def _split_stream(
             rejections.append(reject_branch(branch, setting))
         settings.append(setting if isinstance(setting, Setting) else None)
     runs = []
-    for common, indices in groupby(range(len(settings)), settings.__getitem__):
+
+    def key(i: int) -> tuple[Setting | None, int | None]:
+        return settings[i], cached.get((stream.name, i))
+
+    for (common, _), indices in groupby(range(len(settings)), key):
         if common is not None:
             runs.append(Run(stream, tuple(indices), common, config.share))
     return runs, rejections

@@ -96,8 +96,8 @@ def _make_segment(run: Run, part: Sequence[int], scope: str, flow: Flow) -> Merg
         entries = branches[0].entries
     else:
         # the base is where the segment before it would end, so that neighbors share one node
-        base = _move_past_slice(flow, image.name, stream.values[part[0]])
-        exit_ = _move_past_slice(flow, image.name, branches[-1].add)
+        base = move_past_slice(flow, image.name, stream.values[part[0]])
+        exit_ = move_past_slice(flow, image.name, branches[-1].add)
         inner = flow.region(image.name, base, exit_)
         inner = _drop_shared_casts(flow, inner, base, exit_)
         inner = flow.include_readers(image.name, inner, exit_)
@@ -204,7 +204,7 @@ def _drop_shared_casts(flow: Flow, inner: tuple[str, ...], base: str, end: str) 
     return tuple(n for n in inner if n not in shared)
 
 
-def _move_past_slice(flow: Flow, segment: str, exit_: str) -> str:
+def move_past_slice(flow: Flow, segment: str, exit_: str) -> str:
     """Move the exit of a joint sequence past the slice that keeps only the image."""
     while len(flow.segments(exit_)) > 1:
         onward = [u for u in flow.users[exit_] if flow.carries(u, segment)]

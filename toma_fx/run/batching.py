@@ -15,14 +15,15 @@ from torch import Tensor
 from toma_fx.capture.fingerprint import CHANGED, Fingerprint
 from toma_fx.capture.guard import ModelGuard
 from toma_fx.errors import StateError
-from toma_fx.passes.provide_patterns import MASKS
+from toma_fx.methods.cached_steps import Length
+from toma_fx.passes.uses import MASKS
 from toma_fx.run.program_set import (
     ProgramSet,
     clone_graph_outputs,
     run_program,
     split_outputs,
 )
-from toma_fx.run.schedule import due, runnable
+from toma_fx.run.schedule import USING, aging, due, runnable
 from toma_fx.run.stepper import Stepper
 
 LOGGER = logging.getLogger("toma_fx.run")
@@ -86,17 +87,19 @@ class State:
             the first merged step.
         settings: groups and settings that they fit. model: identifies the model's state, dtype and
             device, in other processes too.
+        steps: of the request in all, where that is known; a cache may ask for it.
     """
 
     step: int = 0
     kept: Mapping[str, Tensor] = field(default_factory=dict)
     settings: Hashable = None
     model: Any = None
+    steps: int | None = None
 
     @property
     def rows(self) -> int | None:
         """Rows of the batch that are this request's; None while nothing is kept."""
-        return next((len(p) for p in self.kept.values()), None)
+        return max((len(p) for p in self.kept.values()), default=None)
 
 
 def step_states(
@@ -122,7 +125,8 @@ def step_states(
     """
     states = [_check_fits(s, programs, model) for s in _as_list(state)]
     rows = _rows_of(states, programs)
-    kind, masks = _kind_for(states, rows, programs)
+    kinds = [_kind_due(s, programs) for s in states]
+    kind, masks = _kind_for(states, kinds, rows, programs)
     kept = _join(states, rows)
     tensors = {**kept, **masks}
     inputs = [*leaves, *(tensors[name] for name in programs.takes(kind))]
@@ -132,7 +136,10 @@ def step_states(
     outputs, updates = split_outputs(clone_graph_outputs(results), programs.gives(kind))
     following = [replace(s, step=s.step + 1) for s in states]
     if updates:
-        following = _cut(following, {**kept, **updates}, rows, programs.settings, model)
+        pieces = _cut(updates, rows)
+        for i, (own, kind) in enumerate(zip(pieces, kinds, strict=True)):
+            if kind not in USING:
+                following[i] = _keep(following[i], own, programs, model)
     return outputs, following[0] if isinstance(state, State) else following
 
 
@@ -159,7 +166,7 @@ def _check_fits(state: State, programs: ProgramSet, model: Any) -> State:
         return state
     if state.model != model:
         _log_difference(state, model)
-        return State(state.step)
+        return State(state.step, steps=state.steps)
     if state.settings != programs.settings:
         raise StateError(
             "the state belongs to another call",
@@ -223,15 +230,20 @@ def share_rows(states: Sequence[State], batch: int) -> list[int]:
     return [left // open_ if r is None else r for r in known]
 
 
+def _kind_due(state: State, programs: ProgramSet) -> str:
+    """The kind of program that a request is due, and can run."""
+    length = Length(state.steps)
+    return runnable(due(programs.schedule, state.step, length=length), programs, state.kept)
+
+
 def _kind_for(
-    states: Sequence[State], rows: Sequence[int], programs: ProgramSet
+    states: Sequence[State], kinds: Sequence[str], rows: Sequence[int], programs: ProgramSet
 ) -> tuple[str, dict[str, Tensor]]:
     """The kind of program that serves all states, and its masks by name.
 
     Raises:
         StateError: no kind does.
     """
-    kinds = [runnable(due(programs.schedule, s.step), programs, s.kept) for s in states]
     if len(set(kinds)) == 1:
         return kinds[0], {}
     serving = programs.mixed(set(kinds))
@@ -269,18 +281,19 @@ def _join(states: Sequence[State], rows: Sequence[int]) -> dict[str, Tensor]:
     }
 
 
-def _cut(
-    states: Sequence[State],
-    kept: Mapping[str, Tensor],
-    rows: Sequence[int],
-    settings: Hashable,
-    model: Any,
-) -> list[State]:
-    """The states with their rows of the kept tensors of a batch."""
-    pieces = {name: torch.split(value, list(rows)) for name, value in kept.items()}
-    if len(states) > 1:  # a piece must not keep the memory of the batch
-        pieces = {name: tuple(p.clone() for p in cut) for name, cut in pieces.items()}
-    return [
-        replace(s, kept={n: cut[i] for n, cut in pieces.items()}, settings=settings, model=model)
-        for i, s in enumerate(states)
-    ]
+def _cut(given: Mapping[str, Tensor], rows: Sequence[int]) -> list[dict[str, Tensor]]:
+    """What a program gave, by request."""
+    if len(rows) == 1:
+        return [dict(given)]
+    pieces = {name: torch.split(value, list(rows)) for name, value in given.items()}
+    # a piece must not keep the memory of the batch
+    return [{name: cut[i].clone() for name, cut in pieces.items()} for i in range(len(rows))]
+
+
+def _keep(state: State, given: Mapping[str, Tensor], programs: ProgramSet, model: Any) -> State:
+    """The state with what a program gave; what that replaces may move to where older values are."""
+    kept = dict(state.kept)
+    for source, target in aging(kept, given, programs.older):
+        kept[target] = kept[source]
+    kept.update(given)
+    return replace(state, kept=kept, settings=programs.settings, model=model)

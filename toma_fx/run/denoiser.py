@@ -167,8 +167,8 @@ class OptimizedDenoiser(KeepsState, StandIn):
 
     def _runs_original(self, call: Any) -> bool:
         """Whether the original has to run, for the sake of gradients; refused where it merges."""
-        if self.config_toma.merges:
-            hint = "turn merging off for them: ratio=0, or toma_fx.restore(model)"
+        if self.config_toma.changes_outputs:
+            hint = "turn merging and caching off for them: ratio=0, or toma_fx.restore(model)"
             refuse_gradient(call, "the optimized denoiser", hint)
         return needs_gradient(call)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from toma_fx.compat import mark_static_address
 from toma_fx.errors import SharedStateError
 from toma_fx.run.marks import Likeness, Mark
+from toma_fx.run.schedule import aging
 
 PASSES = 64
 """Passes of a generation whose tensors are kept, if nothing else is asked for."""
@@ -77,18 +78,26 @@ class PassState:
             self.forget()
             self.owner, self.buffers = owner, buffers.take(owner)
 
-    def keep(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy outputs into the buffers."""
-        self.kept.difference_update(tensors)  # an interrupt may come between two copies
+    def keep(self, tensors: Mapping[str, Tensor], older: Mapping[str, str]) -> None:
+        """Copy outputs into the buffers; `older` says where what these hold goes first."""
+        moves = aging(self.kept, tensors, older)
+        names = {*tensors, *(target for _, target in moves)}
+        kept = self.kept | names
+        self.kept -= names  # an interrupt may come between two copies
         with torch.inference_mode(False), torch.no_grad():
+            for source, target in moves:
+                self._copy(target, self.buffers[source])
             for name, value in tensors.items():
-                shape = tuple(value.shape)
-                if name not in self.buffers or self.buffers[name].shape != shape:
-                    buffer = torch.empty(shape, dtype=value.dtype, device=value.device)
-                    mark_static_address(buffer)
-                    self.buffers[name] = buffer
-                self.buffers[name].copy_(value)
-        self.kept.update(tensors)
+                self._copy(name, value)
+        self.kept = kept
+
+    def _copy(self, name: str, value: Tensor) -> None:
+        shape = tuple(value.shape)
+        if name not in self.buffers or self.buffers[name].shape != shape:
+            buffer = torch.empty(shape, dtype=value.dtype, device=value.device)
+            mark_static_address(buffer)
+            self.buffers[name] = buffer
+        self.buffers[name].copy_(value)
 
     def count(self, kind: str) -> None:
         """Count a step."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -43,6 +43,10 @@ class ProgramSet(Protocol):
 
     def instead(self, kind: str) -> str:
         """The kind that runs while something that `kind` takes is not kept."""
+
+    @property
+    def older(self) -> Mapping[str, str]:
+        """By kept tensor, where its value goes when it is given anew."""
 
     def mixed(self, kinds: Collection[str]) -> str | None:
         """The kind that serves a batch of requests that are due these kinds, if there is one."""

@@ -142,7 +142,11 @@ class Specialization:
         outputs = output_values(captured.graph_module.graph)
         verify(captured.graph_module, [i.name for i in captured.inputs], outputs, "capture")
         analysis, flow = analyze(captured, config.grid)
-        return cls(captured, analysis, flow, make_plan(analysis, flow, config), make_runner)
+        place = find_roles(captured).timestep
+        clock = None if place is None else captured.inputs[place]
+        timestep = "" if clock is None or clock.tensor is None else clock.name
+        plan = make_plan(analysis, flow, config, timestep)
+        return cls(captured, analysis, flow, plan, make_runner)
 
     @property
     def dynamic(self) -> bool:
@@ -151,13 +155,16 @@ class Specialization:
 
     @property
     def settings(self) -> Hashable:
-        """What kept tensors must agree on to fit: groups and their settings."""
-        return tuple((g.name, g.setting) for g in self.plan.groups)
+        """What kept tensors must agree on to fit: groups and their settings, updates."""
+        groups = tuple((g.name, g.setting) for g in self.plan.groups)
+        updates = self.plan.cache.updates if self.plan.cache else ()
+        return (*groups, *((u.tensors, u.shape) for u in updates))
 
     @property
     def batch_sizes(self) -> frozenset[int]:
-        """Rows of the batch, as the patterns see them."""
-        return frozenset(g.batch for g in self.plan.groups)
+        """Rows of the batch, as the kept tensors see them."""
+        updates = self.plan.cache.updates if self.plan.cache else ()
+        return frozenset((*(g.batch for g in self.plan.groups), *(u.shape[0] for u in updates)))
 
     @cached_property
     def uses(self) -> Mapping[str, Use]:
@@ -167,7 +174,13 @@ class Specialization:
     @cached_property
     def schedule(self) -> Scheduled:
         """Which kind is due when."""
-        return self.plan.config if self.plan.segments else Schedule.plain()
+        config = self.plan.config
+        return config if self.plan.segments else Schedule.plain(config.caching)
+
+    @cached_property
+    def older(self) -> Mapping[str, str]:
+        """By kept tensor, where its value goes when it is given anew."""
+        return self.plan.older
 
     @cached_property
     def roles(self) -> Roles:
@@ -186,8 +199,7 @@ class Specialization:
         """What a kind takes and gives, worked out once: every step asks."""
         if kind not in self.names:
             use = self.use(kind)
-            taken = (*use.masks(self.plan), *use.takes(self.plan))
-            self.names[kind] = taken, tuple(use.gives(self.plan))
+            self.names[kind] = use.inputs(self.plan), tuple(use.gives(self.plan))
         return self.names[kind]
 
     def instead(self, kind: str) -> str:
@@ -249,7 +261,8 @@ class Specialization:
 
     def _graph_modules(self) -> Iterator[fx.GraphModule]:
         yield self.captured.graph_module
-        yield from (p.graph_module for p in self.programs.values() if p.use.passes)
+        own = self.captured.graph_module
+        yield from (p.graph_module for p in self.programs.values() if p.graph_module is not own)
 
     def fits(self, model: nn.Module) -> bool:
         """Whether every parameter of the graph is the model's, or a part of one."""

@@ -2,21 +2,25 @@
 
 schedule --step--> kind that is due --what it takes is kept?--> that kind
                                     \--else----------------> the kind that runs instead
+
+Where updates are kept over steps, those that do not compute are due "cached", and what was to be
+selected in them is selected in the next one that computes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, Self
 
 from toma_fx.errors import ConfigError
+from toma_fx.methods.cached_steps import LONGEST, UNKNOWN_LENGTH, CachedSteps, Length
 
 if TYPE_CHECKING:  # `toma-fx info` reads schedules without torch
     from toma_fx.methods.base import MethodConfig
 
-LONGEST = 1000
-"""Steps of a generation that a schedule is written down for, and that are exported."""
+USING = {"cached", "cached_plain"}
+"""Kinds that use kept updates for all rows."""
 
 
 class Scheduled(Protocol):
@@ -28,6 +32,9 @@ class Scheduled(Protocol):
     @property
     def last_step(self) -> int | None: ...  # noqa: D102
 
+    @property
+    def caching(self) -> CachedSteps | None: ...  # noqa: D102
+
     def renewal(self, since: int) -> str: ...  # noqa: D102
 
 
@@ -38,23 +45,25 @@ class Schedule:
     Attributes:
         first_step, last_step: the steps that merge, from 0; others run "plain".
         begin: kinds of the first merged steps. cycle: what follows them, over and over.
+        caching: which steps compute; None: all.
     """
 
     first_step: int
     last_step: int | None
     begin: tuple[str, ...]
     cycle: tuple[str, ...]
+    caching: CachedSteps | None = None
 
     @classmethod
     def of(cls, config: MethodConfig, replacing: Callable[[str], str] = str) -> Self:
         """The schedule of a configuration; `replacing` gives the kind that stands for a kind."""
         kinds = [replacing(config.renewal(i)) for i in range(LONGEST)]
-        return cls(config.first_step, config.last_step, *_shortest_cycle(kinds))
+        return cls(config.first_step, config.last_step, *_shortest_cycle(kinds), config.caching)
 
     @classmethod
-    def plain(cls) -> Self:
+    def plain(cls, caching: CachedSteps | None = None) -> Self:
         """That of a model of which nothing merges: every step comes after the last that would."""
-        return cls(0, -1, (), ("reuse",))
+        return cls(0, -1, (), ("reuse",), caching)
 
     def renewal(self, since: int) -> str:
         """The kind that is due `since` steps after the first that merges."""
@@ -81,12 +90,35 @@ def _shortest_cycle(kinds: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, .
     return tuple(kinds[:-1]), (kinds[-1],)
 
 
-def due(schedule: Scheduled, step: int, first: int = 0) -> str:
+def due(schedule: Scheduled, step: int, first: int = 0, length: Length = UNKNOWN_LENGTH) -> str:
     """The kind of program that is due.
 
     Args:
         step: of the generation, from 0. first: step at which the pass selected first.
+        length: of the generation.
+
+    Raises:
+        GenerationError: which steps compute can't be told without the length, or does not fit it.
     """
+    kind, caching = _merging_kind(schedule, step, first), schedule.caching
+    if caching is None:
+        return kind
+    if not caching.computes(step, length):
+        return "cached_plain" if kind == "plain" else "cached"
+    if kind in ("plain", "refresh"):
+        return kind
+    while step > first and not caching.computes(step - 1, length):
+        step -= 1
+        missed = _merging_kind(schedule, step, first)
+        if missed == "refresh":
+            return missed
+        if kind == "reuse" and missed != "plain":
+            kind = missed
+    return kind
+
+
+def _merging_kind(schedule: Scheduled, step: int, first: int) -> str:
+    """The kind that is due where every step computes."""
     last = schedule.last_step
     if step < schedule.first_step or (last is not None and step > last):
         return "plain"
@@ -94,15 +126,41 @@ def due(schedule: Scheduled, step: int, first: int = 0) -> str:
 
 
 def counts_steps(schedule: Scheduled) -> bool:
-    """Whether some steps merge and others do not, so that it matters which step a call is."""
+    """Whether steps differ by more than what they select, so that it matters which a call is."""
     last = schedule.last_step
-    return (last is None and schedule.first_step > 0) or (last is not None and last >= 0)
+    some_merge = (last is None and schedule.first_step > 0) or (last is not None and last >= 0)
+    return some_merge or schedule.caching is not None
+
+
+def aging(
+    kept: Collection[str], given: Collection[str], older: Mapping[str, str]
+) -> list[tuple[str, str]]:
+    """Moves (from, to) of kept values before some are given anew, the oldest first.
+
+    Args:
+        kept: names of what is kept. given: of what is given anew. older: by name, where its value
+            goes then, newer names first.
+
+    >>> aging({"u_0", "u_1"}, ["u_0"], {"u_0": "u_1", "u_1": "u_2"})
+    [('u_1', 'u_2'), ('u_0', 'u_1')]
+    """
+    changing, moves = set(given), list[tuple[str, str]]()
+    for source, target in older.items():
+        if source in changing and source in kept:
+            moves.append((source, target))
+            changing.add(target)
+    return moves[::-1]
 
 
 class Kinds(Protocol):
-    """Kinds of programs by name: what each takes, and what runs instead of it."""
+    """Kinds of programs by name: what each takes and gives, and what runs instead of it."""
+
+    @property
+    def older(self) -> Mapping[str, str]: ...  # noqa: D102
 
     def takes(self, kind: str) -> tuple[str, ...]: ...  # noqa: D102
+
+    def gives(self, kind: str) -> tuple[str, ...]: ...  # noqa: D102
 
     def instead(self, kind: str) -> str: ...  # noqa: D102
 
@@ -125,3 +183,18 @@ def runnable(kind: str, kinds: Kinds, kept: Collection[str]) -> str:
             )
         tried.append(other)
     return tried[-1]
+
+
+def kinds_of(kinds: Kinds, schedule: Scheduled, length: Length, steps: int) -> list[str]:
+    """The kinds that run in the first steps of a generation.
+
+    Raises:
+        GenerationError: which steps compute can't be told without the length, or does not fit it.
+    """
+    kept, ran = set[str](), list[str]()
+    for step in range(steps):
+        ran.append(runnable(due(schedule, step, length=length), kinds, kept))
+        given = kinds.gives(ran[-1])
+        kept.update(target for _, target in aging(kept, given, kinds.older))
+        kept.update(given)
+    return ran

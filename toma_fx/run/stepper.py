@@ -27,6 +27,7 @@ from torch import Tensor
 from toma_fx.capture.grids import Raster
 from toma_fx.compat import disable_dynamo, skip_frame
 from toma_fx.errors import GenerationError, TomaError
+from toma_fx.methods.cached_steps import UNKNOWN_LENGTH, Length
 from toma_fx.run.calls import number_of
 from toma_fx.run.generation import PASSES, Buffers, Generation, PassState
 from toma_fx.run.guess import Facts, Guesses
@@ -240,9 +241,9 @@ class Stepper:
         programs: ProgramSet,
         calling: Hashable,
     ) -> Turn:
-        generation, state = self._place(states, call, shapes, programs)
+        generation, state, length = self._place(states, call, shapes, programs)
         state.bind(owner, self.buffers)
-        kind = _kind_of(state, generation.step, programs)
+        kind = _kind_of(state, generation.step, programs, length)
         kept = [state.buffers[name] for name in programs.takes(kind)]
         run = programs.runner(kind)
         if state.unsure and programs.gives(kind):
@@ -255,7 +256,7 @@ class Stepper:
         """Keep what the program gives; returns the model's own outputs."""
         outputs, given = split_outputs(results, turn.programs.gives(turn.kind))
         if given:
-            turn.state.keep(given)
+            turn.state.keep(given, turn.programs.older)
         turn.state.count(turn.kind)
         self.count(turn.programs, turn.kind)
         outputs = clone_graph_outputs(outputs)
@@ -279,14 +280,15 @@ class Stepper:
 
     def _place(
         self, states: Guesses | Run, call: StepCall, shapes: int, programs: ProgramSet
-    ) -> tuple[Generation, PassState]:
+    ) -> tuple[Generation, PassState, Length]:
         roles = programs.roles
         marks = [Mark.of(call.leaves[i]) for i in roles.compared]
         value = TimestepValue(None if roles.timestep is None else call.leaves[roles.timestep])
         label = (self.context, call.label)
         run = states if isinstance(states, Run) else states.run_of(call.token)
         if run is not None:
-            return run.generation, run.place(label, shapes, marks, value)
+            state = run.place(label, shapes, marks, value)
+            return run.generation, state, Length(run.steps, run.order)
         assert isinstance(states, Guesses)
         timestep = value.read()
         if timestep is None and counts_steps(programs.schedule):
@@ -294,13 +296,13 @@ class Stepper:
                 "the steps of this model can't be counted",
                 where=self.where,
                 expected="a timestep among the arguments, or a generation that is told",
-                got="no argument that is a timestep, and a schedule with first_step or last_step",
+                got="no argument that is a timestep, and first_step, last_step or cache= of use",
                 hint="with denoiser.generation(steps=30) as run: run.step(i) before the calls "
                 "of step i",
             )
         key = (label, shapes)
         facts = Facts(call.context, key, marks, roles.conditioning, timestep, Flow.current())
-        return states.place(facts)
+        return *states.place(facts), UNKNOWN_LENGTH
 
     def _read_rasters(self, call: StepCall) -> tuple[int, tuple[Raster | None, ...]]:
         """(number of the signature, what the position ids of a call enumerate)
@@ -340,22 +342,21 @@ class Stepper:
         )
 
 
-def _kind_of(state: PassState, step: int, programs: ProgramSet) -> str:
+def _kind_of(state: PassState, step: int, programs: ProgramSet, length: Length) -> str:
     """The kind that a pass runs at a step.
 
     Renewals count from the step at which the pass selected first. One that it missed makes out of
     date what would have been renewed.
     """
     schedule = programs.schedule
-    if state.first is not None:
-        for missed in state.skipped:
-            kind = due(schedule, missed, state.first)
-            if kind != "plain":
-                state.kept.difference_update(programs.gives(kind))
-    kind = due(schedule, step, step if state.first is None else state.first)
-    if state.first is None and kind != "plain":
+    for missed in state.skipped if state.kept else ():
+        kind = due(schedule, missed, missed if state.first is None else state.first, length)
+        state.kept.difference_update(programs.gives(kind))
+    first = step if state.first is None else state.first
+    kind = runnable(due(schedule, step, first, length), programs, state.kept)
+    if state.first is None and kind not in ("plain", "cached_plain"):
         state.first = step
-    return runnable(kind, programs, state.kept)
+    return kind
 
 
 class TimestepValue:

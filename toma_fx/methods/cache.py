@@ -1,0 +1,268 @@
+"""What users write: which block updates are kept over steps, and which steps use them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal, Self, get_args
+
+from toma_fx.errors import ConfigError, UnknownNameError, nearest
+from toma_fx.methods.cached_steps import POLICIES, CachedSteps
+from toma_fx.methods.checks import check_choice, is_count, is_number
+
+CacheScope = Literal["stack", "block", "deep"]
+"""What one kept tensor stands for: all blocks of a residual stream, one block, or all of a UNet
+below its finest level."""
+ORDERS = (0, 1, 2)
+OVERRIDABLE = ("order", "scope")
+"""Fields that `overrides` may set."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """Which steps compute, and what the others use instead: updates that those kept.
+
+    Given as `toma_fx.optimize(model, cache=CacheConfig(...))`; `cache=3` means `every=3`. A cached
+    step replaces a stretch x_b = f(x_a) by x_b = x_a + u, where u = x_b - x_a of the steps that
+    computed last, held or extrapolated.
+
+    Attributes:
+        every: of so many steps in a row, one computes.
+        steps_mask: instead of `every`, 1 for each step that computes and 0 for each that does not;
+            or the name of a published mask: "slow", "medium", "fast", "ultra".
+        warmup_steps: steps that compute at the begin: a number, or as a float below 1 a share of
+            all steps. None: `order + 1`, or what `steps_mask` says.
+        last_steps: steps that compute at the end, as `warmup_steps`.
+        order: 0 holds the update; 1 and 2 extrapolate it in the timestep through the last two or
+            three that were computed (TaylorSeer, arXiv 2503.06923, in divided differences).
+        scope: what one kept tensor stands for: "stack", all consecutive blocks of a residual
+            stream; "block", each; "deep", all of a UNet that is not at its finest level (DeepCache,
+            arXiv 2312.00858), kept as a value.
+        include: module path patterns (shell wildcards) of what may be cached; empty for all.
+        exclude: module path patterns of what always computes.
+        overrides: {module path pattern: {field: value}} for `order` and `scope`; of several
+            patterns that match, the later wins.
+        max_continuous_cached_steps: cached steps that may follow each other; None: any number.
+        steps: of a generation, where nothing tells how many there are.
+
+    Raises:
+        ConfigError: a value outside its domain, or fields that contradict each other.
+        UnknownNameError: an unknown choice or field.
+    """
+
+    every: int = 2
+    steps_mask: tuple[int, ...] | str | None = None
+    warmup_steps: int | float | None = None
+    last_steps: int | float = 0
+    order: int = 1
+    scope: CacheScope = "stack"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    overrides: (
+        Mapping[str, Mapping[str, Any]] | tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]
+    ) = ()
+    max_continuous_cached_steps: int | None = None
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("include", "exclude"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        if isinstance(self.steps_mask, list):
+            object.__setattr__(self, "steps_mask", tuple(self.steps_mask))
+        self._check()
+        object.__setattr__(self, "overrides", self._freeze_overrides())
+        self._check_order()
+        if self.steps is not None:
+            self.cached_steps.flags()  # what does not fit the number of steps is refused now
+
+    @classmethod
+    def of(cls, value: Any) -> CacheConfig | None:
+        """What `cache=` means: a configuration, a number for `every`, a name in `CACHES`, a mapping
+        of fields, True for the defaults, None or False for no caching.
+
+        Raises:
+            ConfigError, UnknownNameError: something else, or a field out of its domain.
+        """
+        if value is None or value is False:
+            return None
+        if isinstance(value, cls):
+            return value
+        if value is True:
+            return cls()
+        if isinstance(value, str):
+            if value not in CACHES:
+                raise UnknownNameError(
+                    f"unknown cache {value!r}", where="cache", hint=nearest(value, CACHES)
+                )
+            return CACHES[value]
+        if isinstance(value, Mapping):
+            known = [field.name for field in dataclasses.fields(cls)]
+            for name in value:
+                if name not in known:
+                    raise UnknownNameError(
+                        f"unknown option {name!r}", where="cache", hint=nearest(name, known)
+                    )
+            return cls(**value)
+        if is_number(value):
+            return cls(every=value)
+        raise ConfigError(
+            "cache= is not a configuration",
+            where="cache",
+            expected="a CacheConfig, a number of steps, a name of CACHES, a mapping of fields, or "
+            "None",
+            got=type(value).__name__,
+        )
+
+    @property
+    def cached_steps(self) -> CachedSteps:
+        """Which steps compute."""
+        mask, policy, warmup = None, None, self.warmup_steps
+        if isinstance(self.steps_mask, str):
+            policy = self.steps_mask
+        elif self.steps_mask is not None:
+            mask = tuple(int(flag) for flag in self.steps_mask)
+        if warmup is None:
+            warmup = 1 if self.steps_mask is not None else self.most_order + 1
+        return CachedSteps(
+            every=self.every,
+            mask=mask,
+            policy=policy,
+            warmup_steps=warmup,
+            last_steps=self.last_steps,
+            most=self.max_continuous_cached_steps,
+            steps=self.steps,
+        )
+
+    @property
+    def most_order(self) -> int:
+        """The highest order of any place."""
+        orders = [int(dict(values).get("order", 0)) for _, values in self._overrides()]
+        return max(self.order, *orders, 0)
+
+    # -- what holds where -----------------------------------------------------------------------
+
+    def at(self, path: str) -> Self:
+        """The configuration that holds for the module `path`, overrides applied."""
+        fields: dict[str, Any] = {}
+        for pattern, values in self._overrides():
+            if fnmatchcase(path, pattern):
+                fields.update(dict(values))
+        if not fields:
+            return self
+        # of one path: how many steps warm up is checked for all together
+        return dataclasses.replace(self, overrides=(), warmup_steps=None, **fields)
+
+    def admits(self, path: str) -> bool:
+        """Whether `include` and `exclude` admit the module `path`."""
+        included = not self.include or any(fnmatchcase(path, p) for p in self.include)
+        return included and not any(fnmatchcase(path, p) for p in self.exclude)
+
+    def path_patterns(self) -> tuple[str, ...]:
+        """Every module path pattern that the configuration mentions."""
+        return (*self.include, *self.exclude, *(pattern for pattern, _ in self._overrides()))
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON-able values."""
+        out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        out["overrides"] = {pattern: dict(values) for pattern, values in self._overrides()}
+        return out
+
+    def _overrides(self) -> Iterable[tuple[str, Any]]:
+        overrides: Any = self.overrides
+        return overrides.items() if isinstance(overrides, Mapping) else overrides
+
+    # -- checking -------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        self._require(is_count(self.every), "every", "a whole number of at least 1")
+        check_choice("scope", self.scope, get_args(CacheScope))
+        self._require(self.order in ORDERS and is_count(self.order, 0), "order", "0, 1 or 2")
+        for name in ("max_continuous_cached_steps", "steps"):
+            value = getattr(self, name)
+            self._require(
+                value is None or is_count(value), name, "a whole number of at least 1, or None"
+            )
+        for name in ("warmup_steps", "last_steps"):
+            value = getattr(self, name)
+            share = isinstance(value, float) and 0 <= value < 1
+            number = is_count(value, 0) or (name == "warmup_steps" and value is None)
+            self._require(
+                share or number, name, "a whole number of steps, or a share of them in [0, 1)"
+            )
+        if self.scope == "deep" and (self.include or self.exclude or self.overrides):
+            raise ConfigError(
+                "scope='deep' cuts the model once, whatever its modules are called",
+                where="cache.scope",
+                expected="scope='stack' or 'block' beside include=, exclude= or overrides=",
+                got="scope='deep'",
+            )
+        if isinstance(self.steps_mask, str):
+            check_choice("steps_mask", self.steps_mask, tuple(POLICIES))
+        elif self.steps_mask is not None:
+            flags = self.steps_mask
+            valid = isinstance(flags, tuple) and bool(flags) and set(flags) <= {0, 1}
+            self._require(valid, "steps_mask", "a 1 or 0 for each step, or the name of a mask")
+
+    def _check_order(self) -> None:
+        """Raise unless enough steps compute before the first cached one."""
+        needed = self.most_order + 1
+        if isinstance(self.steps_mask, tuple):
+            first = (*self.steps_mask, 0).index(0)
+            enough = first >= needed or 0 not in self.steps_mask
+            name, got = "steps_mask", f"{first} at its begin"
+        else:
+            warmup = self.warmup_steps
+            enough = warmup is None or isinstance(warmup, float) or warmup >= needed
+            enough = enough or (self.every == 1 and self.steps_mask is None)
+            enough = enough or isinstance(self.steps_mask, str)
+            name, got = "warmup_steps", repr(warmup)
+        if not enough:
+            raise ConfigError(
+                "the order needs more computed steps before the first cached one",
+                where=name,
+                expected=f"at least {needed} steps that compute: order + 1",
+                got=got,
+                hint="a longer warm-up, or order=0, which needs one",
+            )
+
+    def _require(self, valid: bool, name: str, expected: str) -> None:
+        if not valid:
+            raise ConfigError(
+                f"{name} is out of range",
+                where=f"cache.{name}",
+                expected=expected,
+                got=repr(getattr(self, name)),
+            )
+
+    def _freeze_overrides(self) -> tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]:
+        """Overrides as nested tuples, each validated by building the configuration it leads to."""
+        valid = isinstance(self.overrides, (Mapping, tuple)) and all(
+            isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], (Mapping, tuple))
+            for pair in self._overrides()
+        )
+        self._require(valid, "overrides", "{module path pattern: {field: value}}")
+        frozen = []
+        for pattern, values in self._overrides():
+            for name in dict(values):
+                if name not in OVERRIDABLE:
+                    raise UnknownNameError(
+                        f"{name!r} cannot be overridden per path",
+                        where=f"cache.overrides[{pattern!r}]",
+                        expected=", ".join(OVERRIDABLE),
+                        hint=nearest(name, OVERRIDABLE),
+                    )
+            dataclasses.replace(self, overrides=(), warmup_steps=None, steps=None, **dict(values))
+            frozen.append((pattern, tuple(sorted(dict(values).items()))))
+        return tuple(frozen)
+
+
+CACHES: dict[str, CacheConfig] = {
+    "interval": CacheConfig(every=3, order=0, warmup_steps=1),
+    "deepcache": CacheConfig(every=3, order=0, warmup_steps=1, scope="deep"),
+    **{name: CacheConfig(steps_mask=name) for name in POLICIES},
+}
+"""Named configurations: a fixed interval that holds every update (as most caches do), DeepCache
+with its interval, and the masks that cache-dit publishes, extrapolated linearly."""

@@ -1,0 +1,191 @@
+"""Which steps of a generation compute, and which use what an earlier step kept.
+
+    step      0  1  2  3  4  5  6  7
+    every=3   C  C  .  .  C  .  .  C      warmup_steps=2, last_steps=1
+
+Plain data: a manifest holds it, and any runtime can follow it (docs/caching.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from toma_fx.errors import GenerationError
+
+LONGEST = 1000
+"""Steps that are looked at where nobody says how many there are."""
+POLICIES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "slow": ((8, 3, 3, 2, 1, 1), (1, 2, 2, 2, 3)),
+    "medium": ((6, 2, 2, 2, 2, 1), (1, 3, 3, 3, 3)),
+    "fast": ((6, 1, 1, 1, 1, 1), (1, 3, 4, 5, 4)),
+    "ultra": ((4, 1, 1, 1, 1), (2, 5, 6, 7)),
+}
+"""Masks of 28 steps that cache-dit publishes under these names: lengths of the runs of steps that
+compute, and of the runs between them that do not."""
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long a generation is.
+
+    Attributes:
+        calls: of the denoiser in one pass; None if that is not known.
+        order: calls for one step of the solver: 2 for Heun's method.
+    """
+
+    calls: int | None = None
+    order: int = 1
+
+    @property
+    def steps(self) -> int | None:
+        """Steps of the solver."""
+        return None if self.calls is None else math.ceil(self.calls / self.order)
+
+
+UNKNOWN_LENGTH = Length()
+
+
+@dataclass(frozen=True)
+class CachedSteps:
+    """Which steps compute; the others use kept updates.
+
+    Attributes:
+        every: the first step after the warm-up that computes is this many steps after its last; and
+            so on. mask: 1 for every step that computes, 0 for the others, instead of `every`.
+        policy: a name in `POLICIES` instead of `every`; its 28 steps are stretched.
+        warmup_steps, last_steps: steps that compute at the begin and at the end: a number, or a
+            share of all. most: cached steps in a row. steps: of a generation, where nothing tells.
+    """
+
+    every: int
+    mask: tuple[int, ...] | None = None
+    policy: str | None = None
+    warmup_steps: int | float = 1
+    last_steps: int | float = 0
+    most: int | None = None
+    steps: int | None = None
+
+    def computes(self, call: int, length: Length = UNKNOWN_LENGTH) -> bool:
+        """Whether a call of the denoiser, counted from 0 in a generation, computes.
+
+        Raises:
+            GenerationError: the schedule does not fit the length, or needs one.
+        """
+        flags = self.flags(length.steps)
+        step = call // length.order
+        return step >= len(flags) or flags[step]
+
+    @property
+    def horizon(self) -> int:
+        """Steps after which nothing new comes."""
+        return self.steps or (len(self.mask) if self.mask else LONGEST)
+
+    def flags(self, steps: int | None = None) -> tuple[bool, ...]:
+        """Whether each step of a generation computes; of the first 1000, if it may be any length.
+
+        Raises:
+            GenerationError: the schedule does not fit the length, or needs one.
+        """
+        return _flags(self, steps)
+
+
+@lru_cache(maxsize=256)
+def _flags(caching: CachedSteps, steps: int | None) -> tuple[bool, ...]:
+    known = caching.steps if steps is None else steps
+    if caching.mask is not None:
+        known = len(caching.mask) if known is None else known
+        if known != len(caching.mask):
+            raise GenerationError(
+                "steps_mask is of another length than the generation",
+                where="cache.steps_mask",
+                expected=f"one entry for each of {known} steps",
+                got=f"{len(caching.mask)} entries",
+                hint="every=, or a named mask, fits any number of steps",
+            )
+    warmup = _count(caching, "warmup_steps", known)
+    last = _count(caching, "last_steps", known)
+    if known is not None and warmup > known:
+        raise GenerationError(
+            "the warm-up is longer than the generation",
+            where="cache.warmup_steps",
+            expected=f"at most {known}, the number of steps",
+            got=str(warmup),
+            hint="a share, warmup_steps=0.2, fits any number of steps; or leave cache= out",
+        )
+    if last and known is None:
+        raise _unknown("last_steps", caching.last_steps)
+    wanted = list(_wanted(caching, known, known or LONGEST))
+    for i in range(len(wanted)):
+        kept_back = known is not None and i >= known - last
+        wanted[i] = wanted[i] or i < max(warmup, 1) or kept_back
+    return tuple(_break_up(wanted, caching))
+
+
+def _count(caching: CachedSteps, name: str, steps: int | None) -> int:
+    """A number of steps that may be given as a share."""
+    value: int | float = getattr(caching, name)
+    if isinstance(value, int):
+        return value
+    if steps is None:
+        raise _unknown(name, value)
+    return math.ceil(value * steps)
+
+
+def _unknown(name: str, value: float) -> GenerationError:
+    return GenerationError(
+        "the number of steps is not known",
+        where=f"cache.{name}",
+        expected="a generation whose number of steps is told",
+        got=f"{name}={value}",
+        hint="toma_fx.optimize(pipe) tells it for a pipeline, denoiser.generation(steps=30) for a "
+        "loop, State(steps=30) for step(inputs, state); or CacheConfig(steps=30)",
+    )
+
+
+def _wanted(caching: CachedSteps, steps: int | None, length: int) -> Iterator[bool]:
+    """What mask or policy say of each step; nothing where steps are counted by `every`."""
+    if caching.mask is not None:
+        yield from map(bool, caching.mask)
+    elif caching.policy is not None:
+        if steps is None:
+            raise GenerationError(
+                "the number of steps is not known",
+                where="cache.steps_mask",
+                expected="a generation whose number of steps is told",
+                got=f"the mask named {caching.policy!r}",
+                hint="denoiser.generation(steps=30), or CacheConfig(steps=30)",
+            )
+        yield from stretch(policy_mask(caching.policy), steps)
+    else:
+        yield from [False] * length
+
+
+def _break_up(wanted: Sequence[bool], caching: CachedSteps) -> Iterator[bool]:
+    """Let steps compute where too many cached ones would follow each other."""
+    counted = caching.mask is None and caching.policy is None
+    limits = [caching.every - 1] if counted else []
+    limits += [] if caching.most is None else [caching.most]
+    row = 0
+    for computes in wanted:
+        computed = computes or (bool(limits) and row >= min(limits))
+        row = 0 if computed else row + 1
+        yield computed
+
+
+def policy_mask(name: str) -> tuple[bool, ...]:
+    """The 28 steps of a named mask."""
+    compute, cache = POLICIES[name]
+    runs = zip(compute, (*cache, 0), strict=True)
+    return tuple(flag for n, m in runs for flag in (*[True] * n, *[False] * m))
+
+
+def stretch(mask: Sequence[bool], steps: int) -> list[bool]:
+    """A mask for another number of steps; the first and the last compute."""
+    if steps == len(mask):
+        return list(mask)
+    flags = [mask[i * len(mask) // steps] for i in range(steps)]
+    flags[0] = flags[-1] = True
+    return flags

@@ -1,0 +1,282 @@
+"""Passes: keep what stretches of blocks add, and use it instead of computing them.
+
+Kept, in a step that computes:          used, in one that does not:
+
+    x_a -> blocks -> x_b                    x_a ------------> x_b = x_a + u
+      \--- u = x_b - x_a ---> output        u: held, or extrapolated in the timestep
+
+In a batch of requests that are due different things a mask tells the rows that use what is kept.
+Timesteps are kept beside the updates, so that the graph itself knows how far apart steps are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, fx
+
+from toma_fx.analysis.labels import tokens_of
+from toma_fx.graph.rewriter import Rewriter
+from toma_fx.passes.job import Job
+from toma_fx.passes.snippets import Span, span_of
+from toma_fx.plan.plan import CachePlan, KeptUpdate
+
+USED_ROWS = "update_used"
+"""Input of a program that serves requests of both sorts: the rows that use what is kept."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where an update is, and where the image lies in both its ends (none: they are alike)."""
+
+    update: KeptUpdate
+    base: Span | None
+    end: Span | None
+
+    @classmethod
+    def of(cls, update: KeptUpdate, job: Job) -> Self:
+        same = update.base and job.flow.shapes[update.base] == update.shape
+        if not update.base or same or update.image is None:
+            return cls(update, None, None)
+        spans = []
+        for name in (update.base, update.node):
+            label = tokens_of(job.flow.layout(name))
+            assert label is not None
+            spans.append(span_of(label, update.image))
+        return cls(update, *spans)
+
+    def nodes(self, rewriter: Rewriter) -> tuple[fx.Node, fx.Node | None]:
+        """What now stands for x_b and x_a."""
+        base = self.update.base
+        return rewriter.current(self.update.node), rewriter.current(base) if base else None
+
+    def subtract(self, end: Tensor, base: Tensor) -> Tensor:
+        """x_b - x_a, of the image alone where x_a lacks the rest."""
+        if self.base is None or self.end is None:
+            return end - base
+        return self.end.with_image(end, self.end.image(end) - self.base.image(base))
+
+    def add(self, update: Tensor, base: Tensor) -> Tensor:
+        """x_a + u."""
+        if self.base is None or self.end is None:
+            return base + update
+        return self.end.with_image(update, self.base.image(base) + self.end.image(update))
+
+
+@dataclass(frozen=True)
+class KeepUpdates:
+    """Give every update of the plan, and the timestep that it is of.
+
+    Attributes:
+        cache: what is kept. places: of the updates. mixed: whether some rows use what is kept.
+    """
+
+    cache: CachePlan
+    places: tuple[_Place, ...]
+    mixed: bool
+    name: ClassVar[str] = "keep_updates"
+
+    @classmethod
+    def of(cls, job: Job) -> Self | None:
+        """The pass for a job; None where nothing is kept."""
+        cache = job.plan.cache
+        if cache is None:
+            return None
+        mixed = not set(job.plan.all_updates).isdisjoint(job.use.takes(job.plan))
+        return cls(cache, tuple(_Place.of(u, job) for u in cache.updates), mixed)
+
+    def __str__(self) -> str:
+        return f"KeepUpdates({len(self.places)} updates)"
+
+    def apply(self, rewriter: Rewriter) -> None:
+        """Rewrite the graph."""
+        used = self._add_mask(rewriter) if self.mixed else None
+        kept = _Kept(self.cache, rewriter, takes=self.mixed)
+        outputs = []
+        for place in self.places:
+            node, base = place.nodes(rewriter)
+            readers = list(node.users)
+            if base is None:
+                outputs.append(node)
+            else:
+                outputs.append(_subtract(rewriter, place, node, base))
+            if used is not None:
+                with rewriter.after(node, *kept.inputs(place)):
+                    new = _choose_rows(rewriter, used, kept.value(place, base), node)
+                for reader in readers:
+                    rewriter.replace_input(reader, node, new)
+                rewriter.stand_in(place.update.node, new)
+        if self.cache.clock:
+            outputs.append(kept.now)
+        rewriter.add_outputs(outputs)
+
+    def _add_mask(self, rewriter: Rewriter) -> fx.Node:
+        device = _device(self.cache, rewriter)
+        batch = self.cache.batch
+        return rewriter.add_input(
+            USED_ROWS, lambda: torch.empty(batch, dtype=torch.bool, device=device)
+        )
+
+
+@dataclass(frozen=True)
+class UseUpdates:
+    """Put kept updates where the stretches were; `EraseDead` takes away what only they needed."""
+
+    cache: CachePlan
+    places: tuple[_Place, ...]
+    name: ClassVar[str] = "use_updates"
+
+    @classmethod
+    def of(cls, job: Job) -> Self | None:
+        """The pass for a job; None where nothing is kept."""
+        cache = job.plan.cache
+        if cache is None:
+            return None
+        return cls(cache, tuple(_Place.of(u, job) for u in cache.updates))
+
+    def __str__(self) -> str:
+        return f"UseUpdates({len(self.places)} updates)"
+
+    def apply(self, rewriter: Rewriter) -> None:
+        """Rewrite the graph."""
+        kept = _Kept(self.cache, rewriter, takes=True)
+        for place in self.places:
+            node, base = place.nodes(rewriter)
+            with rewriter.after(*([] if base is None else [base]), *kept.inputs(place)):
+                new = kept.value(place, base)
+            rewriter.replace_uses(node, new)
+            rewriter.stand_in(place.update.node, new)
+
+
+class _Kept:
+    """The kept tensors of a program as nodes, and what they say of the present step."""
+
+    def __init__(self, cache: CachePlan, rewriter: Rewriter, *, takes: bool) -> None:
+        self._cache, self._rewriter = cache, rewriter
+        self._inputs: dict[str, fx.Node] = {}
+        self._factors: dict[int, list[fx.Node]] = {}
+        device = _device(cache, rewriter)
+        likes = {name: u.node for u in cache.updates for name in u.tensors} if takes else {}
+        for name, node in likes.items():
+            like = partial(_empty_like, rewriter.current(node).meta["val"])
+            self._inputs[name] = rewriter.add_input(name, like)
+        time = partial(torch.empty, cache.batch, dtype=torch.float32, device=device)
+        for name in cache.times if takes else ():
+            self._inputs[name] = rewriter.add_input(name, time)
+        if cache.clock:
+            with rewriter.after(*rewriter.graph.find_nodes(op="placeholder")):
+                (self.now,) = rewriter.splice(
+                    ("clock", cache.batch),
+                    lambda t: _clock(t, cache.batch, device),
+                    [rewriter.current(cache.clock)],
+                )
+
+    def inputs(self, place: _Place) -> list[fx.Node]:
+        """All that the kept value of a place is made of, but its base."""
+        tensors = [self._inputs[name] for name in place.update.tensors]
+        return [*self.factors(place.update.order), *tensors]
+
+    def factors(self, order: int) -> list[fx.Node]:
+        """Weights of the differences between kept updates, one a row."""
+        if order not in self._factors:
+            times = [self._inputs[name] for name in self._cache.times[: order + 1]]
+            if order == 0:
+                self._factors[order] = []
+            else:
+                with self._rewriter.after(self.now, *times):
+                    self._factors[order] = self._rewriter.splice(
+                        ("factors", order), _factors, [self.now, *times]
+                    )
+        return self._factors[order]
+
+    def value(self, place: _Place, base: fx.Node | None) -> fx.Node:
+        """x_b by what is kept, at the cursor."""
+        order = place.update.order
+
+        def value(*nodes: Tensor) -> Tensor:
+            factors, tensors = nodes[:order], nodes[order : 2 * order + 1]
+            update = _extrapolate(factors, tensors)
+            return place.add(update, nodes[-1]) if base is not None else update
+
+        nodes = [*self.inputs(place), *([] if base is None else [base])]
+        return self._rewriter.splice(("kept", place, base is None), value, nodes)[0]
+
+
+def _device(cache: CachePlan, rewriter: Rewriter) -> torch.device:
+    device: torch.device = rewriter.current(cache.updates[0].node).meta["val"].device
+    return device
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    return torch.empty(tuple(x.shape), dtype=x.dtype, device=x.device)
+
+
+def _subtract(rewriter: Rewriter, place: _Place, node: fx.Node, base: fx.Node) -> fx.Node:
+    """u = x_b - x_a."""
+    with rewriter.after(node, base):
+        key = ("difference", place)
+        return rewriter.splice(key, lambda x, y: place.subtract(x, y), [node, base])[0]
+
+
+def _choose_rows(rewriter: Rewriter, used: fx.Node, kept: fx.Node, computed: fx.Node) -> fx.Node:
+    """What is kept in the rows of the mask, what was computed in the others."""
+
+    def choose(used: Tensor, kept: Tensor, computed: Tensor) -> Tensor:
+        return torch.where(_rows(used, computed), kept, computed)
+
+    return rewriter.splice("choose_rows", choose, [used, kept, computed])[0]
+
+
+def _rows(values: Tensor, like: Tensor) -> Tensor:
+    """One value a row of the batch, in the rank of a tensor whose rows may be frames as well."""
+    times = like.shape[0] // values.shape[0]
+    if times > 1:
+        values = values.unsqueeze(1).expand(-1, times).reshape(-1)
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+def _clock(timestep: Tensor, batch: int, device: torch.device) -> Tensor:
+    """The timestep of each row: the largest, where tokens or frames have their own."""
+    value = timestep.to(device=device, dtype=torch.float32)
+    if value.numel() % batch:
+        return value.amax().expand(batch).clone()
+    return value.reshape(batch, -1).amax(1)
+
+
+def _factors(now: Tensor, *times: Tensor) -> tuple[Tensor, ...]:
+    """Weights a, b of u = u_0 + a (u_0 - u_1) + b (u_1 - u_2) by Newton's divided differences.
+
+    The polynomial through u_0, u_1 (and u_2) at their timesteps, at the present one. Where two
+    timesteps are equal (Heun's method asks twice) what they would tell is left out.
+    """
+    first = now - times[0]
+    step = times[0] - times[1]
+    slope = _divide(first, step)
+    if len(times) == 2:
+        return (slope,)
+    before, whole = times[1] - times[2], times[0] - times[2]
+    known = (step != 0) & (before != 0)
+    bend = torch.where(known, _divide(first * (now - times[1]), whole), torch.zeros_like(first))
+    return slope + _divide(bend, step), -_divide(bend, before)
+
+
+def _divide(a: Tensor, b: Tensor) -> Tensor:
+    """a / b, 0 where b is."""
+    zero = b == 0
+    return torch.where(zero, torch.zeros_like(a), a / torch.where(zero, torch.ones_like(b), b))
+
+
+def _extrapolate(factors: tuple[Tensor, ...], tensors: tuple[Tensor, ...]) -> Tensor:
+    """The update at the present timestep, summed in float32 at least."""
+    newest = tensors[0]
+    if not factors:
+        return newest
+    wide = torch.float32 if newest.dtype.itemsize < 4 else newest.dtype
+    values = [x.to(wide) for x in tensors]
+    total = values[0]
+    for factor, newer, older in zip(factors, values, values[1:], strict=False):
+        total = total + _rows(factor, newest) * (newer - older)
+    return total.to(newest.dtype)
