@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -233,3 +234,51 @@ def test_misuse_is_noticed() -> None:
         model(**calls[0])
         with pytest.raises(AssertionError, match="more calls than steps"):
             model(**calls[1])
+
+
+# -- published code -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_stack_computes_what_sea_cache_of_diffusers_does(order: int) -> None:
+    """It extrapolates the update of all blocks together by steps; here they are alike in time."""
+    hooks = pytest.importorskip("diffusers.hooks")
+    steps = 8
+    calls = [flux_inputs(8, 8, timestep=900.0 - 100 * i, seed=i) for i in range(steps)]
+
+    def pictures(module: Any, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
+        return [x.T.unflatten(1, (1, 8, 8)) for x in kwargs["hidden_states"]]
+
+    options = {"threshold": 1e9, "residual_order": order, "raw_vision_callback": pictures}
+    model, got, computes = flux(), [], []
+    model.enable_cache(hooks.SeaCacheConfig(**options))
+    with names_called(model) as called:
+        for i, call in enumerate(calls):
+            called.clear()
+            about = {"step_index": i, "sigma": 0.9 - 0.1 * i, "num_inference_steps": steps}
+            with model.cache_context("cond", **about):
+                got.append(model(**call)[0])
+            computes.append("single_transformer_blocks.1.proj_out" in called)
+    assert 2 < sum(computes) < steps - 2
+    reference = flux()
+    with cached_blocks(reference, scope="stack", order=order, computes=computes):
+        want = [reference(**call)[0] for call in calls]
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_deep_of_order_0_is_deep_cache() -> None:
+    package = pytest.importorskip("DeepCache")
+    model, calls = build("sdxl")
+    times = [float(call.pop("timestep")) for call in calls]
+    computes = [i % 2 == 0 for i in range(len(calls))]
+    with cached_blocks(model, scope="deep", order=0, computes=computes):
+        want = [model(timestep=t, **c)[0] for t, c in zip(times, calls, strict=True)]
+    pipe = SimpleNamespace(unet=model, scheduler=SimpleNamespace(timesteps=times))
+    helper = package.DeepCacheSDHelper(pipe=pipe)
+    # of the first down block all layers run, its sampler aside
+    branch = len(model.down_blocks[0].resnets)
+    helper.set_params(cache_interval=2, cache_branch_id=branch)
+    helper.enable()
+    for time, call, out in zip(times, calls, want, strict=True):
+        assert torch.equal(model(call.pop("sample"), torch.tensor(time), **call)[0], out)
