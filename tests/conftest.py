@@ -1,6 +1,9 @@
-"""One thread, because the models are tiny and test processes run side by side; slow tests."""
+"""One thread, because the models are tiny and test processes run side by side; slow tests; and
+a garbage collector that does not look through all that was imported again and again."""
 
 from __future__ import annotations
+
+import gc
 
 import pytest
 import torch
@@ -23,3 +26,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         raise pytest.UsageError(f"tests/slow.py names what is not there: {sorted(unused)}")
     for name, why in slow.items():
         ids[name].add_marker(pytest.mark.slow(why))
+
+
+def pytest_collection_finish() -> None:
+    """A tenth of a run was collections: captures make many objects, and few of them are garbage."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)

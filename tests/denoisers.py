@@ -59,6 +59,17 @@ def sd15(seed: int = 0, **changes: Any) -> UNet2DConditionModel:
     return _lively(UNet2DConditionModel(**{**config, **changes}))
 
 
+def small_sd15(seed: int = 0, **changes: Any) -> UNet2DConditionModel:
+    """SD 1.5's shape with one level, three transformers of one layer."""
+    small = {
+        "down_block_types": ("CrossAttnDownBlock2D",),
+        "up_block_types": ("CrossAttnUpBlock2D",),
+        "block_out_channels": (16,),
+        "mid_block_type": None,
+    }
+    return sd15(seed, **{**small, **changes})
+
+
 def small_flux(seed: int = 0, **changes: Any) -> FluxTransformer2DModel:
     """Flux with one double and one single block."""
     return flux(seed, **{"num_layers": 1, "num_single_layers": 1, **changes})

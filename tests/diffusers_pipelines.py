@@ -1,8 +1,9 @@
 """Tiny diffusers pipelines, one `Case` for each, and LoRA adapters for their denoisers.
 
 Every call is deterministic: prompts, pictures, noise and weights come from seeded generators. SDXL
-draws latents of 32x32, so that attention has 16x16 and 8x8 tokens; Flux has 8x12 tokens, Kontext
-another 4x12 of its reference picture. Six denoising steps, so that step 5 is a second refresh.
+draws latents of 32x32, so that attention has 16x16 tokens, and 8x8 in the one with 9 channels; Flux
+has 8x12 tokens, Kontext another 4x12 of its reference picture. Six denoising steps, so that step 5
+is a second refresh.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from diffusers import (
     StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPAGPipeline,
     StableDiffusionXLPipeline,
+    UNet2DConditionModel,
 )
 from peft import LoraConfig
 from torch import Tensor, nn
@@ -108,6 +110,11 @@ def _scheduler() -> EulerDiscreteScheduler:
     )
 
 
+def unet() -> UNet2DConditionModel:
+    """One level of attention, with the middle block that ControlNets and PAG need."""
+    return denoisers.small_sdxl(mid_block_type="UNetMidBlock2DCrossAttn")
+
+
 def sdxl(pipeline: type = StableDiffusionXLPipeline, **changes: Any) -> Any:
     """An SDXL pipeline without text encoders; `changes` are further components and options."""
     components = {
@@ -116,7 +123,7 @@ def sdxl(pipeline: type = StableDiffusionXLPipeline, **changes: Any) -> Any:
         "text_encoder_2": None,
         "tokenizer": None,
         "tokenizer_2": None,
-        "unet": denoisers.sdxl(),
+        "unet": unet(),
         "scheduler": _scheduler(),
         "force_zeros_for_empty_prompt": False,
         "add_watermarker": False,
@@ -152,11 +159,11 @@ def sdxl_inpaint_call(pipe: Any, **changes: Any) -> Tensor:
 
 
 def sdxl_controlnet() -> Any:
-    unet = denoisers.sdxl()
+    own = unet()
     torch.manual_seed(1)
-    controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 8))
+    controlnet = ControlNetModel.from_unet(own, conditioning_embedding_out_channels=(4, 8))
     return sdxl(
-        StableDiffusionXLControlNetPipeline, unet=unet, controlnet=_awakened(controlnet, seed=1)
+        StableDiffusionXLControlNetPipeline, unet=own, controlnet=_awakened(controlnet, seed=1)
     )
 
 
@@ -233,7 +240,7 @@ def flux(pipeline: type = FluxPipeline, transformer: Any = None, **changes: Any)
         "tokenizer": None,
         "text_encoder_2": None,
         "tokenizer_2": None,
-        "transformer": denoisers.flux(in_channels=16) if transformer is None else transformer,
+        "transformer": denoisers.small_flux(in_channels=16) if transformer is None else transformer,
     }
     return _quiet(pipeline(**{**components, **changes}))
 
@@ -291,7 +298,8 @@ def flux_controlnet() -> Any:
     config.pop("out_channels")
     torch.manual_seed(1)
     controlnet = _awakened(FluxControlNetModel(**config), seed=1)
-    return flux(FluxControlNetPipeline, controlnet=controlnet)
+    transformer = denoisers.flux(in_channels=16)
+    return flux(FluxControlNetPipeline, transformer, controlnet=controlnet)
 
 
 def flux_controlnet_call(pipe: Any, **changes: Any) -> Tensor:

@@ -36,6 +36,8 @@ SLOW = (
     # analysis
     Slow("analysis/test_properties.py::test_right_or_refused[40]", MORE),
     Slow("analysis/test_variants.py::test_torchao[unet-*]", WHOLE),
+    Slow("analysis/test_variants.py::test_torchao[flux-int8 activations]", MORE),
+    Slow("analysis/test_variants.py::test_torchao[flux-float8 weights]", MORE),
     Slow("analysis/test_variants.py::test_torchao_as_diffusers_loads_it", WHOLE),
     Slow("analysis/test_variants.py::test_adapters_on_int8_weights_are_captured_once", WHOLE),
     Slow("analysis/test_variants.py::test_torchao_compiled[*]", INDUCTOR),
@@ -106,6 +108,8 @@ SLOW = (
     Slow("methods/test_todo.py::test_exports_to_onnx[*]", ONNX),
     Slow("methods/test_tomesd.py::test_onnx_gives_the_same[*]", ONNX),
     Slow("methods/test_toma.py::test_compiled_and_eager_choose_the_same_tokens", INDUCTOR),
+    Slow("methods/test_methods.py::test_compiled_without_recompilation[grid]", MORE),
+    Slow("methods/test_methods.py::test_compiled_without_recompilation[random]", MORE),
     Slow("methods/test_methods.py::test_example_of_an_own_method_runs", SUBPROCESS),
     Slow("methods/test_methods.py::test_whole_models_through_inductor[*]", INDUCTOR),
     # models
@@ -127,7 +131,7 @@ SLOW = (
     Slow(
         "pipelines/test_matrix.py::test_other_scopes[*]",
         PIPELINE,
-        quick=("flux_ip_adapter-*", "flux_controlnet-*"),
+        quick=("flux_ip_adapter-*", "flux_controlnet-sublayer"),
     ),
     Slow(
         "pipelines/test_matrix.py::test_lora_of_the_pipeline[*]",
@@ -137,7 +141,7 @@ SLOW = (
     Slow(
         "pipelines/test_matrix.py::test_saved_and_loaded[*]",
         PIPELINE,
-        quick=("sdxl", "flux_true_cfg"),
+        quick=("sdxl",),
     ),
     Slow(
         "pipelines/test_matrix.py::test_offload_copies_inference_mode_and_components[*]",
@@ -211,8 +215,17 @@ SLOW = (
         MORE,
         quick=("0-component", "0-pipeline"),
     ),
+    Slow(
+        "run/test_processes.py::test_copies_of_a_denoiser_keep_its_settings[*]",
+        MORE,
+        quick=("copy-False", "deepcopy-False", "pickle-True"),
+    ),
     Slow("run/test_sequences.py::test_many_random_sequences[*]", "2,000 random worlds"),
-    Slow("run/test_runtime.py::test_half_precision_models[*]", WHOLE, quick=("flux-*.float16",)),
+    Slow(
+        "run/test_runtime.py::test_half_precision_models[*]",
+        WHOLE,
+        quick=("small_flux-*.float16",),
+    ),
     # zoo
     Slow(
         "zoo/test_references.py::test_stack[*]",

@@ -60,10 +60,7 @@ def two_blocks() -> Any:
 
 
 def unet() -> Any:
-    blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "mid_block_type": None}
-    return denoisers.sd15(
-        **blocks, up_block_types=("CrossAttnUpBlock2D",), block_out_channels=(16,)
-    )
+    return denoisers.small_sd15()
 
 
 def call(model: Any, step: int = 0) -> Tensor:

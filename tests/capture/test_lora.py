@@ -21,7 +21,7 @@ TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 def model_and_call(name: str) -> tuple[Any, Callable[[int], dict[str, Any]]]:
     if name == "flux":
-        model = denoisers.flux(num_layers=1, num_single_layers=1)
+        model = denoisers.small_flux(num_single_layers=0)
         return model, lambda i: denoisers.at_step(denoisers.small_flux_inputs, i, batch=1)
     return denoisers.sdxl(), lambda i: denoisers.at_step(denoisers.sdxl_inputs, i, batch=1)
 

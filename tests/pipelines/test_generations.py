@@ -127,7 +127,7 @@ def test_a_modular_pipeline_gets_the_truth(monkeypatch: pytest.MonkeyPatch, told
     scheduler = EulerDiscreteScheduler()
     pipe: Any = StableDiffusionXLDenoiseStep().init_pipeline()
     guider = ClassifierFreeGuidance(guidance_scale=5.0)
-    pipe.update_components(unet=denoisers.sdxl(), scheduler=scheduler, guider=guider)
+    pipe.update_components(unet=denoisers.small_sdxl(), scheduler=scheduler, guider=guider)
     pipe.set_progress_bar_config(disable=True)
     toma_fx.optimize(pipe, **SMALL)
     calls = record_calls(pipe.unet, monkeypatch)

@@ -16,7 +16,6 @@ from torch._inductor import list_mode_options
 
 import toma_fx
 from tests import denoisers
-from tests.denoisers import small_flux
 from tests.methods.test_methods import inputs as picture
 from tests.methods.test_methods import model as block
 from toma_fx.errors import NoMergeSites
@@ -25,6 +24,11 @@ from toma_fx.plan.plan import MergePlan
 from toma_fx.run.backend import MergedGraph, toma_backend
 
 SMALL: dict[str, Any] = {"min_tokens": 60, "tile": 4}
+
+
+def small_flux(**changes: Any) -> Any:
+    """Flux with one double block."""
+    return denoisers.small_flux(**{"num_single_layers": 0, **changes})
 
 
 class Timed(nn.Module):
@@ -195,7 +199,7 @@ def test_generations_and_passes() -> None:
 
 @pytest.mark.usefixtures("compilations")
 def test_models_of_one_class_keep_their_own_patterns() -> None:
-    both = [small_flux(seed=seed, num_single_layers=0) for seed in (0, 1)]
+    both = [small_flux(seed=seed) for seed in (0, 1)]
     runs = [torch.compile(m, backend="toma_fx", options=dict(SMALL)) for m in both]
     optimized = [toma_fx.optimize(m, **SMALL) for m in both]
     for i in range(3):
@@ -278,7 +282,7 @@ def test_a_ratio_of_zero_is_the_graph_of_dynamo(compilations: list[dict[str, Any
 
 
 def test_a_ratio_of_zero_is_plain_inductor() -> None:
-    model, inputs = small_flux(num_single_layers=0), denoisers.flux_inputs(8, 8, batch=1)
+    model, inputs = small_flux(), denoisers.flux_inputs(8, 8, batch=1)
     assert torch.equal(Compiled(model, ratio=0.0)(**inputs), torch.compile(model)(**inputs)[0])
 
 
@@ -306,10 +310,8 @@ def test_modes_are_inductor_patches(mode: str, compilations: list[dict[str, Any]
 
 
 def test_options_for_inductor(compilations: list[dict[str, Any]]) -> None:
-    compiled = Compiled(
-        small_flux(), toma="paper-sdxl", tiles=None, inductor={"max_autotune": True}
-    )
-    compiled(**denoisers.flux_inputs())
+    compiled = Compiled(block(), toma="paper-sdxl", tiles=None, inductor={"max_autotune": True})
+    compiled(**picture())
     assert compilations == [{"max_autotune": True}]
     assert compiled.graphs[0].options.config.scope == "sublayer"
 

@@ -23,9 +23,12 @@ from toma_fx.run.schedule import due, runnable
 SMALL: dict[str, Any] = {"min_tokens": 60, "tile": 4}
 
 
-def steps(
-    optimized: Any, count: int, make: Any = denoisers.small_sdxl_inputs, start: float = 900.0
-) -> list[str]:
+def one_block() -> Any:
+    """Flux with one double block."""
+    return denoisers.small_flux(num_single_layers=0)
+
+
+def steps(optimized: Any, count: int, make: Any = picture, start: float = 900.0) -> list[str]:
     """Run `count` denoising steps with falling timesteps; the program of each."""
     done = []
     for i in range(count):
@@ -51,7 +54,7 @@ def steps(
 @torch.no_grad()
 def test_schedule(config: dict[str, Any], expected: str) -> None:
     optimized = toma_fx.optimize(model(), **SMALL, **config)
-    assert steps(optimized, 6, picture) == expected.split()
+    assert steps(optimized, 6) == expected.split()
 
 
 def test_first_merged_step_refreshes_even_off_the_grid() -> None:
@@ -69,13 +72,14 @@ def test_first_merged_step_refreshes_even_off_the_grid() -> None:
 @torch.no_grad()
 def test_resets() -> None:
     optimized = toma_fx.optimize(denoisers.small_sdxl(), **SMALL)
-    assert steps(optimized, 2) == ["refresh", "reuse"]
+    make = denoisers.small_sdxl_inputs
+    assert steps(optimized, 2, make) == ["refresh", "reuse"]
     optimized.reset()
-    assert steps(optimized, 2) == ["refresh", "reuse"], "after reset()"
+    assert steps(optimized, 2, make) == ["refresh", "reuse"], "after reset()"
     optimized._reset_stateful_cache()
-    assert steps(optimized, 2) == ["refresh", "reuse"], "at the end of a pipeline call"
-    assert steps(optimized, 2) == ["refresh", "reuse"], "when the timestep rises"
-    assert steps(optimized, 2, start=500) == ["reuse", "reuse"], "not while it falls"
+    assert steps(optimized, 2, make) == ["refresh", "reuse"], "at the end of a pipeline call"
+    assert steps(optimized, 2, make) == ["refresh", "reuse"], "when the timestep rises"
+    assert steps(optimized, 2, make, start=500) == ["reuse", "reuse"], "not while it falls"
 
 
 @torch.no_grad()
@@ -83,9 +87,9 @@ def test_patterns_live_in_buffers_with_fixed_addresses() -> None:
     optimized = toma_fx.optimize(
         denoisers.small_sdxl(), **SMALL, destinations_every=2, weights_every=1
     )
-    steps(optimized, 1)
+    steps(optimized, 1, denoisers.small_sdxl_inputs)
     before = {k: (v.data_ptr(), v.clone()) for k, v in optimized.states[0].buffers.items()}
-    steps(optimized, 3, start=800)
+    steps(optimized, 3, denoisers.small_sdxl_inputs, start=800)
     after = optimized.states[0].buffers
     assert {k: v.data_ptr() for k, v in after.items()} == {k: p for k, (p, _) in before.items()}
     assert any(not torch.equal(after[k], v) for k, (_, v) in before.items())
@@ -93,9 +97,9 @@ def test_patterns_live_in_buffers_with_fixed_addresses() -> None:
 
 @torch.no_grad()
 def test_signatures_have_their_own_programs_and_state() -> None:
-    optimized = toma_fx.optimize(denoisers.small_sdxl(), **SMALL)
-    for height, width, batch in ((16, 16, 2), (16, 24, 1), (26, 38, 1)):
-        call = denoisers.small_sdxl_inputs(height, width, batch=batch)
+    optimized = toma_fx.optimize(denoisers.small_sd15(), **SMALL)
+    for height, width, batch in ((8, 8, 2), (8, 12, 1), (13, 19, 1)):
+        call = denoisers.sd15_inputs(height, width, batch)
         out = optimized(**call)[0]
         assert out.shape == call["sample"].shape
         assert torch.isfinite(out).all()
@@ -120,7 +124,7 @@ def test_captures_and_evictions_are_logged() -> None:
 
 @torch.no_grad()
 def test_flux_grid_is_read_from_the_ids_of_each_generation() -> None:
-    optimized = toma_fx.optimize(denoisers.small_flux(), **SMALL)
+    optimized = toma_fx.optimize(one_block(), **SMALL)
     optimized(**denoisers.flux_inputs(8, 16))
     wide = {**denoisers.flux_inputs(8, 16, seed=3), "img_ids": denoisers.ids(16, 8)}
     optimized.reset()
@@ -131,7 +135,7 @@ def test_flux_grid_is_read_from_the_ids_of_each_generation() -> None:
 
 @torch.no_grad()
 def test_cache_contexts_keep_their_own_patterns() -> None:
-    model = denoisers.small_flux()
+    model = one_block()
     both, alone = (toma_fx.optimize(model, **SMALL) for _ in range(2))
     first, second = denoisers.flux_inputs(8, 16, seed=1), denoisers.flux_inputs(8, 16, seed=2)
     with both.cache_context("cond"):
@@ -182,8 +186,8 @@ def test_nan_in_gives_nan_out() -> None:
     [
         ("sdxl", torch.bfloat16),
         ("sdxl", torch.float16),
-        ("flux", torch.bfloat16),
-        ("flux", torch.float16),
+        ("small_flux", torch.bfloat16),
+        ("small_flux", torch.float16),
     ],
     ids=str,
 )
@@ -197,7 +201,7 @@ def test_half_precision_models(name: str, dtype: torch.dtype) -> None:
         out = optimized(**inputs)[0]
         assert out.dtype == dtype
         assert 1e-4 < (out.float() - plain).abs().mean() / plain.abs().mean() < 1
-        assert len(optimized.specializations[0].plan.groups) == (1 if name == "flux" else 7)
+        assert len(optimized.specializations[0].plan.groups) == (1 if name == "small_flux" else 7)
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
@@ -245,7 +249,7 @@ def test_return_dict_and_number_timesteps() -> None:
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 def test_no_gradients_are_kept_whatever_the_mode(mode: Any) -> None:
-    model = denoisers.small_flux().requires_grad_(True)
+    model = one_block().requires_grad_(True)
     optimized = toma_fx.optimize(model, **SMALL, destinations_every=2, weights_every=1)
     with mode():
         for i in range(4):
@@ -296,7 +300,7 @@ def test_stands_in_for_the_model() -> None:
 )
 @torch.no_grad()
 def test_methods_variants_run_refresh_and_reuse(options: dict[str, Any]) -> None:
-    model = denoisers.small_flux()
+    model = one_block()
     optimized = toma_fx.optimize(model, **{"min_tokens": 60, **options})
     outs = [optimized(**denoisers.flux_inputs(8, 8, timestep=t))[0] for t in (0.9, 0.8)]
     assert all(torch.isfinite(out).all() for out in outs)
@@ -337,7 +341,7 @@ def test_options_of_compile_reach_torch(monkeypatch: pytest.MonkeyPatch) -> None
         return module
 
     monkeypatch.setattr(torch, "compile", compile_module)
-    optimized = toma_fx.optimize(denoisers.flux(num_layers=1, num_single_layers=0), **SMALL)
+    optimized = toma_fx.optimize(one_block(), **SMALL)
     optimized.compile(fullgraph=True, mode="reduce-overhead")
     for timestep in (0.9, 0.8):
         optimized(**denoisers.flux_inputs(8, 8, timestep=timestep))

@@ -18,7 +18,7 @@ SMALL: dict[str, Any] = {"min_tokens": 60, "tile": 4}
 
 
 def small_flux() -> Any:
-    return denoisers.flux(num_layers=1, num_single_layers=1)
+    return denoisers.small_flux(num_single_layers=0)
 
 
 def test_share_rows_states() -> None:
