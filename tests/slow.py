@@ -113,6 +113,7 @@ SLOW = (
     Slow("methods/test_methods.py::test_example_of_an_own_method_runs", SUBPROCESS),
     Slow("methods/test_methods.py::test_whole_models_through_inductor[*]", INDUCTOR),
     # models
+    Slow("models/test_tiny.py::test_merging_stays_close_to_the_*[tiny-sdxl]", WHOLE),
     Slow("models/test_tiny.py::test_demo_writes_pictures_and_figures", PIPELINE),
     # passes
     Slow(
@@ -120,8 +121,8 @@ SLOW = (
         MORE,
         quick=("*-tile-*", "*-stripe-stack", "*-global-sublayer"),
     ),
-    Slow("passes/test_reference.py::test_sdxl[*]", MORE, quick=("0.5-*",)),
-    Slow("passes/test_reference.py::test_flux[*]", MORE, quick=("0.5-*",)),
+    Slow("passes/test_reference.py::test_sdxl[*]", MORE, quick=("0.5-sublayer", "0.5-stack")),
+    Slow("passes/test_reference.py::test_flux[*]", MORE, quick=("0.5-block", "0.5-stack")),
     # pipelines
     Slow(
         "pipelines/test_matrix.py::test_stack[*]",
@@ -183,8 +184,11 @@ SLOW = (
         quick=("sdxl_controlnet", "flux_true_cfg", "flux_kontext"),
     ),
     # run
-    Slow("run/test_backend.py::test_every_step_equals_the_optimized_denoiser[sdxl]", WHOLE),
-    Slow("run/test_backend.py::test_every_step_equals_the_optimized_denoiser[flux]", WHOLE),
+    Slow(
+        "run/test_backend.py::test_every_step_equals_the_optimized_denoiser[*]",
+        WHOLE,
+        quick=("small_flux",),
+    ),
     Slow("run/test_backend.py::test_another_shape[False]", MORE),
     Slow("run/test_backend.py::test_timesteps_that_are_python_numbers[int]", MORE),
     Slow("run/test_backend.py::test_a_ratio_of_zero_is_plain_inductor", INDUCTOR),
