@@ -138,9 +138,12 @@ def cached_blocks(
 
 def _replace(stack: ExitStack, module: nn.Module, forward: Callable[..., Any]) -> None:
     """Give a module another `forward` until the stack is closed."""
-    assert "forward" not in vars(module), "the module is patched already"
+    before = vars(module).get("forward")
     module.forward = forward
-    stack.callback(delattr, module, "forward")
+    if before is None:
+        stack.callback(delattr, module, "forward")
+    else:
+        stack.callback(setattr, module, "forward", before)
 
 
 # -- Flux -----------------------------------------------------------------------------------------
@@ -227,13 +230,15 @@ def _around(name: str, blocks: Sequence[nn.Module], reference: Reference, stack:
     entered: list[Tensor] = []
 
     def wrap(block: nn.Module) -> Callable[..., Tensor]:
+        compute = block.forward  # that of a block that merges, in a model that is patched to
+
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if block is blocks[0]:
                 entered[:] = [hidden_states]
             last = block is blocks[-1]
             if not reference.computing:
                 return hidden_states + reference.update(name) if last else hidden_states
-            output: Tensor = type(block).forward(block, hidden_states, *args, **kwargs)
+            output: Tensor = compute(hidden_states, *args, **kwargs)
             if last:
                 reference.keep(name, output - entered[0])
             return output

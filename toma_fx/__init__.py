@@ -26,7 +26,8 @@ if TYPE_CHECKING:  # the names of the table, for type checkers and editors
         ConfigError as ConfigError, DynamicError as DynamicError,
         GenerationError as GenerationError, GradientError as GradientError,
         MissingPackageError as MissingPackageError, ModelTypeError as ModelTypeError,
-        NoCacheSites as NoCacheSites, NoMergeSites as NoMergeSites, OffloadError as OffloadError, ParityError as ParityError,
+        NoCacheSites as NoCacheSites, NoMergeSites as NoMergeSites, OffloadError as OffloadError,
+        ParityError as ParityError,
         RewriteError as RewriteError, SharedStateError as SharedStateError,
         SignatureError as SignatureError, StatefulModelError as StatefulModelError,
         StateError as StateError, TileError as TileError,
@@ -58,7 +59,8 @@ _NAMES = {
     "toma_fx.errors": (
         "AdapterError ArtifactError BuildError CaptureError CompanionError CompatError "
         "ConfigError DynamicError GenerationError GradientError MissingPackageError ModelTypeError "
-        "NoCacheSites NoMergeSites OffloadError ParityError RewriteError SharedStateError SignatureError "
+        "NoCacheSites NoMergeSites OffloadError ParityError RewriteError SharedStateError "
+        "SignatureError "
         "StatefulModelError StateError TileError TomaError TrainingModeError UnknownNameError "
         "VerifyError"
     ),

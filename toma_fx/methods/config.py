@@ -67,7 +67,8 @@ def make_config(
     """
     fields = dict(options or {})
     if toma is False:
-        return ToMAConfig(ratio=0.0, cache=_check_off(method, fields).cache)
+        off = _check_off(method, fields)
+        return ToMAConfig(ratio=0.0, cache=off.cache, grid=off.grid)
     if isinstance(toma, Mapping):
         fields, toma = {**toma, **fields}, True
     if method is None and isinstance(toma, MethodConfig):

@@ -78,9 +78,9 @@ def plan_cache(
             got=f"order={config.most_order}",
             hint="order=0 holds the updates",
         )
-    live = _find_live(flow, cuts)
+    computed = _find_live(flow, cuts) - {cut.node for cut in cuts}
     updates = tuple(replace(cut, name=f"u{i}") for i, cut in enumerate(cuts))
-    kept = tuple(s.name for s in segments if not live.isdisjoint(s.inner))
+    kept = tuple(s.name for s in segments if not computed.isdisjoint(s.inner))
     clock = timestep if any(cut.order for cut in cuts) else ""
     return CachePlan(updates, clock, min(u.shape[0] for u in updates), kept), rejections
 
