@@ -42,7 +42,7 @@ import torch._dynamo
 from common import command_line, device_name, versions
 from denoiser import clocked, summary
 from methods import LABELS, SELECTIONS, Bench, Entry, missing, quartiles, save
-from peers import EVERY, LAST, WARMUP, System, Unavailable, kept_bytes, peers
+from peers import EVERY, LAST, NOTES, WARMUP, System, Unavailable, kept_bytes, peers
 from table import table
 from torch import Tensor
 from torch.nn import functional as F
@@ -570,6 +570,7 @@ def opened(args: argparse.Namespace) -> dict[str, Any]:
         for key in ("steps", "labels", "timed_batch"):
             if results[key] != getattr(args, key):
                 raise SystemExit(f"{args.out} has {key} {results[key]}")
+    results["notes"] = NOTES
     found = versions()
     for package in ("cache-dit", "DeepCache"):
         try:

@@ -11,6 +11,7 @@ patterns here name the same kind of module of the UNet; `curve` says so.
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import os
 import types
@@ -34,6 +35,25 @@ WARMUP, LAST = 3, 1
 class Unavailable(Exception):
     """A row can't be measured; the message says why."""
 
+
+NOTES = {
+    "diffusers FirstBlockCache": "Hooks lists of blocks that lie directly in the model: no UNet.",
+    "diffusers TaylorSeer": "Its default patterns name no module of a UNet; given names, it runs. "
+    "Factors in float32, not in bfloat16, its default. `lite` extrapolates the model's output, and "
+    "runs no block in between.",
+    "diffusers FasterCache": "Takes its own patterns of attention names and no others, which no "
+    "module of a UNet has. Run as guidance-distilled: there is no guidance to skip.",
+    "diffusers PyramidAttentionBroadcast": "Runs on both; skips attention alone.",
+    "diffusers MagCache": "Ratios are calibrated, on pictures from other noise.",
+    "diffusers SeaCache": "Made for video; the picture is given to it as a video of one frame. "
+    "Needs step, noise level and number of steps in the cache context.",
+    "cache-dit": "Supports no UNet. Its first block of Flux always runs (Fn_compute_blocks is at "
+    "least 1).",
+    "DeepCache": "For UNets. Needs a pipeline's scheduler, and the timestep as one number by "
+    "position.",
+    "all with thresholds": "They decide once for a whole batch.",
+}
+"""What was learned while they were made to run; it is written into the results."""
 
 # -- a denoiser that draws ------------------------------------------------------------------------
 
@@ -183,8 +203,13 @@ def _unet() -> Any:
     return UNet2DConditionModel
 
 
-def _open_mag_cache(model: tiny.TinyModel, steps: int, threshold: float) -> System:
-    """MagCache with the ratios of pictures from other noise, as its calibration measures them."""
+CALIBRATION_SEED = 1000
+
+
+@functools.cache
+def _mag_ratios(name: str, steps: int) -> tuple[float, ...]:
+    """MagCache's ratios of pictures from other noise, as its own calibration measures them."""
+    model = tiny.load(name)
     # with one step more than there are, it does not yet throw away what it has measured
     measuring = {"calibrate": True, "num_inference_steps": steps + 1}
     system = Hooked(model, steps, "MagCache", lambda _: measuring)
@@ -194,11 +219,16 @@ def _open_mag_cache(model: tiny.TinyModel, steps: int, threshold: float) -> Syst
         ratios[:] = _read_ratios(system)
 
     system.draw(model, range(len(tiny.CLASSES)), CALIBRATION_SEED, read)
-    found = {"threshold": threshold, "num_inference_steps": steps, "mag_ratios": ratios}
-    return Hooked(model, steps, "MagCache", lambda _: found)
+    return tuple(ratios)
 
 
-CALIBRATION_SEED = 1000
+def _open_mag_cache(model: tiny.TinyModel, steps: int, threshold: float) -> System:
+    options = {
+        "threshold": threshold,
+        "num_inference_steps": steps,
+        "mag_ratios": list(_mag_ratios(model.name, steps)),
+    }
+    return Hooked(model, steps, "MagCache", lambda _: options)
 
 
 def _read_ratios(system: Hooked) -> list[float]:
