@@ -12,13 +12,16 @@
 #include <torch/headeronly/version.h>
 
 #include <algorithm>
+#include <array>
 #include <cctype>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <iostream>
 #include <map>
 #include <memory>
+#include <set>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -37,7 +40,8 @@ struct Json {
   std::variant<std::nullptr_t, bool, double, std::string, Array, Object> value = nullptr;
 
   const std::string& text() const { return std::get<std::string>(value); }
-  int64_t integer() const { return static_cast<int64_t>(std::get<double>(value)); }
+  double number() const { return std::get<double>(value); }
+  int64_t integer() const { return static_cast<int64_t>(number()); }
   bool null() const { return std::holds_alternative<std::nullptr_t>(value); }
   const Array& array() const { return std::get<Array>(value); }
   const Object& object() const { return std::get<Object>(value); }
@@ -267,13 +271,22 @@ class Program {
   const std::string& instead() const { return instead_; }
 
   // Replaces the kept tensors that this kind of program gives, and returns the model's outputs.
+  // `older` says where the value of a kept tensor goes first, newer ones before older ones.
   std::vector<at::Tensor> run(
-      const std::vector<at::Tensor>& inputs, std::map<std::string, at::Tensor>& kept) {
+      const std::vector<at::Tensor>& inputs, const std::vector<std::array<std::string, 2>>& older,
+      std::map<std::string, at::Tensor>& kept) {
     std::vector<at::Tensor> given;
     for (const at::Tensor& x : inputs) given.push_back(x.contiguous());
     for (const std::string& name : takes_) given.push_back(kept.at(name).contiguous());
     std::vector<at::Tensor> results = loader_->run(given);
     const size_t own = results.size() - gives_.size();
+    const std::map<std::string, at::Tensor> before = kept;
+    std::set<std::string> changing(gives_.begin(), gives_.end());
+    for (const auto& [from, to] : older) {
+      if (!changing.count(from) || !before.count(from)) continue;
+      kept[to] = before.at(from);
+      changing.insert(to);
+    }
     for (size_t i = 0; i < gives_.size(); ++i) kept[gives_[i]] = results[own + i].clone();
     results.resize(own);
     return results;
@@ -291,8 +304,8 @@ class Artifact {
   explicit Artifact(const std::string& folder)
       : manifest_(JsonReader::read(slurp(folder + "/manifest.json"))),
         device_(manifest_["device"]["type"].text()) {
-    if (manifest_["version"].integer() != 2 || manifest_["target"]["name"].text() != "aoti") {
-      throw std::runtime_error("no AOTInductor artifact of version 2: " + folder);
+    if (manifest_["version"].integer() != 4 || manifest_["target"]["name"].text() != "aoti") {
+      throw std::runtime_error("no AOTInductor artifact of version 4: " + folder);
     }
     // libtorch says "2.13.0", the artifact "2.13.0+cpu" (or "+cu130")
     const std::string made_with = manifest_["versions"]["torch"].text();
@@ -304,6 +317,14 @@ class Artifact {
       programs_.try_emplace(call, folder + "/" + spec["file"].text(), spec, weights_);
     }
     for (const Json& input : manifest_["inputs"].array()) inputs_.push_back(input["tensor"]);
+    for (const auto& [from, to] : manifest_["older"].object()) older_.push_back({from, to.text()});
+  }
+
+  // Begins a generation of so many steps.
+  void begin(int64_t steps) {
+    computes_.clear();
+    const Json& caching = manifest_["schedule"]["caching"];
+    if (!caching.null()) computes_ = computed_steps(caching, steps);
   }
 
   // One step of a generation, from 0; `kept` lives from step to step.
@@ -319,7 +340,7 @@ class Artifact {
       }
       inputs.push_back(x);
     }
-    return programs_.at(kind(index, kept)).run(inputs, kept);
+    return programs_.at(kind(index, kept)).run(inputs, older_, kept);
   }
 
   // Which kind of program runs at a step: the one that is due, or what stands in for it.
@@ -332,8 +353,29 @@ class Artifact {
     return name;
   }
 
-  // Which kind of program is due at a step.
+  // Which kind of program is due at a step. What was to be selected in steps that do not compute
+  // is selected in the next one that does.
   std::string due(int64_t index) const {
+    std::string name = merging(index);
+    if (!computes(index)) return name == "plain" ? "cached_plain" : "cached";
+    if (name == "plain" || name == "refresh") return name;
+    for (int64_t i = index - 1; i >= 0 && !computes(i); --i) {
+      const std::string missed = merging(i);
+      if (missed == "refresh") return missed;
+      if (name == "reuse" && missed != "plain") name = missed;
+    }
+    return name;
+  }
+
+  at::Device device() const { return device_; }
+
+ private:
+  bool computes(int64_t index) const {
+    return index >= static_cast<int64_t>(computes_.size()) || computes_[index];
+  }
+
+  // Which kind of program is due where every step computes.
+  std::string merging(int64_t index) const {
     const Json& schedule = manifest_["schedule"];
     const int64_t since = index - schedule["first_step"].integer();
     const Json& last = schedule["last_step"];
@@ -343,14 +385,43 @@ class Artifact {
     return i < begin.size() ? begin[i] : cycle[(i - begin.size()) % cycle.size()];
   }
 
-  at::Device device() const { return device_; }
+  // Which steps of a generation compute: by a mask, or one in `every`.
+  static std::vector<bool> computed_steps(const Json& caching, int64_t steps) {
+    if (!caching["policy"].null()) {
+      throw std::runtime_error("named masks are not known here: build with steps_mask=[...]");
+    }
+    const Json& mask = caching["mask"];
+    if (!mask.null() && static_cast<int64_t>(mask.array().size()) != steps) {
+      throw std::runtime_error("the mask is for another number of steps");
+    }
+    const int64_t warmup = std::max<int64_t>(count(caching["warmup_steps"], steps), 1);
+    const int64_t last = count(caching["last_steps"], steps);
+    int64_t most = mask.null() ? caching["every"].integer() - 1 : steps;
+    if (!caching["most"].null()) most = std::min(most, caching["most"].integer());
+    std::vector<bool> flags;
+    int64_t row = 0;
+    for (int64_t i = 0; i < steps; ++i) {
+      const bool wanted = !mask.null() && mask.array()[i].integer() != 0;
+      const bool computed = wanted || i < warmup || i >= steps - last || row >= most;
+      row = computed ? 0 : row + 1;
+      flags.push_back(computed);
+    }
+    return flags;
+  }
 
- private:
+  // A number of steps, or a share of all.
+  static int64_t count(const Json& value, int64_t steps) {
+    const double number = value.number();
+    return static_cast<int64_t>(number < 1 ? std::ceil(number * static_cast<double>(steps)) : number);
+  }
+
   Json manifest_;
   at::Device device_;
   Tensors weights_;  // before the programs, which point into it
   std::map<std::string, Program> programs_;
   std::vector<Json> inputs_;
+  std::vector<std::array<std::string, 2>> older_;
+  std::vector<bool> computes_;  // by step; beyond its end all do
 };
 
 void write(const std::string& path, const at::Tensor& x) {
@@ -368,6 +439,7 @@ void generate(const std::string& folder, const std::string& given, const std::st
     steps = std::max<int64_t>(steps, std::stoll(name.substr(0, name.find('/'))) + 1);
   }
   std::map<std::string, at::Tensor> kept;
+  artifact.begin(steps);
   for (int64_t i = 0; i < steps; ++i) {
     const std::string kind = artifact.kind(i, kept);
     const at::Tensor output = artifact.step(i, inputs.tensors, kept).at(0);

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,16 @@ from tests.zoo.base import Case, Crop
 from toma_fx.analysis.dataflow import Flow
 from toma_fx.analysis.facts import Analysis
 from toma_fx.analysis.propagate import analyze
+from toma_fx.analysis.roles import find_roles
 from toma_fx.capture.model import Captured, capture, flatten_call
+from toma_fx.graph.flops import graph_flops
+from toma_fx.methods.cache import CacheConfig
 from toma_fx.methods.toma import ToMAConfig
-from toma_fx.passes.pipeline import rewrite
+from toma_fx.passes.pipeline import Program, rewrite
 from toma_fx.passes.uses import uses_of
 from toma_fx.plan.plan import MergePlan
 from toma_fx.plan.planner import make_plan
+from toma_fx.run.program_set import split_outputs
 
 CAPTURED, FRESH = 1, 2
 """Seeds of the inputs that a graph is captured with, and of those that it is checked on."""
@@ -39,9 +43,10 @@ class Found:
 
     Attributes:
         sites: attentions by kind. attention, mlp: branches that merge. grids: of the segments.
-        segments: merged segments in scope "stack". permuted, cropped: largest relative difference
-            to the oracle (None where there is none). changed: relative difference that merging
-            half of the tokens makes. refused: the error, if the model can't be merged.
+        segments: merged segments in scope "stack". permuted, cropped, cached: largest relative
+            difference to the oracle (None where there is none). changed: relative difference that
+            merging half of the tokens makes. share: of the FLOPs that a cached step has left.
+            refused: the error, if the model can't be merged.
     """
 
     sites: dict[str, int]
@@ -52,6 +57,8 @@ class Found:
     permuted: float | None = None
     cropped: float | None = None
     changed: float | None = None
+    cached: float | None = None
+    share: float | None = None
     refused: str = ""
 
 
@@ -69,14 +76,34 @@ class Traced:
     def plan(self, **fields: Any) -> MergePlan:
         """The plan for these fields of the configuration."""
         config = {"min_tokens": 16, **self.case.config, **fields}
-        return make_plan(self.analysis, self.flow, ToMAConfig(**config))
+        return make_plan(self.analysis, self.flow, ToMAConfig(**config), self.timestep)
+
+    @property
+    def timestep(self) -> str:
+        """The input that is the timestep; "" if none is."""
+        place = find_roles(self.captured).timestep
+        return "" if place is None else self.captured.inputs[place].name
+
+    def program(self, plan: MergePlan, use: str) -> Program:
+        """A program of the plan."""
+        return rewrite(self.captured, self.analysis, self.flow, plan, uses_of(plan.config)[use])
+
+    def step(
+        self, plan: MergePlan, use: str, kept: Mapping[str, Tensor]
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """What a program gives on fresh inputs: the model's outputs, and kept tensors."""
+        program = self.program(plan, use)
+        leaves = flatten_call((), self.case.inputs(FRESH))[0]
+        results = program.graph_module(*leaves, *(kept[name] for name in program.takes))
+        outputs, given = split_outputs(results, program.gives)
+        return tensors(outputs), given
 
     def run(self, plan: MergePlan, use: str, *given: Tensor) -> list[Tensor]:
         """The model's outputs by a program of the plan, on fresh inputs.
 
         Patterns are cast to the dtypes that the program takes.
         """
-        program = rewrite(self.captured, self.analysis, self.flow, plan, uses_of(plan.config)[use])
+        program = self.program(plan, use)
         leaves = flatten_call((), self.case.inputs(FRESH))[0]
         nodes = {n.name: n for n in program.graph_module.graph.nodes}
         likes = [nodes[name].meta["val"] for name in program.takes]
@@ -108,7 +135,10 @@ def check(case: Case) -> Found:
     cropped = None
     if case.crop is not None:
         cropped = max(_cropped(traced, case.crop, scope) for scope in ("sublayer", "stack"))
-    return dataclasses.replace(found, permuted=moved, cropped=cropped, changed=_changed(traced))
+    cached, share = _cached(traced)
+    return dataclasses.replace(
+        found, permuted=moved, cropped=cropped, changed=_changed(traced), cached=cached, share=share
+    )
 
 
 def trace(case: Case, *, exact: bool = True) -> Traced:
@@ -201,6 +231,42 @@ def _cropped(traced: Traced, crop: Crop, scope: str) -> float:
     assert found < EXACT, f"the cropped picture differs by {found:.1e} in scope {scope}"
     assert difference(got, [crop.output(x) for x in traced.expected[:1]]) > 1e-3
     return found
+
+
+def _cached(traced: Traced) -> tuple[float, float]:
+    """On the same inputs again, steps that use what is kept give what those that computed gave.
+
+    Of whole streams, of single blocks, and of all blocks but those at the end, which need what the
+    cached ones leave to them: text, say.
+
+    Returns:
+        (largest difference, share of the FLOPs of a step that one with cached streams has left).
+    """
+    order = 1 if traced.timestep else 0
+    last = {s.branches[-1].module for s in traced.analysis.streams if len(s.values) > 3}
+    configs = [{"scope": "stack"}, {"scope": "block"}]
+    configs += [{"exclude": tuple(filter(None, last))}] if any(last) else []
+    differences, share = [0.0], 1.0
+    for config in configs:
+        cache = CacheConfig(order=order, **config)
+        for fields, use in ({"ratio": 0.0}, "plain"), ({"scope": "block"}, "refresh"):
+            plan = traced.plan(cache=cache, **fields)
+            outputs, kept = traced.step(plan, use, {})
+            for newer, older in plan.older.items():
+                kept[older] = kept[newer]
+            cached = "cached_plain" if use == "plain" else "cached"
+            got, _ = traced.step(plan, cached, kept)
+            differences.append(difference(got, outputs))
+            assert differences[-1] < EXACT, f"cached: differs by {differences[-1]:.1e} ({cache})"
+            if use == "plain":
+                assert all(torch.equal(a, b) for a, b in zip(outputs, traced.expected, strict=True))
+                whole, left = (
+                    graph_flops(traced.program(plan, kind).graph_module.graph)
+                    for kind in (use, cached)
+                )
+                assert left < whole, f"a cached step saves nothing ({cache})"
+                share = min(share, left / whole)
+    return max(differences), share
 
 
 def _changed(traced: Traced) -> float:

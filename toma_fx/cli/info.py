@@ -47,6 +47,7 @@ def _rows(manifest: Manifest) -> list[tuple[str, str]]:
         ("license", manifest.license or "not stated"),
         ("method", _method(manifest.plan)),
         ("merges", _merged_steps(manifest.schedule)),
+        ("computes", _computed_steps(manifest.schedule)),
         ("patterns", f"{len(manifest.kept)} tensors, {bytes_text(patterns)}"),
     ]
     rows += [
@@ -75,6 +76,18 @@ def _merged_steps(schedule: Schedule) -> str:
     order = " ".join((*schedule.begin, f"({' '.join(schedule.cycle)}) ..."))
     steps = f"steps {first} to {'the last' if last is None else last}"
     return f"{steps}: {order}"
+
+
+def _computed_steps(schedule: Schedule) -> str:
+    """Which steps compute, and which use kept updates."""
+    caching = schedule.caching
+    if caching is None:
+        return "every step"
+    if caching.mask is not None:
+        return " ".join(map(str, caching.mask))
+    steps = f"the mask {caching.policy}" if caching.policy else f"1 step in {caching.every}"
+    rest = [f"the first {caching.warmup_steps}", f"the last {caching.last_steps}"]
+    return f"{steps}, {' and '.join(rest if caching.last_steps else rest[:1])}"
 
 
 def _method(plan: Mapping[str, Any]) -> str:

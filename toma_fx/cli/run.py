@@ -39,16 +39,17 @@ def run_artifact(args: argparse.Namespace, options: dict[str, Any], console: Con
     times, outputs = defaultdict[str, list[float]](list), None
     kinds = denoiser.manifest.kinds(args.steps)
     for rounds in range(2):  # the first round warms up
-        for step, program in enumerate(kinds):
-            if timestep is not None:
-                call["timestep"] = (timestep * (1 - step / args.steps)).to(timestep.dtype)
-            start = time.perf_counter()
-            outputs = denoiser(**call)
-            if denoiser.device.type == "cuda":
-                torch.cuda.synchronize(denoiser.device)
-            if rounds:
-                times[program].append(1000 * (time.perf_counter() - start))
-        denoiser.reset()
+        with denoiser.generation(steps=args.steps) as generation:
+            for step, program in enumerate(kinds):
+                if timestep is not None:
+                    call["timestep"] = (timestep * (1 - step / args.steps)).to(timestep.dtype)
+                generation.step(step)
+                start = time.perf_counter()
+                outputs = denoiser(**call)
+                if denoiser.device.type == "cuda":
+                    torch.cuda.synchronize(denoiser.device)
+                if rounds:
+                    times[program].append(1000 * (time.perf_counter() - start))
     if args.outputs:
         _write_tensors(args.outputs, _named_outputs(outputs))
     _print_times(times, loaded, denoiser.device, console)

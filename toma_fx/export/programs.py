@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,7 +25,7 @@ from toma_fx.run.calls import call_of
 from toma_fx.run.denoiser import OptimizedDenoiser, optimized_of
 from toma_fx.run.program_set import split_outputs
 from toma_fx.run.programs import Specialization, tracing
-from toma_fx.run.schedule import kinds_of
+from toma_fx.run.schedule import Schedule, kinds_of
 
 
 @dataclass(frozen=True)
@@ -171,11 +171,18 @@ def _export(
 
 
 def kinds_that_run(specialization: Specialization) -> list[str]:
-    """The kinds of programs that some step of a generation runs, in the order of `uses`."""
+    """The kinds of programs that some step of a generation runs, in the order of `uses`.
+
+    Which steps compute may depend on the length of a generation, so that any kind may be due there.
+    """
     schedule = specialization.schedule
     steps = max(LONGEST, (schedule.last_step or 0) + 2)
-    length = Length(steps if schedule.caching is None else schedule.caching.horizon)
-    ran = kinds_of(specialization, schedule, length, steps)
+    every = replace(Schedule.of(schedule), caching=None)
+    ran = set(kinds_of(specialization, every, Length(steps), steps))
+    caching = schedule.caching
+    if caching is not None and not all(caching.flags(caching.horizon)):
+        ran |= {"cached_plain"} & {f"cached_{kind}" for kind in ran}
+        ran |= {"cached"} if ran - {"plain", "cached_plain"} else set()
     return [kind for kind in specialization.uses if kind in ran]
 
 

@@ -11,13 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import Protocol, Self
 
 from toma_fx.errors import ConfigError
 from toma_fx.methods.cached_steps import LONGEST, UNKNOWN_LENGTH, CachedSteps, Length
-
-if TYPE_CHECKING:  # `toma-fx info` reads schedules without torch
-    from toma_fx.methods.base import MethodConfig
 
 USING = {"cached", "cached_plain"}
 """Kinds that use kept updates for all rows."""
@@ -55,7 +52,7 @@ class Schedule:
     caching: CachedSteps | None = None
 
     @classmethod
-    def of(cls, config: MethodConfig, replacing: Callable[[str], str] = str) -> Self:
+    def of(cls, config: Scheduled, replacing: Callable[[str], str] = str) -> Self:
         """The schedule of a configuration; `replacing` gives the kind that stands for a kind."""
         kinds = [replacing(config.renewal(i)) for i in range(LONGEST)]
         return cls(config.first_step, config.last_step, *_shortest_cycle(kinds), config.caching)
