@@ -19,7 +19,9 @@ if TYPE_CHECKING:  # the names of the table, for type checkers and editors
     from toma_fx.api import (
         explain as explain, optimize as optimize, restore as restore, summary as summary,
     )
-    from toma_fx.calibration import calibrate as calibrate, record_calls as record_calls
+    from toma_fx.calibration import (
+        calibrate as calibrate, calibrate_cache as calibrate_cache, record_calls as record_calls,
+    )
     from toma_fx.errors import (
         AdapterError as AdapterError, ArtifactError as ArtifactError, BuildError as BuildError,
         CaptureError as CaptureError, CompanionError as CompanionError, CompatError as CompatError,
@@ -55,7 +57,7 @@ if TYPE_CHECKING:  # the names of the table, for type checkers and editors
 _NAMES = {
     "toma_fx.analysis.rules.base": "tokenwise",
     "toma_fx.api": "explain optimize restore summary",
-    "toma_fx.calibration": "calibrate record_calls",
+    "toma_fx.calibration": "calibrate calibrate_cache record_calls",
     "toma_fx.errors": (
         "AdapterError ArtifactError BuildError CaptureError CompanionError CompatError "
         "ConfigError DynamicError GenerationError GradientError MissingPackageError ModelTypeError "

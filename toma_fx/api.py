@@ -81,7 +81,7 @@ def optimize(
 
     if isinstance(model, nn.Module):
         return cast(T, wrap(model))
-    denoisers = {name: wrap(restore(inner)) for name, inner in _find_components(model).items()}
+    denoisers = {name: wrap(restore(inner)) for name, inner in find_components(model).items()}
     for name, denoiser in denoisers.items():
         setattr(model, name, denoiser)
     tell_generations(model)
@@ -97,7 +97,7 @@ def restore(model: T) -> T:
         ModelTypeError: neither a module nor a pipeline with a denoiser.
     """
     if not isinstance(model, nn.Module):
-        for name, inner in _find_components(model).items():
+        for name, inner in find_components(model).items():
             if optimized_of(inner) is not None:
                 setattr(model, name, restore(inner))
         leave_generations(model)
@@ -159,7 +159,7 @@ def explain(
         return make_report(Specialization.make(denoiser, args, kwargs, config))
 
 
-def _find_components(pipeline: Any) -> dict[str, nn.Module]:
+def find_components(pipeline: Any) -> dict[str, nn.Module]:
     """The denoisers of a pipeline, by the attributes that hold them."""
     attributes = {name: getattr(pipeline, name, None) for name in COMPONENTS}
     modules = {name: inner for name, inner in attributes.items() if isinstance(inner, nn.Module)}
@@ -185,7 +185,7 @@ def _find_components(pipeline: Any) -> dict[str, nn.Module]:
 
 def denoiser_of(model: Any) -> nn.Module:
     """A module, or the first denoiser of a pipeline."""
-    return model if isinstance(model, nn.Module) else next(iter(_find_components(model).values()))
+    return model if isinstance(model, nn.Module) else next(iter(find_components(model).values()))
 
 
 def _require_original(model: nn.Module) -> nn.Module:

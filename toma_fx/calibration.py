@@ -1,4 +1,5 @@
-"""`calibrate`: a similarity threshold turned into a static ratio for every place that merges."""
+"""Thresholds turned into what is static: `calibrate` into the ratio of every place that merges,
+`calibrate_cache` into a mask of the steps that compute."""
 
 from __future__ import annotations
 
@@ -8,17 +9,21 @@ from contextlib import contextmanager
 from statistics import fmean
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from toma_fx.api import denoiser_of, optimize
+from toma_fx.api import denoiser_of, find_components, optimize, restore
 from toma_fx.errors import ConfigError
 from toma_fx.methods.ca_tome import CAToMeConfig
-from toma_fx.methods.checks import check_choice
+from toma_fx.methods.cache import CacheConfig
+from toma_fx.methods.checks import check_choice, is_number
 from toma_fx.methods.config import with_options
+from toma_fx.passes.cache_updates import extrapolate, factors_of
 from toma_fx.plan.places import places_of
 from toma_fx.run.batching import State
 from toma_fx.run.calls import call_of
-from toma_fx.run.denoiser import optimized_of
+from toma_fx.run.denoiser import OptimizedDenoiser, optimized_of
+from toma_fx.run.pipelines import tell_generations
 from toma_fx.run.programs import Specialization
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -100,6 +105,164 @@ def _measure_shares(specialization: Specialization, state: State) -> Iterator[tu
         )
         for path in sorted({places[member].group for member in members}):
             yield path, 1 - merged_count / group.image.length
+
+
+def calibrate_cache(
+    model: Any,
+    calls: Sequence[Any],
+    threshold: float = 0.1,
+    *,
+    cache: CacheConfig | Mapping[str, Any] | None = None,
+    run: Callable[..., Any] | None = None,
+) -> CacheConfig:
+    """A cache with a static mask: the steps that need not compute at this threshold.
+
+    Runs generations in which every step computes, and keeps all updates. Then a step need not
+    compute if what the cache would use there, held or extrapolated from the steps that compute
+    before it, is nearer to its update than `threshold`, in all generations and passes. (The
+    criterion of first-block caches and TeaCache, arXiv 2411.19108, applied to the update itself
+    instead of to a stand-in for it, since here it is known.)
+
+    Args:
+        model: a pipeline, or a denoiser.
+        calls: keyword arguments of every generation, for `run`; all of one number of steps.
+        threshold: relative difference, |predicted - u| / |u|, summed over the elements of all
+            updates that are kept.
+        cache: what is kept, and the order, warm-up and last steps; the defaults if not given.
+        run: draws a picture with a denoiser, `run(denoiser, **call)`; the pipeline itself if not
+            given.
+
+    Returns:
+        The configuration, with `steps_mask`: `toma_fx.optimize(pipe, cache=configuration)`.
+
+    Raises:
+        ConfigError: no calls, generations of different length, or a threshold out of its domain.
+        NoCacheSites: nothing of the model can be cached.
+    """
+    if not calls or not (is_number(threshold) and threshold > 0):
+        raise ConfigError(
+            "nothing to calibrate with" if not calls else "threshold is out of range",
+            where="calls" if not calls else "threshold",
+            expected="at least one generation" if not calls else "a number over 0",
+            got="none" if not calls else repr(threshold),
+        )
+    config = CacheConfig.of(cache) or CacheConfig()
+    every = dataclasses.replace(
+        config, every=1, steps_mask=None, threshold=None, warmup_steps=None, last_steps=0
+    )
+    denoiser = optimized_of(optimize(restore(denoiser_of(model)), toma=False, cache=every))
+    assert denoiser is not None
+    recorded: list[_Recorded] = []
+    with _in_place_of(model, denoiser):
+        for call in calls:
+            recorded.append(_Recorded())
+            with recorded[-1].recording(denoiser):
+                (run or _run_pipeline)(denoiser if run else model, **call)
+    lengths = sorted({r.steps for r in recorded})
+    if len(lengths) > 1:
+        raise ConfigError(
+            "the generations differ in length",
+            where="calls",
+            expected="one number of steps",
+            got=", ".join(map(str, lengths)),
+            hint="calibrate once for each number of steps",
+        )
+    steps = lengths[0]
+    forced = dataclasses.replace(
+        config, every=steps + 1, steps_mask=None, threshold=None, steps=steps
+    )
+    flags = list(forced.cached_steps.flags(steps))
+    for step in range(steps):
+        if not flags[step]:
+            known = [s for s in range(step) if flags[s]][-config.most_order - 1 :]
+            worst = max(r.error(step, known) for r in recorded)
+            flags[step] = worst > threshold
+    return dataclasses.replace(
+        config, steps_mask=tuple(map(int, flags)), warmup_steps=None, last_steps=0, steps=steps
+    )
+
+
+Sample = tuple[float, list[Tensor]]
+"""(timestep, updates) of a step."""
+
+
+class _Recorded:
+    """The updates of a generation, of which every step computes.
+
+    Attributes:
+        passes: (timestep, updates) by step, of every pass.
+    """
+
+    def __init__(self) -> None:
+        self.passes: dict[int, dict[int, Sample]] = {}
+
+    @property
+    def steps(self) -> int:
+        """How many there were."""
+        return 1 + max((step for own in self.passes.values() for step in own), default=-1)
+
+    @contextmanager
+    def recording(self, denoiser: OptimizedDenoiser) -> Iterator[None]:
+        """Note the updates of every call inside."""
+
+        def note(_: nn.Module, args: Any, kwargs: Any, outputs: Any) -> None:
+            stepper = denoiser._stepper
+            generation, told = stepper.generations()[-1], stepper.told
+            step = generation.step // (1 if told is None else told.order)
+            state, cache = generation.called[-1], denoiser.specializations[-1].plan.cache
+            assert cache is not None
+            kept = {name: x.detach().to("cpu", copy=True) for name, x in state.buffers.items()}
+            time = float(kept[cache.times[0]].amax()) if cache.times else float(step)
+            updates = [kept[update.tensors[0]] for update in cache.updates]
+            self.passes.setdefault(generation.passes.index(state), {})[step] = time, updates
+
+        handle = denoiser.register_forward_hook(note, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def error(self, step: int, known: Sequence[int]) -> float:
+        """Relative difference of what steps that compute tell of another, in the worst pass."""
+        return max(
+            (_error([own[s] for s in known], own[step]) for own in self.passes.values()
+             if step in own and all(s in own for s in known)),
+            default=0.0,
+        )  # fmt: skip
+
+
+def _error(known: Sequence[Sample], actual: Sample) -> float:
+    """|predicted - u| / |u| over all updates; `known` in the order of the steps."""
+    newest_first = known[::-1]
+    times = torch.tensor([time for time, _ in newest_first])
+    factors = factors_of(torch.tensor([actual[0]]), *times.split(1)) if len(known) > 1 else ()
+    difference = size = 0.0
+    for i, update in enumerate(actual[1]):
+        tensors = tuple(updates[i] for _, updates in newest_first)
+        difference += float((extrapolate(factors, tensors) - update).abs().sum())
+        size += float(update.abs().sum())
+    return difference / size if size else 0.0
+
+
+def _run_pipeline(pipe: Any, **call: Any) -> Any:
+    return pipe(**call)
+
+
+@contextmanager
+def _in_place_of(model: Any, denoiser: OptimizedDenoiser) -> Iterator[None]:
+    """Put a denoiser into a pipeline, whose calls tell their generations."""
+    if isinstance(model, nn.Module):
+        yield
+        return
+    name, before = next(iter(find_components(model).items()))
+    kind = type(model)
+    setattr(model, name, denoiser)
+    tell_generations(model)
+    try:
+        yield
+    finally:
+        setattr(model, name, before)
+        model.__class__ = kind
 
 
 @contextmanager

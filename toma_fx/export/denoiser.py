@@ -32,7 +32,7 @@ class ArtifactPrograms:
 
     def __init__(self, manifest: Manifest, runtime: Runtime) -> None:
         self._manifest, self._runtime = manifest, runtime
-        self.schedule, self.older = manifest.schedule, manifest.older
+        self.schedule, self.older, self.watched = manifest.schedule, manifest.older, ""
         paths = [spec.path for spec in manifest.inputs]
         timestep = paths.index(manifest.timestep) if manifest.timestep else None
         self.roles = Roles.of_names(["_".join(p) for p in paths], [True] * len(paths), timestep)

@@ -116,9 +116,9 @@ def export_programs(optimized: Any, example_inputs: Any) -> Programs:
         example_inputs: a call: a dict of keyword arguments, a tuple, or a pair (args, kwargs).
 
     Raises:
-        DynamicError: the method's number of merged tokens depends on the data; names the form that
-            can be exported. ModelTypeError: not an optimized denoiser. SignatureError,
-            CaptureError, NoMergeSites, TileError: as at a call.
+        DynamicError: the method's number of merged tokens depends on the data, or which steps
+            compute; names the form that can be exported. ModelTypeError: not an optimized
+            denoiser. SignatureError, CaptureError, NoMergeSites, TileError: as at a call.
     """
     denoiser = optimized_of(optimized)
     if denoiser is None:
@@ -129,6 +129,7 @@ def export_programs(optimized: Any, example_inputs: Any) -> Programs:
             got=type(optimized).__name__,
         )
     denoiser.config_toma.check_static("export")
+    denoiser.config_toma.check_fixed_steps("export")
     specialization, arguments = denoiser.specialized(*call_of(example_inputs))
     leaves = arguments.leaves
     by_kind: dict[str, Exported] = {}

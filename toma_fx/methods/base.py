@@ -157,6 +157,21 @@ class MethodConfig(ABC):
                 hint=self.static_form,
             )
 
+    def check_fixed_steps(self, purpose: str) -> None:
+        """Raise unless it is known beforehand which steps compute, as `purpose` needs.
+
+        Raises:
+            DynamicError: it depends on the data; names the static form.
+        """
+        if self.caching is not None and self.caching.threshold is not None:
+            raise DynamicError(
+                "steps that compute by what is read from the GPU can't be used here",
+                where=purpose,
+                expected="a cache without threshold=",
+                got=f"threshold={self.caching.threshold}",
+                hint="cache=toma_fx.calibrate_cache(pipe, calls, threshold=...) gives a mask",
+            )
+
     def renewal(self, since: int) -> str:
         """The kind of program that is due `since` steps after the first that merges."""
         if not self.patterned:

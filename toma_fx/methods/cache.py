@@ -46,6 +46,10 @@ class CacheConfig:
             patterns that match, the later wins.
         max_continuous_cached_steps: cached steps that may follow each other; None: any number.
         steps: of a generation, where nothing tells how many there are.
+        threshold: of the steps that need not compute, those do for which the updates would have
+            changed by more than this share, going on as between the two steps that computed last.
+            The host waits for one number after a step that computed. Not for artifacts and
+            `step(inputs, state)`; `toma_fx.calibrate_cache` turns a threshold into a mask for them.
 
     Raises:
         ConfigError: a value outside its domain, or fields that contradict each other.
@@ -65,6 +69,7 @@ class CacheConfig:
     ) = ()
     max_continuous_cached_steps: int | None = None
     steps: int | None = None
+    threshold: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):
@@ -134,6 +139,7 @@ class CacheConfig:
             last_steps=self.last_steps,
             most=self.max_continuous_cached_steps,
             steps=self.steps,
+            threshold=self.threshold,
         )
 
     @property
@@ -185,6 +191,8 @@ class CacheConfig:
             self._require(
                 value is None or is_count(value), name, "a whole number of at least 1, or None"
             )
+        positive = is_number(self.threshold) and (self.threshold or 0) > 0
+        self._require(self.threshold is None or positive, "threshold", "a number over 0, or None")
         for name in ("warmup_steps", "last_steps"):
             value = getattr(self, name)
             share = isinstance(value, float) and 0 <= value < 1

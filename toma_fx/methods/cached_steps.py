@@ -58,6 +58,7 @@ class CachedSteps:
         policy: a name in `POLICIES` instead of `every`; its 28 steps are stretched.
         warmup_steps, last_steps: steps that compute at the begin and at the end: a number, or a
             share of all. most: cached steps in a row. steps: of a generation, where nothing tells.
+        threshold: relative change of the updates beyond which a step computes that would not.
     """
 
     every: int
@@ -67,6 +68,7 @@ class CachedSteps:
     last_steps: int | float = 0
     most: int | None = None
     steps: int | None = None
+    threshold: float | None = None
 
     def computes(self, call: int, length: Length = UNKNOWN_LENGTH) -> bool:
         """Whether a call of the denoiser, counted from 0 in a generation, computes.

@@ -188,7 +188,7 @@ class _Kept:
             else:
                 with self._rewriter.after(self.now, *times):
                     self._factors[order] = self._rewriter.splice(
-                        ("factors", order), _factors, [self.now, *times]
+                        ("factors", order), factors_of, [self.now, *times]
                     )
         return self._factors[order]
 
@@ -198,7 +198,7 @@ class _Kept:
 
         def value(*nodes: Tensor) -> Tensor:
             factors, tensors = nodes[:order], nodes[order : 2 * order + 1]
-            update = _extrapolate(factors, tensors)
+            update = extrapolate(factors, tensors)
             return place.add(update, nodes[-1]) if base is not None else update
 
         nodes = [*self.inputs(place), *([] if base is None else [base])]
@@ -246,7 +246,7 @@ def _clock(timestep: Tensor, batch: int, device: torch.device) -> Tensor:
     return value.reshape(batch, -1).amax(1)
 
 
-def _factors(now: Tensor, *times: Tensor) -> tuple[Tensor, ...]:
+def factors_of(now: Tensor, *times: Tensor) -> tuple[Tensor, ...]:
     """Weights a, b of u = u_0 + a (u_0 - u_1) + b (u_1 - u_2) by Newton's divided differences.
 
     The polynomial through u_0, u_1 (and u_2) at their timesteps, at the present one. Where two
@@ -269,7 +269,7 @@ def _divide(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(zero, torch.zeros_like(a), a / torch.where(zero, torch.ones_like(b), b))
 
 
-def _extrapolate(factors: tuple[Tensor, ...], tensors: tuple[Tensor, ...]) -> Tensor:
+def extrapolate(factors: tuple[Tensor, ...], tensors: tuple[Tensor, ...]) -> Tensor:
     """The update at the present timestep, summed in float32 at least."""
     newest = tensors[0]
     if not factors:

@@ -144,8 +144,10 @@ class OptimizedDenoiser(KeepsState, StandIn):
                 or whose steps merge in one and not in another.
             SignatureError: inputs that are no call of the denoiser.
             CompanionError: hooks on the optimized denoiser, which only act when it is called.
+            DynamicError: a cache with a threshold.
         """
         self._refuse_own_hooks()
+        self.config_toma.check_fixed_steps("step(inputs, state)")
         args, kwargs = call_of_step(inputs)
         original = self._runs_original((args, kwargs))
         arguments = self._arguments(*self._apply_offload_hook(args, kwargs, step=True))

@@ -10,6 +10,7 @@ told apart by their inputs (marks), and where these are alike, by the order of t
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
@@ -51,6 +52,8 @@ class PassState:
         counts: steps done per kind of program.
         caller: the thread that is in a step with it.
         unsure: whether its next step selects anew for want of knowledge.
+        computed: step that gave the updates that are kept. pace: by how much, relative to their
+            size, they changed in a step; None if that is not known.
     """
 
     key: Hashable = None
@@ -67,10 +70,28 @@ class PassState:
     counts: dict[str, int] = field(default_factory=dict)
     caller: int | None = None
     unsure: bool = False
+    computed: int = -1
+    pace: Tensor | float | None = None
 
     def forget(self) -> None:
         """Trust nothing that is kept; buffers keep their addresses."""
-        self.kept, self.first = set(), None
+        self.kept, self.first, self.pace = set(), None, None
+
+    def change_until(self, step: int) -> float:
+        """By how much updates will have changed at a step; on a GPU, this waits for it."""
+        if self.pace is None:
+            return math.inf
+        self.pace = float(self.pace)
+        return self.pace * (step - self.computed)
+
+    def watch(self, name: str, value: Tensor) -> None:
+        """Note how an update changes, before it is kept."""
+        pace = None
+        if name in self.kept:
+            with torch.no_grad():
+                change = (value - self.buffers[name]).abs().sum() / value.abs().sum()
+            pace = change / max(self.last - self.computed, 1)
+        self.computed, self.pace = self.last, pace
 
     def bind(self, owner: Hashable, buffers: Buffers) -> None:
         """Forget the kept tensors if they were made for something else (another graph, say)."""

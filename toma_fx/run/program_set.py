@@ -48,6 +48,10 @@ class ProgramSet(Protocol):
     def older(self) -> Mapping[str, str]:
         """By kept tensor, where its value goes when it is given anew."""
 
+    @property
+    def watched(self) -> str:
+        """The kept tensor whose change decides whether a step computes; "" if none does."""
+
     def mixed(self, kinds: Collection[str]) -> str | None:
         """The kind that serves a batch of requests that are due these kinds, if there is one."""
 

@@ -158,7 +158,7 @@ class Specialization:
         """What kept tensors must agree on to fit: groups and their settings, updates."""
         groups = tuple((g.name, g.setting) for g in self.plan.groups)
         updates = self.plan.cache.updates if self.plan.cache else ()
-        return (*groups, *((u.tensors, u.shape) for u in updates))
+        return (*groups, *((u.tensors, u.shape[1:]) for u in updates))
 
     @property
     def batch_sizes(self) -> frozenset[int]:
@@ -181,6 +181,14 @@ class Specialization:
     def older(self) -> Mapping[str, str]:
         """By kept tensor, where its value goes when it is given anew."""
         return self.plan.older
+
+    @cached_property
+    def watched(self) -> str:
+        """The kept tensor whose change decides whether a step computes; "" if none does."""
+        caching, cache = self.plan.config.caching, self.plan.cache
+        if cache is None or caching is None or caching.threshold is None:
+            return ""
+        return cache.updates[0].tensors[0]
 
     @cached_property
     def roles(self) -> Roles:

@@ -87,12 +87,19 @@ def _shortest_cycle(kinds: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, .
     return tuple(kinds[:-1]), (kinds[-1],)
 
 
-def due(schedule: Scheduled, step: int, first: int = 0, length: Length = UNKNOWN_LENGTH) -> str:
+def due(
+    schedule: Scheduled,
+    step: int,
+    first: int = 0,
+    length: Length = UNKNOWN_LENGTH,
+    *,
+    computes: bool = False,
+) -> str:
     """The kind of program that is due.
 
     Args:
         step: of the generation, from 0. first: step at which the pass selected first.
-        length: of the generation.
+        length: of the generation. computes: whether it computes, whatever the schedule says.
 
     Raises:
         GenerationError: which steps compute can't be told without the length, or does not fit it.
@@ -100,7 +107,7 @@ def due(schedule: Scheduled, step: int, first: int = 0, length: Length = UNKNOWN
     kind, caching = _merging_kind(schedule, step, first), schedule.caching
     if caching is None:
         return kind
-    if not caching.computes(step, length):
+    if not (computes or caching.computes(step, length)):
         return "cached_plain" if kind == "plain" else "cached"
     if kind in ("plain", "refresh"):
         return kind

@@ -40,7 +40,7 @@ from toma_fx.run.program_set import (
     run_program,
     split_outputs,
 )
-from toma_fx.run.schedule import counts_steps, due, runnable
+from toma_fx.run.schedule import USING, counts_steps, due, runnable
 from toma_fx.run.scopes import Entered, Flow, Scopes
 from toma_fx.run.told import Run
 
@@ -256,6 +256,8 @@ class Stepper:
         """Keep what the program gives; returns the model's own outputs."""
         outputs, given = split_outputs(results, turn.programs.gives(turn.kind))
         if given:
+            if turn.programs.watched in given:
+                turn.state.watch(turn.programs.watched, given[turn.programs.watched])
             turn.state.keep(given, turn.programs.older)
         turn.state.count(turn.kind)
         self.count(turn.programs, turn.kind)
@@ -353,7 +355,11 @@ def _kind_of(state: PassState, step: int, programs: ProgramSet, length: Length) 
         kind = due(schedule, missed, missed if state.first is None else state.first, length)
         state.kept.difference_update(programs.gives(kind))
     first = step if state.first is None else state.first
-    kind = runnable(due(schedule, step, first, length), programs, state.kept)
+    kind = due(schedule, step, first, length)
+    limit = None if schedule.caching is None else schedule.caching.threshold
+    if kind in USING and limit is not None and state.change_until(step) > limit:
+        kind = due(schedule, step, first, length, computes=True)
+    kind = runnable(kind, programs, state.kept)
     if state.first is None and kind not in ("plain", "cached_plain"):
         state.first = step
     return kind
