@@ -148,7 +148,7 @@ def calibrate_cache(
         )
     config = CacheConfig.of(cache) or CacheConfig()
     every = dataclasses.replace(
-        config, every=1, steps_mask=None, threshold=None, warmup_steps=None, last_steps=0
+        config, every=1, steps_mask=None, threshold=None, warmup_steps=1, last_steps=0
     )
     denoiser = optimized_of(optimize(restore(denoiser_of(model)), toma=False, cache=every))
     assert denoiser is not None
@@ -177,8 +177,9 @@ def calibrate_cache(
             known = [s for s in range(step) if flags[s]][-config.most_order - 1 :]
             worst = max(r.error(step, known) for r in recorded)
             flags[step] = worst > threshold
+    order = min(config.order, sum(flags) - 1)
     return dataclasses.replace(
-        config, steps_mask=tuple(map(int, flags)), warmup_steps=None, last_steps=0, steps=steps
+        config, order=order, steps_mask=tuple(map(int, flags)), warmup_steps=1, last_steps=0, steps=steps
     )
 
 

@@ -271,7 +271,7 @@ class Program {
   const std::string& instead() const { return instead_; }
 
   // Replaces the kept tensors that this kind of program gives, and returns the model's outputs.
-  // `older` says where the value of a kept tensor goes first, newer ones before older ones.
+  // `older` says where the value of a kept tensor goes, newer ones before older ones.
   std::vector<at::Tensor> run(
       const std::vector<at::Tensor>& inputs, const std::vector<std::array<std::string, 2>>& older,
       std::map<std::string, at::Tensor>& kept) {
@@ -281,13 +281,19 @@ class Program {
     std::vector<at::Tensor> results = loader_->run(given);
     const size_t own = results.size() - gives_.size();
     const std::map<std::string, at::Tensor> before = kept;
+    for (size_t i = 0; i < gives_.size(); ++i) kept[gives_[i]] = results[own + i].clone();
     std::set<std::string> changing(gives_.begin(), gives_.end());
     for (const auto& [from, to] : older) {
-      if (!changing.count(from) || !before.count(from)) continue;
-      kept[to] = before.at(from);
+      if (!changing.count(from)) continue;
+      if (before.count(from)) {
+        kept[to] = before.at(from);
+      } else if (!before.count(to)) {
+        kept[to] = kept.at(from);  // no older value yet: the new one stands for it
+      } else {
+        continue;
+      }
       changing.insert(to);
     }
-    for (size_t i = 0; i < gives_.size(); ++i) kept[gives_[i]] = results[own + i].clone();
     results.resize(own);
     return results;
   }

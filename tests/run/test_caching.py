@@ -116,7 +116,7 @@ def test_linear_updates_are_extrapolated_exactly() -> None:
         for t in TIMES
     ]
     for order in (1, 2):
-        cache = CacheConfig(every=4, order=order)
+        cache = CacheConfig(every=4, order=order, warmup_steps=order + 1)
         denoiser = toma_fx.optimize(model, toma=False, cache=cache, grid=(4, 4))
         for call, out in zip(steps, run(denoiser, [dict(s) for s in steps]), strict=True):
             torch.testing.assert_close(out, model(**call)[0], rtol=1e-5, atol=1e-5)

@@ -33,7 +33,7 @@ from toma_fx.export.programs import Programs, export_programs
 from toma_fx.export.registry import make_target
 from toma_fx.export.targets import Lowered, Runtime, Target
 from toma_fx.methods.cached_steps import Length
-from toma_fx.run.schedule import Schedule, aging
+from toma_fx.run.schedule import Schedule, aged
 
 ALIKE = {"float16": 0.85, "bfloat16": 0.7}
 """Least share of tokens that an artifact's patterns treat as the process's do, by dtype of the
@@ -174,9 +174,7 @@ def _compare(programs: Programs, manifest: Manifest, runtime: Runtime) -> Iterat
         outputs, gives = runtime.run(kind, inputs, kept)
         got = [x.clone() for x in outputs]
         expected, expected_gives = programs.run(kind, inputs, kept)
-        for source, target in aging(kept, gives, manifest.older):
-            kept[target] = kept[source]
-        kept.update({name: x.clone() for name, x in gives.items()})
+        kept = aged(kept, {name: x.clone() for name, x in gives.items()}, manifest.older)
         alike = 1.0
         if not set(programs.plan.new_updates).issuperset(gives) and "reuse" in programs:
             expected, more = programs.run("reuse", inputs, kept)

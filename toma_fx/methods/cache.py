@@ -33,7 +33,7 @@ class CacheConfig:
         steps_mask: instead of `every`, 1 for each step that computes and 0 for each that does not;
             or the name of a published mask: "slow", "medium", "fast", "ultra".
         warmup_steps: steps that compute at the begin: a number, or as a float below 1 a share of
-            all steps. None: `order + 1`, or what `steps_mask` says.
+            all steps.
         last_steps: steps that compute at the end, as `warmup_steps`.
         order: 0 holds the update; 1 and 2 extrapolate it in the timestep through the last two or
             three that were computed (TaylorSeer, arXiv 2503.06923, in divided differences).
@@ -58,7 +58,7 @@ class CacheConfig:
 
     every: int = 2
     steps_mask: tuple[int, ...] | str | None = None
-    warmup_steps: int | float | None = None
+    warmup_steps: int | float = 1
     last_steps: int | float = 0
     order: int = 1
     scope: CacheScope = "stack"
@@ -124,18 +124,16 @@ class CacheConfig:
     @property
     def cached_steps(self) -> CachedSteps:
         """Which steps compute."""
-        mask, policy, warmup = None, None, self.warmup_steps
+        mask, policy = None, None
         if isinstance(self.steps_mask, str):
             policy = self.steps_mask
         elif self.steps_mask is not None:
             mask = tuple(int(flag) for flag in self.steps_mask)
-        if warmup is None:
-            warmup = 1 if self.steps_mask is not None else self.most_order + 1
         return CachedSteps(
             every=self.every,
             mask=mask,
             policy=policy,
-            warmup_steps=warmup,
+            warmup_steps=self.warmup_steps,
             last_steps=self.last_steps,
             most=self.max_continuous_cached_steps,
             steps=self.steps,
@@ -156,10 +154,7 @@ class CacheConfig:
         for pattern, values in self._overrides():
             if fnmatchcase(path, pattern):
                 fields.update(dict(values))
-        if not fields:
-            return self
-        # of one path: how many steps warm up is checked for all together
-        return dataclasses.replace(self, overrides=(), warmup_steps=None, **fields)
+        return dataclasses.replace(self, overrides=(), **fields) if fields else self
 
     def admits(self, path: str) -> bool:
         """Whether `include` and `exclude` admit the module `path`."""
@@ -196,10 +191,8 @@ class CacheConfig:
         for name in ("warmup_steps", "last_steps"):
             value = getattr(self, name)
             share = isinstance(value, float) and 0 <= value < 1
-            number = is_count(value, 0) or (name == "warmup_steps" and value is None)
-            self._require(
-                share or number, name, "a whole number of steps, or a share of them in [0, 1)"
-            )
+            expected = "a whole number of steps, or a share of them in [0, 1)"
+            self._require(share or is_count(value, 0), name, expected)
         if self.scope == "deep" and (self.include or self.exclude or self.overrides):
             raise ConfigError(
                 "scope='deep' cuts the model once, whatever its modules are called",
@@ -215,26 +208,17 @@ class CacheConfig:
             self._require(valid, "steps_mask", "a 1 or 0 for each step, or the name of a mask")
 
     def _check_order(self) -> None:
-        """Raise unless enough steps compute before the first cached one."""
-        needed = self.most_order + 1
-        if isinstance(self.steps_mask, tuple):
-            first = (*self.steps_mask, 0).index(0)
-            enough = first >= needed or 0 not in self.steps_mask
-            name, got = "steps_mask", f"{first} at its begin"
-        else:
-            warmup = self.warmup_steps
-            enough = warmup is None or isinstance(warmup, float) or warmup >= needed
-            enough = enough or (self.every == 1 and self.steps_mask is None)
-            enough = enough or isinstance(self.steps_mask, str)
-            name, got = "warmup_steps", repr(warmup)
-        if not enough:
-            raise ConfigError(
-                "the order needs more computed steps before the first cached one",
-                where=name,
-                expected=f"at least {needed} steps that compute: order + 1",
-                got=got,
-                hint="a longer warm-up, or order=0, which needs one",
-            )
+        """Raise unless enough steps compute for the order to be reached."""
+        needed, flags = self.most_order + 1, self.steps_mask
+        if not isinstance(flags, tuple) or sum(flags) >= needed or 0 not in flags:
+            return
+        raise ConfigError(
+            "the order needs more steps that compute",
+            where="cache.steps_mask",
+            expected=f"at least {needed} steps that compute: order + 1",
+            got=f"{sum(flags)}",
+            hint="order=0 holds what one step computed",
+        )
 
     def _require(self, valid: bool, name: str, expected: str) -> None:
         if not valid:
@@ -262,14 +246,14 @@ class CacheConfig:
                         expected=", ".join(OVERRIDABLE),
                         hint=nearest(name, OVERRIDABLE),
                     )
-            dataclasses.replace(self, overrides=(), warmup_steps=None, steps=None, **dict(values))
+            dataclasses.replace(self, overrides=(), **dict(values))
             frozen.append((pattern, tuple(sorted(dict(values).items()))))
         return tuple(frozen)
 
 
 CACHES: dict[str, CacheConfig] = {
-    "interval": CacheConfig(every=3, order=0, warmup_steps=1),
-    "deepcache": CacheConfig(every=3, order=0, warmup_steps=1, scope="deep"),
+    "interval": CacheConfig(every=3, order=0),
+    "deepcache": CacheConfig(every=3, order=0, scope="deep"),
     **{name: CacheConfig(steps_mask=name) for name in POLICIES},
 }
 """Named configurations: a fixed interval that holds every update (as most caches do), DeepCache

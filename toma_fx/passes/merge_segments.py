@@ -61,8 +61,7 @@ class MergeSegments:
         patterns = {
             g.name: PatternNodes(g.setting, rewriter.named[g.name]) for g in self.plan.groups
         }
-        nodes = {**rewriter.index(), **rewriter.stand_ins}
-        work = _Work(self, rewriter, patterns, nodes)
+        work = _Work(self, rewriter, patterns, rewriter.index())
         for segment in self.plan.segments:
             work.rewrite(segment)
 
@@ -73,6 +72,9 @@ class MergeSegments:
 @dataclass
 class _Work:
     """State of one application: nodes by name, and merged or gathered values to use again.
+
+    What enters a segment is looked up as `rewriter.current`: an earlier segment, or a kept update,
+    may have taken its place.
 
     `cache` is by the name of the unmerged value first, so that forgetting one takes no search.
     """
@@ -88,7 +90,7 @@ class _Work:
         inside = set(segment.inner)
         sites = [self.nodes[n] for n in segment.sites] if keys else []
         for name in segment.entries:
-            merged, old = self.merge_entry(name, segment), self.nodes[name]
+            merged, old = self.merge_entry(name, segment), self.rewriter.current(name)
             readers = [n for n in inner if old in n.all_input_nodes]
             for node in (*readers, *(n for n in sites if old in n.args[1:3])):
                 self.rewriter.replace_input(node, old, merged)
@@ -96,7 +98,7 @@ class _Work:
         for node in self.affected(segment):
             self.patch_node(node, segment)
             self.rewriter.retype(node)
-        if keys:
+        if keys or segment.exit in self.rewriter.stand_ins:  # nothing reads the exit
             return
         additions = [
             (unmerged, self.addend(name, inside), self.span(name, segment))
@@ -120,7 +122,7 @@ class _Work:
         """The merged form of an entry, one for all segments of a group."""
         key, known = ("merge", segment.group), self.cache.setdefault(name, {})
         if key not in known:
-            node, pattern = self.nodes[name], self.patterns[segment.group]
+            node, pattern = self.rewriter.current(name), self.patterns[segment.group]
             dim = token_dim(self.task.flow.layout(name))
             with self.rewriter.after(node, *pattern.nodes):
                 known[key] = splice_merge(
@@ -149,7 +151,7 @@ class _Work:
         for positional in transfer.positionals:
             if all(s.name != segment.image.name for s in positional.tokens.segments):
                 continue
-            old = self.nodes[positional.operand]
+            old = self.rewriter.current(positional.operand)
             if positional.operand in current:
                 # a mask: its rows are done, and have given it a batch dimension
                 old = current[positional.operand]
@@ -173,7 +175,7 @@ class _Work:
             def count(*parts: Tensor) -> int:
                 return rest + times * segment.setting.count_merged(pattern.named(parts))
 
-            with self.rewriter.after(self.nodes[segment.entries[0]], *pattern.nodes):
+            with self.rewriter.after(self.rewriter.current(segment.entries[0]), *pattern.nodes):
                 (known[key],) = self.rewriter.splice(key, count, pattern.nodes, as_call=True)
         return known[key]
 
@@ -218,7 +220,7 @@ class _Work:
         pattern = self.patterns[segment.group]
         with self.rewriter.after(end):
             if segment.base:
-                base = (self.nodes[segment.base], self.span(segment.base, segment))
+                base = (self.rewriter.current(segment.base), self.span(segment.base, segment))
                 merged_base = self.merge_entry(segment.base, segment)
                 result = splice_update(
                     self.rewriter, base, merged_base, (end, span), pattern, additions
@@ -229,5 +231,4 @@ class _Work:
         self.rewriter.replace_uses(end, result, keep=readers.union(self.rewriter.spliced))
         self.cache.pop(end.name, None)
         # later segments that name this value mean the unmerged one
-        self.nodes[segment.exit] = result
         self.rewriter.stand_in(segment.exit, result)

@@ -62,7 +62,7 @@ def plan_cache(
     if config.scope == "deep":
         cuts, rejections = _cut_deep(flow, config)
     else:
-        cuts, rejections = _cut_streams(analysis, flow, config)
+        cuts, rejections = _cut_streams(analysis, flow, config, segments)
     if not cuts:
         raise NoCacheSites(
             "no block of this model can be cached with this configuration",
@@ -113,7 +113,7 @@ class _Cut:
 
 
 def _cut_streams(
-    analysis: Analysis, flow: Flow, config: CacheConfig
+    analysis: Analysis, flow: Flow, config: CacheConfig, segments: Sequence[MergeSegment]
 ) -> tuple[list[KeptUpdate], list[Rejection]]:
     rejections = [
         Rejection(b.out, b.module, "+".join(b.kinds), "left out by cache include= or exclude=")
@@ -126,12 +126,25 @@ def _cut_streams(
         for stream in analysis.streams
         for run in _split(stream, config)
     ]
-    if rejections:  # blocks that compute behind cached ones need the text as these left it
+    # blocks that compute behind cached ones, and some models at their end, read the text that these
+    # leave to them
+    if rejections or _find_leaking(flow, cuts):
         whole = replace(config, scope="stack", overrides=())
         texts = find_text_streams(flow, analysis.sites)
         cuts += [_make_cut(t, run, flow, config) for t in texts for run in _split(t, whole)]
     cuts = sorted({c.update.node: c for c in cuts}.values(), key=lambda c: _place(flow, c))
-    refused = _find_leaking(flow, cuts)
+    merged = {n: s for s in segments for n in s.inner if n != s.exit}
+    refused = {
+        c.update.node: Rejection(
+            c.update.node, c.update.modules[-1], "cache",
+            f"lies inside of {merged[name].modules[0]}, which merges as one",
+        )
+        for c in cuts
+        for name in (c.update.node, c.update.base)
+        if name in merged
+    }  # fmt: skip
+    cuts = [cut for cut in cuts if cut.update.node not in refused]
+    refused |= _find_leaking(flow, cuts)
     cuts = [cut for cut in cuts if cut.update.node not in refused]
     live = _find_live(flow, [cut.update for cut in cuts])
     needed = [cut.update for cut in cuts if cut.update.node in live]

@@ -23,7 +23,7 @@ from toma_fx.run.program_set import (
     run_program,
     split_outputs,
 )
-from toma_fx.run.schedule import USING, aging, due, runnable
+from toma_fx.run.schedule import USING, aged, due, runnable
 from toma_fx.run.stepper import Stepper
 
 LOGGER = logging.getLogger("toma_fx.run")
@@ -292,8 +292,5 @@ def _cut(given: Mapping[str, Tensor], rows: Sequence[int]) -> list[dict[str, Ten
 
 def _keep(state: State, given: Mapping[str, Tensor], programs: ProgramSet, model: Any) -> State:
     """The state with what a program gave; what that replaces may move to where older values are."""
-    kept = dict(state.kept)
-    for source, target in aging(kept, given, programs.older):
-        kept[target] = kept[source]
-    kept.update(given)
+    kept = aged(state.kept, given, programs.older)
     return replace(state, kept=kept, settings=programs.settings, model=model)

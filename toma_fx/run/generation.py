@@ -101,15 +101,16 @@ class PassState:
 
     def keep(self, tensors: Mapping[str, Tensor], older: Mapping[str, str]) -> None:
         """Copy outputs into the buffers; `older` says where what these hold goes first."""
-        moves = aging(self.kept, tensors, older)
-        names = {*tensors, *(target for _, target in moves)}
-        kept = self.kept | names
-        self.kept -= names  # an interrupt may come between two copies
+        changes = aging(self.kept, tensors, older)
+        kept = self.kept | changes.names
+        self.kept -= changes.names  # an interrupt may come between two copies
         with torch.inference_mode(False), torch.no_grad():
-            for source, target in moves:
+            for source, target in changes.moves:
                 self._copy(target, self.buffers[source])
             for name, value in tensors.items():
                 self._copy(name, value)
+            for source, target in changes.fills:
+                self._copy(target, self.buffers[source])
         self.kept = kept
 
     def _copy(self, name: str, value: Tensor) -> None:

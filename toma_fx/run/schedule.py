@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Protocol, Self, TypeVar
 
 from toma_fx.errors import ConfigError
 from toma_fx.methods.cached_steps import LONGEST, UNKNOWN_LENGTH, CachedSteps, Length
 
+T = TypeVar("T")
 USING = {"cached", "cached_plain"}
 """Kinds that use kept updates for all rows."""
 
@@ -136,24 +137,54 @@ def counts_steps(schedule: Scheduled) -> bool:
     return some_merge or schedule.caching is not None
 
 
-def aging(
-    kept: Collection[str], given: Collection[str], older: Mapping[str, str]
-) -> list[tuple[str, str]]:
-    """Moves (from, to) of kept values before some are given anew, the oldest first.
+@dataclass(frozen=True)
+class Aging:
+    """What becomes of kept values when some are given anew.
+
+    Attributes:
+        moves: (from, to) before the new values are stored, the oldest first. fills: (from, to)
+            after it, the newest first: where there is no older value yet, the new one stands for
+            it. names: all kept tensors that change.
+    """
+
+    moves: tuple[tuple[str, str], ...]
+    fills: tuple[tuple[str, str], ...]
+    names: frozenset[str]
+
+
+def aging(kept: Collection[str], given: Collection[str], older: Mapping[str, str]) -> Aging:
+    """What becomes of kept values when some are given anew.
 
     Args:
         kept: names of what is kept. given: of what is given anew. older: by name, where its value
             goes then, newer names first.
 
-    >>> aging({"u_0", "u_1"}, ["u_0"], {"u_0": "u_1", "u_1": "u_2"})
-    [('u_1', 'u_2'), ('u_0', 'u_1')]
+    >>> aging({"u_0"}, ["u_0"], {"u_0": "u_1", "u_1": "u_2"})
+    Aging(moves=(('u_0', 'u_1'),), fills=(('u_1', 'u_2'),), names=frozenset({...}))
     """
-    changing, moves = set(given), list[tuple[str, str]]()
+    changing, moves, fills = set(given), list[tuple[str, str]](), list[tuple[str, str]]()
     for source, target in older.items():
-        if source in changing and source in kept:
+        if source not in changing:
+            continue
+        if source in kept:
             moves.append((source, target))
-            changing.add(target)
-    return moves[::-1]
+        elif target not in kept:
+            fills.append((source, target))
+        else:
+            continue
+        changing.add(target)
+    return Aging(tuple(moves[::-1]), tuple(fills), frozenset(changing))
+
+
+def aged(kept: Mapping[str, T], given: Mapping[str, T], older: Mapping[str, str]) -> dict[str, T]:
+    """What is kept once a program gave some values anew."""
+    values, changes = dict(kept), aging(kept, given, older)
+    for source, target in changes.moves:
+        values[target] = values[source]
+    values.update(given)
+    for source, target in changes.fills:
+        values[target] = values[source]
+    return values
 
 
 class Kinds(Protocol):
@@ -198,7 +229,5 @@ def kinds_of(kinds: Kinds, schedule: Scheduled, length: Length, steps: int) -> l
     kept, ran = set[str](), list[str]()
     for step in range(steps):
         ran.append(runnable(due(schedule, step, length=length), kinds, kept))
-        given = kinds.gives(ran[-1])
-        kept.update(target for _, target in aging(kept, given, kinds.older))
-        kept.update(given)
+        kept |= aging(kept, kinds.gives(ran[-1]), kinds.older).names
     return ran
