@@ -179,7 +179,12 @@ def calibrate_cache(
             flags[step] = worst > threshold
     order = min(config.order, sum(flags) - 1)
     return dataclasses.replace(
-        config, order=order, steps_mask=tuple(map(int, flags)), warmup_steps=1, last_steps=0, steps=steps
+        config,
+        order=order,
+        steps_mask=tuple(map(int, flags)),
+        warmup_steps=1,
+        last_steps=0,
+        steps=steps,
     )
 
 

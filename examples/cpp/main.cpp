@@ -402,13 +402,15 @@ class Artifact {
     }
     const int64_t warmup = std::max<int64_t>(count(caching["warmup_steps"], steps), 1);
     const int64_t last = count(caching["last_steps"], steps);
+    const int64_t interval = caching["warmup_interval"].integer();
     int64_t most = mask.null() ? caching["every"].integer() - 1 : steps;
     if (!caching["most"].null()) most = std::min(most, caching["most"].integer());
     std::vector<bool> flags;
     int64_t row = 0;
     for (int64_t i = 0; i < steps; ++i) {
       const bool wanted = !mask.null() && mask.array()[i].integer() != 0;
-      const bool computed = wanted || i < warmup || i >= steps - last || row >= most;
+      const bool warms_up = i < warmup && i % interval == 0;
+      const bool computed = wanted || warms_up || i >= steps - last || row >= most;
       row = computed ? 0 : row + 1;
       flags.push_back(computed);
     }

@@ -171,7 +171,7 @@ def test_lengths_that_do_not_fit_are_refused_at_the_first_call() -> None:
 def test_what_can_not_be_cut_says_why() -> None:
     with pytest.raises(NoCacheSites, match="left out by cache include= or exclude="):
         toma_fx.explain(model(), inputs(), toma=False, cache=CacheConfig(exclude="*"))
-    with pytest.raises(NoCacheSites, match="no value is laid out as a picture"):
+    with pytest.raises(NoCacheSites, match="no skip connection joins"):
         toma_fx.explain(small_flux(), small_flux_inputs(), toma=False, cache="deepcache")
     with pytest.raises(UnknownNameError, match="matches nothing"):
         toma_fx.explain(model(), inputs(), toma=False, cache=CacheConfig(include="bloks.*"))

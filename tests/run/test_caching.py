@@ -165,7 +165,7 @@ def kept_flux(
 @pytest.mark.parametrize("name", ["sdxl", "flux"])
 def test_merging_and_caching_equal_an_eager_implementation(name: str) -> None:
     model, steps = MODELS[name][0](), calls(name)
-    denoiser = toma_fx.optimize(model, cache=CacheConfig(every=3, order=1), **MERGE)
+    denoiser = toma_fx.optimize(model, cache=CacheConfig(every=3, order=1, scope="stack"), **MERGE)
     outputs, computes = run(denoiser, steps), flags(denoiser, len(steps))
     settings = Settings((4, 4), 8, scope="block")
     if name == "flux":

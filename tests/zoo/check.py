@@ -247,7 +247,7 @@ def _cached(traced: Traced) -> tuple[float, float]:
     last = {s.branches[-1].module for s in traced.analysis.streams if len(s.values) > 3}
     merged = {"scope": "block"}
     found = [
-        _compare_cached(traced, CacheConfig(order=order), "plain", {"ratio": 0.0}),
+        _compare_cached(traced, CacheConfig(order=order, scope="stack"), "plain", {"ratio": 0.0}),
         _compare_cached(traced, CacheConfig(order=order, scope="block"), "refresh", merged),
     ]
     if any(last):

@@ -12,9 +12,9 @@ from toma_fx.errors import ConfigError, UnknownNameError, nearest
 from toma_fx.methods.cached_steps import POLICIES, CachedSteps
 from toma_fx.methods.checks import check_choice, is_count, is_number
 
-CacheScope = Literal["stack", "block", "deep"]
+CacheScope = Literal["auto", "stack", "block", "deep"]
 """What one kept tensor stands for: all blocks of a residual stream, one block, or all of a UNet
-below its finest level."""
+below its finest level; "auto" is "deep" for a UNet, "stack" for others."""
 ORDERS = (0, 1, 2)
 OVERRIDABLE = ("order", "scope")
 """Fields that `overrides` may set."""
@@ -32,14 +32,16 @@ class CacheConfig:
         every: of so many steps in a row, one computes.
         steps_mask: instead of `every`, 1 for each step that computes and 0 for each that does not;
             or the name of a published mask: "slow", "medium", "fast", "ultra".
-        warmup_steps: steps that compute at the begin: a number, or as a float below 1 a share of
+        warmup_steps: steps at the begin that compute: a number, or as a float below 1 a share of
             all steps.
+        warmup_interval: of the warm-up, one step in so many computes.
         last_steps: steps that compute at the end, as `warmup_steps`.
         order: 0 holds the update; 1 and 2 extrapolate it in the timestep through the last two or
             three that were computed (TaylorSeer, arXiv 2503.06923, in divided differences).
         scope: what one kept tensor stands for: "stack", all consecutive blocks of a residual
             stream; "block", each; "deep", all of a UNet that is not at its finest level (DeepCache,
-            arXiv 2312.00858), kept as a value.
+            arXiv 2312.00858), kept as a value; "auto", "deep" where a model has such a part and no
+            paths are given, else "stack".
         include: module path patterns (shell wildcards) of what may be cached; empty for all.
         exclude: module path patterns of what always computes.
         overrides: {module path pattern: {field: value}} for `order` and `scope`; of several
@@ -59,9 +61,10 @@ class CacheConfig:
     every: int = 2
     steps_mask: tuple[int, ...] | str | None = None
     warmup_steps: int | float = 1
+    warmup_interval: int = 1
     last_steps: int | float = 0
     order: int = 1
-    scope: CacheScope = "stack"
+    scope: CacheScope = "auto"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     overrides: (
@@ -135,6 +138,7 @@ class CacheConfig:
             policy=policy,
             warmup_steps=self.warmup_steps,
             last_steps=self.last_steps,
+            warmup_interval=self.warmup_interval,
             most=self.max_continuous_cached_steps,
             steps=self.steps,
             threshold=self.threshold,
@@ -178,7 +182,8 @@ class CacheConfig:
     # -- checking -------------------------------------------------------------------------------
 
     def _check(self) -> None:
-        self._require(is_count(self.every), "every", "a whole number of at least 1")
+        for name in ("every", "warmup_interval"):
+            self._require(is_count(getattr(self, name)), name, "a whole number of at least 1")
         check_choice("scope", self.scope, get_args(CacheScope))
         self._require(self.order in ORDERS and is_count(self.order, 0), "order", "0, 1 or 2")
         for name in ("max_continuous_cached_steps", "steps"):

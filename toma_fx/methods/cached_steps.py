@@ -56,8 +56,9 @@ class CachedSteps:
         every: the first step after the warm-up that computes is this many steps after its last; and
             so on. mask: 1 for every step that computes, 0 for the others, instead of `every`.
         policy: a name in `POLICIES` instead of `every`; its 28 steps are stretched.
-        warmup_steps, last_steps: steps that compute at the begin and at the end: a number, or a
-            share of all. most: cached steps in a row. steps: of a generation, where nothing tells.
+        warmup_steps, last_steps: steps at the begin and at the end: a number, or a share of all.
+            warmup_interval: of the first, those that are a multiple of it compute; of the last, all
+            do. most: cached steps in a row. steps: of a generation, where nothing tells.
         threshold: relative change of the updates beyond which a step computes that would not.
     """
 
@@ -66,6 +67,7 @@ class CachedSteps:
     policy: str | None = None
     warmup_steps: int | float = 1
     last_steps: int | float = 0
+    warmup_interval: int = 1
     most: int | None = None
     steps: int | None = None
     threshold: float | None = None
@@ -122,7 +124,8 @@ def _flags(caching: CachedSteps, steps: int | None) -> tuple[bool, ...]:
     wanted = list(_wanted(caching, known, known or LONGEST))
     for i in range(len(wanted)):
         kept_back = known is not None and i >= known - last
-        wanted[i] = wanted[i] or i < max(warmup, 1) or kept_back
+        warms_up = i < max(warmup, 1) and i % caching.warmup_interval == 0
+        wanted[i] = wanted[i] or warms_up or kept_back
     return tuple(_break_up(wanted, caching))
 
 

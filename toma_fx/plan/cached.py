@@ -15,7 +15,7 @@ from itertools import groupby
 
 from toma_fx.analysis.dataflow import Flow
 from toma_fx.analysis.facts import Analysis, Stream
-from toma_fx.analysis.labels import HEIGHT, Segment
+from toma_fx.analysis.labels import Segment
 from toma_fx.analysis.streams import find_text_streams
 from toma_fx.errors import ConfigError, NoCacheSites
 from toma_fx.graph.nodes import CONVOLUTIONS, JOINS
@@ -27,13 +27,13 @@ Runs = Mapping[tuple[str, int], int]
 """Number of the stretch that a branch (stream, index) is cached in."""
 
 
-def cached_runs(analysis: Analysis, config: CacheConfig | None) -> Runs:
+def cached_runs(analysis: Analysis, flow: Flow, config: CacheConfig | None) -> Runs:
     """The stretches of branches that are cached as one.
 
     Merged segments may not reach from one into the next: tokens are unmerged where updates end.
     """
     runs: dict[tuple[str, int], int] = {}
-    if config is None or config.scope == "deep":
+    if config is None or _find_deep(flow, config) is not None:
         return runs
     number = 0
     for stream in analysis.streams:
@@ -59,8 +59,12 @@ def plan_cache(
         NoCacheSites: nothing can be cached, with every reason.
         ConfigError: updates are to be extrapolated in a timestep, and there is none.
     """
-    if config.scope == "deep":
-        cuts, rejections = _cut_deep(flow, config)
+    deep, rejections = _find_deep(flow, config), list[Rejection]()
+    if deep is not None:
+        cuts = [deep]
+    elif config.scope == "deep":
+        reason = "no skip connection joins what comes up from a coarser grid to the finest one"
+        cuts, rejections = [], [Rejection("", "the model", "cache", reason)]
     else:
         cuts, rejections = _cut_streams(analysis, flow, config, segments)
     if not cuts:
@@ -223,23 +227,28 @@ def _find_live(flow: Flow, cuts: Sequence[KeptUpdate]) -> set[str]:
 # -- the deep part of a UNet ----------------------------------------------------------------------
 
 
-def _cut_deep(flow: Flow, config: CacheConfig) -> tuple[list[KeptUpdate], list[Rejection]]:
-    """The value that comes up to the finest level, where a skip connection joins it."""
-    pictures = {n: flow.shapes[n][-2:] for n in flow.order if HEIGHT in (flow.layout(n) or ())}
-    if not pictures:
-        return [], [Rejection("", "", "cache", "no value is laid out as a picture")]
-    finest = max(pictures.values())
+def _find_deep(flow: Flow, config: CacheConfig) -> KeptUpdate | None:
+    """The value that comes up to the finest level, where a skip connection joins it; None where
+    there is none, or streams are to be cut."""
+    named = config.include or config.exclude or config.overrides
+    if config.scope not in ("deep", "auto") or named:
+        return None
+    results = flow.operands[flow.order[-1]]
+    shape = flow.shapes.get(results[0], ()) if results else ()
+    if len(shape) < 4:
+        return None
+    finest = {n for n, own in flow.shapes.items() if len(own) >= 4 and own[-2:] == shape[-2:]}
     below = set[str]()  # what comes from a coarser grid
     for name in flow.order:
-        if pictures.get(name, finest) < finest or not below.isdisjoint(flow.operands[name]):
+        own = flow.shapes.get(name, ())
+        coarse = flow.ops[name] in CONVOLUTIONS and len(own) >= 4 and own[-2:] < shape[-2:]
+        if coarse or not below.isdisjoint(flow.operands[name]):
             below.add(name)
     for name in flow.order:
-        operands = [o for o in flow.operands[name] if pictures.get(o) == finest]
-        joins = flow.ops[name] in JOINS or name in flow.sums
+        operands = [o for o in flow.operands[name] if o in finest]
         deep = [o for o in operands if o in below]
-        if joins and len(deep) == 1 and len(operands) > 1 and pictures.get(name) == finest:
-            (node,) = deep
-            update = KeptUpdate("", node, "", None, (flow.modules[node],), flow.shapes[node], 0)
-            return [replace(update, order=config.order)], []
-    reason = "no skip connection joins what comes up from a coarser grid to the finest one"
-    return [], [Rejection("", "", "cache", reason)]
+        joins = flow.ops[name] in JOINS or name in flow.sums
+        if joins and len(deep) == 1 and len(operands) > 1 and name in finest:
+            modules = (flow.modules[deep[0]],)
+            return KeptUpdate("", deep[0], "", None, modules, flow.shapes[deep[0]], config.order)
+    return None

@@ -63,7 +63,7 @@ def make_plan(
 
 def _find_segments(analysis: Analysis, flow: Flow, config: MethodConfig) -> Found:
     places, sites = places_of(analysis, flow), {s.node: s for s in analysis.sites}
-    cached = cached_runs(analysis, CacheConfig.of(config.cache))
+    cached = cached_runs(analysis, flow, CacheConfig.of(config.cache))
     segments, rejections = list[MergeSegment](), list[Rejection]()
     for stream in analysis.streams:
         runs, refused = _split_stream(stream, config, places, cached)
