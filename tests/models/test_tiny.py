@@ -63,3 +63,7 @@ def test_demo_writes_pictures_and_figures(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "results.json").read_text())
     assert [r["model"] for r in results] == list(tiny.NAMES)
     assert all(0 < r["mse"] < 0.1 for r in results)
+    for cached in (r["cached"] for r in results):
+        assert min(cached["psnr"]) >= 28
+        assert min(cached["ssim"]) >= 0.95
+        assert cached["steps"]["cached_plain"] > cached["steps"]["plain"]

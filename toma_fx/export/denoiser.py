@@ -100,7 +100,7 @@ class ArtifactDenoiser(KeepsState, nn.Module):
         self.config = _Config(manifest.model_config)
         self._programs, self._device = ArtifactPrograms(manifest, runtime), device
         self._stepper = Stepper("the loaded artifact")
-        self._digest = manifest.digest
+        self._digest, self._schedule = manifest.digest, manifest.schedule
         self.training = False
         inside = manifest.model_config.get("projection_class_embeddings_input_dim")
         if inside is not None:  # SDXL's pipelines compare it with what they made

@@ -47,6 +47,7 @@ from toma_fx.run.gradients import needs_gradient, refuse_gradient
 from toma_fx.run.keeps_state import KeepsState
 from toma_fx.run.program_set import StepCall
 from toma_fx.run.programs import Runner, Specialization, SpecializationCache
+from toma_fx.run.schedule import Schedule
 from toma_fx.run.stand_in import StandIn
 from toma_fx.run.stepper import Stepper
 
@@ -96,6 +97,7 @@ class OptimizedDenoiser(KeepsState, StandIn):
         own["cache"] = SpecializationCache(max_signatures)
         own["_guard"] = None
         own["_stepper"] = Stepper("the optimized denoiser")
+        own["_schedule"] = config if config.merges else Schedule.plain(config.caching)
         own["_fixed"] = None
         own["_compile"] = None
         own["_accepted"] = OrderedDict()

@@ -5,7 +5,10 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Any
 
+from toma_fx.methods.cached_steps import Length
+from toma_fx.run.batching import State
 from toma_fx.run.generation import PASSES
+from toma_fx.run.schedule import Scheduled, due
 from toma_fx.run.stepper import Stepper
 from toma_fx.run.told import Run
 
@@ -14,6 +17,7 @@ class KeepsState:
     """State kept for whoever calls; for subclasses that step by a `Stepper`."""
 
     _stepper: Stepper
+    _schedule: Scheduled
 
     def generation(
         self, steps: int | None = None, *, passes: int = PASSES
@@ -42,6 +46,19 @@ class KeepsState:
         that runs, and in tasks and threads with a copy of its context.
         """
         return self._stepper.own_state()
+
+    def due(self, state: State) -> str:
+        """The kind of program that a request is due at its next step ("refresh", "cached", ...).
+
+        A batch of requests that are due one kind runs that; a batch of several kinds runs a program
+        that computes for all, and so saves nothing by what some keep. A server that has the choice
+        batches by this (docs/caching.md).
+
+        Raises:
+            GenerationError: which steps compute can't be told without `State(steps=...)`, or does
+                not fit it.
+        """
+        return due(self._schedule, state.step, length=Length(state.steps))
 
     def reset(self) -> None:
         """Forget what is kept for this thread or coroutine: its next call begins a generation."""

@@ -86,8 +86,16 @@ class ONNXTarget(Target):
 
         Raises:
             MissingPackageError: on a GPU, ONNX Runtime without CUDA.
-            BuildError: bfloat16 on a CPU, or another device.
+            BuildError: bfloat16 on a CPU, or another device; the stateless form with a cache.
         """
+        if self.form == "stateless" and programs.plan.cache is not None:
+            raise BuildError(
+                "a model that keeps nothing can't use what earlier steps kept",
+                where="form",
+                expected='form="cached" for a model that is optimized with cache=',
+                got='form="stateless"',
+                hint="leave out form=, or cache=",
+            )
         providers = import_onnx("onnxruntime").get_available_providers()
         device = programs.device.type
         if device not in ("cpu", "cuda"):
