@@ -167,6 +167,11 @@ def _cache(every: int, order: int, scope: str) -> dict[str, Any]:
 
 
 def _caching() -> Iterator[Row]:
+    for preset in ("lossless", "balanced", "fast"):
+        yield Row(
+            "caching", "presets", preset, (*SDXL, *FLUX),
+            lambda bench, preset=preset: optimized(bench, toma=preset), {"toma": preset},
+        )  # fmt: skip
     for name, scopes in SCOPES.items():
         for scope in scopes:
             for order in (1, 0, 2):

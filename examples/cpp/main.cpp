@@ -394,27 +394,42 @@ class Artifact {
   // Which steps of a generation compute: by a mask, or one in `every`.
   static std::vector<bool> computed_steps(const Json& caching, int64_t steps) {
     if (!caching["policy"].null()) {
-      throw std::runtime_error("named masks are not known here: build with steps_mask=[...]");
+      throw std::runtime_error("masks of cache-dit are not known here: build with steps_mask=[...]");
     }
     const Json& mask = caching["mask"];
     if (!mask.null() && static_cast<int64_t>(mask.array().size()) != steps) {
       throw std::runtime_error("the mask is for another number of steps");
     }
+    const Json& share = caching["share"];
+    const std::set<int64_t> chosen = share.null() ? std::set<int64_t>{} : spread(share.number(), steps);
     const int64_t warmup = std::max<int64_t>(count(caching["warmup_steps"], steps), 1);
     const int64_t last = count(caching["last_steps"], steps);
     const int64_t interval = caching["warmup_interval"].integer();
-    int64_t most = mask.null() ? caching["every"].integer() - 1 : steps;
+    int64_t most = mask.null() && share.null() ? caching["every"].integer() - 1 : steps;
     if (!caching["most"].null()) most = std::min(most, caching["most"].integer());
     std::vector<bool> flags;
     int64_t row = 0;
     for (int64_t i = 0; i < steps; ++i) {
-      const bool wanted = !mask.null() && mask.array()[i].integer() != 0;
+      const bool wanted = (!mask.null() && mask.array()[i].integer() != 0) || chosen.count(i);
       const bool warms_up = i < warmup && i % interval == 0;
       const bool computed = wanted || warms_up || i >= steps - last || row >= most;
       row = computed ? 0 : row + 1;
       flags.push_back(computed);
     }
     return flags;
+  }
+
+  // The first three steps, then ever fewer, the last: as many as the share says, at least four.
+  static std::set<int64_t> spread(double share, int64_t steps) {
+    const int64_t wanted = static_cast<int64_t>(std::floor(share * static_cast<double>(steps) + 0.5));
+    const int64_t rest = std::min(std::max<int64_t>(wanted, 4), steps) - 3;
+    std::set<int64_t> chosen = {0, 1, 2};
+    for (int64_t j = 1; j <= rest; ++j) {
+      const double part = static_cast<double>(j) / static_cast<double>(rest);
+      const double far = static_cast<double>(steps - 3) * std::pow(part, 1.25);
+      chosen.insert(2 + static_cast<int64_t>(std::floor(far + 0.5)));
+    }
+    return chosen;
   }
 
   // A number of steps, or a share of all.

@@ -61,8 +61,13 @@ def shown(cache: CacheConfig, steps: int | None = None, show: int = 20) -> str:
         ({"steps_mask": [1, 1, 0, 0, 1]}, 5, "CC..C"),
         ({"steps_mask": (1, 0, 0, 0, 0), "order": 0, "max_continuous_cached_steps": 2,
           "last_steps": 1}, 5, "C..CC"),
-        ({"steps_mask": "ultra"}, 28, "CCCC..C.....C......C.......C"),
-        ({"steps_mask": "ultra"}, 7, "C..C..C"),
+        ({"steps_mask": "scm-ultra"}, 28, "CCCC..C.....C......C.......C"),
+        ({"steps_mask": "scm-ultra"}, 7, "C..C..C"),
+        ({"steps_mask": "lossless"}, 20, "CCC.C.C..C..C...C..C"),
+        ({"steps_mask": "balanced"}, 20, "CCC..C...C....C....C"),
+        ({"steps_mask": "fast"}, 20, "CCC...C.....C......C"),
+        ({"steps_mask": "fast"}, 4, "CCCC"),
+        ({"steps_mask": "fast"}, 6, "CCC..C"),
     ],
 )  # fmt: skip
 def test_steps_that_compute(fields: dict[str, Any], steps: int | None, expected: str) -> None:
@@ -73,7 +78,7 @@ def test_steps_that_compute(fields: dict[str, Any], steps: int | None, expected:
 def test_published_masks() -> None:
     """Counts that cache-dit publishes for its masks of 28 steps."""
     computed = {name: sum(policy_mask(name)) for name in POLICIES}
-    assert computed == {"slow": 18, "medium": 15, "fast": 11, "ultra": 8}
+    assert computed == {"scm-slow": 18, "scm-medium": 15, "scm-fast": 11, "scm-ultra": 8}
     assert all(len(policy_mask(name)) == 28 for name in POLICIES)
 
 

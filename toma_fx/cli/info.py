@@ -86,6 +86,8 @@ def _computed_steps(schedule: Schedule) -> str:
     if caching.mask is not None:
         return " ".join(map(str, caching.mask))
     steps = f"the mask {caching.policy}" if caching.policy else f"1 step in {caching.every}"
+    if caching.share is not None:
+        return f"{caching.share:.0%} of the steps, most of them early"
     rest = [f"the first {caching.warmup_steps}", f"the last {caching.last_steps}"]
     return f"{steps}, {' and '.join(rest if caching.last_steps else rest[:1])}"
 

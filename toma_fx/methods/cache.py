@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, Self, get_args
 
 from toma_fx.errors import ConfigError, UnknownNameError, nearest
-from toma_fx.methods.cached_steps import POLICIES, CachedSteps
+from toma_fx.methods.cached_steps import POLICIES, SHARES, CachedSteps
 from toma_fx.methods.checks import check_choice, is_count, is_number
 
 CacheScope = Literal["auto", "stack", "block", "deep"]
@@ -31,7 +31,9 @@ class CacheConfig:
     Attributes:
         every: of so many steps in a row, one computes.
         steps_mask: instead of `every`, 1 for each step that computes and 0 for each that does not;
-            or the name of a published mask: "slow", "medium", "fast", "ultra".
+            or a named mask: "lossless", "balanced", "fast", chosen by the error of pictures
+            (docs/caching.md), or those that cache-dit publishes, "scm-slow",
+            "scm-medium", "scm-fast", "scm-ultra".
         warmup_steps: steps at the begin that compute: a number, or as a float below 1 a share of
             all steps.
         warmup_interval: of the warm-up, one step in so many computes.
@@ -127,15 +129,17 @@ class CacheConfig:
     @property
     def cached_steps(self) -> CachedSteps:
         """Which steps compute."""
-        mask, policy = None, None
+        mask, policy, share = None, None, None
         if isinstance(self.steps_mask, str):
-            policy = self.steps_mask
+            share = SHARES.get(self.steps_mask)
+            policy = None if share is not None else self.steps_mask
         elif self.steps_mask is not None:
             mask = tuple(int(flag) for flag in self.steps_mask)
         return CachedSteps(
             every=self.every,
             mask=mask,
             policy=policy,
+            share=share,
             warmup_steps=self.warmup_steps,
             last_steps=self.last_steps,
             warmup_interval=self.warmup_interval,
@@ -206,7 +210,7 @@ class CacheConfig:
                 got="scope='deep'",
             )
         if isinstance(self.steps_mask, str):
-            check_choice("steps_mask", self.steps_mask, tuple(POLICIES))
+            check_choice("steps_mask", self.steps_mask, (*SHARES, *POLICIES))
         elif self.steps_mask is not None:
             flags = self.steps_mask
             valid = isinstance(flags, tuple) and bool(flags) and set(flags) <= {0, 1}
@@ -259,7 +263,7 @@ class CacheConfig:
 CACHES: dict[str, CacheConfig] = {
     "interval": CacheConfig(every=3, order=0),
     "deepcache": CacheConfig(every=3, order=0, scope="deep"),
-    **{name: CacheConfig(steps_mask=name) for name in POLICIES},
+    **{name: CacheConfig(steps_mask=name) for name in (*SHARES, *POLICIES)},
 }
 """Named configurations: a fixed interval that holds every update (as most caches do), DeepCache
-with its interval, and the masks that cache-dit publishes, extrapolated linearly."""
+with its interval, and the named masks, extrapolated linearly."""

@@ -18,13 +18,19 @@ from toma_fx.errors import GenerationError
 LONGEST = 1000
 """Steps that are looked at where nobody says how many there are."""
 POLICIES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
-    "slow": ((8, 3, 3, 2, 1, 1), (1, 2, 2, 2, 3)),
-    "medium": ((6, 2, 2, 2, 2, 1), (1, 3, 3, 3, 3)),
-    "fast": ((6, 1, 1, 1, 1, 1), (1, 3, 4, 5, 4)),
-    "ultra": ((4, 1, 1, 1, 1), (2, 5, 6, 7)),
+    "scm-slow": ((8, 3, 3, 2, 1, 1), (1, 2, 2, 2, 3)),
+    "scm-medium": ((6, 2, 2, 2, 2, 1), (1, 3, 3, 3, 3)),
+    "scm-fast": ((6, 1, 1, 1, 1, 1), (1, 3, 4, 5, 4)),
+    "scm-ultra": ((4, 1, 1, 1, 1), (2, 5, 6, 7)),
 }
-"""Masks of 28 steps that cache-dit publishes under these names: lengths of the runs of steps that
-compute, and of the runs between them that do not."""
+"""Masks of 28 steps that cache-dit publishes as step computation masks: lengths of the runs of steps
+that compute, and of the runs between them that do not."""
+SHARES = {"lossless": 0.45, "balanced": 0.35, "fast": 0.3}
+"""Masks of this project: the share of the steps that compute, see `spread`. Chosen by the error of
+pictures, see docs/caching.md."""
+DENSE, GROWTH = 3, 1.25
+"""Of `spread`: steps at the begin that all compute, and how fast the gaps between later ones grow.
+What a picture shows is decided early: where two are as likely, a small error makes another."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,7 @@ class CachedSteps:
         every: the first step after the warm-up that computes is this many steps after its last; and
             so on. mask: 1 for every step that computes, 0 for the others, instead of `every`.
         policy: a name in `POLICIES` instead of `every`; its 28 steps are stretched.
+        share: of the steps that compute, instead of `every`, as `spread` lays them out.
         warmup_steps, last_steps: steps at the begin and at the end: a number, or a share of all.
             warmup_interval: of the first, those that are a multiple of it compute; of the last, all
             do. most: cached steps in a row. steps: of a generation, where nothing tells.
@@ -65,6 +72,7 @@ class CachedSteps:
     every: int
     mask: tuple[int, ...] | None = None
     policy: str | None = None
+    share: float | None = None
     warmup_steps: int | float = 1
     last_steps: int | float = 0
     warmup_interval: int = 1
@@ -139,7 +147,7 @@ def _count(caching: CachedSteps, name: str, steps: int | None) -> int:
     return math.ceil(value * steps)
 
 
-def _unknown(name: str, value: float) -> GenerationError:
+def _unknown(name: str, value: float | str) -> GenerationError:
     return GenerationError(
         "the number of steps is not known",
         where=f"cache.{name}",
@@ -154,23 +162,20 @@ def _wanted(caching: CachedSteps, steps: int | None, length: int) -> Iterator[bo
     """What mask or policy say of each step; nothing where steps are counted by `every`."""
     if caching.mask is not None:
         yield from map(bool, caching.mask)
-    elif caching.policy is not None:
+    elif caching.policy is not None or caching.share is not None:
         if steps is None:
-            raise GenerationError(
-                "the number of steps is not known",
-                where="cache.steps_mask",
-                expected="a generation whose number of steps is told",
-                got=f"the mask named {caching.policy!r}",
-                hint="denoiser.generation(steps=30), or CacheConfig(steps=30)",
-            )
-        yield from stretch(policy_mask(caching.policy), steps)
+            raise _unknown("steps_mask", "a named mask")
+        if caching.policy is not None:
+            yield from stretch(policy_mask(caching.policy), steps)
+        else:
+            yield from spread(caching.share or 0.0, steps)
     else:
         yield from [False] * length
 
 
 def _break_up(wanted: Sequence[bool], caching: CachedSteps) -> Iterator[bool]:
     """Let steps compute where too many cached ones would follow each other."""
-    counted = caching.mask is None and caching.policy is None
+    counted = all(x is None for x in (caching.mask, caching.policy, caching.share))
     limits = [caching.every - 1] if counted else []
     limits += [] if caching.most is None else [caching.most]
     row = 0
@@ -185,6 +190,20 @@ def policy_mask(name: str) -> tuple[bool, ...]:
     compute, cache = POLICIES[name]
     runs = zip(compute, (*cache, 0), strict=True)
     return tuple(flag for n, m in runs for flag in (*[True] * n, *[False] * m))
+
+
+def spread(share: float, steps: int) -> list[bool]:
+    """A mask by the share of the steps that compute: the first three, then ever fewer, the last.
+
+    Of K = round(share * steps) steps, at least 4, the j-th after the first three is step
+    2 + round((steps - 3) (j / (K - 3)) ** 1.25).
+    """
+    count = min(max(math.floor(share * steps + 0.5), DENSE + 1), steps)
+    chosen, rest = set(range(DENSE)), count - DENSE
+    for j in range(1, rest + 1):
+        far = (steps - DENSE) * (j / rest) ** GROWTH
+        chosen.add(DENSE - 1 + math.floor(far + 0.5))
+    return [step in chosen for step in range(steps)]
 
 
 def stretch(mask: Sequence[bool], steps: int) -> list[bool]:

@@ -11,7 +11,7 @@ from toma_fx.errors import ConfigError, UnknownNameError, nearest
 from toma_fx.methods.base import MethodConfig
 from toma_fx.methods.baselines import GridConfig, RandomConfig
 from toma_fx.methods.ca_tome import CAToMeConfig
-from toma_fx.methods.cache import CacheConfig
+from toma_fx.methods.cached_steps import SHARES
 from toma_fx.methods.retom import ReToMConfig
 from toma_fx.methods.todo import ToDoConfig
 from toma_fx.methods.tofu import ToFuConfig
@@ -31,13 +31,6 @@ METHODS: tuple[type[MethodConfig], ...] = (
 )
 """The built-in methods, the default first. They alone go by their `name`; a method of a user's own
 is given as its class or as a configuration."""
-
-
-def _steps(every: int) -> CacheConfig:
-    """One step in `every` computes, and the first, the third and the last."""
-    return CacheConfig(every=every, warmup_steps=3, warmup_interval=2, last_steps=1)
-
-
 PRESETS: dict[str, ToMAConfig] = {
     "default": ToMAConfig(),
     # arXiv 2509.10918; the published code's merge_helper defaults to 64 tiles
@@ -47,9 +40,7 @@ PRESETS: dict[str, ToMAConfig] = {
     # the published code's config.yaml: 256 tiles; one pattern for all blocks
     "paper-flux": ToMAConfig(scope="sublayer", tiles=256, destinations_every=10, weights_every=5),
     # by the error of pictures of held-out seeds, see docs/caching.md
-    "lossless": ToMAConfig(ratio=0.0, cache=_steps(3)),
-    "balanced": ToMAConfig(ratio=0.0, cache=_steps(4)),
-    "fast": ToMAConfig(ratio=0.0, cache=_steps(6)),
+    **{name: ToMAConfig(ratio=0.0, cache=name) for name in SHARES},
 }
 """Named configurations. `default` merges tokens, as docs/default.md chose it; "lossless",
 "balanced" and "fast" keep updates over steps and merge nothing, unless `ratio=` is given, too."""
