@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 import toma_fx
 from tests import denoisers
 from tests.denoisers import relative
+from tests.export.cpp import run_example
 from tests.methods.test_methods import inputs, model, static
 from toma_fx.errors import ArtifactError, UnknownNameError
 from toma_fx.export.artifact import file_spec, verify_artifact
@@ -34,7 +34,6 @@ from toma_fx.export.to_aoti.files import PACKAGE, WEIGHTS
 from toma_fx.export.to_aoti.target import AOTITarget
 
 CPU = torch.device("cpu")
-EXAMPLE = Path(__file__).parents[2] / "examples" / "cpp"
 
 
 @cache
@@ -282,19 +281,7 @@ def test_from_cpp(artifact: Path, tmp_path: Path) -> None:
     if shutil.which("cmake") is None:
         pytest.skip("no cmake: pip install cmake")
     steps = [inputs(seed=step, timestep=800.0 - step) for step in range(5)]
-    given = {f"{i}/{name}": x for i, call in enumerate(steps) for name, x in call.items()}
-    save_file(given, tmp_path / "inputs.safetensors")
-    prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
-    folders = ["-S", str(EXAMPLE), "-B", str(tmp_path / "build")]
-    subprocess.run(["cmake", prefix, *folders], check=True, capture_output=True)
-    subprocess.run(["cmake", "--build", tmp_path / "build"], check=True, capture_output=True)
-
-    command = [tmp_path / "build" / "denoise"]
-    run = subprocess.run(
-        [*command, artifact, tmp_path / "inputs.safetensors", tmp_path / "out"],
-        check=True, capture_output=True, text=True,
-    )  # fmt: skip
-    said = re.findall(r"step (\d) (\w+) \[(.*?)\] mean of magnitudes (\S+)", run.stdout)
+    said = run_example(tmp_path, artifact, steps)
     assert [call for _, call, _, _ in said] == ["refresh", "reuse", "refresh", "reuse", "refresh"]
     optimized().reset()
     for i, call in enumerate(steps):
@@ -305,7 +292,7 @@ def test_from_cpp(artifact: Path, tmp_path: Path) -> None:
 
     def refused(folder: Path) -> str:
         run = subprocess.run(
-            [*command, folder, tmp_path / "inputs.safetensors", tmp_path / "out"],
+            [tmp_path / "build/denoise", folder, tmp_path / "inputs.safetensors", tmp_path / "out"],
             capture_output=True, text=True,
         )  # fmt: skip
         assert run.returncode == 1, "an error, and no crash"

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import toma_fx
 from tests.denoisers import relative
+from tests.export.cpp import run_example
 from tests.export.in_process import InProcess, opened
 from tests.methods.test_methods import inputs, model
 from toma_fx import CacheConfig, State
@@ -27,7 +30,7 @@ KINDS = ["refresh", "reuse", "cached", "cached", "refresh", "cached", "cached", 
 
 @cache
 def optimized() -> Any:
-    config = CacheConfig(every=3, order=1, last_steps=1)
+    config = CacheConfig(every=3, order=1, warmup_steps=2, last_steps=1)
     return toma_fx.optimize(
         model(), method="grid", min_tokens=1, destinations_every=3, weights_every=3, cache=config
     )
@@ -106,7 +109,7 @@ def test_tensorrt_takes_every_program() -> None:
 @torch.no_grad()
 def test_without_merging(tmp_path: Path) -> None:
     target = InProcess()
-    caching = toma_fx.optimize(model(), toma=False, cache=CacheConfig(every=2, order=0))
+    caching = toma_fx.optimize(model(), toma=False, cache=CacheConfig(every=2, order=2))
     manifest = export(caching, inputs(), tmp_path / "a", target)
     assert manifest.kinds(5) == ["plain", "cached_plain"] * 2 + ["plain"]
     loaded = opened(target, tmp_path / "a")
@@ -122,3 +125,29 @@ def test_a_mask_belongs_to_its_number_of_steps(tmp_path: Path) -> None:
     assert manifest.kinds(5) == ["plain", "plain", "cached_plain", "plain", "cached_plain"]
     with pytest.raises(GenerationError, match="steps_mask is of another length"):
         generation(opened(target, tmp_path / "a"), steps=6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "cache", [CacheConfig(every=3, last_steps=1), CacheConfig(steps_mask="balanced")]
+)
+def test_from_cpp(tmp_path: Path, cache: CacheConfig) -> None:
+    """The example program follows the schedule, and gives the outputs of the process."""
+    if shutil.which("cmake") is None:
+        pytest.skip("no cmake: pip install cmake")
+    caching = toma_fx.optimize(model(), toma=False, cache=cache)
+    export(caching, inputs(), tmp_path / "artifact", "aoti")
+    calls = [inputs(seed=i, timestep=900.0 - 10 * i - i**2) for i in range(12)]
+    want, kinds = [], []
+    with caching.generation(steps=len(calls)) as run:
+        for i, call in enumerate(calls):
+            run.step(i)
+            before = dict(caching.totals)
+            want.append(caching(**call))
+            kinds += [kind for kind, n in caching.totals.items() if n != before.get(kind, 0)]
+    assert {"plain", "cached_plain"} == set(kinds)
+    said = run_example(tmp_path, tmp_path / "artifact", calls)
+    assert [kind for _, kind, _, _ in said] == kinds
+    for i, output in enumerate(want):
+        found = torch.from_numpy(np.fromfile(tmp_path / f"out.{i}", dtype=np.float32))
+        assert relative(found.reshape(output.shape), output) < 1e-5, (i, kinds)

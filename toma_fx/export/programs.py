@@ -163,8 +163,8 @@ def _export(
             results = graph_module(*example)
             kept.update(split_outputs(results, program.gives)[1])
             for newer, older in specialization.older.items():
-                if newer in kept:
-                    kept.setdefault(older, kept[newer])
+                if newer in kept and older not in kept:
+                    kept[older] = kept[newer].clone()  # one tensor twice would become one input
         with without_weak_references() as graphs:
             exported = torch.export.export(graph_module, example, strict=False)
             graphs.append(exported.graph)

@@ -23,8 +23,8 @@ POLICIES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "scm-fast": ((6, 1, 1, 1, 1, 1), (1, 3, 4, 5, 4)),
     "scm-ultra": ((4, 1, 1, 1, 1), (2, 5, 6, 7)),
 }
-"""Masks of 28 steps that cache-dit publishes as step computation masks: lengths of the runs of steps
-that compute, and of the runs between them that do not."""
+"""Masks of 28 steps that cache-dit publishes as step computation masks: lengths of the runs of
+steps that compute, and of the runs between them that do not."""
 SHARES = {"lossless": 0.45, "balanced": 0.35, "fast": 0.3}
 """Masks of this project: the share of the steps that compute, see `spread`. Chosen by the error of
 pictures, see docs/caching.md."""
