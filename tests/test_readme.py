@@ -157,6 +157,9 @@ def test_sdxl_another_method_and_the_summary(
     run("What is active", pipe=pipe, toma_fx=toma_fx)
     assert "tomesd" in capsys.readouterr().out
     assert toma_fx.summary(pipe).steps["refresh"] > 0
+    run("Fewer steps that compute", pipe=pipe, toma_fx=toma_fx)
+    pipe("a lighthouse in a storm", num_inference_steps=4)
+    assert toma_fx.summary(pipe).steps == {"refresh": 1, "reuse": 1, "cached": 2}
 
 
 def test_flux(run: Run, tmp_path: Path) -> None:
@@ -228,7 +231,7 @@ def test_explain(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_snippet_is_run() -> None:
     source = Path(__file__).read_text()
     starts = re.findall(r'run\(\s*"(.+?)"', source)
-    assert len(snippets()) == 9
+    assert len(snippets()) == 10
     for words in snippets():
         assert sum(words.startswith(start) for start in starts) == 1, words
 

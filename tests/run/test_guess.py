@@ -289,7 +289,7 @@ def test_buffers_keep_their_addresses_and_their_owners() -> None:
     first, second = PassState(), PassState()
     for state in (first, second):
         state.bind("graph", buffers)
-        state.keep({"idx": torch.ones(2)})
+        state.keep({"idx": torch.ones(2)}, {})
     addresses = [s.buffers["idx"].data_ptr() for s in (first, second)]
     buffers.give_back([first, second])
     assert not first.kept
@@ -297,7 +297,7 @@ def test_buffers_keep_their_addresses_and_their_owners() -> None:
     again.bind("graph", buffers)
     assert again.buffers["idx"].data_ptr() == addresses[0]
     assert not again.kept
-    again.keep({"idx": torch.ones(2)})
+    again.keep({"idx": torch.ones(2)}, {})
     again.bind("another", buffers)
     assert not again.kept
     assert not again.buffers
@@ -305,7 +305,7 @@ def test_buffers_keep_their_addresses_and_their_owners() -> None:
 
 def test_an_interrupt_between_two_copies_leaves_nothing_to_trust() -> None:
     state = PassState()
-    state.keep({"a": torch.ones(2), "b": torch.ones(2)})
+    state.keep({"a": torch.ones(2), "b": torch.ones(2)}, {"a": "b"})
 
     class Broken(dict[str, Tensor]):
         def items(self) -> Iterator[Any]:  # type: ignore[override]
@@ -313,7 +313,7 @@ def test_an_interrupt_between_two_copies_leaves_nothing_to_trust() -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        state.keep(Broken(a=torch.zeros(2), b=torch.zeros(2)))
+        state.keep(Broken(a=torch.zeros(2), b=torch.zeros(2)), {"a": "b"})
     assert not state.kept
 
 
