@@ -44,6 +44,11 @@ SLOW = (
         MORE,
         quick=("0.5-sdxl-stack", "0.5-flux-block", "0.0-sdxl-deep"),
     ),
+    Slow(
+        "run/test_caching.py::test_what_still_computes_goes_on_merging[*]",
+        MORE,
+        quick=("todo", "tomesd"),
+    ),
     Slow("run/test_caching.py::test_computing_every_step_is_no_caching[sdxl]", WHOLE),
     Slow("run/test_caching.py::test_merging_and_caching_equal_*[flux]", WHOLE),
     # export

@@ -178,3 +178,17 @@ def test_merging_and_caching_equal_an_eager_implementation(name: str) -> None:
         assert relative(a, b) < 1e-5, i
     assert denoiser.totals == {"refresh": 3, "cached": 4}
     assert relative(outputs[0], model(**steps[0])[0]) > 1e-3  # it merges
+
+
+@pytest.mark.parametrize("method", ["tomesd", "tofu", "todo", "ca-tome", "retom", "random"])
+def test_what_still_computes_goes_on_merging(method: str) -> None:
+    """The first block merges in cached steps, too, with the pattern of the step that computed."""
+    model, call = flux(), calls("flux")[0]
+    cache = CacheConfig(every=2, order=0, exclude="transformer_blocks.0*")
+    caching = toma_fx.optimize(model, method=method, min_tokens=60, cache=cache)
+    computed, cached = run(caching, [call] * 2)
+    assert relative(cached, computed) < 1e-5
+    assert caching.totals["cached"] == 1
+    assert relative(computed, model(**call)[0]) > 1e-4
+    plan = caching.specializations[0].plan
+    assert 0 < len(plan.computed.segments) < len(plan.segments)
