@@ -131,23 +131,22 @@ def show_demo(args: argparse.Namespace, options: dict[str, Any], console: Consol
 def _print_cached(outcomes: list[Outcome], console: Console) -> None:
     """What the preset gains over whole generations, and what it costs."""
     table = Table(
-        title=f"whole generations of {STEPS} steps, preset {PRESET!r}, median",
+        title=f"generations of {STEPS} steps, preset {PRESET!r}, median; least PSNR and SSIM",
         title_justify="left",
         box=SIMPLE,
     )
-    names = ("model", "original", "cached", "gain", "counted", "PSNR", "SSIM", "kept", "passes")
+    names = ("model", "time", "gain", "counted", "PSNR", "SSIM", "kept", "pass")
     for name in names:
-        table.add_column(name, no_wrap=name == "model")
+        table.add_column(name, no_wrap=True)
     for o in outcomes:
         c = o.cached
         table.add_row(
             o.model,
-            f"{c.original_s:.2f} s",
-            f"{c.cached_s:.2f} s",
+            f"{c.original_s:.1f} -> {c.cached_s:.1f} s",
             f"{c.speedup:.2f}x",
             f"{c.counted:.2f}x",
-            f"{min(c.psnr):.1f} dB or more",
-            f"{min(c.ssim):.3f} or more",
+            f"{min(c.psnr):.1f} dB",
+            f"{min(c.ssim):.3f}",
             f"{c.kept_mb:.1f} MB",
             "yes" if c.passes else "no",
         )
