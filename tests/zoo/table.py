@@ -23,7 +23,9 @@ it (`tests/zoo/`). For each, on inputs it was not captured with,
   in scope `sublayer` (*attention*: with attention; *MLP*: with a feed-forward alone);
 - computing on all tokens in another order gives the original output, in the scopes `sublayer` and
   `stack`;
-- merging half of the tokens changes the output, which stays finite.
+- merging half of the tokens changes the output, which stays finite;
+- on the same inputs again, a cached step gives what the step that computed gave, and computes less: of whole streams,
+  of single blocks that merge, and of all blocks but the last ones.
 
 *crop*: keeping only a corner of the picture equals the model on that corner, where its positions
 allow that. *eager*: with merging on, the program equals an eager implementation written for that
