@@ -24,7 +24,8 @@ it (`tests/zoo/`). For each, on inputs it was not captured with,
 - computing on all tokens in another order gives the original output, in the scopes `sublayer` and
   `stack`;
 - merging half of the tokens changes the output, which stays finite;
-- on the same inputs again, a cached step gives what the step that computed gave, and computes less: of whole streams,
+- on the same inputs again, a cached step gives what the step that computed gave, and computes
+  less: of whole streams,
   of single blocks that merge, and of all blocks but the last ones.
 
 *crop*: keeping only a corner of the picture equals the model on that corner, where its positions
