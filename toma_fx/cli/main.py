@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """The parser of every command."""
     parser = argparse.ArgumentParser(
-        prog="toma-fx", description="Token merging for diffusion denoisers."
+        prog="toma-fx", description="Token merging and step caching for diffusion denoisers."
     )
     commands = parser.add_subparsers(dest="command", required=True)
     explain = commands.add_parser("explain", help="what would merge where, and why not elsewhere")
@@ -74,7 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument("--batch", type=int, default=2, help="rows of a call (2: with CFG)")
         command.add_argument("--method", help="how to merge (default toma; see docs/methods.md)")
     for command in (explain, build, demo):
-        command.add_argument("--preset", help="of ToMA, as paper-sdxl or paper-flux")
+        command.add_argument("--preset", help="as balanced, or paper-sdxl")
         command.add_argument(
             "--set",
             action="append",
