@@ -53,7 +53,7 @@ from toma_fx.models import tiny
 
 GROUPS = ("merging", "caching", "both", "peer")
 RATIOS = (0.25, 0.5, 0.75)
-SCOPES = {tiny.NAMES[0]: ("deep", "stack"), tiny.NAMES[1]: ("stack",)}
+SCOPES = {tiny.NAMES[0]: ("deep", "shallow", "stack"), tiny.NAMES[1]: ("stack",)}
 """Of step caching, the best first. Blocks by themselves give what a stack gives."""
 SDXL, FLUX = (tiny.NAMES[0],), (tiny.NAMES[1],)
 QUICK = (

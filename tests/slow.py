@@ -42,7 +42,7 @@ SLOW = (
     Slow(
         "run/test_caching.py::test_a_frozen_input_gives_the_computed_step[*]",
         MORE,
-        quick=("0.5-sdxl-stack", "0.5-flux-block", "0.0-sdxl-deep"),
+        quick=("0.5-sdxl-stack", "0.5-flux-block", "0.0-sdxl-shallow"),
     ),
     Slow(
         "run/test_caching.py::test_what_still_computes_goes_on_merging[*]",

@@ -12,7 +12,13 @@ from diffusers import HeunDiscreteScheduler
 from torch import Tensor
 
 import toma_fx
-from tests.denoisers import relative, small_flux, small_flux_inputs
+from tests.denoisers import (
+    relative,
+    small_flux,
+    small_flux_inputs,
+    small_sdxl,
+    small_sdxl_inputs,
+)
 from tests.diffusers_pipelines import flux as flux_pipeline
 from tests.diffusers_pipelines import flux_img2img_call, flux_true_cfg_call
 from tests.methods.test_methods import inputs, model
@@ -189,6 +195,17 @@ def test_it_is_not_mixed_with_the_caches_of_diffusers() -> None:
     flux.enable_cache(FirstBlockCacheConfig(threshold=0.1))
     with pytest.raises(CompanionError, match="a cache skips parts of the model"):
         toma_fx.optimize(flux, toma=False, cache=2)(**small_flux_inputs())
+
+
+def test_a_shallow_cut_computes_less_than_a_deep_one() -> None:
+    """Of DeepCache's branches: the last skip connection, or the first of the finest level."""
+    shares = {}
+    for scope in ("deep", "shallow"):
+        cache = {"every": 2, "order": 0, "scope": scope}
+        report = toma_fx.explain(small_sdxl(), small_sdxl_inputs(), toma=False, cache=cache)
+        assert report.flops_cached is not None
+        shares[scope] = report.flops_cached / report.flops_before
+    assert 0 < shares["shallow"] < shares["deep"] < 0.5
 
 
 def test_gradients_are_refused() -> None:

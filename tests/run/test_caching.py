@@ -97,7 +97,7 @@ def test_computing_every_step_is_no_caching(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(both, merged, strict=True))
 
 
-@pytest.mark.parametrize(("name", "scope"), SCOPES)
+@pytest.mark.parametrize(("name", "scope"), [*SCOPES, ("sdxl", "shallow")])
 @pytest.mark.parametrize("ratio", [0.0, 0.5])
 def test_a_frozen_input_gives_the_computed_step(name: str, scope: Any, ratio: float) -> None:
     model, call = MODELS[name][0]().double(), double(calls(name)[0])

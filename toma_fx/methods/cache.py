@@ -12,9 +12,10 @@ from toma_fx.errors import ConfigError, UnknownNameError, nearest
 from toma_fx.methods.cached_steps import POLICIES, SHARES, CachedSteps
 from toma_fx.methods.checks import check_choice, is_count, is_number
 
-CacheScope = Literal["auto", "stack", "block", "deep"]
+CacheScope = Literal["auto", "stack", "block", "deep", "shallow"]
 """What one kept tensor stands for: all blocks of a residual stream, one block, or all of a UNet
-below its finest level; "auto" is "deep" for a UNet, "stack" for others."""
+below its finest level, or below its last layers; "auto" is "deep" for a UNet, "stack" for others.
+"""
 ORDERS = (0, 1, 2)
 OVERRIDABLE = ("order", "scope")
 """Fields that `overrides` may set."""
@@ -42,7 +43,8 @@ class CacheConfig:
             three that were computed (TaylorSeer, arXiv 2503.06923, in divided differences).
         scope: what one kept tensor stands for: "stack", all consecutive blocks of a residual
             stream; "block", each; "deep", all of a UNet that is not at its finest level (DeepCache,
-            arXiv 2312.00858), kept as a value; "auto", "deep" where a model has such a part and no
+            arXiv 2312.00858), kept as a value; "shallow", all but what the last skip connection
+            leads around (DeepCache's branch 0); "auto", "deep" where a model has such a part and no
             paths are given, else "stack".
         include: module path patterns (shell wildcards) of what may be cached; empty for all.
         exclude: module path patterns of what always computes.
@@ -202,12 +204,12 @@ class CacheConfig:
             share = isinstance(value, float) and 0 <= value < 1
             expected = "a whole number of steps, or a share of them in [0, 1)"
             self._require(share or is_count(value, 0), name, expected)
-        if self.scope == "deep" and (self.include or self.exclude or self.overrides):
+        if self.scope in ("deep", "shallow") and (self.include or self.exclude or self.overrides):
             raise ConfigError(
-                "scope='deep' cuts the model once, whatever its modules are called",
+                f"scope={self.scope!r} cuts the model once, whatever its modules are called",
                 where="cache.scope",
                 expected="scope='stack' or 'block' beside include=, exclude= or overrides=",
-                got="scope='deep'",
+                got=f"scope={self.scope!r}",
             )
         if isinstance(self.steps_mask, str):
             check_choice("steps_mask", self.steps_mask, (*SHARES, *POLICIES))

@@ -62,7 +62,7 @@ def plan_cache(
     deep, rejections = _find_deep(flow, config), list[Rejection]()
     if deep is not None:
         cuts = [deep]
-    elif config.scope == "deep":
+    elif config.scope in ("deep", "shallow"):
         reason = "no skip connection joins what comes up from a coarser grid to the finest one"
         cuts, rejections = [], [Rejection("", "the model", "cache", reason)]
     else:
@@ -228,10 +228,10 @@ def _find_live(flow: Flow, cuts: Sequence[KeptUpdate]) -> set[str]:
 
 
 def _find_deep(flow: Flow, config: CacheConfig) -> KeptUpdate | None:
-    """The value that comes up to the finest level, where a skip connection joins it; None where
-    there is none, or streams are to be cut."""
+    """The value that comes up to the finest level, where the first skip connection joins it, or the
+    last one; None where there is none, or streams are to be cut."""
     named = config.include or config.exclude or config.overrides
-    if config.scope not in ("deep", "auto") or named:
+    if config.scope not in ("deep", "shallow", "auto") or named:
         return None
     results = flow.operands[flow.order[-1]]
     shape = flow.shapes.get(results[0], ()) if results else ()
@@ -244,11 +244,14 @@ def _find_deep(flow: Flow, config: CacheConfig) -> KeptUpdate | None:
         coarse = flow.ops[name] in CONVOLUTIONS and len(own) >= 4 and own[-2:] < shape[-2:]
         if coarse or not below.isdisjoint(flow.operands[name]):
             below.add(name)
+    found: str | None = None
     for name in flow.order:
         operands = [o for o in flow.operands[name] if o in finest]
         deep = [o for o in operands if o in below]
         joins = flow.ops[name] in JOINS or name in flow.sums
         if joins and len(deep) == 1 and len(operands) > 1 and name in finest:
-            modules = (flow.modules[deep[0]],)
-            return KeptUpdate("", deep[0], "", None, modules, flow.shapes[deep[0]], config.order)
-    return None
+            found = deep[0] if found is None or config.scope == "shallow" else found
+    if found is None:
+        return None
+    modules = (flow.modules[found],)
+    return KeptUpdate("", found, "", None, modules, flow.shapes[found], config.order)
