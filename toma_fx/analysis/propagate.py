@@ -1,4 +1,4 @@
-"""Token-axis analysis: where image tokens flow, which attention is which, where residuals add up.
+r"""Token-axis analysis: where image tokens flow, which attention is which, where residuals add up.
 
     captured graph --seeds, transfer rules--> facts --> attention sites
                                                     \-> residual streams x0..xL with branches

@@ -1,4 +1,4 @@
-"""Passes: keep what stretches of blocks add, and use it instead of computing them.
+r"""Passes: keep what stretches of blocks add, and use it instead of computing them.
 
 Kept, in a step that computes:          used, in one that does not:
 

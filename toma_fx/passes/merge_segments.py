@@ -1,4 +1,4 @@
-"""Pass: run the segments of a plan on merged tokens.
+r"""Pass: run the segments of a plan on merged tokens.
 
 Sublayer (tokens merge behind the norm, the update is unmerged):
 

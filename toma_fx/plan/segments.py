@@ -147,7 +147,7 @@ def split_keys(run: Run, sites: Mapping[str, Site], flow: Flow) -> Found:
 
 
 def _make_keys_segment(run: Run, index: int, site: Site, flow: Flow) -> MergeSegment | Rejected:
-    """From where keys and values part from the queries to the attention.
+    r"""From where keys and values part from the queries to the attention.
 
     x --> q -----------------> attention        x --> q ------------------------> attention
      \-> k, v linear, norm --/                   \-> merge -> k, v linear, norm --/

@@ -1,4 +1,4 @@
-"""A generation: the steps of one picture (or batch of pictures), and the passes of each step.
+r"""A generation: the steps of one picture (or batch of pictures), and the passes of each step.
 
     Generation ---- pass "cond":   PassState (marks of its inputs, kept tensors)
       step, timestep \--- pass "uncond": PassState

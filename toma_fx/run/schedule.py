@@ -1,4 +1,4 @@
-"""Which kind of program is due at a step, and which one runs.
+r"""Which kind of program is due at a step, and which one runs.
 
 schedule --step--> kind that is due --what it takes is kept?--> that kind
                                     \--else----------------> the kind that runs instead
