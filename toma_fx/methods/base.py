@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, get_args
 
-from toma_fx.errors import ConfigError, DynamicError, TileError, UnknownNameError, nearest
+from toma_fx.errors import DynamicError, TileError
 from toma_fx.methods.cache import CacheConfig
 from toma_fx.methods.cached_steps import CachedSteps
 from toma_fx.methods.checks import check_choice, is_count, is_number, is_size
+from toma_fx.methods.paths import ByPath, Overrides
 from toma_fx.methods.setting import Place, Setting
 
 Scope = Literal["sublayer", "block", "stack"]
@@ -30,7 +30,7 @@ BRANCHES = ("attention", "cross", "mlp")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodConfig(ABC):
+class MethodConfig(ByPath, ABC):
     """Options that every merging method has. Each may be given to `toma_fx.optimize` by name.
 
     Attributes:
@@ -77,9 +77,7 @@ class MethodConfig(ABC):
     min_tokens: int = 1
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    overrides: (
-        Mapping[str, Mapping[str, Any]] | tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]
-    ) = ()
+    overrides: Overrides = ()
     grid: tuple[int, ...] | None = None
     cache: CacheConfig | int | str | Mapping[str, Any] | None = None
 
@@ -182,19 +180,6 @@ class MethodConfig(ABC):
 
     # -- what holds where -----------------------------------------------------------------------
 
-    def at(self, path: str) -> Self:
-        """The configuration that holds for the module `path`, overrides applied."""
-        fields: dict[str, Any] = {}
-        for pattern, values in self._overrides():
-            if fnmatchcase(path, pattern):
-                fields.update(values)
-        return dataclasses.replace(self, overrides=(), **fields) if fields else self
-
-    def admits(self, path: str) -> bool:
-        """Whether `include` and `exclude` admit the module `path`."""
-        included = not self.include or any(fnmatchcase(path, p) for p in self.include)
-        return included and not any(fnmatchcase(path, p) for p in self.exclude)
-
     def merges_attention(self, path: str) -> bool:
         """Whether attention at the module `path` may merge."""
         attention = not {"attention", "cross"}.isdisjoint(self.branches)
@@ -203,10 +188,7 @@ class MethodConfig(ABC):
     @property
     def merges(self) -> bool:
         """Whether anything may merge, overrides included."""
-        variants = (
-            dataclasses.replace(self, overrides=(), **dict(values))
-            for _, values in self._overrides()
-        )
+        variants = (self._with(dict(values)) for _, values in self._overrides())
         return not self.is_off or any(not variant.is_off for variant in variants)
 
     @cached_property
@@ -220,14 +202,6 @@ class MethodConfig(ABC):
         """Whether the model computes something else with it: it merges, or keeps updates."""
         return self.merges or self.caching is not None
 
-    def path_patterns(self) -> tuple[str, ...]:
-        """Every module path pattern that the configuration mentions."""
-        return (*self.include, *self.exclude, *(pattern for pattern, _ in self._overrides()))
-
-    def _overrides(self) -> Iterable[tuple[str, Any]]:
-        overrides: Any = self.overrides
-        return overrides.items() if isinstance(overrides, Mapping) else overrides
-
     def to_json(self) -> dict[str, Any]:
         """The method and its fields as JSON-able values."""
         out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -237,14 +211,6 @@ class MethodConfig(ABC):
         return {"method": self.name, **out}
 
     # -- checking -------------------------------------------------------------------------------
-
-    def require(
-        self, valid: bool, name: str, expected: str, error: type[ConfigError] = ConfigError
-    ) -> None:
-        """Raise `error` about the field `name` unless its value is `valid`."""
-        if not valid:
-            got = repr(getattr(self, name))
-            raise error(f"{name} is out of range", where=name, expected=expected, got=got)
 
     def check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         """Check that a field is one of `choices`."""
@@ -261,32 +227,3 @@ class MethodConfig(ABC):
         value = getattr(self, name)
         valid = is_number(value) and 0 <= value < 1
         self.require(valid, name, "a number in [0, 1), the share of tokens merged away")
-
-    def _freeze_overrides(self) -> tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]:
-        """Overrides as nested tuples, each validated by building the configuration it leads to."""
-        frozen = []
-        self.require(
-            _is_overrides(self.overrides), "overrides", "{module path pattern: {field: value}}"
-        )
-        for pattern, values in self._overrides():
-            for name in dict(values):
-                if name not in self.overridable:
-                    raise UnknownNameError(
-                        f"{name!r} cannot be overridden per path",
-                        where=f"overrides[{pattern!r}]",
-                        expected=", ".join(self.overridable),
-                        hint=nearest(name, self.overridable),
-                    )
-            dataclasses.replace(self, overrides=(), **dict(values))
-            frozen.append((pattern, tuple(sorted(dict(values).items()))))
-        return tuple(frozen)
-
-
-def _is_overrides(value: Any) -> bool:
-    """Whether a value has the form of overrides: a mapping of mappings, or frozen tuples."""
-    if isinstance(value, Mapping):
-        return all(isinstance(k, str) and isinstance(v, Mapping) for k, v in value.items())
-    return isinstance(value, tuple) and all(
-        isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], (tuple, Mapping))
-        for pair in value
-    )

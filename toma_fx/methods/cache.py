@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Any, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from toma_fx.errors import ConfigError, UnknownNameError, nearest
 from toma_fx.methods.cached_steps import POLICIES, SHARES, CachedSteps
 from toma_fx.methods.checks import check_choice, is_count, is_number
+from toma_fx.methods.paths import ByPath, Overrides
 
 CacheScope = Literal["auto", "stack", "block", "deep", "shallow"]
 """What one kept tensor stands for: all blocks of a residual stream, one block, or all of a UNet
 below its finest level, or below its last layers; "auto" is "deep" for a UNet, "stack" for others.
 """
 ORDERS = (0, 1, 2)
-OVERRIDABLE = ("order", "scope")
-"""Fields that `overrides` may set."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheConfig:
+class CacheConfig(ByPath):
     """Which steps compute, and what the others use instead: updates that those kept.
 
     Given as `toma_fx.optimize(model, cache=CacheConfig(...))`; `cache=3` means `every=3`. A cached
@@ -71,12 +69,13 @@ class CacheConfig:
     scope: CacheScope = "auto"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    overrides: (
-        Mapping[str, Mapping[str, Any]] | tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]
-    ) = ()
+    overrides: Overrides = ()
     max_continuous_cached_steps: int | None = None
     steps: int | None = None
     threshold: float | None = None
+
+    overridable: ClassVar[tuple[str, ...]] = ("order", "scope")
+    prefix: ClassVar[str] = "cache."
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):
@@ -156,54 +155,31 @@ class CacheConfig:
         orders = [int(dict(values).get("order", 0)) for _, values in self._overrides()]
         return max(self.order, *orders, 0)
 
-    # -- what holds where -----------------------------------------------------------------------
-
-    def at(self, path: str) -> Self:
-        """The configuration that holds for the module `path`, overrides applied."""
-        fields: dict[str, Any] = {}
-        for pattern, values in self._overrides():
-            if fnmatchcase(path, pattern):
-                fields.update(dict(values))
-        return dataclasses.replace(self, overrides=(), **fields) if fields else self
-
-    def admits(self, path: str) -> bool:
-        """Whether `include` and `exclude` admit the module `path`."""
-        included = not self.include or any(fnmatchcase(path, p) for p in self.include)
-        return included and not any(fnmatchcase(path, p) for p in self.exclude)
-
-    def path_patterns(self) -> tuple[str, ...]:
-        """Every module path pattern that the configuration mentions."""
-        return (*self.include, *self.exclude, *(pattern for pattern, _ in self._overrides()))
-
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON-able values."""
         out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         out["overrides"] = {pattern: dict(values) for pattern, values in self._overrides()}
         return out
 
-    def _overrides(self) -> Iterable[tuple[str, Any]]:
-        overrides: Any = self.overrides
-        return overrides.items() if isinstance(overrides, Mapping) else overrides
-
     # -- checking -------------------------------------------------------------------------------
 
     def _check(self) -> None:
         for name in ("every", "warmup_interval"):
-            self._require(is_count(getattr(self, name)), name, "a whole number of at least 1")
+            self.require(is_count(getattr(self, name)), name, "a whole number of at least 1")
         check_choice("scope", self.scope, get_args(CacheScope))
-        self._require(self.order in ORDERS and is_count(self.order, 0), "order", "0, 1 or 2")
+        self.require(self.order in ORDERS and is_count(self.order, 0), "order", "0, 1 or 2")
         for name in ("max_continuous_cached_steps", "steps"):
             value = getattr(self, name)
-            self._require(
+            self.require(
                 value is None or is_count(value), name, "a whole number of at least 1, or None"
             )
         positive = is_number(self.threshold) and (self.threshold or 0) > 0
-        self._require(self.threshold is None or positive, "threshold", "a number over 0, or None")
+        self.require(self.threshold is None or positive, "threshold", "a number over 0, or None")
         for name in ("warmup_steps", "last_steps"):
             value = getattr(self, name)
             share = isinstance(value, float) and 0 <= value < 1
             expected = "a whole number of steps, or a share of them in [0, 1)"
-            self._require(share or is_count(value, 0), name, expected)
+            self.require(share or is_count(value, 0), name, expected)
         if self.scope in ("deep", "shallow") and (self.include or self.exclude or self.overrides):
             raise ConfigError(
                 f"scope={self.scope!r} cuts the model once, whatever its modules are called",
@@ -216,7 +192,7 @@ class CacheConfig:
         elif self.steps_mask is not None:
             flags = self.steps_mask
             valid = isinstance(flags, tuple) and bool(flags) and set(flags) <= {0, 1}
-            self._require(valid, "steps_mask", "a 1 or 0 for each step, or the name of a mask")
+            self.require(valid, "steps_mask", "a 1 or 0 for each step, or the name of a mask")
 
     def _check_order(self) -> None:
         """Raise unless enough steps compute for the order to be reached."""
@@ -230,36 +206,6 @@ class CacheConfig:
             got=f"{sum(flags)}",
             hint="order=0 holds what one step computed",
         )
-
-    def _require(self, valid: bool, name: str, expected: str) -> None:
-        if not valid:
-            raise ConfigError(
-                f"{name} is out of range",
-                where=f"cache.{name}",
-                expected=expected,
-                got=repr(getattr(self, name)),
-            )
-
-    def _freeze_overrides(self) -> tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]:
-        """Overrides as nested tuples, each validated by building the configuration it leads to."""
-        valid = isinstance(self.overrides, (Mapping, tuple)) and all(
-            isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], (Mapping, tuple))
-            for pair in self._overrides()
-        )
-        self._require(valid, "overrides", "{module path pattern: {field: value}}")
-        frozen = []
-        for pattern, values in self._overrides():
-            for name in dict(values):
-                if name not in OVERRIDABLE:
-                    raise UnknownNameError(
-                        f"{name!r} cannot be overridden per path",
-                        where=f"cache.overrides[{pattern!r}]",
-                        expected=", ".join(OVERRIDABLE),
-                        hint=nearest(name, OVERRIDABLE),
-                    )
-            dataclasses.replace(self, overrides=(), **dict(values))
-            frozen.append((pattern, tuple(sorted(dict(values).items()))))
-        return tuple(frozen)
 
 
 CACHES: dict[str, CacheConfig] = {

@@ -1,0 +1,90 @@
+"""Configurations that differ by module path: what is included, excluded, overridden."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, Self
+
+from toma_fx.errors import ConfigError, UnknownNameError, nearest
+
+Overrides = Mapping[str, Mapping[str, Any]] | tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]
+"""{module path pattern: {field: value}}, or the same as nested tuples."""
+
+
+class ByPath:
+    """For frozen dataclasses with `include`, `exclude` and `overrides` (shell wildcards).
+
+    Class attributes:
+        overridable: fields that `overrides` may set. prefix: of the names of fields in errors.
+    """
+
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    overrides: Overrides
+    overridable: ClassVar[tuple[str, ...]] = ()
+    prefix: ClassVar[str] = ""
+
+    def at(self, path: str) -> Self:
+        """The configuration that holds for the module `path`, overrides applied."""
+        fields: dict[str, Any] = {}
+        for pattern, values in self._overrides():
+            if fnmatchcase(path, pattern):
+                fields.update(dict(values))
+        return self._with(fields) if fields else self
+
+    def admits(self, path: str) -> bool:
+        """Whether `include` and `exclude` admit the module `path`."""
+        included = not self.include or any(fnmatchcase(path, p) for p in self.include)
+        return included and not any(fnmatchcase(path, p) for p in self.exclude)
+
+    def path_patterns(self) -> tuple[str, ...]:
+        """Every module path pattern that the configuration mentions."""
+        return (*self.include, *self.exclude, *(pattern for pattern, _ in self._overrides()))
+
+    def require(
+        self, valid: bool, name: str, expected: str, error: type[ConfigError] = ConfigError
+    ) -> None:
+        """Raise `error` about the field `name` unless its value is `valid`."""
+        if not valid:
+            got, where = repr(getattr(self, name)), f"{self.prefix}{name}"
+            raise error(f"{name} is out of range", where=where, expected=expected, got=got)
+
+    def _with(self, fields: Mapping[str, Any]) -> Self:
+        """The configuration of one path: no overrides, some fields replaced."""
+        one: Any = self
+        copy: Self = dataclasses.replace(one, overrides=(), **fields)
+        return copy
+
+    def _overrides(self) -> Iterable[tuple[str, Any]]:
+        overrides: Any = self.overrides
+        return overrides.items() if isinstance(overrides, Mapping) else overrides
+
+    def _freeze_overrides(self) -> tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]:
+        """Overrides as nested tuples, each validated by building the configuration it leads to."""
+        form = "{module path pattern: {field: value}}"
+        self.require(_is_overrides(self.overrides), "overrides", form)
+        frozen = []
+        for pattern, values in self._overrides():
+            for name in dict(values):
+                if name not in self.overridable:
+                    raise UnknownNameError(
+                        f"{name!r} cannot be overridden per path",
+                        where=f"{self.prefix}overrides[{pattern!r}]",
+                        expected=", ".join(self.overridable),
+                        hint=nearest(name, self.overridable),
+                    )
+            self._with(dict(values))
+            frozen.append((pattern, tuple(sorted(dict(values).items()))))
+        return tuple(frozen)
+
+
+def _is_overrides(value: Any) -> bool:
+    """Whether a value has the form of overrides: a mapping of mappings, or frozen tuples."""
+    if isinstance(value, Mapping):
+        return all(isinstance(k, str) and isinstance(v, Mapping) for k, v in value.items())
+    return isinstance(value, tuple) and all(
+        isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], (tuple, Mapping))
+        for pair in value
+    )
