@@ -41,7 +41,7 @@ import torch
 import torch._dynamo
 from common import command_line, device_name, versions
 from denoiser import clocked, summary
-from methods import LABELS, SELECTIONS, Bench, Entry, missing, quartiles, save
+from methods import LABELS, SELECTIONS, Bench, Entry, load_pyplot, quartiles, save
 from peers import EVERY, LAST, NOTES, WARMUP, System, Unavailable, kept_bytes, peers
 from table import table
 from torch import Tensor
@@ -501,13 +501,7 @@ def speed_cell(found: Mapping[str, Any] | None) -> str:
 
 def picture(results: dict[str, Any], path: Path) -> None:
     """PSNR over counted speed with the front of each group; a panel each model."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ModuleNotFoundError:
-        raise missing("matplotlib") from None
+    pyplot = load_pyplot()
     names = list(results["models"])
     figure, axes = pyplot.subplots(1, len(names), figsize=(8 * len(names), 6.5), squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):

@@ -771,8 +771,8 @@ def position(results: dict[str, Any], row: dict[str, Any]) -> tuple[dict[str, fl
     return dict.fromkeys(("low", "median", "high"), row["ideal"]), False
 
 
-def picture(results: dict[str, Any], path: Path) -> None:
-    """A PNG: median error, with quartiles over pictures, against speed-up; a panel each model."""
+def load_pyplot() -> Any:
+    """matplotlib's pyplot, without a display; the error names the package if it is missing."""
     try:
         import matplotlib
 
@@ -780,6 +780,12 @@ def picture(results: dict[str, Any], path: Path) -> None:
         from matplotlib import pyplot
     except ModuleNotFoundError:
         raise missing("matplotlib") from None
+    return pyplot
+
+
+def picture(results: dict[str, Any], path: Path) -> None:
+    """A PNG: median error, with quartiles over pictures, against speed-up; a panel each model."""
+    pyplot = load_pyplot()
     names = list(results["models"])
     figure, axes = pyplot.subplots(1, len(names), figsize=(8.5 * len(names), 7.5), squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):

@@ -139,12 +139,16 @@ def calibrate_cache(
         ConfigError: no calls, generations of different length, or a threshold out of its domain.
         NoCacheSites: nothing of the model can be cached.
     """
-    if not calls or not (is_number(threshold) and threshold > 0):
+    if not calls:
         raise ConfigError(
-            "nothing to calibrate with" if not calls else "threshold is out of range",
-            where="calls" if not calls else "threshold",
-            expected="at least one generation" if not calls else "a number over 0",
-            got="none" if not calls else repr(threshold),
+            "nothing to calibrate with", where="calls", expected="at least one call", got="none"
+        )
+    if not (is_number(threshold) and threshold > 0):
+        raise ConfigError(
+            "threshold is out of range",
+            where="threshold",
+            expected="a number over 0",
+            got=repr(threshold),
         )
     config = CacheConfig.of(cache) or CacheConfig()
     every = dataclasses.replace(
@@ -157,7 +161,19 @@ def calibrate_cache(
         for call in calls:
             recorded.append(_Recorded())
             with recorded[-1].recording(denoiser):
-                (run or _run_pipeline)(denoiser if run else model, **call)
+                if run is None:
+                    model(**call)
+                else:
+                    run(denoiser, **call)
+    return _masked(config, recorded, threshold)
+
+
+def _masked(config: CacheConfig, recorded: Sequence[_Recorded], threshold: float) -> CacheConfig:
+    """The configuration with the mask that recorded generations allow at a threshold.
+
+    Raises:
+        ConfigError: they are of different length.
+    """
     lengths = sorted({r.steps for r in recorded})
     if len(lengths) > 1:
         raise ConfigError(
@@ -217,9 +233,9 @@ class _Recorded:
             step = generation.step // (1 if told is None else told.order)
             state, cache = generation.called[-1], denoiser.specializations[-1].plan.cache
             assert cache is not None
-            kept = {name: x.detach().to("cpu", copy=True) for name, x in state.buffers.items()}
-            time = float(kept[cache.times[0]].amax()) if cache.times else float(step)
-            updates = [kept[update.tensors[0]] for update in cache.updates]
+            newest = [state.buffers[update.tensors[0]] for update in cache.updates]
+            updates = [update.detach().to("cpu", copy=True) for update in newest]
+            time = float(state.buffers[cache.times[0]].amax()) if cache.times else float(step)
             self.passes.setdefault(generation.passes.index(state), {})[step] = time, updates
 
         handle = denoiser.register_forward_hook(note, with_kwargs=True)
@@ -248,10 +264,6 @@ def _error(known: Sequence[Sample], actual: Sample) -> float:
         difference += float((extrapolate(factors, tensors) - update).abs().sum())
         size += float(update.abs().sum())
     return difference / size if size else 0.0
-
-
-def _run_pipeline(pipe: Any, **call: Any) -> Any:
-    return pipe(**call)
 
 
 @contextmanager

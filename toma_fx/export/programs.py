@@ -182,8 +182,8 @@ def kinds_that_run(specialization: Specialization) -> list[str]:
     ran = set(kinds_of(specialization, every, Length(steps), steps))
     caching = schedule.caching
     if caching is not None and not all(caching.flags(caching.horizon)):
-        ran |= {"cached_plain"} & {f"cached_{kind}" for kind in ran}
-        ran |= {"cached"} if ran - {"plain", "cached_plain"} else set()
+        cached = {"cached_plain" if kind == "plain" else "cached" for kind in ran}
+        ran |= cached
     return [kind for kind in specialization.uses if kind in ran]
 
 

@@ -66,6 +66,10 @@ class _Place:
         return self.end.with_image(update, self.base.image(base) + self.end.image(update))
 
 
+def _places(cache: CachePlan, job: Job) -> tuple[_Place, ...]:
+    return tuple(_Place.of(update, job) for update in cache.updates)
+
+
 @dataclass(frozen=True)
 class KeepUpdates:
     """Give every update of the plan, and the timestep that it is of.
@@ -86,7 +90,7 @@ class KeepUpdates:
         if cache is None:
             return None
         mixed = not set(job.plan.all_updates).isdisjoint(job.use.takes(job.plan))
-        return cls(cache, tuple(_Place.of(u, job) for u in cache.updates), mixed)
+        return cls(cache, _places(cache, job), mixed)
 
     def __str__(self) -> str:
         return f"KeepUpdates({len(self.places)} updates)"
@@ -135,7 +139,7 @@ class UseUpdates:
         cache = job.plan.cache
         if cache is None:
             return None
-        return cls(cache, tuple(_Place.of(u, job) for u in cache.updates))
+        return cls(cache, _places(cache, job))
 
     def __str__(self) -> str:
         return f"UseUpdates({len(self.places)} updates)"
