@@ -48,7 +48,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import toma_fx
-from toma_fx.cli.pictures import peak_ratio, structural_similarity
+from toma_fx.measure.scores import psnr, ssim
 from toma_fx.models import tiny
 
 GROUPS = ("merging", "caching", "both", "peer")
@@ -217,8 +217,8 @@ def _peers() -> Iterator[Row]:
 def differences(got: Tensor, want: Tensor) -> dict[str, list[float]]:
     """Every measure of each pair of pictures [B, 3, H, W]."""
     mse = (got - want).square().mean((1, 2, 3)).tolist()
-    psnr = [min(value, 120.0) for value in peak_ratio(got, want)]
-    return {"mse": mse, "psnr": psnr, "ssim": structural_similarity(got, want)}
+    decibels = [min(value, 120.0) for value in psnr(got, want, peak=2.0)]
+    return {"mse": mse, "psnr": decibels, "ssim": ssim(got, want, peak=2.0)}
 
 
 def _attention_flops(

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
 import json
 import math
 import os
@@ -49,6 +48,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import toma_fx
+from toma_fx.measure.scores import ssim
 from toma_fx.methods.base import BRANCHES, MethodConfig
 from toma_fx.methods.config import make_config
 from toma_fx.models import tiny
@@ -232,22 +232,13 @@ class Features:
         return (1 - (self(got) * self(want)).sum(1).mean(1)).tolist()
 
 
-def structural_similarity(got: Tensor, want: Tensor) -> float:
-    """SSIM of two pictures [3, H, W] in [-1, 1], windows of 7x7."""
-    try:
-        from skimage.metrics import structural_similarity as ssim
-    except ModuleNotFoundError:
-        raise missing("scikit-image") from None
-    return float(ssim(got.numpy(), want.numpy(), channel_axis=0, data_range=2))
-
-
 def differences(got: Tensor, want: Tensor, features: Features) -> dict[str, list[float]]:
     """Every measure of each pair of pictures [B, 3, H, W]."""
     mse = (got - want).square().mean((1, 2, 3)).tolist()
     return {
         "mse": mse,
         "psnr": [10 * math.log10(4 / max(e, 1e-12)) for e in mse],
-        "ssim": [structural_similarity(a, b) for a, b in zip(got, want, strict=True)],
+        "ssim": ssim(got, want, peak=2.0),
         "features": features.distance(got, want),
     }
 
@@ -479,7 +470,7 @@ def opened(args: argparse.Namespace) -> dict[str, Any]:
     """The result file to go on with, or a new one; this run is noted in it.
 
     Raises:
-        SystemExit: the file's pictures have another number of steps, or scikit-image is missing.
+        SystemExit: the file's pictures have another number of steps.
     """
     results: dict[str, Any] = {
         "steps": args.steps,
@@ -495,11 +486,6 @@ def opened(args: argparse.Namespace) -> dict[str, Any]:
         if results["steps"] != args.steps:
             raise SystemExit(f"{args.out} has pictures of {results['steps']} steps")
     found = versions()
-    if not args.no_errors:
-        try:
-            found["scikit-image"] = importlib.metadata.version("scikit-image")
-        except importlib.metadata.PackageNotFoundError:
-            raise missing("scikit-image") from None
     run = {
         "command": command_line(),
         "date": datetime.date.today().isoformat(),

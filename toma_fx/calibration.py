@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from statistics import fmean
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from toma_fx.plan.places import places_of
 from toma_fx.run.batching import State
 from toma_fx.run.calls import call_of
 from toma_fx.run.denoiser import OptimizedDenoiser, optimized_of
-from toma_fx.run.pipelines import tell_generations
+from toma_fx.run.pipelines import replace_components
 from toma_fx.run.programs import Specialization
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -266,21 +266,11 @@ def _error(known: Sequence[Sample], actual: Sample) -> float:
     return difference / size if size else 0.0
 
 
-@contextmanager
-def _in_place_of(model: Any, denoiser: OptimizedDenoiser) -> Iterator[None]:
+def _in_place_of(model: Any, denoiser: OptimizedDenoiser) -> AbstractContextManager[None]:
     """Put a denoiser into a pipeline, whose calls tell their generations."""
     if isinstance(model, nn.Module):
-        yield
-        return
-    name, before = next(iter(find_components(model).items()))
-    kind = type(model)
-    setattr(model, name, denoiser)
-    tell_generations(model)
-    try:
-        yield
-    finally:
-        setattr(model, name, before)
-        model.__class__ = kind
+        return nullcontext()
+    return replace_components(model, {next(iter(find_components(model))): denoiser})
 
 
 @contextmanager

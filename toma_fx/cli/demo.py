@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 from toma_fx.api import explain, optimize
-from toma_fx.cli.pictures import peak_ratio, structural_similarity
+from toma_fx.measure.scores import psnr, ssim
 from toma_fx.methods.base import MethodConfig
 from toma_fx.methods.cache import CacheConfig
 from toma_fx.methods.toma import ToMA, ToMAConfig
@@ -281,8 +281,8 @@ def _cached(
         cached_s=medians["cached"],
         speedup=medians["original"] / medians["cached"],
         counted=report.ideal_speedup,
-        psnr=tuple(peak_ratio(near, plain)),
-        ssim=tuple(structural_similarity(near, plain)),
+        psnr=tuple(psnr(near, plain, peak=2.0)),
+        ssim=tuple(ssim(near, plain, peak=2.0)),
         steps=steps,
         kept_mb=report.kept_bytes / 1e6,
     )

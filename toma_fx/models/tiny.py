@@ -173,7 +173,7 @@ class TinyModel:
         self,
         labels: Sequence[int],
         *,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         steps: int = 20,
         guidance: float = 1.0,
         denoiser: Callable[..., Any] | None = None,
@@ -181,6 +181,7 @@ class TinyModel:
     ) -> Tensor:
         """Draw one picture per label with Euler steps of the flow, [B, 3, 64, 64] in [-1, 1].
 
+        `seed` is that of the batch, or one for each picture, whose noise then depends on it alone.
         `denoiser` replaces the model's own (an optimized or compiled one). With `guidance` above 1
         the unconditional half of the batch comes first, as in SDXL pipelines. `on_step(i)` is
         called after each of the `steps` steps.
@@ -191,8 +192,7 @@ class TinyModel:
         if guided:
             classes = torch.cat([torch.full_like(classes, len(CLASSES)), classes])
         tokens, pooled = self.conditioning(classes)
-        noise = torch.Generator().manual_seed(seed)
-        images = torch.randn(len(labels), 3, SIZE, SIZE, generator=noise)
+        images = _noise(len(labels), seed)
         times = torch.linspace(1, 0, steps + 1)
         for i in range(steps):
             batch = torch.cat([images, images]) if guided else images
@@ -204,6 +204,14 @@ class TinyModel:
             if on_step is not None:
                 on_step(i)
         return images.clamp(-1, 1)
+
+
+def _noise(count: int, seed: int | Sequence[int]) -> Tensor:
+    """Noise of `count` pictures."""
+    if isinstance(seed, int):
+        return torch.randn(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
+    each = (torch.Generator().manual_seed(one) for one in seed)
+    return torch.stack([torch.randn(3, SIZE, SIZE, generator=g) for g in each])
 
 
 def weights_dir(name: str) -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -96,6 +96,22 @@ def leave_generations(pipeline: Any) -> None:
     base = getattr(type(pipeline), _BASE, None)
     if base is not None:
         pipeline.__class__ = base
+
+
+@contextmanager
+def replace_components(pipeline: Any, denoisers: Mapping[str, Any]) -> Iterator[None]:
+    """Put denoisers into a pipeline, by component; its calls inside are generations of them."""
+    before = {name: getattr(pipeline, name) for name in denoisers}
+    kind = type(pipeline)
+    try:
+        for name, denoiser in denoisers.items():
+            setattr(pipeline, name, denoiser)
+        tell_generations(pipeline)
+        yield
+    finally:
+        for name, denoiser in before.items():
+            setattr(pipeline, name, denoiser)
+        pipeline.__class__ = kind
 
 
 @contextmanager

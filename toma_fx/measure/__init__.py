@@ -1,0 +1,1 @@
+"""Pictures with and without acceleration, compared and timed."""

@@ -1,0 +1,342 @@
+"""Subjects: what draws pictures with a denoiser that can be replaced.
+
+    subject = PipelineSubject(pipe, Settings(steps=30))
+    cases = [Case("a lighthouse in a storm", seed=1)]
+    want = subject.reference(cases)         # drawn once, then kept
+    got = subject.draw(cases, "balanced")   # optimized once for each configuration
+
+A configuration is anything that `toma_fx.optimize(model, X)` takes; None is the original.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from toma_fx.api import find_components, optimize
+from toma_fx.errors import ConfigError, ModelTypeError, TomaError, UnknownNameError, nearest
+from toma_fx.methods.checks import is_count
+from toma_fx.models import tiny
+from toma_fx.run.denoiser import OptimizedDenoiser, optimized_of
+from toma_fx.run.pipelines import replace_components
+
+
+@dataclass(frozen=True)
+class Case:
+    """One picture to draw.
+
+    Attributes:
+        prompt: text; of an embedded model the name of a class. seed: of its noise, which no other
+            picture of a batch depends on.
+        options: further arguments of the pipeline's call for this picture, as `negative_prompt`.
+    """
+
+    prompt: str
+    seed: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """What distinguishes it from other cases, as text."""
+        options = {name: _fingerprint(value) for name, value in self.options.items()}
+        return json.dumps([self.prompt, self.seed, options], sort_keys=True, default=repr)
+
+
+def _fingerprint(value: Any) -> Any:
+    """A value as JSON; tensors by their elements."""
+    if isinstance(value, Tensor):
+        return [str(value.dtype), value.float().cpu().tolist()]
+    return value
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How pictures are drawn.
+
+    Attributes:
+        steps: of a generation. guidance: scale; None for the pipeline's default (embedded models:
+            1). height, width: pixels; None for the model's own. batch: pictures of one call; a
+            last batch that is smaller is filled up, so that shapes stay.
+        compile: whether denoisers are compiled. compile_options: of `torch.compile`.
+        options: further arguments of every call of the pipeline.
+
+    Raises:
+        ConfigError: steps or batch below 1.
+    """
+
+    steps: int = 20
+    guidance: float | None = None
+    height: int | None = None
+    width: int | None = None
+    batch: int = 1
+    compile: bool = False
+    compile_options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch"):
+            if not is_count(getattr(self, name), 1):
+                raise ConfigError(
+                    f"{name} is out of range",
+                    where=name,
+                    expected="a whole number of at least 1",
+                    got=repr(getattr(self, name)),
+                )
+
+
+class Subject(ABC):
+    """Draws pictures with the original denoisers, or with optimized ones in their place.
+
+    Optimized denoisers are kept by configuration, so that graphs and compiled programs are made
+    once; so are the original's pictures.
+
+    Attributes:
+        name: of the model. settings: how pictures are drawn. denoisers: the originals, by the
+            names of their components.
+    """
+
+    def __init__(self, name: str, denoisers: Mapping[str, nn.Module], settings: Settings) -> None:
+        for component, denoiser in denoisers.items():
+            if optimized_of(denoiser) is not None:
+                raise ModelTypeError(
+                    "the model is optimized already",
+                    where=component,
+                    expected="the original, which the configurations are compared with",
+                    got=type(denoiser).__name__,
+                    hint="toma_fx.restore(pipe) gives it back",
+                )
+        self.name, self.denoisers, self.settings = name, dict(denoisers), settings
+        self._optimized: dict[Hashable, dict[str, OptimizedDenoiser]] = {}
+        self._compiled: dict[str, Any] = {}
+        self._references: dict[str, Tensor] = {}
+
+    @abstractmethod
+    def _generate(self, cases: Sequence[Case], denoisers: Mapping[str, Any]) -> Tensor:
+        """Pictures [B, 3, H, W] in [0, 1] of one batch, a generation of these denoisers."""
+
+    @property
+    def device(self) -> torch.device:
+        """Of the first denoiser."""
+        parameter = next(next(iter(self.denoisers.values())).parameters(), None)
+        return torch.device("cpu") if parameter is None else parameter.device
+
+    @torch.no_grad()
+    def draw(self, cases: Sequence[Case], config: Any = None) -> Tensor:
+        """The pictures of the cases, [B, 3, H, W] float32 in [0, 1] on the CPU.
+
+        Raises:
+            ConfigError: no cases, or arguments that the model does not take. As `toma_fx.optimize`.
+        """
+        if not cases:
+            raise ConfigError("nothing to draw", where="cases", expected="at least one", got="none")
+        denoisers, size = self.running(config), self.settings.batch
+        pictures = []
+        for start in range(0, len(cases), size):
+            batch = list(cases[start : start + size])
+            filled = batch + [batch[-1]] * (size - len(batch))
+            pictures.append(self._generate(filled, denoisers)[: len(batch)].float().cpu())
+        return torch.cat(pictures).clamp(0, 1)
+
+    def reference(self, cases: Sequence[Case]) -> Tensor:
+        """The original's pictures, as `draw(cases)`; each is drawn once and kept."""
+        lacking = list({c.key: c for c in cases if c.key not in self._references}.values())
+        if lacking:
+            for case, picture in zip(lacking, self.draw(lacking), strict=True):
+                self._references[case.key] = picture
+        return torch.stack([self._references[case.key] for case in cases])
+
+    def running(self, config: Any) -> Mapping[str, Any]:
+        """The denoisers that draw, by component: optimized or original, compiled if set."""
+        if config is not None:
+            return self.optimized(config)
+        if not self.settings.compile:
+            return self.denoisers
+        for name, denoiser in self.denoisers.items():
+            if name not in self._compiled:
+                options = {"dynamic": False, **self.settings.compile_options}
+                self._compiled[name] = torch.compile(denoiser, **options)
+        return self._compiled
+
+    def optimized(self, config: Any) -> Mapping[str, OptimizedDenoiser]:
+        """The denoisers optimized by a configuration, made when first asked for."""
+        key = _key(config)
+        if key not in self._optimized:
+            own = {}
+            for name, denoiser in self.denoisers.items():
+                optimized = cast(OptimizedDenoiser, optimize(denoiser, config))
+                if self.settings.compile:
+                    optimized.compile(**self.settings.compile_options)
+                own[name] = optimized
+            self._optimized[key] = own
+        return self._optimized[key]
+
+    def forget(self, config: Any) -> None:
+        """Drop the optimized denoisers of a configuration, and with them graphs and programs."""
+        self._optimized.pop(_key(config), None)
+
+
+def _key(config: Any) -> Hashable:
+    """A configuration as a key; what can't be hashed goes by its content."""
+    try:
+        hash(config)
+    except TypeError:
+        return json.dumps(config, sort_keys=True, default=repr)
+    return cast(Hashable, config)
+
+
+class EmbeddedSubject(Subject):
+    """An embedded model (`toma_fx.models`); the prompts are names of its classes."""
+
+    def __init__(self, model: tiny.TinyModel, settings: Settings | None = None) -> None:
+        settings = settings or Settings()
+        for name in ("height", "width"):
+            if getattr(settings, name) not in (None, tiny.SIZE):
+                raise ConfigError(
+                    "embedded models have one size",
+                    where=name,
+                    expected=f"{tiny.SIZE} pixels, or nothing",
+                    got=repr(getattr(settings, name)),
+                )
+        super().__init__(model.name, {"denoiser": model.denoiser}, settings)
+        self.model = model
+
+    def _generate(self, cases: Sequence[Case], denoisers: Mapping[str, Any]) -> Tensor:
+        denoiser, steps = denoisers["denoiser"], self.settings.steps
+        guidance = self.settings.guidance
+        with ExitStack() as stack:
+            if (optimized := optimized_of(denoiser)) is not None:
+                stack.enter_context(optimized.generation(steps=steps))
+            pictures = self.model.generate(
+                [_label(case) for case in cases],
+                seed=[case.seed for case in cases],
+                steps=steps,
+                guidance=1.0 if guidance is None else guidance,
+                denoiser=denoiser,
+            )
+        return (pictures + 1) / 2
+
+
+def _label(case: Case) -> int:
+    """The class that a prompt names."""
+    if case.prompt in tiny.CLASSES:
+        return tiny.CLASSES.index(case.prompt)
+    raise ConfigError(
+        "an embedded model draws its classes only",
+        where="prompt",
+        expected="a name of a class",
+        got=repr(case.prompt),
+        hint=nearest(case.prompt, tiny.CLASSES),
+    )
+
+
+class PipelineSubject(Subject):
+    """A pipeline of diffusers that gives pictures."""
+
+    def __init__(self, pipeline: Any, settings: Settings | None = None, name: str = "") -> None:
+        components = find_components(pipeline)
+        super().__init__(name or type(pipeline).__name__, components, settings or Settings())
+        self.pipeline = pipeline
+
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """Without the pipeline's own progress bar."""
+        before = getattr(self.pipeline, "_progress_bar_config", None)
+        if hasattr(self.pipeline, "set_progress_bar_config"):
+            self.pipeline.set_progress_bar_config(**{**(before or {}), "disable": True})
+        try:
+            yield
+        finally:
+            if hasattr(self.pipeline, "set_progress_bar_config"):
+                self.pipeline.set_progress_bar_config(**(before or {}))
+
+    def _generate(self, cases: Sequence[Case], denoisers: Mapping[str, Any]) -> Tensor:
+        call = self._call(cases)
+        with self._quiet(), replace_components(self.pipeline, denoisers):
+            try:
+                result = self.pipeline(**call)
+            except TomaError:
+                raise
+            except (TypeError, ValueError) as error:
+                raise ConfigError(
+                    "the pipeline refuses the call",
+                    where=type(self.pipeline).__name__,
+                    expected="arguments that it takes",
+                    got=f"{type(error).__name__}: {str(error).splitlines()[0]}",
+                ) from error
+        pictures = getattr(result, "images", None)
+        if not (isinstance(pictures, Tensor) and pictures.dim() == 4 and pictures.shape[1] == 3):
+            raise ModelTypeError(
+                "the pipeline gives no pictures",
+                where=type(self.pipeline).__name__,
+                expected="images [B, 3, H, W] for output_type='pt'",
+                got=type(result).__name__,
+                hint="videos and audio are not measured",
+            )
+        return pictures
+
+    def _call(self, cases: Sequence[Case]) -> dict[str, Any]:
+        """Keyword arguments of the pipeline's call."""
+        own = self.settings
+        call: dict[str, Any] = {
+            "num_inference_steps": own.steps,
+            "generator": [torch.Generator().manual_seed(case.seed) for case in cases],
+            "output_type": "pt",
+        }
+        for name, value in (
+            ("guidance_scale", own.guidance), ("height", own.height), ("width", own.width),
+        ):  # fmt: skip
+            if value is not None:
+                call[name] = value
+        call |= own.options
+        names = list(dict.fromkeys(name for case in cases for name in case.options))
+        if "prompt_embeds" not in names:
+            call["prompt"] = [case.prompt for case in cases]
+        for name in names:
+            call[name] = _batched(name, [case.options.get(name) for case in cases])
+        self._check_names(call)
+        return call
+
+    def _check_names(self, call: Mapping[str, Any]) -> None:
+        """Raise unless the pipeline names every argument; many ignore what they don't know.
+
+        Raises:
+            UnknownNameError: with the nearest names.
+        """
+        own = inspect.signature(self.pipeline.__call__).parameters
+        known = [name for name, p in own.items() if p.kind is not p.VAR_KEYWORD]
+        for name in call:
+            if name not in known:
+                raise UnknownNameError(
+                    f"the pipeline takes no argument {name!r}",
+                    where=type(self.pipeline).__name__,
+                    hint=nearest(name, known),
+                )
+
+
+def _batched(name: str, values: Sequence[Any]) -> Any:
+    """One argument of a call for the values of its pictures: a list of texts, rows of a tensor.
+
+    Raises:
+        ConfigError: other values that differ.
+    """
+    if all(isinstance(value, str) for value in values):
+        return list(values)
+    if all(isinstance(value, Tensor) for value in values):
+        return torch.cat(list(values))
+    if any(value is not values[0] and value != values[0] for value in values):
+        raise ConfigError(
+            "pictures of one batch differ in an option",
+            where=name,
+            expected="texts, tensors with a row each, or one value",
+            got=", ".join(map(repr, values))[:200],
+            hint="batch=1 draws them one by one",
+        )
+    return values[0]
