@@ -129,6 +129,7 @@ SLOW = (
     Slow("methods/test_todo.py::test_exports_to_onnx[*]", ONNX),
     Slow("methods/test_tomesd.py::test_onnx_gives_the_same[*]", ONNX),
     Slow("methods/test_toma.py::test_compiled_and_eager_choose_the_same_tokens", INDUCTOR),
+    Slow("methods/test_key_sizes.py::test_whole_models_equal_*[sublayer]", MORE),
     Slow("methods/test_methods.py::test_compiled_without_recompilation[grid]", MORE),
     Slow("methods/test_methods.py::test_compiled_without_recompilation[random]", MORE),
     Slow("methods/test_methods.py::test_example_of_an_own_method_runs", SUBPROCESS),

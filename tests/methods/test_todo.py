@@ -129,7 +129,7 @@ def test_there_is_nothing_to_unmerge() -> None:
     setting = ToDo((4, 4), (4, 4), 2)
     assert setting.parts == ()
     assert setting.select(torch.randn(1, 16, 2)) == ()
-    with pytest.raises(RewriteError, match="keys_only"):
+    with pytest.raises(RewriteError, match="keys"):
         setting.unmerge(torch.randn(1, 4, 2), {})
 
 
@@ -167,7 +167,7 @@ def test_config_says_what_is_off_and_that_there_is_no_pattern() -> None:
     assert ToDoConfig(factor=(1, 1)).is_off
     assert not ToDoConfig(factor=(1, 2)).is_off
     assert not ToDoConfig.patterned
-    assert ToDoConfig.keys_only
+    assert ToDoConfig().scope == "keys"
     assert ToDoConfig(factor=[2, 1]).factor == (2, 1)  # type: ignore[arg-type]
 
 

@@ -19,6 +19,7 @@ import toma_fx
 from toma_fx.analysis.propagate import analyze
 from toma_fx.capture.model import capture
 from toma_fx.graph.printing import print_node
+from toma_fx.methods.base import Scope
 from toma_fx.methods.setting import Pattern
 from toma_fx.passes.pipeline import Program, rewrite
 from toma_fx.passes.uses import REFRESH, uses_of
@@ -71,7 +72,7 @@ class KeysConfig(AttendingConfig):
     """The toy for keys and values alone."""
 
     name: ClassVar[str] = "keys"
-    keys_only: ClassVar[bool] = True
+    scope: Scope = "keys"
 
 
 class Block(nn.Module):
@@ -123,7 +124,7 @@ def programs(
     captured = capture(model, (X, TABLE) if table else (X,), {})
     analysis, flow = analyze(captured, grid=(4, 4))
     plan = make_plan(analysis, flow, config)
-    assert {s.scope for s in plan.segments} == {"keys" if config.keys_only else config.scope}
+    assert {s.scope for s in plan.segments} == {config.scope}
     rows = uses_of(config)
     results = [rewrite(captured, analysis, flow, plan, rows[use]) for use in uses]
     return model, captured.graph_module.graph, results

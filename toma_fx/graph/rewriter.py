@@ -272,6 +272,16 @@ class Rewriter:
         node.update_arg(index, value)
         self._record("set argument", node)
 
+    def set_operand(self, node: fx.Node, index: int, name: str, value: fx.Node) -> None:
+        """Make `value` the argument `index` of a call, which may be given as the keyword `name` or
+        be the first that is left out. What the call returns may then have other strides."""
+        if name in node.kwargs:
+            node.update_kwarg(name, value)
+        else:
+            node.args = (*node.args[:index], value, *node.args[index + 1 :])
+        self._restrided.add(node)
+        self._record("set operand", node)
+
     def set_literal(self, node: fx.Node, path: Sequence[int], value: int | fx.Node) -> None:
         """Set the literal `node.args[path]`, an int, to another or to a node that counts it."""
         args: list[Any] = list(node.args)

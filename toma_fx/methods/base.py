@@ -21,8 +21,9 @@ from toma_fx.methods.checks import check_choice, is_count, is_number, is_size
 from toma_fx.methods.paths import ByPath, Overrides
 from toma_fx.methods.setting import Place, Setting
 
-Scope = Literal["sublayer", "block", "stack"]
-"""Residual adds that a merged segment spans: one, those of a block, or those of the whole stack."""
+Scope = Literal["sublayer", "block", "stack", "keys"]
+"""Residual adds that a merged segment spans: one, those of a block, or those of the whole stack;
+"keys" spans none: keys and values of self-attention merge, queries and all else do not."""
 Share = Literal["stream", "block", "branch"]
 """Branches that have one pattern: all of a residual stream, those of a block, or one."""
 BRANCHES = ("attention", "cross", "mlp")
@@ -35,9 +36,13 @@ class MethodConfig(ByPath, ABC):
 
     Attributes:
         scope: residual adds a merged segment spans: one "sublayer", one "block", the whole "stack".
+            "keys" merges keys and values of self-attention alone, and unmerges nothing.
         share: branches that have one pattern: all of a residual "stream", those of a "block", or
             each its own ("branch").
-        branches: what to merge: "attention" (self and joint), "cross" (cross-attention), "mlp".
+        branches: what to merge: "attention" (self and joint), "cross" (cross-attention), "mlp". Not
+            used with scope "keys".
+        proportional: whether attention weighs a merged key by the number of tokens it stands for
+            (proportional attention of ToMe, arXiv 2210.09461): the logarithm is added to its scores.
         destinations_every: steps between selections of destinations.
         select_at: steps (from 0, the first that merges) that select destinations, instead of
             `destinations_every`; the first merged step always does.
@@ -59,7 +64,6 @@ class MethodConfig(ByPath, ABC):
             for by it.
         overridable: fields that `overrides` may set.
         patterned: whether there is a pattern; if not, nothing is ever selected.
-        keys_only: whether only keys and values of self-attention merge; nothing is unmerged then.
         uses: kinds of programs (`toma_fx.passes.uses.Use`) that `renewal` names beside the
             package's own.
 
@@ -70,6 +74,7 @@ class MethodConfig(ByPath, ABC):
     scope: Scope = "sublayer"
     share: Share = "block"
     branches: tuple[str, ...] = ("attention",)
+    proportional: bool = False
     destinations_every: int = 1
     select_at: tuple[int, ...] | None = None
     first_step: int = 0
@@ -84,7 +89,6 @@ class MethodConfig(ByPath, ABC):
     name: ClassVar[str] = ""
     overridable: ClassVar[tuple[str, ...]] = ("min_tokens",)
     patterned: ClassVar[bool] = True
-    keys_only: ClassVar[bool] = False
     uses: ClassVar[tuple[Any, ...]] = ()
 
     def __post_init__(self) -> None:
@@ -109,6 +113,7 @@ class MethodConfig(ByPath, ABC):
         for branch in self.branches:
             check_choice("branches", branch, BRANCHES)
         self.require(bool(self.branches), "branches", f"some of {BRANCHES}")
+        self.require(isinstance(self.proportional, bool), "proportional", "True or False")
         self.check_count("destinations_every", "min_tokens")
         self.check_count("first_step", least=0)
         if self.last_step is not None:

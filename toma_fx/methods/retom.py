@@ -95,6 +95,11 @@ class ReToM(Setting):
         """`places`."""
         return pattern["places"]
 
+    def sizes(self, pattern: Pattern) -> Tensor:
+        """The tokens of a window: [1, T] float32."""
+        windows, tokens = window_count(self.grid, self.window)
+        return torch.full((1, windows), float(tokens))
+
     def _unit_vectors(self, x: Tensor) -> Tensor:
         """Tokens as unit vectors in float32, by window: [B, T, n, C]."""
         return F.normalize(to_windows(x, self.grid, self.window).float(), dim=-1)
@@ -163,6 +168,12 @@ class PartialReToM(ReToM):
     def unmerge(self, y: Tensor, pattern: Pattern) -> Tensor:
         """Each token gets the merged token that it joined: [B, N - r, C] -> [B, N, C]."""
         return take(y, pattern["joins"])
+
+    def sizes(self, pattern: Pattern) -> Tensor:
+        """1 for tokens that stay, then the tokens that joined each window's: [B, N - r] float32."""
+        joined = (pattern["joins"] >= self.staying).float().unsqueeze(-1)
+        groups = to_windows(joined, self.grid, self.window).sum((2, 3))
+        return torch.cat([groups.new_ones(len(groups), self.staying), groups], 1)
 
     def _rank(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens by rising key, keys [B, N] int64 being unique.

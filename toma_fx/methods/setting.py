@@ -17,6 +17,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from toma_fx.errors import ConfigError
 from toma_fx.methods.windows import Size
 
 Pattern = Mapping[str, Tensor]
@@ -110,3 +111,17 @@ class Setting(ABC):
 
         Positional operands (rotary tables, masks) are gathered at these.
         """
+
+    def sizes(self, pattern: Pattern) -> Tensor:
+        """How many tokens each merged token stands for: [B, M] or [1, M] float32, positive.
+
+        Asked for with `proportional=True` alone.
+
+        Raises:
+            ConfigError: the method does not say.
+        """
+        raise ConfigError(
+            "the method does not say how many tokens a merged token stands for",
+            where=f"{type(self).__name__}.sizes",
+            hint="leave out proportional=True, or write the function `sizes` of the setting",
+        )

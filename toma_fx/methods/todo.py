@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from toma_fx.errors import RewriteError
-from toma_fx.methods.base import MethodConfig
+from toma_fx.methods.base import MethodConfig, Scope
 from toma_fx.methods.checks import is_count
 from toma_fx.methods.setting import Pattern, Place, Setting
 from toma_fx.methods.windows import Size, size_text
@@ -101,12 +101,21 @@ class ToDo(Setting):
             where="ToDo.unmerge",
             expected="no unmerge after attention whose queries stayed whole",
             got=f"{y.shape[1]} tokens",
-            hint="ask the configuration's keys_only before unmerging",
+            hint="in scope 'keys' nothing is unmerged",
         )
 
     def positions(self, pattern: Pattern) -> Tensor:
         """The token taken, or the middle one of those averaged (of two, the first): [1, M]."""
         return self._representatives(None).unsqueeze(0)
+
+    def sizes(self, pattern: Pattern) -> Tensor:
+        """How many tokens each mean is of; of "nearest", the mean number: [1, M] float32."""
+        if self.downsample == "nearest":
+            share = math.prod(self.plane) / math.prod(self.coarse)
+            return torch.full((1, self.merged_count), share)
+        rows, columns = (end - first for first, end in (self._windows(i, None) for i in (0, 1)))
+        cells = (rows[:, None] * columns).flatten()
+        return cells.repeat(self.planes).unsqueeze(0).float()
 
     def _representatives(self, device: torch.device | None) -> Tensor:
         """The token of the grid that stands for each merged one, [M] int64."""
@@ -154,16 +163,16 @@ class ToDoConfig(MethodConfig):
             differ where the factor does not divide a side (see `ToDo`).
 
     The other fields are those of `MethodConfig`. Those on patterns have no effect; `scope` and
-    `branches` must be "sublayer" and ("attention",).
+    `branches` must be "keys" and ("attention",).
     """
 
     factor: int | tuple[int, ...] = 2
     downsample: Downsampling = "nearest"
+    scope: Scope = "keys"
 
     name: ClassVar[str] = "todo"
     overridable: ClassVar[tuple[str, ...]] = ("factor", "downsample", "min_tokens")
     patterned: ClassVar[bool] = False
-    keys_only: ClassVar[bool] = True
 
     def check(self) -> None:
         """Check every field."""
@@ -175,7 +184,7 @@ class ToDoConfig(MethodConfig):
             "a whole number of at least 1, or one for every level from the finest",
         )
         only = "since keys and values of self-attention are all that it merges"
-        self.require(self.scope == "sublayer", "scope", f"'sublayer', {only}")
+        self.require(self.scope == "keys", "scope", f"'keys', {only}")
         self.require(self.branches == ("attention",), "branches", f"('attention',), {only}")
 
     @property

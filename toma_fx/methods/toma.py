@@ -151,6 +151,13 @@ class ToMA(Setting):
         """The destinations."""
         return token_index(pattern["idx"], self.grid, self.tile)
 
+    def sizes(self, pattern: Pattern) -> Tensor:
+        """Sums of the shares that tokens have in each destination: [B, T*k] float32.
+
+        A token's shares sum to 1, so that the sizes of a window sum to its tokens.
+        """
+        return pattern["unmerge"].sum(-2, dtype=torch.float32).flatten(1)
+
 
 def cosine_similarity(x: Tensor) -> Tensor:
     """Pairwise cosine similarity in float32: [..., n, C] -> [..., n, n]."""
@@ -212,6 +219,8 @@ class ToMAConfig(MethodConfig):
         positive = is_number(self.scale) and self.scale > 0
         self.require(positive, "scale", "a positive number")
         self.check_count("weights_every")
+        sized = not self.proportional or self.inverse == "transpose"
+        self.require(sized, "proportional", "False with inverse='pinv', which has no group sizes")
         if self.tiles is not None:
             self.check_count("tiles")
         self.require(

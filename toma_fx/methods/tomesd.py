@@ -149,6 +149,12 @@ class ToMeSD(Setting):
         """`places`."""
         return pattern["places"]
 
+    def sizes(self, pattern: Pattern) -> Tensor:
+        """1 for sources that stay, the number in its group for a destination: [B, M] float32."""
+        groups = self.membership(pattern).sum(-1, dtype=torch.float32).flatten(1)
+        staying = self._count_staying(pattern)
+        return torch.cat([groups.new_ones(len(groups), staying), groups], 1) if staying else groups
+
     def _count_staying(self, pattern: Pattern) -> int:
         """How many sources do not merge."""
         return pattern["places"].shape[1] - self.cells.pictures * self.cells.destinations

@@ -14,6 +14,8 @@ Keys (queries are not merged, and nothing is unmerged):
 
     norm --> q ----------> attention       norm --> q -------------------> attention
        \--> k, v --------/                    \--> merge --> k, v --------/
+
+With `proportional=True` attention adds log(tokens that a key stands for) to the scores of its keys.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from toma_fx.analysis.labels import token_dim, tokens_of
 from toma_fx.errors import RewriteError
 from toma_fx.graph.rewriter import Rewriter
 from toma_fx.passes.job import Job
+from toma_fx.passes.key_sizes import Biases, weigh_keys
 from toma_fx.passes.snippets import (
     PatternNodes,
     Span,
@@ -39,6 +42,7 @@ from toma_fx.passes.snippets import (
     splice_unmerge,
     splice_update,
 )
+from toma_fx.plan.key_sizes import IMAGE_KEYS
 from toma_fx.plan.plan import MergePlan, MergeSegment
 
 
@@ -84,6 +88,7 @@ class _Work:
     patterns: Mapping[str, PatternNodes]
     nodes: dict[str, fx.Node]
     cache: dict[str, dict[tuple[str, ...], fx.Node]] = field(default_factory=dict)
+    biases: Biases = field(default_factory=dict)
 
     def rewrite(self, segment: MergeSegment) -> None:
         inner, keys = [self.nodes[n] for n in segment.inner], segment.scope == "keys"
@@ -98,6 +103,8 @@ class _Work:
         for node in self.affected(segment):
             self.patch_node(node, segment)
             self.rewriter.retype(node)
+        if self.task.plan.config.proportional:
+            self.weigh_keys(segment)
         if keys or segment.exit in self.rewriter.stand_ins:  # nothing reads the exit
             return
         additions = [
@@ -160,6 +167,18 @@ class _Work:
             new = self.merge_operand(old, positional, segment)
             self.rewriter.replace_input(node, old, new)
             current[positional.operand] = new
+
+    def weigh_keys(self, segment: MergeSegment) -> None:
+        """Let attention weigh the segment's keys by the number of tokens they stand for."""
+        pattern, flow = self.patterns[segment.group], self.task.flow
+        for site in self.task.analysis.sites:
+            if site.node not in segment.sites or site.kind not in IMAGE_KEYS:
+                continue
+            keys = tokens_of(flow.layout(site.operands[1]))
+            if keys is None or segment.image not in keys.segments:
+                continue
+            span = span_of(keys, segment.image)
+            weigh_keys(self.rewriter, self.nodes[site.node], span, pattern, self.biases)
 
     def merged_length(self, patch: Patch, segment: MergeSegment) -> int | fx.Node:
         """What a literal becomes: a number, or a node where it depends on the data."""

@@ -8,17 +8,18 @@ destinations are selected on. Everything left alone appears among the rejections
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import groupby
 
 from toma_fx.analysis.dataflow import Flow
-from toma_fx.analysis.facts import Analysis, Branch, Rejected, Stream
+from toma_fx.analysis.facts import Analysis, Branch, Rejected, Site, Stream
 from toma_fx.errors import NoMergeSites, UnknownNameError, nearest
 from toma_fx.methods.base import MethodConfig
 from toma_fx.methods.cache import CacheConfig
 from toma_fx.methods.setting import Place, Setting
 from toma_fx.plan.cached import Runs, cached_runs, plan_cache
+from toma_fx.plan.key_sizes import refuse_key_sizes
 from toma_fx.plan.places import places_of
 from toma_fx.plan.plan import MergePlan, MergeSegment, PatternGroup, Rejection
 from toma_fx.plan.reasons import hint_no_sites, reject_branch, reject_rest
@@ -66,10 +67,11 @@ def _find_segments(analysis: Analysis, flow: Flow, config: MethodConfig) -> Foun
     cached = cached_runs(analysis, flow, CacheConfig.of(config.cache))
     segments, rejections = list[MergeSegment](), list[Rejection]()
     for stream in analysis.streams:
-        runs, refused = _split_stream(stream, config, places, cached)
+        settings, refused = _choose_settings(stream, config, places, sites, flow)
+        runs = _split_stream(stream, config, settings, cached)
         rejections += refused
         for run in runs:
-            if config.keys_only:
+            if config.scope == "keys":
                 more, refused = split_keys(run, sites, flow)
             else:
                 more, refused = split_run(run, config.scope, flow)
@@ -112,22 +114,30 @@ def _check_patterns(analysis: Analysis, config: MethodConfig) -> None:
             )
 
 
-def _split_stream(
+def _choose_settings(
     stream: Stream,
     config: MethodConfig,
     places: Mapping[tuple[str, int], Place],
-    cached: Runs,
-) -> tuple[list[Run], list[Rejection]]:
-    """Runs of branches with equal settings that are cached together, if at all, and the branches
-    that the configuration leaves out.
-    """
+    sites: Mapping[str, Site],
+    flow: Flow,
+) -> tuple[list[Setting | None], list[Rejection]]:
+    """How each branch merges, and the branches that are left out."""
     settings: list[Setting | None] = []
     rejections: list[Rejection] = []
     for i, branch in enumerate(stream.branches):
         setting = _choose_setting(branch, places[stream.name, i], stream.segment.length, config)
+        if config.proportional and isinstance(setting, Setting):
+            setting = refuse_key_sizes(branch, setting, sites, flow) or setting
         if not isinstance(setting, Setting):
             rejections.append(reject_branch(branch, setting))
         settings.append(setting if isinstance(setting, Setting) else None)
+    return settings, rejections
+
+
+def _split_stream(
+    stream: Stream, config: MethodConfig, settings: Sequence[Setting | None], cached: Runs
+) -> list[Run]:
+    """Runs of branches with equal settings that are cached together, if at all."""
     runs = []
 
     def key(i: int) -> tuple[Setting | None, int | None]:
@@ -136,7 +146,7 @@ def _split_stream(
     for (common, _), indices in groupby(range(len(settings)), key):
         if common is not None:
             runs.append(Run(stream, tuple(indices), common, config.share))
-    return runs, rejections
+    return runs
 
 
 def _choose_setting(
@@ -148,10 +158,11 @@ def _choose_setting(
         return branch.rejected
     if not config.admits(branch.module):
         return "left out by include= or exclude="
-    if config.keys_only and "attention" not in branch.kinds:
-        return "only keys of self-attention are down-sampled"
+    keys = config.scope == "keys"
+    if keys and "attention" not in branch.kinds:
+        return "only keys of self-attention merge"
     unwanted = [k for k in branch.kinds if k not in config.branches]
-    if unwanted and not config.keys_only:
+    if unwanted and not keys:
         return f"{' and '.join(unwanted)} not among branches="
     if tokens < options.min_tokens:
         return f"{tokens} tokens, fewer than min_tokens={options.min_tokens}"

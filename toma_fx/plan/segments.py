@@ -112,8 +112,6 @@ def _make_segment(run: Run, part: Sequence[int], scope: str, flow: Flow) -> Merg
         if base not in entries or not flow.is_embedding(base) or not flow.is_embedding(exit_):
             reason = "the stream does not enter the segment as [batch, tokens, channels]"
             return Rejected(base, reason, "layout")
-    key = {"stream": stream.name, "block": f"{stream.name}/block{branches[0].block}"}
-    group = key.get(run.share, f"{stream.name}/{branches[0].out}")
     return MergeSegment(
         name=f"{stream.name}/{scope}{part[0]}",
         stream=stream.name,
@@ -129,8 +127,15 @@ def _make_segment(run: Run, part: Sequence[int], scope: str, flow: Flow) -> Merg
         base=base,
         additions=tuple(n for i, n in stream.additions if part[0] < i <= part[-1]),
         setting=run.setting,
-        group=group,
+        group=_group_of(run, part[0]),
     )
+
+
+def _group_of(run: Run, index: int) -> str:
+    """The segments that share a pattern with the one that begins at a branch have this name."""
+    stream, branch = run.stream.name, run.stream.branches[index]
+    key = {"stream": stream, "block": f"{stream}/block{branch.block}"}
+    return key.get(run.share, f"{stream}/{branch.out}")
 
 
 def split_keys(run: Run, sites: Mapping[str, Site], flow: Flow) -> Found:
@@ -189,7 +194,7 @@ def _make_keys_segment(run: Run, index: int, site: Site, flow: Flow) -> MergeSeg
         base="",
         additions=(),
         setting=run.setting,
-        group=stream.name,
+        group=_group_of(run, index),
     )
 
 

@@ -1,0 +1,31 @@
+"""Where attention can weigh merged keys by the number of tokens they stand for, and why not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from toma_fx.analysis.dataflow import Flow
+from toma_fx.analysis.facts import Branch, Rejected, Site
+from toma_fx.analysis.labels import BATCH
+from toma_fx.methods.setting import Setting
+
+IMAGE_KEYS = ("self", "joint")
+"""Kinds of attention whose keys hold the image."""
+
+
+def refuse_key_sizes(
+    branch: Branch, setting: Setting, sites: Mapping[str, Site], flow: Flow
+) -> Rejected | str | None:
+    """Why the merged keys of a branch can't be weighed by their sizes; None if they can."""
+    attending = [sites[name] for name in branch.sites if sites[name].kind in IMAGE_KEYS]
+    if attending and type(setting).sizes is Setting.sizes:
+        return "proportional=True: the method does not say how many tokens a merged one is of"
+    for site in attending:
+        if not site.operands:
+            reason = "proportional=True: attention is written out, not one fused operator"
+            return Rejected(site.node, reason, "content")
+        layout = flow.layout(site.operands[0]) or ()
+        if layout[:1] != (BATCH,):
+            reason = "proportional=True: its first dimension is not the batch"
+            return Rejected(site.node, reason, "layout")
+    return None
