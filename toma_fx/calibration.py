@@ -65,7 +65,7 @@ def calibrate(
     check_choice("statistic", statistic, tuple(_STATISTICS))
     config = with_options(CAToMeConfig(threshold=threshold), options)
     # a new state selects at its first step, whatever the checkpoints
-    every = dataclasses.replace(config, first_step=0)
+    every = dataclasses.replace(config, first_step=0, phases=())
     calls = inputs if isinstance(inputs, list) else [inputs]
     if not calls:
         raise ConfigError(

@@ -310,8 +310,8 @@ class Artifact {
   explicit Artifact(const std::string& folder)
       : manifest_(JsonReader::read(slurp(folder + "/manifest.json"))),
         device_(manifest_["device"]["type"].text()) {
-    if (manifest_["version"].integer() != 4 || manifest_["target"]["name"].text() != "aoti") {
-      throw std::runtime_error("no AOTInductor artifact of version 4: " + folder);
+    if (manifest_["version"].integer() != 5 || manifest_["target"]["name"].text() != "aoti") {
+      throw std::runtime_error("no AOTInductor artifact of version 5: " + folder);
     }
     // libtorch says "2.13.0", the artifact "2.13.0+cpu" (or "+cu130")
     const std::string made_with = manifest_["versions"]["torch"].text();
@@ -328,6 +328,10 @@ class Artifact {
 
   // Begins a generation of so many steps.
   void begin(int64_t steps) {
+    begins_.clear();
+    for (const Json& phase : manifest_["schedule"]["phases"].array()) {
+      begins_.push_back(count(phase["begin"], steps));
+    }
     computes_.clear();
     const Json& caching = manifest_["schedule"]["caching"];
     if (!caching.null()) computes_ = computed_steps(caching, steps);
@@ -363,12 +367,15 @@ class Artifact {
   // is selected in the next one that does.
   std::string due(int64_t index) const {
     std::string name = merging(index);
-    if (!computes(index)) return name == "plain" ? "cached_plain" : "cached";
-    if (name == "plain" || name == "refresh") return name;
-    for (int64_t i = index - 1; i >= 0 && !computes(i); --i) {
+    const size_t phase = phase_at(index);
+    if (!computes(index)) {
+      return name == "plain" ? "cached_plain" : phases()[phase]["cached"].text();
+    }
+    if (name == "plain" || role(name) == "refresh") return name;
+    for (int64_t i = index - 1; i >= 0 && !computes(i) && phase_at(i) == phase; --i) {
       const std::string missed = merging(i);
-      if (missed == "refresh") return missed;
-      if (name == "reuse" && missed != "plain") name = missed;
+      if (role(missed) == "refresh") return missed;
+      if (role(name) == "reuse" && missed != "plain") name = missed;
     }
     return name;
   }
@@ -383,12 +390,31 @@ class Artifact {
   // Which kind of program is due where every step computes.
   std::string merging(int64_t index) const {
     const Json& schedule = manifest_["schedule"];
-    const int64_t since = index - schedule["first_step"].integer();
+    const int64_t first_step = schedule["first_step"].integer();
     const Json& last = schedule["last_step"];
-    if (since < 0 || (!last.null() && index > last.integer())) return "plain";
-    const auto begin = texts(schedule["begin"]), cycle = texts(schedule["cycle"]);
-    const size_t i = static_cast<size_t>(since);
-    return i < begin.size() ? begin[i] : cycle[(i - begin.size()) % cycle.size()];
+    if (index < first_step || (!last.null() && index > last.integer())) return "plain";
+    const size_t phase = phase_at(index);
+    const auto first = texts(phases()[phase]["first"]), cycle = texts(phases()[phase]["cycle"]);
+    const size_t since = static_cast<size_t>(index - std::max(first_step, begins_[phase]));
+    return since < first.size() ? first[since] : cycle[(since - first.size()) % cycle.size()];
+  }
+
+  const std::vector<Json>& phases() const { return manifest_["schedule"]["phases"].array(); }
+
+  // The phase of a step: the last that has begun.
+  size_t phase_at(int64_t index) const {
+    size_t found = 0;
+    for (size_t i = 1; i < begins_.size(); ++i) {
+      if (begins_[i] <= index) found = i;
+    }
+    return found;
+  }
+
+  // What a kind of program does, whichever phase it is of: "refresh" of "refresh_1".
+  static std::string role(const std::string& kind) {
+    const size_t end = kind.find_last_not_of("0123456789");
+    const bool later = end != 0 && end + 1 < kind.size() && kind[end] == '_';
+    return later ? kind.substr(0, end) : kind;
   }
 
   // Which steps of a generation compute: by a mask, or one in `every`.
@@ -444,6 +470,7 @@ class Artifact {
   std::map<std::string, Program> programs_;
   std::vector<Json> inputs_;
   std::vector<std::array<std::string, 2>> older_;
+  std::vector<int64_t> begins_;  // of the phases
   std::vector<bool> computes_;  // by step; beyond its end all do
 };
 

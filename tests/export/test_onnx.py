@@ -33,6 +33,7 @@ from toma_fx.export.manifest import Manifest
 from toma_fx.export.to_onnx import lower
 from toma_fx.export.to_onnx.runtime import ORTRuntime
 from toma_fx.export.to_onnx.target import DEFAULT_OPSET, ONNXTarget
+from toma_fx.run.schedule import Phase
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -250,7 +251,7 @@ def test_stateless(tmp_path: Path) -> None:
     manifest = export(optimized(), inputs(), tmp_path / "out", ONNXTarget("stateless"))
     assert list(manifest.programs) == ["refresh"]
     assert manifest.kept == ()
-    assert (manifest.schedule.begin, manifest.schedule.cycle) == ((), ("refresh",))
+    assert manifest.schedule.phases == (Phase(0, (), ("refresh",), "cached"),)
     assert manifest.kinds(3) == ["refresh"] * 3
     graph = onnx.load(tmp_path / "out" / "refresh.onnx", load_external_data=False).graph
     assert names(graph.output) == ["output_0"]

@@ -36,7 +36,7 @@ from toma_fx.errors import (
 )
 from toma_fx.methods.cache import CACHES
 from toma_fx.methods.cached_steps import POLICIES, Length, policy_mask
-from toma_fx.run.schedule import Schedule, due
+from toma_fx.run.schedule import Phase, Schedule, due
 
 
 @pytest.fixture(autouse=True)
@@ -99,11 +99,12 @@ def test_calls_of_a_solver_of_second_order_are_steps_together() -> None:
 
 def test_what_was_due_in_cached_steps_comes_in_the_next_that_computes() -> None:
     caching = CacheConfig(every=3, order=0).cached_steps
-    schedule = Schedule(0, None, (), ("refresh", "reuse", "reuse", "reuse", "reweigh"), caching)
+    cycle = ("refresh", "reuse", "reuse", "reuse", "reweigh")
+    schedule = Schedule(0, None, (Phase(0, (), cycle, "cached"),), caching)
     kinds = [due(schedule, step) for step in range(10)]
     assert kinds == ["refresh", "cached", "cached", "reuse", "cached", "cached", "refresh",
                      "cached", "cached", "reweigh"]  # fmt: skip
-    late = Schedule(4, 7, (), ("refresh", "reuse"), caching)
+    late = Schedule(4, 7, (Phase(0, (), ("refresh", "reuse"), "cached"),), caching)
     kinds = [due(late, step) for step in range(10)]
     assert kinds == ["plain", "cached_plain", "cached_plain", "plain", "cached", "cached",
                      "refresh", "cached", "cached_plain", "plain"]  # fmt: skip

@@ -18,7 +18,7 @@ from tests.methods.test_methods import model
 from toma_fx.errors import SignatureError
 from toma_fx.methods.toma import ToMAConfig
 from toma_fx.passes.uses import REFRESH, REUSE
-from toma_fx.run.schedule import due, runnable
+from toma_fx.run.schedule import Schedule, due, runnable
 
 SMALL: dict[str, Any] = {"min_tokens": 60, "tile": 4}
 
@@ -60,8 +60,8 @@ def test_schedule(config: dict[str, Any], expected: str) -> None:
 def test_first_merged_step_refreshes_even_off_the_grid() -> None:
     config = ToMAConfig(destinations_every=4, first_step=3)
     kinds = {"reuse": REUSE, "refresh": REFRESH}
-    assert due(config, 5) == "reuse"
-    assert due(config, 2) == "plain"
+    assert due(Schedule.of(config), 5) == "reuse"
+    assert due(Schedule.of(config), 2) == "plain"
     optimized = toma_fx.optimize(model(), **SMALL, destinations_every=4, first_step=3)
     specialization, _ = optimized.specialized((), picture())
     assert {name: specialization.use(name) for name in kinds} == kinds

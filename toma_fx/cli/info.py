@@ -19,6 +19,7 @@ from rich.table import Table
 from toma_fx.cli.text import bytes_text
 from toma_fx.export.artifact import read_manifest, verify_artifact
 from toma_fx.export.manifest import Manifest, TensorSpec
+from toma_fx.methods.kinds import merges
 from toma_fx.run.schedule import Schedule
 
 
@@ -71,11 +72,16 @@ def _rows(manifest: Manifest) -> list[tuple[str, str]]:
 def _merged_steps(schedule: Schedule) -> str:
     """Which steps merge, and which programs they run."""
     first, last = schedule.first_step, schedule.last_step
-    if last is not None and last < first:
+    if not any(merges(kind) for phase in schedule.phases for kind in phase.kinds):
         return "nothing"
-    order = " ".join((*schedule.begin, f"({' '.join(schedule.cycle)}) ..."))
+    orders = []
+    for phase in schedule.phases:
+        order = " ".join((*phase.first, f"({' '.join(phase.cycle)}) ..."))
+        share = f"{phase.begin:.0%} of the steps"
+        begin = share if isinstance(phase.begin, float) else f"step {phase.begin}"
+        orders.append(f"from {begin}: {order}" if phase.begin else order)
     steps = f"steps {first} to {'the last' if last is None else last}"
-    return f"{steps}: {order}"
+    return f"{steps}: {'; '.join(orders)}"
 
 
 def _computed_steps(schedule: Schedule) -> str:

@@ -32,7 +32,8 @@ from toma_fx.export.manifest import (
 from toma_fx.export.programs import Programs, export_programs
 from toma_fx.export.registry import make_target
 from toma_fx.export.targets import Lowered, Runtime, Target
-from toma_fx.methods.cached_steps import Length
+from toma_fx.methods.cached_steps import LONGEST, Length
+from toma_fx.methods.kinds import REUSE, kind_in, phase_of
 from toma_fx.run.schedule import Schedule, aged
 
 ALIKE = {"float16": 0.85, "bfloat16": 0.7}
@@ -148,13 +149,11 @@ def manifest_of(programs: Programs, lowered: Lowered, license: str) -> Manifest:
 
 def _schedule(programs: Programs, lowered: Mapping[str, ProgramSpec]) -> Schedule:
     """Which kind is due when; for a kind that the target left out, what runs instead of it."""
-    if not programs.plan.segments:
-        return Schedule.plain(programs.plan.config.caching)
 
-    def replacing(kind: str) -> str:
-        return kind if kind in lowered else programs[kind].instead
+    def kind_instead(kind: str) -> str:
+        return kind if kind in lowered or kind not in programs else programs[kind].instead
 
-    return Schedule.of(programs.plan.config, replacing)
+    return programs.specialization.schedule.replacing(kind_instead)
 
 
 def _compare(programs: Programs, manifest: Manifest, runtime: Runtime) -> Iterator[Parity]:
@@ -176,8 +175,9 @@ def _compare(programs: Programs, manifest: Manifest, runtime: Runtime) -> Iterat
         expected, expected_gives = programs.run(kind, inputs, kept)
         kept = aged(kept, {name: x.clone() for name, x in gives.items()}, manifest.older)
         alike = 1.0
-        if not set(programs.plan.new_updates).issuperset(gives) and "reuse" in programs:
-            expected, more = programs.run("reuse", inputs, kept)
+        reuse = _reusing(kind)
+        if not set(programs.plan.new_updates).issuperset(gives) and reuse in programs:
+            expected, more = programs.run(reuse, inputs, kept)
             expected_gives = {**expected_gives, **more}
             alike = _alike(programs, kept, {**kept, **expected_gives})
             limit = ALIKE.get(manifest.dtype, EXACTLY_ALIKE)
@@ -212,8 +212,10 @@ def _alike(programs: Programs, a: Mapping[str, Tensor], b: Mapping[str, Tensor])
     """Least share of the tokens of a group that two sets of patterns merge and unmerge alike."""
     dtype = next(programs.denoiser.denoiser.parameters()).dtype
     shares = [1.0]
-    for group in programs.plan.groups:
+    for group in programs.plan.all_groups:
         setting = group.setting
+        if not all(group.tensor(part) in a for part in setting.parts):
+            continue  # of a phase that has not begun
         size = group.batch, prod(setting.grid), PROBES
         random = torch.Generator().manual_seed(0)
         x = torch.randn(size, generator=random).to(dtype)
@@ -227,10 +229,15 @@ def _alike(programs: Programs, a: Mapping[str, Tensor], b: Mapping[str, Tensor])
     return min(shares)
 
 
+def _reusing(kind: str) -> str:
+    """The kind that computes with the patterns that `kind` selects."""
+    return kind_in(REUSE, phase_of(kind))
+
+
 def _checked_kinds(manifest: Manifest) -> list[str]:
     """Kinds of the first merged steps, and those that no such step runs."""
     first, caching = manifest.schedule.first_step, manifest.schedule.caching
-    length = Length(None if caching is None else caching.horizon)
+    length = Length(LONGEST if caching is None else caching.horizon)
     kinds = manifest.kinds(first + CHECKED_STEPS, length)[first:]
     return kinds + [kind for kind in manifest.programs if kind not in kinds]
 

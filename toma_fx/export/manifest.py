@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # `toma-fx info` reads manifests without torch
 
     from toma_fx.capture.grids import Raster
 
-VERSION = 4
+VERSION = 5
 """Version of the form of the manifest; readers refuse others."""
 SCHEMA = f"urn:toma-fx:manifest:{VERSION}"
 """Identifier of the schema that `manifest.schema.json` beside this file holds."""

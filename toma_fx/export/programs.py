@@ -20,12 +20,13 @@ from toma_fx.graph.rewriter import Rewriter, copy_graph
 from toma_fx.graph.specs import EXPORTABLE
 from toma_fx.graph.verify import output_values
 from toma_fx.methods.cached_steps import LONGEST, Length
+from toma_fx.methods.kinds import CACHED_PLAIN, PLAIN
 from toma_fx.plan.plan import MergePlan
 from toma_fx.run.calls import call_of
 from toma_fx.run.denoiser import OptimizedDenoiser, optimized_of
 from toma_fx.run.program_set import split_outputs
 from toma_fx.run.programs import Specialization, tracing
-from toma_fx.run.schedule import Schedule, kinds_of
+from toma_fx.run.schedule import kinds_of
 
 
 @dataclass(frozen=True)
@@ -177,13 +178,14 @@ def kinds_that_run(specialization: Specialization) -> list[str]:
     Which steps compute may depend on the length of a generation, so that any kind may be due there.
     """
     schedule = specialization.schedule
-    steps = max(LONGEST, (schedule.last_step or 0) + 2)
-    every = replace(Schedule.of(schedule), caching=None)
+    begins = [p.begin for p in schedule.phases if isinstance(p.begin, int)]
+    steps = max(LONGEST, (schedule.last_step or 0) + 2, *(begin + LONGEST for begin in begins))
+    every = replace(schedule, caching=None)
     ran = set(kinds_of(specialization, every, Length(steps), steps))
     caching = schedule.caching
     if caching is not None and not all(caching.flags(caching.horizon)):
-        cached = {"cached_plain" if kind == "plain" else "cached" for kind in ran}
-        ran |= cached
+        ran |= {p.cached for p in schedule.phases if not ran.isdisjoint((*p.first, *p.cycle))}
+        ran |= {CACHED_PLAIN} if PLAIN in ran else set()
     return [kind for kind in specialization.uses if kind in ran]
 
 

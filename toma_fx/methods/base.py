@@ -12,13 +12,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
-from toma_fx.errors import DynamicError, TileError
+from toma_fx.errors import ConfigError, DynamicError, TileError
 from toma_fx.methods.cache import CacheConfig
 from toma_fx.methods.cached_steps import CachedSteps
 from toma_fx.methods.checks import check_choice, is_count, is_number, is_size
 from toma_fx.methods.paths import ByPath, Overrides
+from toma_fx.methods.phases import Phases, freeze_phases, split_amount
 from toma_fx.methods.setting import Place, Setting
 
 Scope = Literal["sublayer", "block", "stack", "keys"]
@@ -55,6 +56,10 @@ class MethodConfig(ByPath, ABC):
             patterns that match, the later wins.
         grid: token grid (H, W) or (T, H, W) of a packed input, where neither position ids nor sizes
             among the arguments tell it.
+        phases: (begin, {field: value}) of later parts of a generation: from there on, these fields
+            replace the ones above. A begin is a step, or as a float below 1 a share of all steps.
+            `ratio=((0, 0.5), (0.6, 0.25))` is short for `ratio=0.5, phases=((0.6, {"ratio":
+            0.25}),)`. Steps between selections count from the begin of a phase.
         cache: which steps compute the blocks, and what the others use instead: a `CacheConfig`, a
             number n for one step in n, a name in `toma_fx.CACHES`; None: every step computes. It
             works without merging, too.
@@ -84,6 +89,7 @@ class MethodConfig(ByPath, ABC):
     exclude: tuple[str, ...] = ()
     overrides: Overrides = ()
     grid: tuple[int, ...] | None = None
+    phases: Phases = ()
     cache: CacheConfig | int | str | Mapping[str, Any] | None = None
 
     name: ClassVar[str] = ""
@@ -92,6 +98,7 @@ class MethodConfig(ByPath, ABC):
     uses: ClassVar[tuple[Any, ...]] = ()
 
     def __post_init__(self) -> None:
+        split_amount(self, "ratio")
         for name in ("branches", "include", "exclude"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
@@ -101,6 +108,7 @@ class MethodConfig(ByPath, ABC):
         object.__setattr__(self, "cache", CacheConfig.of(self.cache))
         self.check()
         object.__setattr__(self, "overrides", self._freeze_overrides())
+        object.__setattr__(self, "phases", freeze_phases(self, self.phases))
 
     def check(self) -> None:
         """Check every field; a method with fields of its own extends it.
@@ -151,13 +159,14 @@ class MethodConfig(ByPath, ABC):
         Raises:
             DynamicError: the number of merged tokens depends on the data; names the static form.
         """
-        if self.static_form:
+        hint = next(filter(None, (stage.static_form for stage in self.stages)), "")
+        if hint:
             raise DynamicError(
                 f"method {self.name!r} can't be used here in its dynamic form",
                 where=purpose,
                 expected="static shapes",
                 got="a number of merged tokens that depends on the data",
-                hint=self.static_form,
+                hint=hint,
             )
 
     def check_fixed_steps(self, purpose: str) -> None:
@@ -185,16 +194,29 @@ class MethodConfig(ByPath, ABC):
 
     # -- what holds where -----------------------------------------------------------------------
 
+    @cached_property
+    def stages(self) -> tuple[Self, ...]:
+        """What holds in each phase of a generation, the first included."""
+        first = self._with({"overrides": self.overrides}) if self.phases else self
+        return (first, *(dataclasses.replace(first, **dict(fields)) for _, fields in self.phases))
+
     def merges_attention(self, path: str) -> bool:
-        """Whether attention at the module `path` may merge."""
-        attention = not {"attention", "cross"}.isdisjoint(self.branches)
-        return attention and self.admits(path) and not self.at(path).is_off
+        """Whether attention at the module `path` may merge, in any phase."""
+        return any(
+            not {"attention", "cross"}.isdisjoint(stage.branches)
+            and stage.admits(path)
+            and not stage.at(path).is_off
+            for stage in self.stages
+        )
 
     @property
     def merges(self) -> bool:
-        """Whether anything may merge, overrides included."""
-        variants = (self._with(dict(values)) for _, values in self._overrides())
-        return not self.is_off or any(not variant.is_off for variant in variants)
+        """Whether anything may merge, overrides and phases included."""
+        return any(
+            not variant.is_off
+            for stage in self.stages
+            for variant in (stage, *(stage._with(dict(v)) for _, v in stage._overrides()))
+        )
 
     @cached_property
     def caching(self) -> CachedSteps | None:
@@ -213,7 +235,20 @@ class MethodConfig(ByPath, ABC):
         out["overrides"] = {pattern: dict(values) for pattern, values in self._overrides()}
         cache = CacheConfig.of(self.cache)
         out["cache"] = None if cache is None else cache.to_json()
+        out["phases"] = [[begin, dict(fields)] for begin, fields in self.phases]
         return {"method": self.name, **out}
+
+    def _with(self, fields: Mapping[str, Any]) -> Self:
+        copy = super()._with({"phases": (), **fields})
+        if copy.phases:
+            raise ConfigError(
+                "an amount that changes over the steps can't be overridden per path",
+                where="overrides",
+                expected="one value for each path",
+                got=f"phases {copy.phases}",
+                hint='phases=((0.5, {"overrides": {...}}),) changes it for all paths it names',
+            )
+        return copy
 
     # -- checking -------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 from toma_fx.errors import ConfigError, UnknownNameError, nearest
-from toma_fx.methods.cached_steps import POLICIES, SHARES, CachedSteps
+from toma_fx.methods.cached_steps import POLICIES, SHARES, CachedSteps, is_step_count
 from toma_fx.methods.checks import check_choice, is_count, is_number
 from toma_fx.methods.paths import ByPath, Overrides
 
@@ -176,10 +176,8 @@ class CacheConfig(ByPath):
         positive = is_number(self.threshold) and (self.threshold or 0) > 0
         self.require(self.threshold is None or positive, "threshold", "a number over 0, or None")
         for name in ("warmup_steps", "last_steps"):
-            value = getattr(self, name)
-            share = isinstance(value, float) and 0 <= value < 1
             expected = "a whole number of steps, or a share of them in [0, 1)"
-            self.require(share or is_count(value, 0), name, expected)
+            self.require(is_step_count(getattr(self, name)), name, expected)
         if self.scope in ("deep", "shallow") and (self.include or self.exclude or self.overrides):
             raise ConfigError(
                 f"scope={self.scope!r} cuts the model once, whatever its modules are called",

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from toma_fx.errors import GenerationError
+from toma_fx.methods.checks import is_count
 
 LONGEST = 1000
 """Steps that are looked at where nobody says how many there are."""
@@ -128,7 +129,7 @@ def _flags(caching: CachedSteps, steps: int | None) -> tuple[bool, ...]:
             hint="a share, warmup_steps=0.2, fits any number of steps; or leave cache= out",
         )
     if last and known is None:
-        raise _unknown("last_steps", caching.last_steps)
+        raise _unknown("cache.last_steps", caching.last_steps)
     wanted = list(_wanted(caching, known, known or LONGEST))
     for i in range(len(wanted)):
         kept_back = known is not None and i >= known - last
@@ -138,23 +139,35 @@ def _flags(caching: CachedSteps, steps: int | None) -> tuple[bool, ...]:
 
 
 def _count(caching: CachedSteps, name: str, steps: int | None) -> int:
-    """A number of steps that may be given as a share."""
-    value: int | float = getattr(caching, name)
+    return count_steps(getattr(caching, name), steps, f"cache.{name}")
+
+
+def count_steps(value: int | float, steps: int | None, where: str) -> int:
+    """A number of steps that may be given as a share of all, which is rounded up.
+
+    Raises:
+        GenerationError: a share, and it is not known of how many.
+    """
     if isinstance(value, int):
         return value
     if steps is None:
-        raise _unknown(name, value)
+        raise _unknown(where, value)
     return math.ceil(value * steps)
 
 
-def _unknown(name: str, value: float | str) -> GenerationError:
+def is_step_count(value: object) -> bool:
+    """Whether a value is a number of steps: whole, or as a float in [0, 1) a share of all."""
+    return (isinstance(value, float) and 0 <= value < 1) or is_count(value, 0)
+
+
+def _unknown(where: str, value: float | str) -> GenerationError:
     return GenerationError(
         "the number of steps is not known",
-        where=f"cache.{name}",
+        where=where,
         expected="a generation whose number of steps is told",
-        got=f"{name}={value}",
+        got=f"{where.rpartition('.')[2]}={value}",
         hint="toma_fx.optimize(pipe) tells it for a pipeline, denoiser.generation(steps=30) for a "
-        "loop, State(steps=30) for step(inputs, state); or CacheConfig(steps=30)",
+        "loop, State(steps=30) for step(inputs, state); for a cache also CacheConfig(steps=30)",
     )
 
 
@@ -164,7 +177,7 @@ def _wanted(caching: CachedSteps, steps: int | None, length: int) -> Iterator[bo
         yield from map(bool, caching.mask)
     elif caching.policy is not None or caching.share is not None:
         if steps is None:
-            raise _unknown("steps_mask", "a named mask")
+            raise _unknown("cache.steps_mask", "a named mask")
         if caching.policy is not None:
             yield from stretch(policy_mask(caching.policy), steps)
         else:

@@ -54,7 +54,7 @@ class ByPath:
     def _with(self, fields: Mapping[str, Any]) -> Self:
         """The configuration of one path: no overrides, some fields replaced."""
         one: Any = self
-        copy: Self = dataclasses.replace(one, overrides=(), **fields)
+        copy: Self = dataclasses.replace(one, **{"overrides": (), **fields})
         return copy
 
     def _overrides(self) -> Iterable[tuple[str, Any]]:

@@ -53,6 +53,7 @@ def rewrite(
     Raises:
         RewriteError, VerifyError: the graph can't be rewritten as planned.
     """
+    plan = plan.phases[use.phase]
     job = Job(captured, analysis, flow, plan.computed if use.cached else plan, use)
     steps = [step for make_pass in use.passes if (step := make_pass(job)) is not None]
     if not steps:

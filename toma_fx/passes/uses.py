@@ -16,7 +16,9 @@ from dataclasses import dataclass, replace
 
 from toma_fx.errors import ConfigError
 from toma_fx.graph.passes import EraseDead, Pass
+from toma_fx.methods import kinds
 from toma_fx.methods.base import MethodConfig
+from toma_fx.methods.kinds import kind_in, merges, role_of
 from toma_fx.methods.setting import Setting
 from toma_fx.passes.cache_updates import USED_ROWS, KeepUpdates, UseUpdates
 from toma_fx.passes.job import Job
@@ -76,16 +78,28 @@ class Use:
         instead: the kind that runs while a tensor that it takes is not kept.
         passes: what makes the program of a captured graph; none leave it as it is.
         serves: kinds that requests of one batch may be due while this one runs.
+        phase: of the configuration, whose plan holds for it.
         cached: whether it uses kept updates for all rows, and merges only what it still computes.
     """
 
     name: str
     takes: Names = _no_tensor
     gives: Names = _no_tensor
-    instead: str = "refresh"
+    instead: str = kinds.REFRESH
     passes: tuple[MakePass, ...] = PASSES
     serves: tuple[str, ...] = ()
     cached: bool = False
+    phase: int = 0
+
+    def in_phase(self, phase: int) -> Use:
+        """The kind that does the same in another phase."""
+        return replace(
+            self,
+            name=kind_in(self.name, phase),
+            instead=kind_in(self.instead, phase),
+            serves=tuple(kind_in(kind, phase) for kind in self.serves),
+            phase=phase,
+        )
 
     def inputs(self, plan: MergePlan) -> tuple[str, ...]:
         """Names of the inputs behind the model's own: patterns, then updates, masks before each."""
@@ -97,20 +111,20 @@ class Use:
         return (*by_row, *patterns, *used, *updates)
 
 
-REFRESH = Use("refresh", gives=keeping(_every_part))
+REFRESH = Use(kinds.REFRESH, gives=keeping(_every_part))
 """Selects destinations and weighs; the first step that merges, and every n-th after it."""
 REWEIGH = Use(
-    "reweigh",
+    kinds.REWEIGH,
     takes=parts(lambda setting: setting.chosen),
     gives=keeping(parts(lambda setting: setting.weighed)),
 )
 """Weighs for kept destinations."""
-REUSE = Use("reuse", takes=_every_part, gives=keeping())
+REUSE = Use(kinds.REUSE, takes=_every_part, gives=keeping())
 """Merges with kept patterns."""
-PLAIN = Use("plain", gives=keeping(), passes=(KeepUpdates.of,))
+PLAIN = Use(kinds.PLAIN, gives=keeping(), passes=(KeepUpdates.of,))
 """Merges nothing: steps before `first_step` and after `last_step`."""
 CACHED = Use(
-    "cached",
+    kinds.CACHED,
     takes=using(lambda plan: _every_part(plan.computed)),
     instead=REUSE.name,
     passes=(ProvidePatterns.of, UseUpdates.of, MergeSegments.of, _erase_dead),
@@ -118,7 +132,7 @@ CACHED = Use(
 )
 """Uses kept updates instead of computing them; what is left merges with kept patterns."""
 CACHED_PLAIN = Use(
-    "cached_plain",
+    kinds.CACHED_PLAIN,
     takes=using(),
     instead=PLAIN.name,
     passes=(UseUpdates.of, _erase_dead),
@@ -126,14 +140,14 @@ CACHED_PLAIN = Use(
 )
 """Uses kept updates, and merges nothing in what is left."""
 MIXED = Use(
-    "mixed",
+    kinds.MIXED,
     takes=using(_every_part),
     gives=keeping(_every_part),
     serves=(REFRESH.name, REWEIGH.name, REUSE.name, CACHED.name),
 )
 """Serves a batch of requests that are due different kinds, each its own rows."""
 MIXED_PLAIN = Use(
-    "mixed_plain",
+    kinds.MIXED_PLAIN,
     takes=using(),
     gives=keeping(),
     passes=(KeepUpdates.of, _erase_dead),
@@ -142,8 +156,9 @@ MIXED_PLAIN = Use(
 """The same, where nothing merges."""
 USES = (REFRESH, REWEIGH, REUSE, PLAIN, CACHED, CACHED_PLAIN, MIXED, MIXED_PLAIN)
 """In the order in which programs are built, checked and reported."""
-MASKS = {**PATTERN_MASKS, USED_ROWS: tuple(use.name for use in USES if use.cached)}
-"""Inputs of a program that chooses by row: the kinds of the rows that they hold true for."""
+MASKS = {**PATTERN_MASKS, USED_ROWS: (kinds.CACHED, kinds.CACHED_PLAIN)}
+"""Inputs of a program that chooses by row: what the rows that they hold true for are due, whatever
+their phase."""
 
 
 def uses_of(config: MethodConfig) -> Mapping[str, Use]:
@@ -153,7 +168,17 @@ def uses_of(config: MethodConfig) -> Mapping[str, Use]:
         ConfigError: a kind of the method's own has the name of another.
     """
     own = [_also_keeping(use) if KeepUpdates.of in use.passes else use for use in config.uses]
-    rows = (*USES, *own)
+    for use in own:
+        if role_of(use.name) != use.name:
+            raise ConfigError(
+                "the name of a kind of program looks like that of a later phase",
+                where=f"{type(config).__name__}.uses",
+                expected="a name that does not end in _ and digits",
+                got=use.name,
+            )
+    rows = [*USES, *own]
+    for phase in range(1, len(config.stages)):
+        rows += [use.in_phase(phase) for use in (*USES, *own) if merges(use.name)]
     by_name = {use.name: use for use in rows}
     if len(by_name) < len(rows):
         raise ConfigError(

@@ -131,13 +131,35 @@ class Rejection:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """What the rewrite will do. Plain data: printable, comparable, JSON-able."""
+    """What the rewrite will do. Plain data: printable, comparable, JSON-able.
+
+    Attributes:
+        segments, groups: what merges. rejections: what does not. config: what was asked for.
+        cache: what is kept over steps; the same in all phases.
+        later: plans of the phases after the first.
+    """
 
     segments: tuple[MergeSegment, ...]
     groups: tuple[PatternGroup, ...]
     rejections: tuple[Rejection, ...]
     config: MethodConfig
     cache: CachePlan | None = None
+    later: tuple[MergePlan, ...] = ()
+
+    @property
+    def phases(self) -> tuple[MergePlan, ...]:
+        """The plans of all phases, this one first."""
+        return (self, *self.later)
+
+    @property
+    def merges(self) -> bool:
+        """Whether anything merges in any phase."""
+        return any(plan.segments for plan in self.phases)
+
+    @property
+    def all_groups(self) -> tuple[PatternGroup, ...]:
+        """Pattern groups of all phases."""
+        return tuple(group for plan in self.phases for group in plan.groups)
 
     @property
     def computed(self) -> MergePlan:
@@ -166,8 +188,8 @@ class MergePlan:
         return {a: b for names in series for a, b in pairwise(names)}
 
     def group(self, name: str) -> PatternGroup:
-        """Pattern group by name."""
-        return next(g for g in self.groups if g.name == name)
+        """Pattern group by name, of any phase."""
+        return next(g for g in self.all_groups if g.name == name)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON-able values."""
@@ -179,4 +201,5 @@ class MergePlan:
             for shown, item in zip(out[name], getattr(self, name), strict=True):
                 shown["setting"] = {"method": type(item.setting).__name__, **shown["setting"]}
         cache = None if self.cache is None else dataclasses.asdict(self.cache)
-        return {**out, "cache": cache, "config": self.config.to_json()}
+        later = [plan.to_json() for plan in self.later]
+        return {**out, "cache": cache, "config": self.config.to_json(), "later": later}

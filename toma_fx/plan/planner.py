@@ -14,14 +14,14 @@ from itertools import groupby
 
 from toma_fx.analysis.dataflow import Flow
 from toma_fx.analysis.facts import Analysis, Branch, Rejected, Site, Stream
-from toma_fx.errors import NoMergeSites, UnknownNameError, nearest
+from toma_fx.errors import ConfigError, NoMergeSites, UnknownNameError, nearest
 from toma_fx.methods.base import MethodConfig
 from toma_fx.methods.cache import CacheConfig
 from toma_fx.methods.setting import Place, Setting
 from toma_fx.plan.cached import Runs, cached_runs, plan_cache
 from toma_fx.plan.key_sizes import refuse_key_sizes
 from toma_fx.plan.places import places_of
-from toma_fx.plan.plan import MergePlan, MergeSegment, PatternGroup, Rejection
+from toma_fx.plan.plan import KeptUpdate, MergePlan, MergeSegment, PatternGroup, Rejection
 from toma_fx.plan.reasons import hint_no_sites, reject_branch, reject_rest
 from toma_fx.plan.segments import Found, Run, split_keys, split_run
 
@@ -29,7 +29,7 @@ from toma_fx.plan.segments import Found, Run, split_keys, split_run
 def make_plan(
     analysis: Analysis, flow: Flow, config: MethodConfig, timestep: str = ""
 ) -> MergePlan:
-    """Choose segments, pattern groups, and what is kept over steps.
+    """Choose segments, pattern groups, and what is kept over steps, for each phase.
 
     A ratio of 0 everywhere gives no segments: the model runs as captured.
 
@@ -40,12 +40,41 @@ def make_plan(
         NoMergeSites: nothing can be merged, with every reason; `NoCacheSites`: nothing be cached.
         UnknownNameError: a path pattern that matches no module.
         TileError: a window larger than a grid.
+        ConfigError: what phases merge can't be cached alike.
     """
+    first, *later = (
+        _plan_phase(analysis, flow, stage, timestep, f"phase{i}_p" if i else "p")
+        for i, stage in enumerate(config.stages)
+    )
+    odd = next((plan for plan in later if _updates(plan) != _updates(first)), None)
+    if odd is not None:
+        raise ConfigError(
+            "kept updates would not fit from one phase to the next",
+            where="phases",
+            expected="phases that merge inside of what is cached: " + _updates_text(first),
+            got=_updates_text(odd),
+            hint="a smaller scope=, or another cache scope",
+        )
+    return dataclasses.replace(first, config=config, later=tuple(later))
+
+
+def _updates(plan: MergePlan) -> tuple[KeptUpdate, ...]:
+    return plan.cache.updates if plan.cache else ()
+
+
+def _updates_text(plan: MergePlan) -> str:
+    return ", ".join(f"{u.modules[0]} to {u.modules[-1]}" for u in _updates(plan)) or "nothing"
+
+
+def _plan_phase(
+    analysis: Analysis, flow: Flow, config: MethodConfig, timestep: str, prefix: str
+) -> MergePlan:
+    """The plan of one phase; `prefix` is that of the names of its pattern groups."""
     _check_patterns(analysis, config)
     segments, rejections = _find_segments(analysis, flow, config)
     segments, overlapping = _drop_overlaps(segments)
     rejections += overlapping
-    segments, groups = _group_segments(segments, analysis, flow)
+    segments, groups = _group_segments(segments, analysis, flow, prefix)
     merged_sites = {site for s in segments for site in s.sites}
     rejections += reject_rest(analysis, flow, merged_sites, rejections)
     cache, caching = CacheConfig.of(config.cache), None
@@ -170,9 +199,9 @@ def _choose_setting(
 
 
 def _group_segments(
-    segments: list[MergeSegment], analysis: Analysis, flow: Flow
+    segments: list[MergeSegment], analysis: Analysis, flow: Flow, prefix: str
 ) -> tuple[list[MergeSegment], tuple[PatternGroup, ...]]:
-    """The segments with the names of their pattern groups p0, p1, ..., and the groups.
+    """The segments with the names of their pattern groups, and the groups.
 
     Segments whose settings differ never share one.
     """
@@ -182,7 +211,7 @@ def _group_segments(
         members.setdefault((segment.group, segment.setting), []).append(i)
     groups, renamed = [], list(segments)
     for n, ((_, setting), indices) in enumerate(members.items()):
-        name = f"p{n}"
+        name = f"{prefix}{n}"
         leader = min((segments[i] for i in indices), key=lambda s: flow.position[s.entries[0]])
         feature = leader.entries[0]
         if setting.feature == "stream":

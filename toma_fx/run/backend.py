@@ -137,7 +137,7 @@ def toma_backend(
     chosen = Options.make(mode, options)
     merged = MergedGraph(gm, chosen)
     specialization = merged.specialize(example_values(gm, example_inputs))
-    if specialization.plan.segments or specialization.plan.cache:
+    if specialization.plan.merges or specialization.plan.cache:
         return merged
     return _unmerged(gm, example_inputs, chosen.patches)
 

@@ -16,6 +16,7 @@ from toma_fx.capture.fingerprint import CHANGED, Fingerprint
 from toma_fx.capture.guard import ModelGuard
 from toma_fx.errors import StateError
 from toma_fx.methods.cached_steps import Length
+from toma_fx.methods.kinds import is_cached, role_of
 from toma_fx.passes.uses import MASKS
 from toma_fx.run.program_set import (
     ProgramSet,
@@ -23,7 +24,7 @@ from toma_fx.run.program_set import (
     run_program,
     split_outputs,
 )
-from toma_fx.run.schedule import USING, aged, due, runnable
+from toma_fx.run.schedule import aged, due, runnable
 from toma_fx.run.stepper import Stepper
 
 LOGGER = logging.getLogger("toma_fx.run")
@@ -138,7 +139,7 @@ def step_states(
     if updates:
         pieces = _cut(updates, rows)
         for i, (own, kind) in enumerate(zip(pieces, kinds, strict=True)):
-            if kind not in USING:
+            if not is_cached(kind):
                 following[i] = _keep(following[i], own, programs, model)
     return outputs, following[0] if isinstance(state, State) else following
 
@@ -251,7 +252,7 @@ def _kind_for(
         raise StateError(
             "no program serves requests that are due these kinds in one batch",
             where="step(inputs, state)",
-            expected="steps that all lie inside, or all outside, first_step to last_step; "
+            expected="steps of one phase, all inside or all outside first_step to last_step; "
             "of an artifact, steps that are due one kind",
             got=", ".join(f"step {s.step}: {kind}" for s, kind in zip(states, kinds, strict=True)),
             hint="batch requests of the same phase together",
@@ -259,7 +260,7 @@ def _kind_for(
     device = next(iter(next(s.kept for s in states if s.kept).values())).device
     masks = {
         name: torch.tensor(
-            [kind in true for kind, n in zip(kinds, rows, strict=True) for _ in range(n)],
+            [role_of(kind) in true for kind, n in zip(kinds, rows, strict=True) for _ in range(n)],
             device=device,
         )
         for name, true in MASKS.items()

@@ -97,7 +97,7 @@ class OptimizedDenoiser(KeepsState, StandIn):
         own["cache"] = SpecializationCache(max_signatures)
         own["_guard"] = None
         own["_stepper"] = Stepper("the optimized denoiser")
-        own["_schedule"] = config if config.merges else Schedule.plain(config.caching)
+        own["_schedule"] = Schedule.of(config)
         own["_fixed"] = None
         own["_compile"] = None
         own["_accepted"] = OrderedDict()

@@ -8,7 +8,7 @@ from typing import Any
 from toma_fx.methods.cached_steps import Length
 from toma_fx.run.batching import State
 from toma_fx.run.generation import PASSES
-from toma_fx.run.schedule import Scheduled, due
+from toma_fx.run.schedule import Schedule, due
 from toma_fx.run.stepper import Stepper
 from toma_fx.run.told import Run
 
@@ -17,7 +17,7 @@ class KeepsState:
     """State kept for whoever calls; for subclasses that step by a `Stepper`."""
 
     _stepper: Stepper
-    _schedule: Scheduled
+    _schedule: Schedule
 
     def generation(
         self, steps: int | None = None, *, passes: int = PASSES

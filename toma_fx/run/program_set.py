@@ -13,14 +13,14 @@ from torch import Tensor
 from toma_fx.analysis.roles import Roles
 from toma_fx.capture.grids import Raster
 from toma_fx.run.programs import beside_tracing
-from toma_fx.run.schedule import Scheduled
+from toma_fx.run.schedule import Schedule
 
 
 class ProgramSet(Protocol):
     """The programs of one signature, by kind."""
 
     @property
-    def schedule(self) -> Scheduled:
+    def schedule(self) -> Schedule:
         """Which kind is due when."""
 
     @property

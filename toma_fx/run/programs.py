@@ -33,11 +33,12 @@ from toma_fx.errors import UnknownNameError, nearest
 from toma_fx.graph.templates import Templates
 from toma_fx.graph.verify import output_values, verify
 from toma_fx.methods.base import MethodConfig
+from toma_fx.methods.kinds import CACHED, CACHED_PLAIN
 from toma_fx.passes.pipeline import Program, rewrite
 from toma_fx.passes.uses import Use, uses_of
 from toma_fx.plan.plan import MergePlan
 from toma_fx.plan.planner import make_plan
-from toma_fx.run.schedule import Schedule, Scheduled
+from toma_fx.run.schedule import Schedule
 
 Runner = Callable[..., Sequence[Any]]
 """A program to call: (inputs, masks, kept tensors) -> (outputs, kept tensors), flat."""
@@ -151,12 +152,12 @@ class Specialization:
     @property
     def dynamic(self) -> bool:
         """Whether the number of merged tokens depends on the data."""
-        return any(g.setting.dynamic for g in self.plan.groups)
+        return any(g.setting.dynamic for g in self.plan.all_groups)
 
     @property
     def settings(self) -> Hashable:
         """What kept tensors must agree on to fit: groups and their settings, updates."""
-        groups = tuple((g.name, g.setting) for g in self.plan.groups)
+        groups = tuple((g.name, g.setting) for g in self.plan.all_groups)
         updates = self.plan.cache.updates if self.plan.cache else ()
         return (*groups, *((u.tensors, u.shape[1:]) for u in updates))
 
@@ -164,7 +165,7 @@ class Specialization:
     def batch_sizes(self) -> frozenset[int]:
         """Rows of the batch, as the kept tensors see them."""
         updates = self.plan.cache.updates if self.plan.cache else ()
-        return frozenset((*(g.batch for g in self.plan.groups), *(u.shape[0] for u in updates)))
+        return frozenset((*(g.batch for g in self.plan.all_groups), *(u.shape[0] for u in updates)))
 
     @cached_property
     def uses(self) -> Mapping[str, Use]:
@@ -172,10 +173,16 @@ class Specialization:
         return uses_of(self.plan.config)
 
     @cached_property
-    def schedule(self) -> Scheduled:
+    def schedule(self) -> Schedule:
         """Which kind is due when."""
-        config = self.plan.config
-        return config if self.plan.segments else Schedule.plain(config.caching)
+        return Schedule.of(self.plan.config).replacing(self.same_program)
+
+    def same_program(self, kind: str) -> str:
+        """The kind whose program does the same: where nothing merges, phases don't differ."""
+        use = self.use(kind)
+        if use.phase == 0 or not use.cached or self.plan.phases[use.phase].computed.segments:
+            return kind
+        return CACHED if self.plan.segments and not self.plan.computed.segments else CACHED_PLAIN
 
     @cached_property
     def older(self) -> Mapping[str, str]:
@@ -207,7 +214,8 @@ class Specialization:
         """What a kind takes and gives, worked out once: every step asks."""
         if kind not in self.names:
             use = self.use(kind)
-            self.names[kind] = use.inputs(self.plan), tuple(use.gives(self.plan))
+            plan = self.plan.phases[use.phase]
+            self.names[kind] = use.inputs(plan), tuple(use.gives(plan))
         return self.names[kind]
 
     def instead(self, kind: str) -> str:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any
 
 from torch import nn
 
 from toma_fx.graph.flops import graph_flops
+from toma_fx.methods.cached_steps import Length, count_steps
+from toma_fx.methods.kinds import REFRESH, kind_in
 from toma_fx.methods.windows import Size, size_text
-from toma_fx.passes.uses import CACHED, CACHED_PLAIN, REFRESH
 from toma_fx.plan.plan import Rejection
 from toma_fx.run.denoiser import OptimizedDenoiser
 from toma_fx.run.printable import Printable
 from toma_fx.run.programs import Specialization
+
+STEPS = 30
+"""Of a generation that is looked at, where phases differ and a cache does not say how many."""
 
 
 @dataclass(frozen=True)
@@ -22,12 +28,14 @@ class Row:
     """One merged branch.
 
     Attributes:
+        phase: of the generation, from 0.
         site: attention node, or the branch's output node. module: module path. kind: what it is.
         scope: residual adds its segment spans. tokens, merged: image tokens before and after.
         grid: in tokens. window: the method's window, cell or factor. group: pattern group.
         flops_before, flops_after: of its nodes.
     """
 
+    phase: int
     site: str
     module: str
     kind: str
@@ -66,11 +74,12 @@ class Report(Printable):
     Attributes:
         rows: merged branches. rejections: attention and branches left alone, with reasons.
         flops_before, flops_after: of the whole model, merging included, in the step after the
-            first: one that reuses the pattern, unless the method selects at every step.
+            first: one that reuses the pattern, unless the method selects at every step; of several
+            phases the mean over the steps that compute.
         flops_refresh: of a step that selects destinations anew (comparisons not counted).
-        cached: what a cached step does not compute. flops_cached: of a cached step; None without
-            a cache. steps: of a generation that is looked at. computed: of these, those that
-            compute.
+        cached: what a cached step does not compute. flops_cached: of a cached step, or their mean;
+            None without a cache. steps: of a generation that is looked at. computed: of these,
+            those that compute. phases: the first step of each, of these.
     """
 
     rows: tuple[Row, ...]
@@ -82,6 +91,7 @@ class Report(Printable):
     flops_cached: int | None = None
     steps: int = 0
     computed: int = 0
+    phases: tuple[int, ...] = (0,)
 
     @property
     def ideal_speedup(self) -> float:
@@ -112,8 +122,9 @@ class Report(Printable):
         for name in ("tokens", "grid", "window", "pattern", "MFLOP"):
             table.add_column(name, no_wrap=True)
         for row in self.rows:
+            where = f", from step {self.phases[row.phase]}" if row.phase else ""
             table.add_row(
-                f"{row.module}\n  {row.kind}, {row.scope}",
+                f"{row.module}\n  {row.kind}, {row.scope}{where}",
                 f"{row.tokens} -> {row.merged}",
                 size_text(row.grid),
                 row.window,
@@ -163,66 +174,86 @@ class Report(Printable):
 
 def make_report(specialization: Specialization) -> Report:
     """Report on a captured and planned model; counts FLOPs of the graphs that would run."""
-    before = specialization.captured.graph_module.graph
-    plan = specialization.plan
+    plan, before = specialization.plan, specialization.captured.graph_module.graph
+    schedule = specialization.schedule
+    steps = STEPS if schedule.caching is None else schedule.caching.horizon
+    after, cached = _count_steps(specialization, steps)
+    selecting = next((kind_in(REFRESH, i) for i, p in enumerate(plan.phases) if p.segments), "")
+    patterned = bool(selecting) and plan.config.patterned
+    return Report(
+        rows=tuple(row for i in range(len(plan.phases)) for row in _rows(specialization, i)),
+        rejections=plan.rejections,
+        flops_before=graph_flops(before),
+        flops_after=after,
+        flops_refresh=_flops(specialization, selecting) if patterned else after,
+        cached=_cached_rows(specialization),
+        flops_cached=cached,
+        steps=0 if schedule.caching is None else steps,
+        computed=0 if schedule.caching is None else sum(schedule.caching.flags(steps)),
+        phases=tuple(count_steps(p.begin, steps, "phases") for p in schedule.phases),
+    )
+
+
+def _flops(specialization: Specialization, kind: str) -> int:
+    return graph_flops(specialization.program(kind).graph_module.graph)
+
+
+def _count_steps(specialization: Specialization, steps: int) -> tuple[int, int | None]:
+    """Mean FLOPs of the steps that compute, selections apart, and of those that don't."""
+    schedule = specialization.schedule
+    kinds: tuple[list[str], list[str]] = [], []
+    for step in range(steps):
+        phase, _ = schedule.phase_at(step, Length(steps))
+        if schedule.caching is None or schedule.caching.computes(step, Length(steps)):
+            kinds[0].append(phase.renewal(1))
+        else:
+            kinds[1].append(phase.cached)
+    counts = {kind: _flops(specialization, kind) for kind in {*kinds[0], *kinds[1]}}
+    after, cached = (round(fmean(counts[k] for k in ran)) if ran else None for ran in kinds)
+    return after or 0, cached
+
+
+def _rows(specialization: Specialization, number: int) -> Iterator[Row]:
+    """The merged branches of a phase."""
+    plan = specialization.plan.phases[number]
     if not plan.segments:
-        total = graph_flops(before)
-        report = Report((), plan.rejections, total, total, total)
-        return _with_cache(report, specialization)
-    after = specialization.program(plan.config.renewal(1)).graph_module.graph
+        return
+    before = specialization.captured.graph_module.graph
+    kind = kind_in(plan.config.stages[0].renewal(1), number)
+    after = specialization.program(kind).graph_module.graph
     streams = {s.name: s for s in specialization.analysis.streams}
-    rows = []
     for segment in plan.segments:
         for index in segment.branches:
             branch = streams[segment.stream].branches[index]
             names = set(branch.nodes)
-            rows.append(
-                Row(
-                    (*branch.sites, branch.out)[0],
-                    branch.module,
-                    "+".join(branch.kinds),
-                    segment.scope,
-                    segment.image.length,
-                    segment.setting.merged_count,
-                    segment.setting.grid,
-                    segment.setting.describe(),
-                    segment.group,
-                    graph_flops(before, names),
-                    graph_flops(after, names),
-                )
+            yield Row(
+                number,
+                (*branch.sites, branch.out)[0],
+                branch.module,
+                "+".join(branch.kinds),
+                segment.scope,
+                segment.image.length,
+                segment.setting.merged_count,
+                segment.setting.grid,
+                segment.setting.describe(),
+                segment.group,
+                graph_flops(before, names),
+                graph_flops(after, names),
             )
-    refresh = after
-    if plan.config.patterned:
-        refresh = specialization.program(REFRESH.name).graph_module.graph
-    report = Report(
-        tuple(rows), plan.rejections, graph_flops(before), graph_flops(after), graph_flops(refresh)
-    )
-    return _with_cache(report, specialization)
 
 
-def _with_cache(report: Report, specialization: Specialization) -> Report:
-    """The report with what is kept over steps."""
-    plan, caching = specialization.plan, specialization.plan.config.caching
-    if plan.cache is None or caching is None:
-        return report
+def _cached_rows(specialization: Specialization) -> tuple[CachedRow, ...]:
+    """What is kept over steps."""
+    cache = specialization.plan.cache
     nodes = {n.name: n for n in specialization.captured.graph_module.graph.nodes}
     rows = []
-    for update in plan.cache.updates:
+    for update in cache.updates if cache else ():
         value = nodes[update.node].meta["val"]
         size = value.numel() * value.element_size() * len(update.tensors)
         kept = "update" if update.base else "value"
         ends = update.modules[0], update.modules[-1]
         rows.append(CachedRow(*ends, kept, update.shape, update.order, size))
-    use = CACHED if plan.segments else CACHED_PLAIN
-    flops = graph_flops(specialization.program(use.name).graph_module.graph)
-    steps = caching.horizon
-    return replace(
-        report,
-        cached=tuple(rows),
-        flops_cached=flops,
-        steps=steps,
-        computed=sum(caching.flags(steps)),
-    )
+    return tuple(rows)
 
 
 @dataclass(frozen=True)
@@ -325,7 +356,7 @@ def _describe_graph(specialization: Specialization) -> LiveGraph:
         for i in specialization.captured.inputs
         if i.tensor is not None and i.tensor.dim() > 1
     }
-    segments = specialization.plan.segments
+    segments = [s for plan in specialization.plan.phases for s in plan.segments]
     tokens = {(s.image.length, s.setting.merged_count) for s in segments}
     return LiveGraph(
         inputs, len(segments), tuple(sorted(tokens, reverse=True)), dict(specialization.counts)

@@ -10,19 +10,36 @@ selected in them is selected in the next one that computes.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, Self, TypeVar
 
 from toma_fx.errors import ConfigError
-from toma_fx.methods.cached_steps import LONGEST, UNKNOWN_LENGTH, CachedSteps, Length
+from toma_fx.methods.cached_steps import LONGEST, UNKNOWN_LENGTH, CachedSteps, Length, count_steps
+from toma_fx.methods.kinds import (
+    CACHED,
+    CACHED_PLAIN,
+    PLAIN,
+    REFRESH,
+    REUSE,
+    kind_in,
+    merges,
+    role_of,
+)
 
 T = TypeVar("T")
-USING = {"cached", "cached_plain"}
-"""Kinds that use kept updates for all rows."""
 
 
-class Scheduled(Protocol):
-    """What decides which kind is due: a method's configuration, or the schedule of an artifact."""
+class Stage(Protocol):
+    """What holds in one phase."""
+
+    @property
+    def merges(self) -> bool: ...  # noqa: D102
+
+    def renewal(self, since: int) -> str: ...  # noqa: D102
+
+
+class Configuration(Protocol):
+    """What a schedule is made of: the configuration of a method."""
 
     @property
     def first_step(self) -> int: ...  # noqa: D102
@@ -33,41 +50,114 @@ class Scheduled(Protocol):
     @property
     def caching(self) -> CachedSteps | None: ...  # noqa: D102
 
-    def renewal(self, since: int) -> str: ...  # noqa: D102
+    @property
+    def phases(self) -> Sequence[tuple[int | float, object]]: ...  # noqa: D102
+
+    @property
+    def stages(self) -> Sequence[Stage]: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a generation with programs of its own.
+
+    Attributes:
+        begin: its first step: a number, or as a float a share of all steps, rounded up.
+        first: kinds of its first steps. cycle: what follows them, over and over.
+        cached: the kind of its steps that use kept updates.
+    """
+
+    begin: int | float
+    first: tuple[str, ...]
+    cycle: tuple[str, ...]
+    cached: str
+
+    @classmethod
+    def of(cls, begin: int | float, number: int, stage: Stage) -> Self:
+        """The phase of this number, counted from 0."""
+        if not stage.merges:
+            return cls.unmerged(begin)
+        kinds = [kind_in(stage.renewal(i), number) for i in range(LONGEST)]
+        return cls(begin, *_shortest_cycle(kinds), kind_in(CACHED, number))
+
+    @classmethod
+    def unmerged(cls, begin: int | float = 0) -> Self:
+        """One that merges nothing."""
+        return cls(begin, (), (PLAIN,), CACHED_PLAIN)
+
+    def renewal(self, since: int) -> str:
+        """The kind that is due so many steps after the first of the phase that merges."""
+        if since < len(self.first):
+            return self.first[since]
+        return self.cycle[(since - len(self.first)) % len(self.cycle)]
+
+    @property
+    def kinds(self) -> set[str]:
+        """All that it names."""
+        return {*self.first, *self.cycle, self.cached}
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """A schedule as plain data.
+    """Which kind is due when, as plain data.
 
     Attributes:
         first_step, last_step: the steps that merge, from 0; others run "plain".
-        begin: kinds of the first merged steps. cycle: what follows them, over and over.
+        phases: what differs over the steps; the first begins at 0.
         caching: which steps compute; None: all.
     """
 
     first_step: int
     last_step: int | None
-    begin: tuple[str, ...]
-    cycle: tuple[str, ...]
+    phases: tuple[Phase, ...]
     caching: CachedSteps | None = None
 
     @classmethod
-    def of(cls, config: Scheduled, replacing: Callable[[str], str] = str) -> Self:
-        """The schedule of a configuration; `replacing` gives the kind that stands for a kind."""
-        kinds = [replacing(config.renewal(i)) for i in range(LONGEST)]
-        return cls(config.first_step, config.last_step, *_shortest_cycle(kinds), config.caching)
+    def of(cls, config: Configuration) -> Self:
+        """The schedule of a configuration."""
+        begins = [0, *(begin for begin, _ in config.phases)]
+        stages = enumerate(zip(begins, config.stages, strict=True))
+        phases = tuple(Phase.of(begin, i, stage) for i, (begin, stage) in stages)
+        return cls(config.first_step, config.last_step, phases, config.caching)
 
     @classmethod
     def plain(cls, caching: CachedSteps | None = None) -> Self:
-        """That of a model of which nothing merges: every step comes after the last that would."""
-        return cls(0, -1, (), ("reuse",), caching)
+        """That of a model of which nothing merges."""
+        return cls(0, None, (Phase.unmerged(),), caching)
 
-    def renewal(self, since: int) -> str:
-        """The kind that is due `since` steps after the first that merges."""
-        if since < len(self.begin):
-            return self.begin[since]
-        return self.cycle[(since - len(self.begin)) % len(self.cycle)]
+    def replacing(self, kind_instead: Callable[[str], str]) -> Schedule:
+        """The schedule with other kinds for some: `kind_instead` gives what stands for a kind."""
+
+        def kinds(names: Sequence[str]) -> tuple[str, ...]:
+            return tuple(map(kind_instead, names))
+
+        phases = (
+            Phase(p.begin, *_shorten(kinds(p.first), kinds(p.cycle)), kind_instead(p.cached))
+            for p in self.phases
+        )
+        return replace(self, phases=tuple(phases))
+
+    def phase_at(self, step: int, length: Length) -> tuple[Phase, int]:
+        """The phase of a step, and its first step.
+
+        Raises:
+            GenerationError: phases begin at shares of a length that is not known.
+        """
+        known = length.steps or (self.caching.steps if self.caching else None)
+        found, begin = self.phases[0], 0
+        for i, phase in enumerate(self.phases[1:], start=1):
+            start = length.order * count_steps(phase.begin, known, f"phases[{i}].begin")
+            if start <= step:
+                found, begin = phase, start
+        return found, begin
+
+    def merging(self, step: int, first: int, length: Length) -> tuple[str, Phase]:
+        """The kind that is due where every step computes, and the phase."""
+        phase, begin = self.phase_at(step, length)
+        last = self.last_step
+        if step < self.first_step or (last is not None and step > last):
+            return PLAIN, phase
+        return phase.renewal(step - max(first, self.first_step, begin)), phase
 
 
 def _shortest_cycle(kinds: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -88,8 +178,15 @@ def _shortest_cycle(kinds: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, .
     return tuple(kinds[:-1]), (kinds[-1],)
 
 
+def _shorten(
+    first: tuple[str, ...], cycle: tuple[str, ...]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The shortest form of kinds of which some are now alike."""
+    return _shortest_cycle([*first, *cycle * (2 + LONGEST // len(cycle))])
+
+
 def due(
-    schedule: Scheduled,
+    schedule: Schedule,
     step: int,
     first: int = 0,
     length: Length = UNKNOWN_LENGTH,
@@ -103,38 +200,33 @@ def due(
         length: of the generation. computes: whether it computes, whatever the schedule says.
 
     Raises:
-        GenerationError: which steps compute can't be told without the length, or does not fit it.
+        GenerationError: which steps compute, or which phase they are in, can't be told without the
+            length, or does not fit it.
     """
-    kind, caching = _merging_kind(schedule, step, first), schedule.caching
+    (kind, phase), caching = schedule.merging(step, first, length), schedule.caching
     if caching is None:
         return kind
     if not (computes or caching.computes(step, length)):
-        return "cached_plain" if kind == "plain" else "cached"
-    if kind in ("plain", "refresh"):
+        return phase.cached if merges(kind) else CACHED_PLAIN
+    if not merges(kind) or role_of(kind) == REFRESH:
         return kind
     while step > first and not caching.computes(step - 1, length):
         step -= 1
-        missed = _merging_kind(schedule, step, first)
-        if missed == "refresh":
+        missed, other = schedule.merging(step, first, length)
+        if other is not phase:
+            break
+        if role_of(missed) == REFRESH:
             return missed
-        if kind == "reuse" and missed != "plain":
+        if role_of(kind) == REUSE and merges(missed):
             kind = missed
     return kind
 
 
-def _merging_kind(schedule: Scheduled, step: int, first: int) -> str:
-    """The kind that is due where every step computes."""
-    last = schedule.last_step
-    if step < schedule.first_step or (last is not None and step > last):
-        return "plain"
-    return schedule.renewal(step - max(first, schedule.first_step))
-
-
-def counts_steps(schedule: Scheduled) -> bool:
+def counts_steps(schedule: Schedule) -> bool:
     """Whether steps differ by more than what they select, so that it matters which a call is."""
     last = schedule.last_step
-    some_merge = (last is None and schedule.first_step > 0) or (last is not None and last >= 0)
-    return some_merge or schedule.caching is not None
+    some_merge = (last is None and schedule.first_step > 0) or last is not None
+    return some_merge or len(schedule.phases) > 1 or schedule.caching is not None
 
 
 @dataclass(frozen=True)
@@ -220,7 +312,7 @@ def runnable(kind: str, kinds: Kinds, kept: Collection[str]) -> str:
     return tried[-1]
 
 
-def kinds_of(kinds: Kinds, schedule: Scheduled, length: Length, steps: int) -> list[str]:
+def kinds_of(kinds: Kinds, schedule: Schedule, length: Length, steps: int) -> list[str]:
     """The kinds that run in the first steps of a generation.
 
     Raises:

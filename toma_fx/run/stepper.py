@@ -28,6 +28,7 @@ from toma_fx.capture.grids import Raster
 from toma_fx.compat import disable_dynamo, skip_frame
 from toma_fx.errors import GenerationError, TomaError
 from toma_fx.methods.cached_steps import UNKNOWN_LENGTH, Length
+from toma_fx.methods.kinds import is_cached, merges
 from toma_fx.run.calls import number_of
 from toma_fx.run.generation import PASSES, Buffers, Generation, PassState
 from toma_fx.run.guess import Facts, Guesses
@@ -40,7 +41,7 @@ from toma_fx.run.program_set import (
     run_program,
     split_outputs,
 )
-from toma_fx.run.schedule import USING, counts_steps, due, runnable
+from toma_fx.run.schedule import counts_steps, due, runnable
 from toma_fx.run.scopes import Entered, Flow, Scopes
 from toma_fx.run.told import Run
 
@@ -298,7 +299,7 @@ class Stepper:
                 "the steps of this model can't be counted",
                 where=self.where,
                 expected="a timestep among the arguments, or a generation that is told",
-                got="no argument that is a timestep, and first_step, last_step or cache= of use",
+                got="no argument that is a timestep, and first_step, last_step, phases or cache=",
                 hint="with denoiser.generation(steps=30) as run: run.step(i) before the calls "
                 "of step i",
             )
@@ -357,10 +358,10 @@ def _kind_of(state: PassState, step: int, programs: ProgramSet, length: Length) 
     first = step if state.first is None else state.first
     kind = due(schedule, step, first, length)
     limit = None if schedule.caching is None else schedule.caching.threshold
-    if kind in USING and limit is not None and state.change_until(step) > limit:
+    if is_cached(kind) and limit is not None and state.change_until(step) > limit:
         kind = due(schedule, step, first, length, computes=True)
     kind = runnable(kind, programs, state.kept)
-    if state.first is None and kind not in ("plain", "cached_plain"):
+    if state.first is None and merges(kind):
         state.first = step
     return kind
 
