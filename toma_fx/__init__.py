@@ -30,8 +30,9 @@ if TYPE_CHECKING:  # the names of the table, for type checkers and editors
         MissingPackageError as MissingPackageError, ModelTypeError as ModelTypeError,
         NoCacheSites as NoCacheSites, NoMergeSites as NoMergeSites, OffloadError as OffloadError,
         ParityError as ParityError,
-        RewriteError as RewriteError, SharedStateError as SharedStateError,
-        SignatureError as SignatureError, StatefulModelError as StatefulModelError,
+        RecipeError as RecipeError, RewriteError as RewriteError,
+        SharedStateError as SharedStateError, SignatureError as SignatureError,
+        StatefulModelError as StatefulModelError,
         StateError as StateError, TileError as TileError,
         TomaError as TomaError, TrainingModeError as TrainingModeError,
         UnknownNameError as UnknownNameError, VerifyError as VerifyError,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:  # the names of the table, for type checkers and editors
     from toma_fx.methods.ca_tome import CAToMeConfig as CAToMeConfig
     from toma_fx.methods.cache import CACHES as CACHES, CacheConfig as CacheConfig
     from toma_fx.methods.config import METHODS as METHODS, PRESETS as PRESETS
+    from toma_fx.methods.recipe import Recipe as Recipe
     from toma_fx.methods.retom import ReToMConfig as ReToMConfig
     from toma_fx.methods.setting import Place as Place, Setting as Setting
     from toma_fx.methods.todo import ToDoConfig as ToDoConfig
@@ -61,8 +63,8 @@ _NAMES = {
     "toma_fx.errors": (
         "AdapterError ArtifactError BuildError CaptureError CompanionError CompatError "
         "ConfigError DynamicError GenerationError GradientError MissingPackageError ModelTypeError "
-        "NoCacheSites NoMergeSites OffloadError ParityError RewriteError SharedStateError "
-        "SignatureError "
+        "NoCacheSites NoMergeSites OffloadError ParityError RecipeError RewriteError "
+        "SharedStateError SignatureError "
         "StatefulModelError StateError TileError TomaError TrainingModeError UnknownNameError "
         "VerifyError"
     ),
@@ -73,6 +75,7 @@ _NAMES = {
     "toma_fx.methods.ca_tome": "CAToMeConfig",
     "toma_fx.methods.cache": "CACHES CacheConfig",
     "toma_fx.methods.config": "METHODS PRESETS",
+    "toma_fx.methods.recipe": "Recipe",
     "toma_fx.methods.retom": "ReToMConfig",
     "toma_fx.methods.setting": "Place Setting",
     "toma_fx.methods.todo": "ToDoConfig",

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
+from toma_fx.capture.architecture import architecture_of
 from toma_fx.capture.guard import ModelGuard
 from toma_fx.capture.model import check_model
 from toma_fx.compat import accelerate_hook, is_compiled
@@ -16,6 +17,7 @@ from toma_fx.errors import ConfigError, ModelTypeError
 from toma_fx.graph.dump import dumping
 from toma_fx.methods.base import MethodConfig
 from toma_fx.methods.config import make_config
+from toma_fx.methods.recipe import Recipe
 from toma_fx.run.arguments import check_leaves, plain_numbers
 from toma_fx.run.calls import call_of
 from toma_fx.run.denoiser import OptimizedDenoiser, merging, optimized_of
@@ -28,7 +30,7 @@ T = TypeVar("T")
 
 def optimize(
     model: T,
-    toma: bool | str | MethodConfig | Mapping[str, Any] = True,
+    toma: bool | str | MethodConfig | Recipe | Mapping[str, Any] = True,
     *,
     method: str | MethodConfig | type[MethodConfig] | None = None,
     example_inputs: Any = None,
@@ -41,7 +43,7 @@ def optimize(
         model: a denoiser of diffusers (docs/denoisers.md lists those tested), any module with
             residual attention (docs/own-models.md), or a pipeline: its denoiser, or both of two.
         toma: True for the method's defaults, a preset of ToMA by its name (`toma_fx.PRESETS`), a
-            configuration, a mapping of its fields, or False to turn merging off.
+            configuration, a mapping of its fields, a `Recipe`, or False to turn merging off.
         method: a built-in method by its name ("toma" if not given; `toma_fx.METHODS` are all), or,
             built in or your own, a configuration of a method or its class (docs/methods.md).
         example_inputs: keyword arguments of a call (a dict), positional ones (a tuple), or a pair
@@ -57,14 +59,16 @@ def optimize(
         optimized already is optimized anew from the original, with these settings alone.
 
     Raises:
-        ConfigError: a field out of its domain (`UnknownNameError`, `TileError` are kinds of it).
+        ConfigError: a field out of its domain (`UnknownNameError`, `TileError` are kinds of it), or
+            a recipe for another model (`RecipeError`).
         ModelTypeError: no denoiser found, or it is an autoencoder, or it or parts of it are
             compiled already.
         TrainingModeError: the model is in training mode.
         CaptureError, CompanionError, NoMergeSites: with example inputs; otherwise they come at the
             first call.
     """
-    config = make_config(toma, method, options)
+    recipe = toma if isinstance(toma, Recipe) else None
+    config = make_config(recipe.config if recipe else toma, method, options)
     if type(max_signatures) is not int or max_signatures < 1:
         raise ConfigError(
             "max_signatures is out of range",
@@ -74,7 +78,10 @@ def optimize(
         )
 
     def wrap(inner: nn.Module) -> OptimizedDenoiser:
-        optimized = OptimizedDenoiser(_require_original(inner), config, max_signatures)
+        original = _require_original(inner)
+        if recipe is not None:
+            recipe.check_model(*architecture_of(original))
+        optimized = OptimizedDenoiser(original, config, max_signatures)
         if example_inputs is not None:
             optimized.fix(*call_of(example_inputs))
         return optimized
@@ -130,7 +137,7 @@ def summary(model: Any) -> Summary:
 def explain(
     model: Any,
     example_inputs: Any,
-    toma: bool | str | MethodConfig | Mapping[str, Any] = True,
+    toma: bool | str | MethodConfig | Recipe | Mapping[str, Any] = True,
     *,
     method: str | MethodConfig | type[MethodConfig] | None = None,
     dump: str | Path | None = None,
@@ -149,8 +156,11 @@ def explain(
         NoMergeSites: nothing can be merged; its message lists every reason.
         CompanionError: another library acts inside the forward pass.
     """
-    config = make_config(toma, method, options)
+    recipe = toma if isinstance(toma, Recipe) else None
+    config = make_config(recipe.config if recipe else toma, method, options)
     denoiser = _require_original(denoiser_of(model))
+    if recipe is not None:
+        recipe.check_model(*architecture_of(denoiser))
     args, kwargs = plain_numbers(*call_of(example_inputs))
     check_leaves(args, kwargs)
     guard = ModelGuard(denoiser)

@@ -33,6 +33,10 @@ class UnknownNameError(ConfigError):
     """A preset, field, scope, branch or module path that does not exist."""
 
 
+class RecipeError(ConfigError):
+    """A recipe can't be read, or is for another model."""
+
+
 class TileError(ConfigError):
     """The window does not fit the token grid."""
 

@@ -49,7 +49,7 @@ def test_equals_an_eager_implementation() -> None:
     keeps = (8, 8, 4, 4)  # of the 16 tokens of a window
     for output, call, keep in zip(run(denoiser, steps), steps, keeps, strict=True):
         settings = Settings(tile=(4, 4), keep=keep, scope="block")
-        reference = reference_unet(net, {n: settings for n in (64, 256)})
+        reference = reference_unet(net, dict.fromkeys((64, 256), settings))
         assert relative(output, reference(**call)[0]) < 1e-5
     assert denoiser.totals == {"refresh": 2, "refresh_1": 2}
 
@@ -206,6 +206,7 @@ def test_phases_of_other_scopes_keep_the_same_updates() -> None:
         model(), **EACH_STEP, cache=cache, phases=phases, example_inputs=inputs()
     )
     first, second = denoiser.specializations[0].plan.phases
-    assert first.cache and second.cache
+    assert first.cache is not None
+    assert second.cache is not None
     assert first.cache.updates == second.cache.updates
     assert {s.scope for s in first.segments} != {s.scope for s in second.segments}

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = {}
         if hasattr(args, "set"):
-            options = {"toma": args.preset or True, **dict(_field(text) for text in args.set)}
+            options = {"toma": _toma(args), **dict(_field(text) for text in args.set)}
         getattr(importlib.import_module(module), function)(args, options, Console())
     except TomaError as error:
         text = Text.assemble((type(error).__name__, "red"), f": {error}")
@@ -75,6 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument("--method", help="how to merge (default toma; see docs/methods.md)")
     for command in (explain, build, demo):
         command.add_argument("--preset", help="as balanced, or paper-sdxl")
+        command.add_argument("--recipe", type=Path, help="file that toma_fx.tune has written")
         command.add_argument(
             "--set",
             action="append",
@@ -116,6 +117,19 @@ def _add_run_options(run: argparse.ArgumentParser) -> None:
     run.add_argument("--device", help="default: what it was built for")
     run.add_argument("--providers", help="of ONNX Runtime, separated by commas")
     run.add_argument("--threads", type=int, help="of ONNX Runtime, on a CPU")
+
+
+def _toma(args: argparse.Namespace) -> Any:
+    """What `--preset` or `--recipe` says."""
+    if args.recipe is None:
+        return args.preset or True
+    if args.preset:
+        raise ConfigError(
+            "a preset and a recipe", where="--recipe", expected="one of them", got="both"
+        )
+    from toma_fx.methods.recipe import Recipe
+
+    return Recipe.load(args.recipe)
 
 
 def _field(text: str) -> tuple[str, Any]:

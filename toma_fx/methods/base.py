@@ -43,7 +43,8 @@ class MethodConfig(ByPath, ABC):
         branches: what to merge: "attention" (self and joint), "cross" (cross-attention), "mlp". Not
             used with scope "keys".
         proportional: whether attention weighs a merged key by the number of tokens it stands for
-            (proportional attention of ToMe, arXiv 2210.09461): the logarithm is added to its scores.
+            (proportional attention of ToMe, arXiv 2210.09461): its logarithm is added to the
+            scores.
         destinations_every: steps between selections of destinations.
         select_at: steps (from 0, the first that merges) that select destinations, instead of
             `destinations_every`; the first merged step always does.

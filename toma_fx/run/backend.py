@@ -41,6 +41,7 @@ from toma_fx.errors import ConfigError, NoMergeSites, UnknownNameError, nearest
 from toma_fx.graph.rewriter import copy_graph
 from toma_fx.methods.base import MethodConfig
 from toma_fx.methods.config import make_config
+from toma_fx.methods.recipe import Recipe
 from toma_fx.methods.toma import ToMAConfig
 from toma_fx.run.denoiser import merging
 from toma_fx.run.gradients import refuse_gradient
@@ -96,7 +97,10 @@ class Options:
                 expected="True or False",
                 got=repr(allow),
             )
-        config = make_config(fields.pop("toma", True), fields.pop("method", None), fields)
+        toma = fields.pop("toma", True)
+        if isinstance(toma, Recipe):  # of the model there is only a graph: nothing to check
+            toma = toma.config
+        config = make_config(toma, fields.pop("method", None), fields)
         config.check_static('torch.compile(backend="toma_fx")')
         return cls(config, patches, allow)
 
