@@ -17,10 +17,11 @@ from toma_fx.errors import ConfigError, ModelTypeError
 from toma_fx.graph.dump import dumping
 from toma_fx.methods.base import MethodConfig
 from toma_fx.methods.config import make_config
+from toma_fx.methods.planning import merging
 from toma_fx.methods.recipe import Recipe
 from toma_fx.run.arguments import check_leaves, plain_numbers
 from toma_fx.run.calls import call_of
-from toma_fx.run.denoiser import OptimizedDenoiser, merging, optimized_of
+from toma_fx.run.denoiser import OptimizedDenoiser, optimized_of
 from toma_fx.run.pipelines import COMPONENTS, leave_generations, tell_generations
 from toma_fx.run.programs import Specialization, tracing
 from toma_fx.run.report import Report, Summary, make_report, make_summary
@@ -35,6 +36,7 @@ def optimize(
     method: str | MethodConfig | type[MethodConfig] | None = None,
     example_inputs: Any = None,
     max_signatures: int = 8,
+    like: nn.Module | None = None,
     **options: Any,
 ) -> T:
     """Token merging for a denoiser, or for the denoiser of a diffusers pipeline.
@@ -51,6 +53,8 @@ def optimize(
             the first call of each signature.
         max_signatures: graphs that are kept; one is made for every combination of input shapes,
             adapters and position grids, and the one unused longest makes room for a new one.
+        like: what was optimized of the same denoiser. Graphs and compiled programs that it has are
+            used where they fit: where the two configurations differ only in the schedule.
         options: fields of the method's configuration, replacing those of `toma` or `method`.
 
     Returns:
@@ -81,7 +85,7 @@ def optimize(
         original = _require_original(inner)
         if recipe is not None:
             recipe.check_model(*architecture_of(original))
-        optimized = OptimizedDenoiser(original, config, max_signatures)
+        optimized = OptimizedDenoiser(original, config, max_signatures, _like(like, original))
         if example_inputs is not None:
             optimized.fix(*call_of(example_inputs))
         return optimized
@@ -93,6 +97,23 @@ def optimize(
         setattr(model, name, denoiser)
     tell_generations(model)
     return model
+
+
+def _like(like: Any, original: nn.Module) -> OptimizedDenoiser | None:
+    """What `like=` means for a denoiser.
+
+    Raises:
+        ConfigError: it is not an optimized form of the same one.
+    """
+    optimized = optimized_of(like)
+    if like is not None and (optimized is None or optimized.denoiser is not original):
+        raise ConfigError(
+            "like= is not of this model",
+            where="like",
+            expected=f"what toma_fx.optimize returned for the same {type(original).__name__}",
+            got=type(like).__name__ if optimized is None else "that of another model",
+        )
+    return optimized
 
 
 def restore(model: T) -> T:

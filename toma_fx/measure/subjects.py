@@ -17,6 +17,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from toma_fx.api import find_components, optimize
 from toma_fx.errors import ConfigError, ModelTypeError, TomaError, UnknownNameError, nearest
 from toma_fx.methods.checks import is_count
+from toma_fx.methods.planning import plan_key
 from toma_fx.models import tiny
 from toma_fx.run.denoiser import OptimizedDenoiser, optimized_of
 from toma_fx.run.pipelines import replace_components
@@ -115,6 +117,7 @@ class Subject(ABC):
                 )
         self.name, self.denoisers, self.settings = name, dict(denoisers), settings
         self._optimized: dict[Hashable, dict[str, OptimizedDenoiser]] = {}
+        self._by_plan: WeakValueDictionary[Hashable, OptimizedDenoiser] = WeakValueDictionary()
         self._compiled: dict[str, Any] = {}
         self._references: dict[str, Tensor] = {}
 
@@ -172,6 +175,10 @@ class Subject(ABC):
             own = {}
             for name, denoiser in self.denoisers.items():
                 optimized = cast(OptimizedDenoiser, optimize(denoiser, config))
+                plan = name, plan_key(optimized.config_toma)
+                like = self._by_plan.setdefault(plan, optimized)
+                if like is not optimized:
+                    optimized = cast(OptimizedDenoiser, optimize(denoiser, config, like=like))
                 if self.settings.compile:
                     optimized.compile(**self.settings.compile_options)
                 own[name] = optimized
@@ -179,7 +186,7 @@ class Subject(ABC):
         return self._optimized[key]
 
     def forget(self, config: Any) -> None:
-        """Drop the optimized denoisers of a configuration, and with them graphs and programs."""
+        """Drop the optimized denoisers of a configuration; programs that others share stay."""
         self._optimized.pop(_key(config), None)
 
 

@@ -70,6 +70,7 @@ class MethodConfig(ByPath, ABC):
             for by it.
         overridable: fields that `overrides` may set.
         patterned: whether there is a pattern; if not, nothing is ever selected.
+        scheduling: fields that say when which program runs, and change none.
         uses: kinds of programs (`toma_fx.passes.uses.Use`) that `renewal` names beside the
             package's own.
 
@@ -96,6 +97,9 @@ class MethodConfig(ByPath, ABC):
     name: ClassVar[str] = ""
     overridable: ClassVar[tuple[str, ...]] = ("min_tokens",)
     patterned: ClassVar[bool] = True
+    scheduling: ClassVar[frozenset[str]] = frozenset(
+        {"destinations_every", "select_at", "first_step", "last_step"}
+    )
     uses: ClassVar[tuple[Any, ...]] = ()
 
     def __post_init__(self) -> None:

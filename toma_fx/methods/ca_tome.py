@@ -107,6 +107,7 @@ class CAToMeConfig(CellConfig):
     overridable: ClassVar[tuple[str, ...]] = (
         "threshold", "sx", "sy", "max_downsample", "min_tokens"
     )  # fmt: skip
+    scheduling: ClassVar[frozenset[str]] = CellConfig.scheduling | {"checkpoints", "steps"}
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ratios", _sorted_pairs(self.ratios))

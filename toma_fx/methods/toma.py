@@ -209,6 +209,7 @@ class ToMAConfig(MethodConfig):
     overridable: ClassVar[tuple[str, ...]] = (
         "ratio", "window", "tile", "tiles", "scale", "inverse", "min_tokens"
     )  # fmt: skip
+    scheduling: ClassVar[frozenset[str]] = MethodConfig.scheduling | {"weights_every"}
 
     def check(self) -> None:
         """Check every field."""

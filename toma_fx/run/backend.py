@@ -41,9 +41,9 @@ from toma_fx.errors import ConfigError, NoMergeSites, UnknownNameError, nearest
 from toma_fx.graph.rewriter import copy_graph
 from toma_fx.methods.base import MethodConfig
 from toma_fx.methods.config import make_config
+from toma_fx.methods.planning import merging
 from toma_fx.methods.recipe import Recipe
 from toma_fx.methods.toma import ToMAConfig
-from toma_fx.run.denoiser import merging
 from toma_fx.run.gradients import refuse_gradient
 from toma_fx.run.marks import Rasters
 from toma_fx.run.program_set import StepCall

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +32,7 @@ from toma_fx.compat import (
 )
 from toma_fx.errors import AdapterError, CaptureError, StatefulModelError
 from toma_fx.methods.base import MethodConfig
+from toma_fx.methods.planning import merging, plan_key
 from toma_fx.run.arguments import are_taken, check_leaves, plain_numbers
 from toma_fx.run.batching import ModelKey, State, step_states
 from toma_fx.run.calls import (
@@ -89,7 +90,13 @@ class OptimizedDenoiser(KeepsState, StandIn):
     config_toma: MethodConfig
     cache: SpecializationCache
 
-    def __init__(self, model: nn.Module, config: MethodConfig, max_signatures: int = 8) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: MethodConfig,
+        max_signatures: int = 8,
+        like: OptimizedDenoiser | None = None,
+    ) -> None:
         skip_frame(OptimizedDenoiser.forward)
         super().__init__(model)
         own = self.__dict__
@@ -99,6 +106,7 @@ class OptimizedDenoiser(KeepsState, StandIn):
         own["_stepper"] = Stepper("the optimized denoiser")
         own["_schedule"] = Schedule.of(config)
         own["_fixed"] = None
+        own["_like"] = like
         own["_compile"] = None
         own["_accepted"] = OrderedDict()
         own["_forward_signature"] = inspect.signature(model.forward)
@@ -209,7 +217,15 @@ class OptimizedDenoiser(KeepsState, StandIn):
     ) -> tuple[Hashable, Specialization]:
         """(its key, what is captured for a call), made when first asked for."""
         key = (arguments.guard.key, arguments.signature, rasters)
-        return key, self.cache.get(key, lambda: self._specialize(arguments))
+        return key, self.cache.get(key, lambda: self._share(key) or self._specialize(arguments))
+
+    def _share(self, key: Hashable) -> Specialization | None:
+        """The programs of the denoiser that this one is like, where they do the same."""
+        like, config = self._like, self.config_toma
+        if like is None or like._compile != self._compile:
+            return None
+        found = like.cache.find(key) if plan_key(like.config_toma) == plan_key(config) else None
+        return found and found.under(config)
 
     def _specialize(self, arguments: Arguments) -> Specialization:
         arguments.guard.companions.check_merging(merging(self.config_toma))
@@ -367,11 +383,6 @@ class _DenoiserTurn:
     def unflatten(self, outputs: list[Any]) -> Any:
         """The outputs as the denoiser returns them."""
         return tree_unflatten(outputs, self.programs.captured.out_spec)
-
-
-def merging(config: MethodConfig) -> Callable[[str], bool]:
-    """Whether a configuration merges attention at a module path; of "", whether it merges."""
-    return lambda path: config.merges_attention(path) if path else config.merges
 
 
 def optimized_of(model: Any) -> OptimizedDenoiser | None:

@@ -10,7 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -148,6 +148,11 @@ class Specialization:
         timestep = "" if clock is None or clock.tensor is None else clock.name
         plan = make_plan(analysis, flow, config, timestep)
         return cls(captured, analysis, flow, plan, make_runner)
+
+    def under(self, config: MethodConfig) -> Specialization:
+        """The same programs under a configuration that plans alike, on another schedule."""
+        plan = replace(self.plan, config=config)
+        return replace(self, plan=plan, counts={})
 
     @property
     def dynamic(self) -> bool:
@@ -319,6 +324,12 @@ class SpecializationCache:
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def find(self, key: Hashable) -> Specialization | None:
+        """The specialization of a key, if it lives."""
+        with self._lock:
+            found = self._entries.get(key)
+        return None if found is None or found.parts.lost else found
 
     def values(self) -> tuple[Specialization, ...]:
         """Those alive, the one used last at the end."""
