@@ -100,17 +100,21 @@ class Groups:
 
 
 def cell_groups(
-    x: Tensor, grid: Grid, ratio: float = 1.0, threshold: float | None = None
+    x: Tensor,
+    grid: Grid,
+    ratio: float = 1.0,
+    threshold: float | None = None,
+    heads: list[int] | None = None,
 ) -> Groups:
     """ToMeSD in 2x2 cells: tokens [N, C], of which the share `ratio` joins a top left one.
 
-    With a `threshold` those join that are as similar.
+    With a `threshold` those join that are as similar; with `heads` they join these.
     """
     height, width = grid
     rows, columns = height // 2 * 2, width // 2 * 2
     raster = [(i // width, i % width) for i in range(height * width)]
     inside = [i for i, (r, c) in enumerate(raster) if r < rows and c < columns]
-    heads = [i for i in inside if raster[i][0] % 2 == raster[i][1] % 2 == 0]
+    heads = heads or [i for i in inside if raster[i][0] % 2 == raster[i][1] % 2 == 0]
     others = sorted(set(range(height * width)) - set(heads))
     unit = x / x.norm(dim=-1, keepdim=True)
     best, where = (unit[others] @ unit[heads].T).max(-1)

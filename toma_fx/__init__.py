@@ -41,9 +41,11 @@ if TYPE_CHECKING:  # the names of the table, for type checkers and editors
     from toma_fx.export.loader import load as load
     from toma_fx.methods.base import MethodConfig as MethodConfig
     from toma_fx.methods.baselines import GridConfig as GridConfig, RandomConfig as RandomConfig
+    from toma_fx.methods.bigain import BiGainConfig as BiGainConfig
     from toma_fx.methods.ca_tome import CAToMeConfig as CAToMeConfig
     from toma_fx.methods.cache import CACHES as CACHES, CacheConfig as CacheConfig
     from toma_fx.methods.config import METHODS as METHODS, PRESETS as PRESETS
+    from toma_fx.methods.coredit import CoReDiTConfig as CoReDiTConfig
     from toma_fx.methods.recipe import Recipe as Recipe
     from toma_fx.methods.retom import ReToMConfig as ReToMConfig
     from toma_fx.methods.setting import Place as Place, Setting as Setting
@@ -72,9 +74,11 @@ _NAMES = {
     "toma_fx.export.loader": "load",
     "toma_fx.methods.base": "MethodConfig",
     "toma_fx.methods.baselines": "GridConfig RandomConfig",
+    "toma_fx.methods.bigain": "BiGainConfig",
     "toma_fx.methods.ca_tome": "CAToMeConfig",
     "toma_fx.methods.cache": "CACHES CacheConfig",
     "toma_fx.methods.config": "METHODS PRESETS",
+    "toma_fx.methods.coredit": "CoReDiTConfig",
     "toma_fx.methods.recipe": "Recipe",
     "toma_fx.methods.retom": "ReToMConfig",
     "toma_fx.methods.setting": "Place Setting",

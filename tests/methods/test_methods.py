@@ -37,7 +37,9 @@ from toma_fx.methods.setting import Pattern
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "methods.md"
-BUILT_IN = ("ca-tome", "grid", "random", "retom", "todo", "tofu", "toma", "tomesd")
+BUILT_IN = (
+    "bigain", "ca-tome", "coredit", "grid", "random", "retom", "todo", "tofu", "toma", "tomesd"
+)  # fmt: skip
 GRID = (8, 12)
 
 
@@ -64,7 +66,7 @@ def static(name: str) -> toma_fx.MethodConfig:
     fields: dict[str, Any] = {"min_tokens": 1}
     if name != "todo":
         fields |= {"scope": "block", "branches": ("attention", "mlp"), "destinations_every": 2}
-    if name in ("toma", "grid", "random"):
+    if name in ("toma", "grid", "random", "coredit"):
         fields |= {"weights_every": 2}
     if name == "ca-tome":
         fields |= {"checkpoints": None}

@@ -69,25 +69,33 @@ class Cells:
         """Sources of a picture."""
         return self.tokens - self.destinations
 
-    def order(self, device: torch.device) -> Tensor:
-        """Raster index inside its picture of each token in turn: [pictures, n] int64."""
+    def order(self, device: torch.device, slots: Tensor | None = None) -> Tensor:
+        """Raster index inside its picture of each token in turn: [..., pictures, n] int64.
+
+        Args:
+            slots: which of its cell's tokens, in raster order, each destination is, int64
+                [..., pictures, cells]; None for those that the fields say.
+        """
         cell = torch.arange(self.destinations, device=device)
         corner = cell // self.columns * (self.sy * self.width) + cell % self.columns * self.sx
-        destination = self._destination_slots(device)
+        destination = self._destination_slots(device) if slots is None else slots
         source = torch.arange(self.sy * self.sx - 1, device=device)
         source = source + (source >= destination.unsqueeze(-1)).to(torch.int64)
-        sources = (corner.unsqueeze(-1) + self._raster_offset(source)).flatten(1)
+        sources = (corner.unsqueeze(-1) + self._raster_offset(source)).flatten(-2)
         destinations = corner + self._raster_offset(destination)
-        return torch.cat([sources, *self._margins(device), destinations], 1)
+        margins = (m.expand(*destination.shape[:-1], -1) for m in self._margins(device))
+        return torch.cat([sources, *margins, destinations], -1)
 
-    def inverse_order(self, device: torch.device) -> Tensor:
-        """Where each token of a picture is in `order`: [pictures, n] int64."""
+    def inverse_order(self, device: torch.device, slots: Tensor | None = None) -> Tensor:
+        """Where each token of a picture is in `order`: [..., pictures, n] int64."""
         token = torch.arange(self.tokens, device=device)
         row, column = token // self.width, token % self.width
         cell = (row // self.sy).clamp(max=self.rows - 1) * self.columns
         cell = cell + (column // self.sx).clamp(max=self.columns - 1)
         offset = row % self.sy * self.sx + column % self.sx
-        destination = torch.take_along_dim(self._destination_slots(device), cell.unsqueeze(0), 1)
+        slots = self._destination_slots(device) if slots is None else slots
+        cell_of = cell.view(*[1] * (slots.dim() - 1), -1)
+        destination = torch.take_along_dim(slots, cell_of, -1)
         sources = self.sy * self.sx - 1
         rank = cell * sources + offset - (offset > destination).to(torch.int64)
         rank = torch.where(offset == destination, self.sources + cell, rank)
@@ -112,7 +120,7 @@ class Cells:
         return slot // self.sx * self.width + slot % self.sx
 
     def _margins(self, device: torch.device) -> list[Tensor]:
-        """Raster index of the tokens right of the last cell, and of those below: [pictures, .]."""
+        """Raster index of the tokens right of the last cell, and of those below: [.]."""
         high, wide = self.rows * self.sy, self.columns * self.sx
         margin, indices = self.width - wide, []
         if margin:
@@ -120,7 +128,7 @@ class Cells:
             indices.append(token // margin * self.width + wide + token % margin)
         if self.height > high:
             indices.append(torch.arange(high * self.width, self.tokens, device=device))
-        return [index.expand(self.pictures, -1) for index in indices]
+        return indices
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,10 @@ from typing import Any, TypeVar
 from toma_fx.errors import ConfigError, UnknownNameError, nearest
 from toma_fx.methods.base import MethodConfig
 from toma_fx.methods.baselines import GridConfig, RandomConfig
+from toma_fx.methods.bigain import BiGainConfig
 from toma_fx.methods.ca_tome import CAToMeConfig
 from toma_fx.methods.cached_steps import SHARES
+from toma_fx.methods.coredit import CoReDiTConfig
 from toma_fx.methods.retom import ReToMConfig
 from toma_fx.methods.todo import ToDoConfig
 from toma_fx.methods.tofu import ToFuConfig
@@ -26,6 +28,8 @@ METHODS: tuple[type[MethodConfig], ...] = (
     ToDoConfig,
     CAToMeConfig,
     ReToMConfig,
+    BiGainConfig,
+    CoReDiTConfig,
     RandomConfig,
     GridConfig,
 )

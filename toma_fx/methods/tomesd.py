@@ -63,15 +63,19 @@ class ToMeSD(Setting):
         """`places` [B, M] and `joins` [B, N] int64, for tokens [B, N, C]."""
         return self.arrange(*self.match(x), self.r)
 
-    def match(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def match(self, x: Tensor, slots: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The best destination of each source.
+
+        Args:
+            slots: which token of its cell each destination is, [B, pictures, cells], where that
+                follows from the tokens.
 
         Returns:
             Its cosine similarity, float32, and its number in its picture, int64, both
             [B, pictures, sources]. A token of zeros has similarity 0.
         """
         cells = self.cells
-        order = cells.order(x.device)[None, :, :, None]
+        order = _in_batch(cells.order(x.device, slots)).unsqueeze(-1)
         x = x.unflatten(1, (cells.pictures, cells.tokens))
         unit = F.normalize(torch.take_along_dim(x, order, 2).float(), dim=-1)
         sources, destinations = unit[:, :, : cells.sources], unit[:, :, cells.sources :]
@@ -79,16 +83,18 @@ class ToMeSD(Setting):
         # Torch-TensorRT has no maximum that also says where it is; Inductor makes both in one pass
         return similarity.amax(-1), similarity.argmax(-1)
 
-    def arrange(self, best: Tensor, match: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    def arrange(
+        self, best: Tensor, match: Tensor, r: int, slots: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The pattern in which the `r` best of the matches merge: `places` and `joins`."""
         cells, device, batch, total = self.cells, best.device, best.shape[0], math.prod(self.grid)
         picture = torch.arange(cells.pictures, device=device).unsqueeze(-1)
-        raster = cells.order(device) + picture * cells.tokens
-        places = raster[:, cells.sources :].reshape(1, -1).expand(batch, -1)
+        raster = _in_batch(cells.order(device, slots) + picture * cells.tokens)
+        places = raster[..., cells.sources :].flatten(1).expand(batch, -1)
         staying = cells.pictures * cells.sources - r
         target = staying + picture * cells.destinations + match
         if staying:
-            key = similarity_keys(best, raster[:, : cells.sources], total)
+            key = similarity_keys(best, raster[..., : cells.sources], total)
             least = key.flatten(1).topk(staying, largest=False).values.flip(1)
             places = torch.cat([key_index(least, total), places], 1)
             rank = count_true(least[:, None, None, :] > key.unsqueeze(-1))
@@ -98,7 +104,7 @@ class ToMeSD(Setting):
         destination = torch.arange(cells.destinations, device=device)
         destination = staying + (destination + picture * cells.destinations)
         target = torch.cat([target, destination.expand(batch, -1, -1)], -1)
-        joins = torch.take_along_dim(target, cells.inverse_order(device).unsqueeze(0), -1)
+        joins = torch.take_along_dim(target, _in_batch(cells.inverse_order(device, slots)), -1)
         return places, joins.flatten(1)
 
     def merge(self, x: Tensor, pattern: Pattern) -> Tensor:
@@ -158,6 +164,11 @@ class ToMeSD(Setting):
     def _count_staying(self, pattern: Pattern) -> int:
         """How many sources do not merge."""
         return pattern["places"].shape[1] - self.cells.pictures * self.cells.destinations
+
+
+def _in_batch(order: Tensor) -> Tensor:
+    """[pictures, n] of all batch elements -> [1, pictures, n]."""
+    return order if order.dim() == 3 else order.unsqueeze(0)
 
 
 @dataclass(frozen=True, kw_only=True)
