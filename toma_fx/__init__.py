@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # the names of the table, for type checkers and editors
         MissingPackageError as MissingPackageError, ModelTypeError as ModelTypeError,
         NoCacheSites as NoCacheSites, NoMergeSites as NoMergeSites, OffloadError as OffloadError,
         ParityError as ParityError,
-        RecipeError as RecipeError, RewriteError as RewriteError,
+        RecipeError as RecipeError, ResultsError as ResultsError, RewriteError as RewriteError,
         SharedStateError as SharedStateError, SignatureError as SignatureError,
         StatefulModelError as StatefulModelError,
         StateError as StateError, TileError as TileError,
@@ -39,6 +39,9 @@ if TYPE_CHECKING:  # the names of the table, for type checkers and editors
     )
     from toma_fx.export.denoiser import ArtifactDenoiser as ArtifactDenoiser
     from toma_fx.export.loader import load as load
+    from toma_fx.measure.bench import bench as bench
+    from toma_fx.measure.intervals import paired_interval as paired_interval
+    from toma_fx.measure.quality import quality as quality
     from toma_fx.methods.base import MethodConfig as MethodConfig
     from toma_fx.methods.baselines import GridConfig as GridConfig, RandomConfig as RandomConfig
     from toma_fx.methods.bigain import BiGainConfig as BiGainConfig
@@ -65,13 +68,16 @@ _NAMES = {
     "toma_fx.errors": (
         "AdapterError ArtifactError BuildError CaptureError CompanionError CompatError "
         "ConfigError DynamicError GenerationError GradientError MissingPackageError ModelTypeError "
-        "NoCacheSites NoMergeSites OffloadError ParityError RecipeError RewriteError "
+        "NoCacheSites NoMergeSites OffloadError ParityError RecipeError ResultsError RewriteError "
         "SharedStateError SignatureError "
         "StatefulModelError StateError TileError TomaError TrainingModeError UnknownNameError "
         "VerifyError"
     ),
     "toma_fx.export.denoiser": "ArtifactDenoiser",
     "toma_fx.export.loader": "load",
+    "toma_fx.measure.bench": "bench",
+    "toma_fx.measure.intervals": "paired_interval",
+    "toma_fx.measure.quality": "quality",
     "toma_fx.methods.base": "MethodConfig",
     "toma_fx.methods.baselines": "GridConfig RandomConfig",
     "toma_fx.methods.bigain": "BiGainConfig",

@@ -121,6 +121,10 @@ class BuildError(TomaError, RuntimeError):
     """An artifact could not be built; none was left behind, and an existing one is untouched."""
 
 
+class ResultsError(TomaError, RuntimeError):
+    """A folder of measurements is damaged, or holds those of another run; nothing was changed."""
+
+
 class NoMergeSites(TomaError, RuntimeError):
     """Nothing in the model can be merged with this configuration.
 

@@ -7,7 +7,6 @@ The parser needs no torch, and a command's module is imported when the command r
 from __future__ import annotations
 
 import argparse
-import ast
 import importlib
 import sys
 from collections.abc import Sequence
@@ -17,7 +16,9 @@ from typing import Any
 from toma_fx.cli.options import add_target_options
 from toma_fx.errors import ConfigError, TomaError
 from toma_fx.export.registry import TARGETS
+from toma_fx.measure.fields import parse_field
 
+MODES = ("eager", "compiled")
 DTYPES = ("float32", "float16", "bfloat16")
 COMMANDS = {
     "explain": "toma_fx.cli.explain:explain_model",
@@ -26,8 +27,10 @@ COMMANDS = {
     "info": "toma_fx.cli.info:show_manifest",
     "verify": "toma_fx.cli.info:verify_files",
     "run": "toma_fx.cli.run:run_artifact",
+    "quality": "toma_fx.cli.measure:measure_quality",
+    "bench": "toma_fx.cli.measure:measure_speed",
 }
-"""Module and function of every command."""
+"""Module and function of every command; what it returns, if anything, is the exit status."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,16 +43,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = {}
         if hasattr(args, "set"):
-            options = {"toma": _toma(args), **dict(_field(text) for text in args.set)}
-        getattr(importlib.import_module(module), function)(args, options, Console())
+            options = {"toma": _toma(args), **dict(parse_field(text) for text in args.set)}
+        run = getattr(importlib.import_module(module), function)
+        return run(args, options, Console()) or 0
     except TomaError as error:
-        text = Text.assemble((type(error).__name__, "red"), f": {error}")
+        notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
+        text = Text.assemble((type(error).__name__, "red"), f": {error}{notes}")
         Console(stderr=True).print(text, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; a build goes on where it was when started again")
+        hint = "interrupted; a build or a quality run goes on where it was when started again"
+        Console(stderr=True).print(hint)
         return 130
-    return 0
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -88,6 +93,17 @@ def make_parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="check that the files of an artifact are unchanged")
     run = commands.add_parser("run", help="time the steps of an artifact")
     _add_run_options(run)
+    quality = commands.add_parser(
+        "quality", help="pictures with and without acceleration, compared"
+    )
+    _add_quality_options(quality)
+    bench = commands.add_parser("bench", help="speed of a model: eager, compiled, accelerated")
+    bench.add_argument("--prompt", help="what is drawn (default: a caption, or a class)")
+    bench.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    bench.add_argument("--rounds", type=int, default=7, help="that count, in turn (default 7)")
+    bench.add_argument("--json", type=Path, help="file for the figures; - for the output")
+    for command in (quality, bench):
+        _add_subject_options(command)
     for command in (info, verify, run):
         command.add_argument("path", type=Path, help="folder of the artifact")
     return parser
@@ -119,6 +135,56 @@ def _add_run_options(run: argparse.ArgumentParser) -> None:
     run.add_argument("--threads", type=int, help="of ONNX Runtime, on a CPU")
 
 
+def _add_subject_options(command: argparse.ArgumentParser) -> None:
+    """What is measured and how it draws."""
+    model = command.add_mutually_exclusive_group(required=True)
+    model.add_argument("--pipeline", help="folder or hub id of a pipeline of diffusers")
+    model.add_argument("--model", help="an embedded model, as tiny-sdxl")
+    command.add_argument(
+        "--config",
+        action="append",
+        required=True,
+        metavar="CONFIG",
+        help="a preset, a method, METHOD:FIELD=VALUE,... or a recipe file; may be repeated",
+    )
+    command.add_argument("--steps", type=int, default=20, help="of a generation (default 20)")
+    command.add_argument("--guidance", type=float, help="scale (default: the pipeline's)")
+    command.add_argument("--height", type=int, help="pixels (default: the model's)")
+    command.add_argument("--width", type=int, help="pixels (default: the model's)")
+    command.add_argument("--batch", type=int, default=1, help="pictures of a call (default 1)")
+    command.add_argument("--dtype", choices=DTYPES, help="of a pipeline (default float32)")
+    command.add_argument("--device", help="of a pipeline (default: cuda if there is one, else cpu)")
+
+
+def _add_quality_options(quality: argparse.ArgumentParser) -> None:
+    add = quality.add_argument
+    add("--prompts", required=True, help="a file (a prompt a line, .jsonl, .csv, .tsv), drawbench "
+        "or partiprompts")  # fmt: skip
+    add("--out", type=Path, required=True, help="folder; a run that broke off goes on there")
+    add("--seed", type=int, default=0, help="of the first picture (default 0)")
+    add("--seeds", type=int, default=1, help="pictures of each prompt (default 1)")
+    add("--limit", type=int, help="prompts to take, from the start")
+    add("--compile", action="store_true", help="compile the original and every configuration")
+    add("--rounds", type=int, default=3, help="timed generations of each (default 3; 0: none)")
+    add(
+        "--metric",
+        action="append",
+        default=[],
+        metavar="NAME[=WEIGHTS]",
+        help="beside psnr, ssim and mean_abs: lpips, dino, clip, clip_score, image_reward, or all; "
+        "weights are a folder or a hub id; may be repeated",
+    )
+    add(
+        "--require",
+        nargs="+",
+        default=[],
+        metavar="METRIC[:STATISTIC]=VALUE",
+        help="thresholds of the mean (or median, worst) over all pictures, as psnr=28 ssim=0.95; "
+        "exit status 3 if one is not met",
+    )
+    add("--shown", type=int, default=12, help="pictures on the page (default 12)")
+
+
 def _toma(args: argparse.Namespace) -> Any:
     """What `--preset` or `--recipe` says."""
     if args.recipe is None:
@@ -130,17 +196,6 @@ def _toma(args: argparse.Namespace) -> Any:
     from toma_fx.methods.recipe import Recipe
 
     return Recipe.load(args.recipe)
-
-
-def _field(text: str) -> tuple[str, Any]:
-    """`ratio=0.5` as a name and a Python value (plain words are strings)."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ConfigError("not a setting", where="--set", expected="FIELD=VALUE", got=text)
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value
 
 
 if __name__ == "__main__":

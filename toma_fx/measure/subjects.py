@@ -10,6 +10,7 @@ A configuration is anything that `toma_fx.optimize(model, X)` takes; None is the
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 from abc import ABC, abstractmethod
@@ -126,6 +127,11 @@ class Subject(ABC):
         """Pictures [B, 3, H, W] in [0, 1] of one batch, a generation of these denoisers."""
 
     @property
+    def example_prompt(self) -> str:
+        """A prompt that it draws."""
+        return "a photo"
+
+    @property
     def device(self) -> torch.device:
         """Of the first denoiser."""
         parameter = next(next(iter(self.denoisers.values())).parameters(), None)
@@ -214,6 +220,11 @@ class EmbeddedSubject(Subject):
                 )
         super().__init__(model.name, {"denoiser": model.denoiser}, settings)
         self.model = model
+
+    @property
+    def example_prompt(self) -> str:
+        """The first class."""
+        return tiny.CLASSES[0]
 
     def _generate(self, cases: Sequence[Case], denoisers: Mapping[str, Any]) -> Tensor:
         denoiser, steps = denoisers["denoiser"], self.settings.steps
@@ -347,3 +358,30 @@ def _batched(name: str, values: Sequence[Any]) -> Any:
             hint="batch=1 draws them one by one",
         )
     return values[0]
+
+
+def subject_of(model: Any, settings: Mapping[str, Any]) -> Subject:
+    """The subject of a pipeline or an embedded model; a subject is returned as it is.
+
+    Raises:
+        UnknownNameError: settings that there are not. ConfigError: settings for a subject, which
+            has its own. ModelTypeError: nothing that draws.
+    """
+    known = [f.name for f in dataclasses.fields(Settings)]
+    for name in settings:
+        if name not in known:
+            raise UnknownNameError(
+                f"unknown setting {name!r}", where="settings", hint=nearest(name, known)
+            )
+    if isinstance(model, Subject):
+        if settings:
+            raise ConfigError(
+                "a subject has its settings already",
+                where="settings",
+                expected="none",
+                got=", ".join(settings),
+            )
+        return model
+    if hasattr(model, "conditioning") and hasattr(model, "denoiser"):
+        return EmbeddedSubject(model, Settings(**settings))
+    return PipelineSubject(model, Settings(**settings))

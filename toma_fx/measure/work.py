@@ -96,11 +96,17 @@ class Times:
         return statistics.median(self.seconds)
 
     @property
-    def spread(self) -> float:
-        """Interquartile range over the median; 0 for fewer than two rounds."""
+    def quartiles(self) -> tuple[float, float]:
+        """The first and the third; of one round twice the same."""
         if len(self.seconds) < 2:
-            return 0.0
+            return self.median_s, self.median_s
         low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return low, high
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range over the median."""
+        low, high = self.quartiles
         return (high - low) / self.median_s
 
     @property
@@ -162,9 +168,10 @@ def time_generations(
     on_run: Callable[[str], None] | None = None,
 ) -> dict[str, Times]:
     """Time generations of the cases by name of their configuration; None is the original."""
-    runs = {name: _drawing(subject, cases, config) for name, config in configs.items()}
+    runs = {name: drawing(subject, cases, config) for name, config in configs.items()}
     return time_in_turn(runs, rounds, subject.device, on_run)
 
 
-def _drawing(subject: Subject, cases: Sequence[Case], config: Any) -> Callable[[], Any]:
+def drawing(subject: Subject, cases: Sequence[Case], config: Any) -> Callable[[], Any]:
+    """A generation, to be timed."""
     return lambda: subject.draw(cases, config)

@@ -1,0 +1,170 @@
+"""`toma-fx quality` and `bench`: pictures and speed of a model, accelerated."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from toma_fx.errors import ConfigError, ModelTypeError, nearest
+from toma_fx.measure.bench import bench
+from toma_fx.measure.processes import rank_and_count
+from toma_fx.measure.quality import quality
+from toma_fx.measure.records import write
+from toma_fx.measure.scores import METRICS, PLAIN, metric_of
+from toma_fx.models import tiny
+
+NOT_MET = 3
+"""Exit status where a threshold is not met."""
+SUBJECT = ("steps", "guidance", "height", "width", "batch")
+"""Options that are settings of the subject by the same names."""
+
+
+class ShownProgress:
+    """A bar for each thing that is done; the first process alone shows it."""
+
+    def __init__(self, console: Console) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+                   TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
+        hidden = rank_and_count()[0] > 0
+        self._bars = Progress(*columns, console=console, disable=hidden)
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> ShownProgress:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bars.stop()
+
+    def __call__(self, what: str, count: int) -> None:
+        """Begin something of `count` units, or, without a name, advance it."""
+        if what:
+            self._task = self._bars.add_task(what, total=count)
+        elif self._task is not None:
+            self._bars.advance(self._task, count)
+
+
+def measure_quality(args: argparse.Namespace, options: dict[str, Any], console: Console) -> int:
+    """Compare pictures; the exit status says whether the thresholds are met."""
+    metrics = _metrics(args.metric)
+    with ShownProgress(console) as progress:
+        result = quality(
+            _model(args),
+            args.prompts,
+            args.config,
+            out=args.out,
+            metrics=metrics,
+            require=args.require,
+            rounds=args.rounds,
+            seed=args.seed,
+            seeds=args.seeds,
+            limit=args.limit,
+            shown=args.shown,
+            progress=progress,
+            compile=args.compile,
+            **{name: getattr(args, name) for name in SUBJECT},
+        )
+    if rank_and_count()[0] == 0:
+        console.print(result)
+        console.print(f"page: {args.out / 'index.html'}", highlight=False, soft_wrap=True)
+    return 0 if result.passes else NOT_MET
+
+
+def measure_speed(args: argparse.Namespace, options: dict[str, Any], console: Console) -> None:
+    """Time generations and print a table, or JSON."""
+    with ShownProgress(Console(stderr=True)) as progress:
+        begun: list[int] = []
+
+        def advance(total: int) -> None:
+            if not begun:
+                progress("generations", total)
+                begun.append(total)
+            progress("", 1)
+
+        result = bench(
+            _model(args),
+            args.config,
+            prompt=args.prompt,
+            modes=args.modes,
+            rounds=args.rounds,
+            on_run=advance,
+            **{name: getattr(args, name) for name in SUBJECT},
+        )
+    if str(args.json) == "-":
+        sys.stdout.write(result.to_json() + "\n")
+        return
+    console.print(result)
+    if args.json is not None:
+        write(args.json, result.to_json() + "\n")
+
+
+def _metrics(texts: list[str]) -> dict[str, str | None]:
+    """Metrics and weights that replace the default ones; those without weights always."""
+    found: dict[str, str | None] = dict.fromkeys(PLAIN)
+    for text in texts:
+        name, _, weights = text.partition("=")
+        if name == "all":
+            found |= {metric: found.get(metric) for metric in METRICS}
+        else:
+            found[metric_of(name).name] = weights or None
+    return found
+
+
+def _model(args: argparse.Namespace) -> Any:
+    """The pipeline or the embedded model that the arguments name.
+
+    Raises:
+        ModelTypeError: it can't be loaded. ConfigError: no such embedded model, or options that
+            it does not have.
+    """
+    if args.model is not None:
+        if args.model not in tiny.NAMES:
+            raise ConfigError(
+                "no such embedded model",
+                where="--model",
+                expected=" or ".join(tiny.NAMES),
+                got=args.model,
+                hint=f"{nearest(args.model, tiny.NAMES)}; --pipeline takes a folder or hub id",
+            )
+        for name in ("dtype", "device"):
+            if getattr(args, name) is not None:
+                raise ConfigError(
+                    "embedded models run in float32 on the CPU",
+                    where=f"--{name}",
+                    expected="the option beside --pipeline",
+                    got=getattr(args, name),
+                )
+        return tiny.load(args.model)
+    from diffusers import DiffusionPipeline
+
+    try:
+        pipe = DiffusionPipeline.from_pretrained(
+            args.pipeline, torch_dtype=getattr(torch, args.dtype or "float32")
+        )
+    except (OSError, ValueError) as error:
+        raise ModelTypeError(
+            "the pipeline can't be loaded",
+            where="--pipeline",
+            expected="a folder or hub id of a pipeline of diffusers",
+            got=f"{args.pipeline}: {str(error).splitlines()[0]}",
+        ) from error
+    return pipe.to(args.device or _device())
+
+
+def _device() -> str:
+    """A GPU of this process's own, or the CPU."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
