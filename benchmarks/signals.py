@@ -51,13 +51,28 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bigain": {"max_downsample": 2},
 }
 """Of methods, wherever they are placed: the grids of both levels, as the others."""
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dito without penalty": ("dito", {"penalty": 0.0}),
+}
+"""Methods with other options under names of their own."""
 ROWS: dict[str, tuple[str, ...]] = {
-    "stack": (*BASES, "tomesd", "bigain", "coredit", "toma+", "grid+", "tomesd+", "bigain+"),
-    "keys": (*BASES, "toma+", "random+", "grid+", "tomesd+"),
-    "attention": (*BASES, "tomesd", "bigain", "coredit", "toma+"),
+    "stack": (
+        *BASES,
+        "tomesd",
+        "bigain",
+        "coredit",
+        "toma+",
+        "grid+",
+        "tomesd+",
+        "bigain+",
+        "dito",
+        "dito without penalty",
+    ),
+    "keys": (*BASES, "toma+", "random+", "grid+", "tomesd+", "dito+"),
+    "attention": (*BASES, "tomesd", "bigain", "coredit", "toma+", "dito"),
 }
 """Methods by placement; with a "+" attention weighs merged keys by their sizes."""
-GUIDED: dict[str, tuple[str, ...]] = {"stack": BASES}
+GUIDED: dict[str, tuple[str, ...]] = {"stack": (*BASES, "ibtm", "dito")}
 """The same where both halves of guidance are rows of one batch."""
 BEGIN, END = "<!-- signals:begin -->", "<!-- signals:end -->"
 
@@ -79,11 +94,12 @@ class Entry:
 
     def config(self) -> Any:
         """The configuration."""
-        options = {**PLACEMENTS[self.placement], **OPTIONS.get(self.method, {})}
+        method, own = VARIANTS.get(self.method, (self.method, {}))
+        options = {**PLACEMENTS[self.placement], **OPTIONS.get(method, {}), **own}
         options |= {"ratio": self.ratio, "proportional": self.proportional}
-        if "weights_every" in make_config(method=self.method).to_json():
+        if "weights_every" in make_config(method=method).to_json():
             options["weights_every"] = 5
-        return make_config(method=self.method, options=options)
+        return make_config(method=method, options=options)
 
 
 def entries(rows: Mapping[str, Sequence[str]]) -> Iterator[Entry]:

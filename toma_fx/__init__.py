@@ -49,6 +49,8 @@ if TYPE_CHECKING:  # the names of the table, for type checkers and editors
     from toma_fx.methods.cache import CACHES as CACHES, CacheConfig as CacheConfig
     from toma_fx.methods.config import METHODS as METHODS, PRESETS as PRESETS
     from toma_fx.methods.coredit import CoReDiTConfig as CoReDiTConfig
+    from toma_fx.methods.dito import DiToConfig as DiToConfig
+    from toma_fx.methods.ibtm import IBTMConfig as IBTMConfig
     from toma_fx.methods.recipe import Recipe as Recipe
     from toma_fx.methods.retom import ReToMConfig as ReToMConfig
     from toma_fx.methods.setting import Place as Place, Setting as Setting
@@ -85,6 +87,8 @@ _NAMES = {
     "toma_fx.methods.cache": "CACHES CacheConfig",
     "toma_fx.methods.config": "METHODS PRESETS",
     "toma_fx.methods.coredit": "CoReDiTConfig",
+    "toma_fx.methods.dito": "DiToConfig",
+    "toma_fx.methods.ibtm": "IBTMConfig",
     "toma_fx.methods.recipe": "Recipe",
     "toma_fx.methods.retom": "ReToMConfig",
     "toma_fx.methods.setting": "Place Setting",

@@ -38,8 +38,11 @@ from toma_fx.methods.setting import Pattern
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "methods.md"
 BUILT_IN = (
-    "bigain", "ca-tome", "coredit", "grid", "random", "retom", "todo", "tofu", "toma", "tomesd"
+    "bigain", "ca-tome", "coredit", "dito", "grid", "ibtm", "random", "retom", "todo", "tofu",
+    "toma", "tomesd",
 )  # fmt: skip
+SIGNALS = ("dito", "ibtm")
+"""Those that select on what the step before gave, by a kind of program of their own."""
 GRID = (8, 12)
 
 
@@ -66,7 +69,7 @@ def static(name: str) -> toma_fx.MethodConfig:
     fields: dict[str, Any] = {"min_tokens": 1}
     if name != "todo":
         fields |= {"scope": "block", "branches": ("attention", "mlp"), "destinations_every": 2}
-    if name in ("toma", "grid", "random", "coredit"):
+    if name in ("toma", "grid", "random", "coredit", *SIGNALS):
         fields |= {"weights_every": 2}
     if name == "ca-tome":
         fields |= {"checkpoints": None}
@@ -206,7 +209,8 @@ def test_compiled_without_recompilation(name: str) -> None:
         want, plain = eager(**call), model()(**call)
         assert relative(compiled(**call), want) < 1e-5
         assert relative(want, plain) > 1e-3, "it merges"
-    assert counters["stats"]["unique_graphs"] == (1 if name == "todo" else 2)
+    graphs = {"todo": 1} | dict.fromkeys(SIGNALS, 3)
+    assert counters["stats"]["unique_graphs"] == graphs.get(name, 2)
     assert sum(counters["graph_break"].values()) == 0
     assert sum(compiled.totals.values()) == 6
 
@@ -236,8 +240,10 @@ def test_exported_to_onnx(name: str) -> None:
     steps = [optimized(**inputs()).clone() for _ in range(2)]
     optimized.reset()
     exported = toma_fx.export.export_programs(optimized, inputs())
-    assert list(exported) == (["reuse"] if name == "todo" else ["refresh", "reuse"])
-    for program, want in zip(exported.values(), steps[-len(exported) :], strict=True):
+    match = ["match"] if name in SIGNALS else []
+    assert list(exported) == (["reuse"] if name == "todo" else ["refresh", *match, "reuse"])
+    programs = [program for kind, program in exported.items() if kind != "match"]
+    for program, want in zip(programs, steps[-len(programs) :], strict=True):
         got = run_onnx(program)
         assert len(got) == 1 + len(program.gives)
         assert relative(got[0], want) < 1e-5

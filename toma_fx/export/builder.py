@@ -176,7 +176,8 @@ def _compare(programs: Programs, manifest: Manifest, runtime: Runtime) -> Iterat
         kept = aged(kept, {name: x.clone() for name, x in gives.items()}, manifest.older)
         alike = 1.0
         reuse = _reusing(kind)
-        if not set(programs.plan.new_updates).issuperset(gives) and reuse in programs:
+        values = {*programs.plan.signals, *programs.plan.new_updates}
+        if not values.issuperset(gives) and reuse in programs:
             expected, more = programs.run(reuse, inputs, kept)
             expected_gives = {**expected_gives, **more}
             alike = _alike(programs, kept, {**kept, **expected_gives})
@@ -190,7 +191,7 @@ def _compare(programs: Programs, manifest: Manifest, runtime: Runtime) -> Iterat
                 most = f"a difference of at most {limit:.0e} of the largest value"
                 raise _mismatch(f"{where}, {spec.name}", most, f"{difference:.2g}")
             yield Parity(kind, difference, limit, alike)
-        for name in set(programs.plan.new_updates).intersection(gives):
+        for name in values.intersection(gives):
             difference = relative_difference(gives[name], expected_gives[name])
             limit = UPDATES * tolerance(gives[name].dtype)
             if not difference <= limit:

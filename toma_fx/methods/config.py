@@ -14,6 +14,8 @@ from toma_fx.methods.bigain import BiGainConfig
 from toma_fx.methods.ca_tome import CAToMeConfig
 from toma_fx.methods.cached_steps import SHARES
 from toma_fx.methods.coredit import CoReDiTConfig
+from toma_fx.methods.dito import DiToConfig
+from toma_fx.methods.ibtm import IBTMConfig
 from toma_fx.methods.retom import ReToMConfig
 from toma_fx.methods.todo import ToDoConfig
 from toma_fx.methods.tofu import ToFuConfig
@@ -30,6 +32,8 @@ METHODS: tuple[type[MethodConfig], ...] = (
     ReToMConfig,
     BiGainConfig,
     CoReDiTConfig,
+    DiToConfig,
+    IBTMConfig,
     RandomConfig,
     GridConfig,
 )

@@ -6,7 +6,9 @@ of its own: "refresh_1" selects as the second phase does. What merges nothing is
 
 from __future__ import annotations
 
-REFRESH, REWEIGH, REUSE, PLAIN = "refresh", "reweigh", "reuse", "plain"
+REFRESH, MATCH, REWEIGH, REUSE, PLAIN = "refresh", "match", "reweigh", "reuse", "plain"
+SELECTING = (REFRESH, MATCH)
+"""What selects destinations: on what comes in, or on what went out in the step before."""
 CACHED, CACHED_PLAIN = "cached", "cached_plain"
 MIXED, MIXED_PLAIN = "mixed", "mixed_plain"
 UNMERGED = frozenset({PLAIN, CACHED_PLAIN, MIXED_PLAIN})

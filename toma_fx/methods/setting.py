@@ -58,8 +58,10 @@ class Setting(ABC):
     Class attributes:
         chosen: names of what `select` returns. weighed: names of what `weights` returns.
         linear: whether `merge` is a linear map of the tokens.
-        feature: what `select` sees: the segment's normalized "entry", or the residual "stream"
-            where the block begins.
+        feature: what `select` and `weights` see: the segment's normalized "entry", the residual
+            "stream" where the block begins, or the "output", what the stream was behind the
+            segment in the step before; where there is none yet, the entry.
+        recalled: names of `chosen` parts of the former pattern that `select_again` sees.
         dynamic: whether the number of merged tokens depends on the data. Such a setting runs
             eagerly; `merged_count` is what its functions return for fake tensors.
     """
@@ -68,7 +70,8 @@ class Setting(ABC):
     chosen: ClassVar[tuple[str, ...]] = ()
     weighed: ClassVar[tuple[str, ...]] = ()
     linear: ClassVar[bool] = True
-    feature: ClassVar[Literal["entry", "stream"]] = "entry"
+    feature: ClassVar[Literal["entry", "stream", "output"]] = "entry"
+    recalled: ClassVar[tuple[str, ...]] = ()
     dynamic: ClassVar[bool] = False
 
     @property
@@ -92,6 +95,10 @@ class Setting(ABC):
     def select(self, x: Tensor) -> tuple[Tensor, ...]:
         """The `chosen` parts of the pattern, for tokens [B, N, C]."""
         return ()
+
+    def select_again(self, x: Tensor, before: Pattern) -> tuple[Tensor, ...]:
+        """As `select`, for the "output" of the step before and the `recalled` parts."""
+        return self.select(x)
 
     def weights(self, x: Tensor, chosen: Pattern) -> tuple[Tensor, ...]:
         """The `weighed` parts of the pattern, for tokens [B, N, C] and the `chosen` parts."""

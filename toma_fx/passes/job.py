@@ -14,6 +14,10 @@ from toma_fx.plan.plan import MergePlan
 class Keeps(Protocol):
     """What a kind of program takes and gives (`uses.Use`)."""
 
+    @property
+    def serves(self) -> tuple[str, ...]:
+        """Kinds that rows of one batch may be due; none where all rows are alike."""
+
     def takes(self, plan: MergePlan) -> tuple[str, ...]:
         """Names of the kept tensors that are inputs, in order."""
 

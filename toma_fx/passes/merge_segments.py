@@ -29,13 +29,13 @@ from torch import Tensor, fx
 from toma_fx.analysis.dataflow import Flow
 from toma_fx.analysis.facts import Analysis, Patch, Positional
 from toma_fx.analysis.labels import token_dim, tokens_of
-from toma_fx.errors import RewriteError
 from toma_fx.graph.rewriter import Rewriter
 from toma_fx.passes.job import Job
 from toma_fx.passes.key_sizes import Biases, weigh_keys
 from toma_fx.passes.snippets import (
     PatternNodes,
     Span,
+    span_at,
     span_of,
     splice_gather,
     splice_merge,
@@ -120,10 +120,7 @@ class _Work:
 
     def span(self, name: str, segment: MergeSegment) -> Span:
         """Where the segment's image lies in the sequence of a node."""
-        label = tokens_of(self.task.flow.layout(name))
-        if label is None:
-            raise RewriteError("no token axis", where=segment.name, got=name)
-        return span_of(label, segment.image)
+        return span_at(name, segment.image, self.task.flow)
 
     def merge_entry(self, name: str, segment: MergeSegment) -> fx.Node:
         """The merged form of an entry, one for all segments of a group."""

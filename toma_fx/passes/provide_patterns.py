@@ -5,10 +5,12 @@ What a program takes and gives decides, part by part, where a part comes from:
     given alone        computed    feature -> select -> chosen parts -> weights -> weighed parts
     taken alone        kept        an input
     taken and given    by row      where(mask, computed, kept): rows of a batch differ
+                       computed    where all rows are alike; the former value is recalled
     neither            computed
 
-Parts that are given are also outputs. Two masks [B] tell the rows to select
-anew and the rows to weigh anew; `chosen` parts follow the first, `weighed` parts the second.
+Where a group's signal is taken, it stands for the feature. Parts that are given are also outputs.
+Two masks [B] tell the rows to select anew and the rows to weigh anew; `chosen` parts follow the
+first, `weighed` parts the second.
 """
 
 from __future__ import annotations
@@ -20,12 +22,10 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, fx
 
-from toma_fx.analysis.labels import tokens_of
-from toma_fx.errors import RewriteError
 from toma_fx.graph.rewriter import Rewriter
 from toma_fx.methods.setting import Setting
 from toma_fx.passes.job import Job
-from toma_fx.passes.snippets import Span, span_of, splice_image
+from toma_fx.passes.snippets import Span, span_at, splice_image
 from toma_fx.plan.plan import MergePlan, PatternGroup
 
 PATTERN_MASKS = {"pattern_select": ("refresh",), "pattern_weigh": ("refresh", "reweigh")}
@@ -41,13 +41,15 @@ class ProvidePatterns:
 
     Attributes:
         takes, gives: names of the kept tensors that the program takes and gives.
-        spans: where the image lies in each group's feature.
+        spans: where the image lies in features and outputs of groups.
+        by_row: whether rows of a batch are due different kinds.
     """
 
     plan: MergePlan
     takes: frozenset[str]
     gives: frozenset[str]
     spans: Mapping[str, Span]
+    by_row: bool
     name: ClassVar[str] = "provide_patterns"
 
     @classmethod
@@ -58,7 +60,9 @@ class ProvidePatterns:
             frozenset(names).difference(plan.all_updates)
             for names in (job.use.takes(plan), job.use.gives(plan))
         )
-        return cls(plan, takes, gives, {g.name: _feature_span(job, g) for g in plan.groups})
+        values = {(name, g.image) for g in plan.groups for name in (g.feature, g.output) if name}
+        spans = {name: span_at(name, image, job.flow) for name, image in values}
+        return cls(plan, takes, gives, spans, bool(job.use.serves))
 
     def __str__(self) -> str:
         return f"ProvidePatterns({len(self.plan.groups)} groups)"
@@ -66,11 +70,15 @@ class ProvidePatterns:
     def apply(self, rewriter: Rewriter) -> None:
         """Rewrite the graph."""
         nodes = rewriter.index()
-        masks = self._add_masks(rewriter, nodes) if self.takes & self.gives else ()
+        by_row = self.by_row and self.takes & self.gives
+        masks = self._add_masks(rewriter, nodes) if by_row else ()
         outputs: list[fx.Node] = []
         for group in self.plan.groups:
             names = [group.tensor(part) for part in group.setting.parts]
-            parts = self._provide(rewriter, group, nodes[group.feature], masks)
+            if group.signal in self.takes:
+                parts = self._match(rewriter, group, nodes)
+            else:
+                parts = self._provide(rewriter, group, nodes[group.feature], masks)
             rewriter.named[group.name] = tuple(parts)
             pairs = zip(names, parts, strict=True)
             outputs += [node for name, node in pairs if name in self.gives]
@@ -96,6 +104,24 @@ class ProvidePatterns:
             if group.tensor(part) in self.takes
         ]
 
+    def _match(
+        self, rewriter: Rewriter, group: PatternGroup, nodes: Mapping[str, fx.Node]
+    ) -> Sequence[fx.Node]:
+        """The nodes of all parts of a group, selected on its signal."""
+        setting, output = group.setting, nodes[group.output].meta["val"]
+        span = self.spans[group.output]
+        signal = rewriter.add_input(group.signal, lambda: span.image(output).contiguous())
+        recalled = self._add_inputs(rewriter, group, signal.meta["val"])
+        names = [part for part in setting.parts if group.tensor(part) in self.takes]
+
+        def match(x: Tensor, *before: Tensor) -> tuple[Tensor, ...]:
+            chosen = setting.select_again(x, dict(zip(names, before, strict=True)))
+            return (*chosen, *setting.weights(x, dict(zip(setting.chosen, chosen, strict=True))))
+
+        with rewriter.after(nodes[group.feature]):
+            key = ("match", setting)
+            return rewriter.splice(key, match, [signal, *recalled], as_call=setting.dynamic)
+
     def _provide(
         self,
         rewriter: Rewriter,
@@ -104,7 +130,7 @@ class ProvidePatterns:
         masks: tuple[fx.Node, ...],
     ) -> Sequence[fx.Node]:
         """The nodes of all parts of a group, in order."""
-        setting, span = group.setting, self.spans[group.name]
+        setting, span = group.setting, self.spans[group.feature]
         if not setting.parts:
             return ()
         inputs = self._add_inputs(rewriter, group, span.image(feature.meta["val"]))
@@ -133,13 +159,6 @@ class ProvidePatterns:
             if masks:
                 weights = _where(rewriter, masks[1], weights, inputs[number:])
         return (*chosen, *weights)
-
-
-def _feature_span(job: Job, group: PatternGroup) -> Span:
-    label = tokens_of(job.flow.layout(group.feature))
-    if label is None:
-        raise RewriteError("no token axis", where=group.name, got=group.feature)
-    return span_of(label, group.image)
 
 
 def _where(

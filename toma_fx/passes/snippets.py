@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from toma_fx.analysis.dataflow import Flow
 from toma_fx.analysis.facts import Positional
-from toma_fx.analysis.labels import Segment, Tokens
+from toma_fx.analysis.labels import Segment, Tokens, tokens_of
+from toma_fx.errors import RewriteError
 from toma_fx.graph.rewriter import Rewriter
 from toma_fx.methods.setting import Pattern, Setting
 from toma_fx.methods.windows import cast
@@ -55,6 +57,18 @@ def span_of(tokens: Tokens, image: Segment) -> Span:
     at = names.index(image.name)
     lengths = [s.length for s in tokens.segments]
     return Span(sum(lengths[:at]), sum(lengths[at + 1 :]))
+
+
+def span_at(name: str, image: Segment, flow: Flow) -> Span:
+    """Position of `image` in the sequence that a node holds.
+
+    Raises:
+        RewriteError: it holds none.
+    """
+    label = tokens_of(flow.layout(name))
+    if label is None:
+        raise RewriteError("no token axis", where=image.name, got=name)
+    return span_of(label, image)
 
 
 def splice_image(rewriter: Rewriter, node: fx.Node, span: Span) -> fx.Node:

@@ -21,6 +21,7 @@ from toma_fx.methods.base import MethodConfig
 from toma_fx.methods.kinds import kind_in, merges, role_of
 from toma_fx.methods.setting import Setting
 from toma_fx.passes.cache_updates import USED_ROWS, KeepUpdates, UseUpdates
+from toma_fx.passes.give_signals import GiveSignals
 from toma_fx.passes.job import Job
 from toma_fx.passes.merge_segments import MergeSegments
 from toma_fx.passes.provide_patterns import PATTERN_MASKS, ProvidePatterns
@@ -39,6 +40,7 @@ def _erase_dead(job: Job) -> Pass:
 PASSES: tuple[MakePass, ...] = (
     ProvidePatterns.of,
     MergeSegments.of,
+    GiveSignals.of,
     KeepUpdates.of,
     _erase_dead,
 )
@@ -58,8 +60,14 @@ _every_part = parts(lambda setting: setting.parts)
 
 
 def keeping(names: Names = _no_tensor) -> Names:
-    """Those names and the updates that every step which computes gives."""
-    return lambda plan: (*names(plan), *plan.new_updates)
+    """Those names and what every step which computes gives: signals and updates."""
+    return lambda plan: (*names(plan), *plan.signals, *plan.new_updates)
+
+
+def _recalled(plan: MergePlan) -> tuple[str, ...]:
+    """Signals, and the parts of the former pattern that a selection on them sees."""
+    groups = (g for g in plan.groups if g.output)
+    return tuple(n for g in groups for n in (g.signal, *map(g.tensor, g.setting.recalled)))
 
 
 def using(names: Names = _no_tensor) -> Names:
@@ -73,8 +81,8 @@ class Use:
 
     Attributes:
         name: as schedules, artifacts and reports call it.
-        takes, gives: the kept tensors that are inputs and outputs, by the plan. A tensor that is
-            both is chosen by row: the program serves requests of different kinds in one batch.
+        takes, gives: the kept tensors that are inputs and outputs, by the plan. Where the kind
+            `serves` others, a tensor that is both is chosen by row.
         instead: the kind that runs while a tensor that it takes is not kept.
         passes: what makes the program of a captured graph; none leave it as it is.
         serves: kinds that requests of one batch may be due while this one runs.
@@ -106,13 +114,15 @@ class Use:
         taken, given, kept = self.takes(plan), set(self.gives(plan)), set(plan.all_updates)
         patterns = [name for name in taken if name not in kept]
         updates = [name for name in taken if name in kept]
-        by_row = [] if given.isdisjoint(patterns) else list(PATTERN_MASKS)
+        by_row = list(PATTERN_MASKS) if self.serves and not given.isdisjoint(patterns) else []
         used = [] if given.isdisjoint(updates) else [USED_ROWS]
         return (*by_row, *patterns, *used, *updates)
 
 
 REFRESH = Use(kinds.REFRESH, gives=keeping(_every_part))
 """Selects destinations and weighs; the first step that merges, and every n-th after it."""
+MATCH = Use(kinds.MATCH, takes=_recalled, gives=keeping(_every_part))
+"""Selects destinations and weighs on what segments gave in the step before."""
 REWEIGH = Use(
     kinds.REWEIGH,
     takes=parts(lambda setting: setting.chosen),
@@ -121,7 +131,7 @@ REWEIGH = Use(
 """Weighs for kept destinations."""
 REUSE = Use(kinds.REUSE, takes=_every_part, gives=keeping())
 """Merges with kept patterns."""
-PLAIN = Use(kinds.PLAIN, gives=keeping(), passes=(KeepUpdates.of,))
+PLAIN = Use(kinds.PLAIN, gives=keeping(), passes=(GiveSignals.of, KeepUpdates.of))
 """Merges nothing: steps before `first_step` and after `last_step`."""
 CACHED = Use(
     kinds.CACHED,
@@ -150,11 +160,11 @@ MIXED_PLAIN = Use(
     kinds.MIXED_PLAIN,
     takes=using(),
     gives=keeping(),
-    passes=(KeepUpdates.of, _erase_dead),
+    passes=(GiveSignals.of, KeepUpdates.of, _erase_dead),
     serves=(PLAIN.name, CACHED_PLAIN.name),
 )
 """The same, where nothing merges."""
-USES = (REFRESH, REWEIGH, REUSE, PLAIN, CACHED, CACHED_PLAIN, MIXED, MIXED_PLAIN)
+USES = (REFRESH, MATCH, REWEIGH, REUSE, PLAIN, CACHED, CACHED_PLAIN, MIXED, MIXED_PLAIN)
 """In the order in which programs are built, checked and reported."""
 MASKS = {**PATTERN_MASKS, USED_ROWS: (kinds.CACHED, kinds.CACHED_PLAIN)}
 """Inputs of a program that chooses by row: what the rows that they hold true for are due, whatever

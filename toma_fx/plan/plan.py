@@ -47,7 +47,11 @@ class MergeSegment:
 
 @dataclass(frozen=True)
 class PatternGroup:
-    """Segments that share one pattern, selected on the node `feature`."""
+    """Segments that share one pattern, selected on the node `feature`.
+
+    Attributes:
+        output: node behind the last segment that the next selection sees; "" if it sees none.
+    """
 
     name: str
     leader: str
@@ -55,6 +59,12 @@ class PatternGroup:
     image: Segment
     batch: int
     setting: Setting
+    output: str = ""
+
+    @property
+    def signal(self) -> str:
+        """Name of the kept tensor that holds `output`."""
+        return f"signal_{self.name}"
 
     def tensor(self, part: str) -> str:
         """Name of a part of the pattern among the inputs and outputs of programs."""
@@ -170,6 +180,11 @@ class MergePlan:
         used = {s.group for s in segments}
         groups = tuple(g for g in self.groups if g.name in used)
         return dataclasses.replace(self, segments=segments, groups=groups)
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        """Names of the kept tensors that every step which computes gives for the next selection."""
+        return tuple(group.signal for group in self.groups if group.output)
 
     @property
     def new_updates(self) -> tuple[str, ...]:

@@ -216,11 +216,23 @@ def _group_segments(
         feature = leader.entries[0]
         if setting.feature == "stream":
             feature = _find_stream_value(leader, streams[leader.stream], flow) or feature
-        batch = flow.shapes[feature][0]
-        groups.append(PatternGroup(name, leader.name, feature, leader.image, batch, setting))
+        output = ""
+        if setting.feature == "output":
+            last = max((segments[i] for i in indices), key=lambda s: flow.position[s.inner[-1]])
+            output = _find_output(last, streams[last.stream])
+        batch, image = flow.shapes[feature][0], leader.image
+        groups.append(PatternGroup(name, leader.name, feature, image, batch, setting, output))
         for i in indices:
             renamed[i] = dataclasses.replace(segments[i], group=name)
     return renamed, tuple(groups)
+
+
+def _find_output(segment: MergeSegment, stream: Stream) -> str:
+    """The value of the stream behind a segment, all its tokens unmerged."""
+    if segment.base:
+        return segment.exit
+    last = stream.branches[segment.branches[-1]]
+    return last.add or last.out
 
 
 def _find_stream_value(leader: MergeSegment, stream: Stream, flow: Flow) -> str | None:

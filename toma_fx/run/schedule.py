@@ -19,8 +19,8 @@ from toma_fx.methods.kinds import (
     CACHED,
     CACHED_PLAIN,
     PLAIN,
-    REFRESH,
     REUSE,
+    SELECTING,
     kind_in,
     merges,
     role_of,
@@ -208,14 +208,14 @@ def due(
         return kind
     if not (computes or caching.computes(step, length)):
         return phase.cached if merges(kind) else CACHED_PLAIN
-    if not merges(kind) or role_of(kind) == REFRESH:
+    if not merges(kind) or role_of(kind) in SELECTING:
         return kind
     while step > first and not caching.computes(step - 1, length):
         step -= 1
         missed, other = schedule.merging(step, first, length)
         if other is not phase:
             break
-        if role_of(missed) == REFRESH:
+        if role_of(missed) in SELECTING:
             return missed
         if role_of(kind) == REUSE and merges(missed):
             kind = missed
