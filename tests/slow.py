@@ -274,6 +274,12 @@ SLOW = (
             "cogvideox_5b", "ltx", "ltx2", "wan", "wan_vace", "hunyuan_video_15", "latte",
         ),
     ),
+    # measure
+    Slow("measure/test_processes.py::*", "starts two processes, three times"),
+    Slow(
+        "measure/test_bench.py::test_every_configuration_is_timed_in_every_mode",
+        "captures and compiles a model twice; a quick test times the eager mode",
+    ),
 )  # fmt: skip
 
 

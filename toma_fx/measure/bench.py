@@ -106,14 +106,13 @@ class Bench(Printable):
         title = f"{self.model}: {self.settings['steps']} steps, batch {self.settings['batch']}"
         table = Table(title=title, title_justify="left", box=SIMPLE)
         table.add_column("configuration", overflow="fold")
-        table.add_column("mode")
-        for name in ("median (quartiles)", "speed-up", "ideal", "of ideal", "kept", "compile"):
+        for name in ("mode", "median", "speed-up", "ideal", "of ideal", "kept", "compile"):
             table.add_column(name, justify="right", no_wrap=True)
         for row in self.rows:
             table.add_row(
                 row.config,
                 row.mode,
-                f"{row.median_s:.3f} s ({row.low_s:.3f} to {row.high_s:.3f})",
+                f"{row.median_s:.3f} s\n({row.low_s:.3f} to {row.high_s:.3f})",
                 f"{row.speedup:.2f}x",
                 f"{row.ideal_speedup:.2f}x",
                 f"{row.quotient:.0%}",

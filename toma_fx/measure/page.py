@@ -22,6 +22,8 @@ from toma_fx.measure.subjects import Case
 
 GAIN = 4
 """What differences are multiplied by on the page."""
+MANY = 12
+"""Comparisons above which their table is folded."""
 SIZE = 256
 """Most pixels a side of a picture on the page."""
 STYLE = """
@@ -35,7 +37,7 @@ th, td { padding: 5px 12px 5px 0; text-align: right; border-bottom: 1px solid #e
   vertical-align: top }
 th { font-weight: 600; color: #555; font-size: 13px } th:first-child, td:first-child {
   text-align: left }
-.words td { text-align: left } .scroll { overflow-x: auto } .pass { color: #1f7a45 }
+.words td, .words th { text-align: left } .scroll { overflow-x: auto } .pass { color: #1f7a45 }
 .fail { color: #b3261e; font-weight: 600 } .mark { display: inline-block; width: 10px;
   height: 10px; border-radius: 5px; margin-right: 7px }
 svg { width: 100%; max-width: 720px; height: auto; background: #fff; border: 1px solid #e6e6e2 }
@@ -182,8 +184,11 @@ def _comparisons(result: Quality) -> str:
         words = METRICS[c.metric].title, interval_text(c.interval), c.verdict
         title, interval, verdict = map(escape, words)
         rows.append([title, pair, interval, verdict])
+    table = _rows(["metric", "difference", "", ""], rows, "words")
+    if len(rows) > MANY:
+        table = f"<details><summary>{len(rows)} comparisons</summary>{table}</details>"
     return (
-        f"<h2>Configurations compared</h2>{_rows(['metric', 'difference', '', ''], rows, 'words')}"
+        f"<h2>Configurations compared</h2>{table}"
         '<p class="dim">Mean of the differences, picture by picture, with its 95 % bootstrap '
         "interval. A difference is claimed only if the interval excludes 0, over at least 36 "
         "pictures.</p>"
