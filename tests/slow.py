@@ -33,6 +33,8 @@ ONNX = "one more export to ONNX; quick tests export each kind of program and of 
 SUBPROCESS = "starts a process that imports everything, for an example or a command"
 
 SLOW = (
+    # measure
+    Slow("measure/test_tune.py::test_a_recipe_for_a_quality", MORE),
     # run
     Slow(
         "run/test_caching.py::test_equals_an_eager_implementation[*]",

@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # the names of the table, for type checkers and editors
         SharedStateError as SharedStateError, SignatureError as SignatureError,
         StatefulModelError as StatefulModelError,
         StateError as StateError, TileError as TileError,
-        TomaError as TomaError, TrainingModeError as TrainingModeError,
+        TomaError as TomaError, TrainingModeError as TrainingModeError, TuneError as TuneError,
         UnknownNameError as UnknownNameError, VerifyError as VerifyError,
     )
     from toma_fx.export.denoiser import ArtifactDenoiser as ArtifactDenoiser
@@ -42,6 +42,7 @@ if TYPE_CHECKING:  # the names of the table, for type checkers and editors
     from toma_fx.measure.bench import bench as bench
     from toma_fx.measure.intervals import paired_interval as paired_interval
     from toma_fx.measure.quality import quality as quality
+    from toma_fx.measure.tune import tune as tune
     from toma_fx.methods.base import MethodConfig as MethodConfig
     from toma_fx.methods.baselines import GridConfig as GridConfig, RandomConfig as RandomConfig
     from toma_fx.methods.bigain import BiGainConfig as BiGainConfig
@@ -71,15 +72,15 @@ _NAMES = {
         "AdapterError ArtifactError BuildError CaptureError CompanionError CompatError "
         "ConfigError DynamicError GenerationError GradientError MissingPackageError ModelTypeError "
         "NoCacheSites NoMergeSites OffloadError ParityError RecipeError ResultsError RewriteError "
-        "SharedStateError SignatureError "
-        "StatefulModelError StateError TileError TomaError TrainingModeError UnknownNameError "
-        "VerifyError"
+        "SharedStateError SignatureError StatefulModelError StateError TileError TomaError "
+        "TrainingModeError TuneError UnknownNameError VerifyError"
     ),
     "toma_fx.export.denoiser": "ArtifactDenoiser",
     "toma_fx.export.loader": "load",
     "toma_fx.measure.bench": "bench",
     "toma_fx.measure.intervals": "paired_interval",
     "toma_fx.measure.quality": "quality",
+    "toma_fx.measure.tune": "tune",
     "toma_fx.methods.base": "MethodConfig",
     "toma_fx.methods.baselines": "GridConfig RandomConfig",
     "toma_fx.methods.bigain": "BiGainConfig",

@@ -156,10 +156,10 @@ def calibrate_cache(
     )
     denoiser = optimized_of(optimize(restore(denoiser_of(model)), toma=False, cache=every))
     assert denoiser is not None
-    recorded: list[_Recorded] = []
+    recorded: list[Recorded] = []
     with _in_place_of(model, denoiser):
         for call in calls:
-            recorded.append(_Recorded())
+            recorded.append(Recorded())
             with recorded[-1].recording(denoiser):
                 if run is None:
                     model(**call)
@@ -168,7 +168,7 @@ def calibrate_cache(
     return _masked(config, recorded, threshold)
 
 
-def _masked(config: CacheConfig, recorded: Sequence[_Recorded], threshold: float) -> CacheConfig:
+def _masked(config: CacheConfig, recorded: Sequence[Recorded], threshold: float) -> CacheConfig:
     """The configuration with the mask that recorded generations allow at a threshold.
 
     Raises:
@@ -208,7 +208,7 @@ Sample = tuple[float, list[Tensor]]
 """(timestep, updates) of a step."""
 
 
-class _Recorded:
+class Recorded:
     """The updates of a generation, of which every step computes.
 
     Attributes:

@@ -125,6 +125,10 @@ class ResultsError(TomaError, RuntimeError):
     """A folder of measurements is damaged, or holds those of another run; nothing was changed."""
 
 
+class TuneError(TomaError, RuntimeError):
+    """No configuration of a model reaches what was asked for."""
+
+
 class NoMergeSites(TomaError, RuntimeError):
     """Nothing in the model can be merged with this configuration.
 
