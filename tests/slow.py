@@ -130,6 +130,7 @@ SLOW = (
     Slow("methods/test_bigain.py::test_exports_to_onnx[*]", ONNX),
     Slow("methods/test_coredit.py::test_exports_to_onnx[*]", ONNX),
     Slow("methods/test_dito.py::test_exports_to_onnx[*]", ONNX),
+    Slow("methods/test_topi.py::test_compiled_and_exported", ONNX),
     Slow("methods/test_retom.py::test_exports_to_onnx[*]", ONNX),
     Slow("methods/test_todo.py::test_exports_to_onnx[*]", ONNX),
     Slow("methods/test_tomesd.py::test_onnx_gives_the_same[*]", ONNX),

@@ -59,6 +59,7 @@ if TYPE_CHECKING:  # the names of the table, for type checkers and editors
     from toma_fx.methods.tofu import ToFuConfig as ToFuConfig
     from toma_fx.methods.toma import ToMAConfig as ToMAConfig
     from toma_fx.methods.tomesd import ToMeSDConfig as ToMeSDConfig
+    from toma_fx.methods.topi import ToPiConfig as ToPiConfig
     from toma_fx.run.batching import State as State
     from toma_fx.run.report import Report as Report, Summary as Summary
     # fmt: on
@@ -97,6 +98,7 @@ _NAMES = {
     "toma_fx.methods.tofu": "ToFuConfig",
     "toma_fx.methods.toma": "ToMAConfig",
     "toma_fx.methods.tomesd": "ToMeSDConfig",
+    "toma_fx.methods.topi": "ToPiConfig",
     "toma_fx.run.batching": "State",
     "toma_fx.run.report": "Report Summary",
 }

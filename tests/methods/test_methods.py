@@ -39,7 +39,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "methods.md"
 BUILT_IN = (
     "bigain", "ca-tome", "coredit", "dito", "grid", "ibtm", "random", "retom", "todo", "tofu",
-    "toma", "tomesd",
+    "toma", "tomesd", "topi",
 )  # fmt: skip
 SIGNALS = ("dito", "ibtm")
 """Those that select on what the step before gave, by a kind of program of their own."""
@@ -47,7 +47,8 @@ GRID = (8, 12)
 
 
 own_method = load_example("own_method")
-ALL = (*BUILT_IN, "salient")
+ALL = (*(name for name in BUILT_IN if name != "topi"), "salient")
+"""Those that merge a picture that is alone; test_topi has the other."""
 CLASSES = {cls.name: cls for cls in (*METHODS, own_method.SalientConfig)}
 
 

@@ -21,6 +21,7 @@ from toma_fx.methods.todo import ToDoConfig
 from toma_fx.methods.tofu import ToFuConfig
 from toma_fx.methods.toma import ToMAConfig
 from toma_fx.methods.tomesd import ToMeSDConfig
+from toma_fx.methods.topi import ToPiConfig
 
 Config = TypeVar("Config", bound=MethodConfig)
 METHODS: tuple[type[MethodConfig], ...] = (
@@ -34,6 +35,7 @@ METHODS: tuple[type[MethodConfig], ...] = (
     CoReDiTConfig,
     DiToConfig,
     IBTMConfig,
+    ToPiConfig,
     RandomConfig,
     GridConfig,
 )

@@ -35,6 +35,7 @@ class Place:
         downsample: how many times coarser than level 0 a side of the grid is, rounded up.
         depth: share of the model's transformer blocks that come before, in [0, 1).
         module: path of the branch. group: path of the block's first branch.
+        heights: rows of each image, where a sequence holds several of one width.
     """
 
     grid: Size
@@ -44,6 +45,7 @@ class Place:
     depth: float = 0.0
     module: str = ""
     group: str = ""
+    heights: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

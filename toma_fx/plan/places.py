@@ -32,6 +32,7 @@ def places_of(analysis: Analysis, flow: Flow) -> Mapping[tuple[str, int], Place]
                 depth=depths[stream.name, branch.block],
                 module=branch.module,
                 group=first.module,
+                heights=image.heights,
             )
     return places
 
