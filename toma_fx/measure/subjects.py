@@ -27,7 +27,7 @@ from toma_fx.api import find_components, optimize
 from toma_fx.errors import ConfigError, ModelTypeError, TomaError, UnknownNameError, nearest
 from toma_fx.methods.checks import is_count
 from toma_fx.methods.planning import plan_key
-from toma_fx.models import tiny
+from toma_fx.models.embedded import EmbeddedModel
 from toma_fx.run.denoiser import OptimizedDenoiser, optimized_of
 from toma_fx.run.pipelines import replace_components
 
@@ -206,16 +206,16 @@ def _key(config: Any) -> Hashable:
 
 
 class EmbeddedSubject(Subject):
-    """An embedded model (`toma_fx.models`); the prompts are names of its classes."""
+    """An embedded model (`toma_fx.models`), which draws its `prompts`."""
 
-    def __init__(self, model: tiny.TinyModel, settings: Settings | None = None) -> None:
+    def __init__(self, model: EmbeddedModel, settings: Settings | None = None) -> None:
         settings = settings or Settings()
         for name in ("height", "width"):
-            if getattr(settings, name) not in (None, tiny.SIZE):
+            if getattr(settings, name) not in (None, model.size):
                 raise ConfigError(
                     "embedded models have one size",
                     where=name,
-                    expected=f"{tiny.SIZE} pixels, or nothing",
+                    expected=f"{model.size} pixels, or nothing",
                     got=repr(getattr(settings, name)),
                 )
         super().__init__(model.name, {"denoiser": model.denoiser}, settings)
@@ -223,8 +223,8 @@ class EmbeddedSubject(Subject):
 
     @property
     def example_prompt(self) -> str:
-        """The first class."""
-        return tiny.CLASSES[0]
+        """The first that it knows."""
+        return self.model.prompts[0]
 
     def _generate(self, cases: Sequence[Case], denoisers: Mapping[str, Any]) -> Tensor:
         denoiser, steps = denoisers["denoiser"], self.settings.steps
@@ -233,26 +233,13 @@ class EmbeddedSubject(Subject):
             if (optimized := optimized_of(denoiser)) is not None:
                 stack.enter_context(optimized.generation(steps=steps))
             pictures = self.model.generate(
-                [_label(case) for case in cases],
+                [case.prompt for case in cases],
                 seed=[case.seed for case in cases],
                 steps=steps,
                 guidance=1.0 if guidance is None else guidance,
                 denoiser=denoiser,
             )
         return (pictures + 1) / 2
-
-
-def _label(case: Case) -> int:
-    """The class that a prompt names."""
-    if case.prompt in tiny.CLASSES:
-        return tiny.CLASSES.index(case.prompt)
-    raise ConfigError(
-        "an embedded model draws its classes only",
-        where="prompt",
-        expected="a name of a class",
-        got=repr(case.prompt),
-        hint=nearest(case.prompt, tiny.CLASSES),
-    )
 
 
 class PipelineSubject(Subject):

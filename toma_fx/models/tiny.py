@@ -17,6 +17,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from toma_fx.errors import UnknownNameError, nearest
+
 CLASSES: tuple[str, ...] = (
     "astronaut",
     "camera",
@@ -94,14 +96,16 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     return nn.functional.pixel_shuffle(grid, 2)
 
 
-def image_ids(height: int, width: int, *, device: torch.device | None = None) -> Tensor:
+def image_ids(
+    height: int, width: int, *, full: int = SIZE, device: torch.device | None = None
+) -> Tensor:
     """Flux position ids of the packed tokens, [(H/2)*(W/2), 3] float32.
 
-    Positions are counted in tokens of the 64-pixel picture; a smaller picture is the same scene on
-    a coarser grid, so its tokens lie further apart (which is how training starts at 32 pixels).
+    Positions are counted in tokens of a picture of `full` pixels; a smaller picture is the same
+    scene on a coarser grid, so its tokens lie further apart (training starts at half the size).
     """
     rows, columns = height // 2, width // 2
-    step = SIZE / height
+    step = full / height
     y = (torch.arange(rows, device=device) + 0.5) * step - 0.5
     x = (torch.arange(columns, device=device) + 0.5) * step - 0.5
     grid = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).flatten(0, 1)
@@ -168,10 +172,29 @@ class TinyModel:
     denoiser: nn.Module
     conditioning: ClassConditioning
 
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """What it draws, `CLASSES`."""
+        return CLASSES
+
+    @property
+    def size(self) -> int:
+        """Pixels a side."""
+        return SIZE
+
+    @torch.no_grad()
+    def step_inputs(
+        self, labels: Sequence[int | str], t: float, *, seed: int | Sequence[int] = 0
+    ) -> dict[str, Any]:
+        """Keyword arguments of one denoiser call at time `t` (1 is pure noise) on fresh noise."""
+        tokens, pooled = self.conditioning(torch.tensor([_label(each) for each in labels]))
+        images = _noise(len(labels), seed)
+        return denoiser_inputs(self.name, images, torch.full((len(labels),), t), tokens, pooled)
+
     @torch.no_grad()
     def generate(
         self,
-        labels: Sequence[int],
+        labels: Sequence[int | str],
         *,
         seed: int | Sequence[int] = 0,
         steps: int = 20,
@@ -181,13 +204,17 @@ class TinyModel:
     ) -> Tensor:
         """Draw one picture per label with Euler steps of the flow, [B, 3, 64, 64] in [-1, 1].
 
-        `seed` is that of the batch, or one for each picture, whose noise then depends on it alone.
+        A label is one of `CLASSES` or its index. `seed` is that of the batch, or one for each
+        picture, whose noise then depends on it alone.
         `denoiser` replaces the model's own (an optimized or compiled one). With `guidance` above 1
         the unconditional half of the batch comes first, as in SDXL pipelines. `on_step(i)` is
         called after each of the `steps` steps.
+
+        Raises:
+            UnknownNameError: there is no such class.
         """
         run = self.denoiser if denoiser is None else denoiser
-        classes = torch.tensor(list(labels))
+        classes = torch.tensor([_label(each) for each in labels])
         guided = guidance > 1.0
         if guided:
             classes = torch.cat([torch.full_like(classes, len(CLASSES)), classes])
@@ -204,6 +231,21 @@ class TinyModel:
             if on_step is not None:
                 on_step(i)
         return images.clamp(-1, 1)
+
+
+def _label(label: int | str) -> int:
+    """The index of a class."""
+    if not isinstance(label, str):
+        return label
+    if label in CLASSES:
+        return CLASSES.index(label)
+    raise UnknownNameError(
+        "a pixel model draws its classes only",
+        where="prompt",
+        expected="a name of a class",
+        got=repr(label),
+        hint=nearest(label, CLASSES),
+    )
 
 
 def _noise(count: int, seed: int | Sequence[int]) -> Tensor:
