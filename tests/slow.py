@@ -34,7 +34,9 @@ SUBPROCESS = "starts a process that imports everything, for an example or a comm
 
 SLOW = (
     # measure
-    Slow("measure/test_tune.py::test_a_recipe_for_a_quality", MORE),
+    Slow("measure/test_tune.py::test_a_recipe_for_a_*", "draws some twenty generations each"),
+    Slow("measure/test_subjects.py::test_compiled_subjects_draw_the_same", INDUCTOR),
+    Slow("methods/test_recipe.py::test_a_model_takes_its_recipe", INDUCTOR),
     # run
     Slow(
         "run/test_caching.py::test_equals_an_eager_implementation[*]",

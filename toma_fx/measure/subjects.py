@@ -253,14 +253,20 @@ class PipelineSubject(Subject):
     @contextmanager
     def _quiet(self) -> Iterator[None]:
         """Without the pipeline's own progress bar."""
-        before = getattr(self.pipeline, "_progress_bar_config", None)
-        if hasattr(self.pipeline, "set_progress_bar_config"):
-            self.pipeline.set_progress_bar_config(**{**(before or {}), "disable": True})
+        if not hasattr(self.pipeline, "progress_bar"):
+            yield
+            return
+        from diffusers.utils.logging import EmptyTqdm
+
+        own = vars(self.pipeline)
+        before = own.get("progress_bar")
+        own["progress_bar"] = EmptyTqdm
         try:
             yield
         finally:
-            if hasattr(self.pipeline, "set_progress_bar_config"):
-                self.pipeline.set_progress_bar_config(**(before or {}))
+            del own["progress_bar"]
+            if before is not None:
+                own["progress_bar"] = before
 
     def _generate(self, cases: Sequence[Case], denoisers: Mapping[str, Any]) -> Tensor:
         call = self._call(cases)
