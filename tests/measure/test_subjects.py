@@ -104,6 +104,8 @@ def test_pipelines_draw_with_the_denoiser_of_a_configuration() -> None:
     assert optimized.unsure == 0
     assert pipe.unet is before
     assert type(pipe) is kind
+    assert subject.facts["components"]["scheduler"] == "EulerDiscreteScheduler"
+    assert subject.facts["scheduler"]["prediction_type"] == "v_prediction"
     want = pipe(
         **embeddings(1), generator=torch.Generator().manual_seed(1), num_inference_steps=2,
         guidance_scale=3.0, height=64, width=64, output_type="pt",

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from torch import distributed
 
-from toma_fx.errors import ResultsError, TomaError
+from toma_fx.errors import ResultsError
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=2)
@@ -43,27 +43,34 @@ class Processes:
         """Do something in every process, and wait until all have.
 
         Raises:
-            TomaError, OSError: of this process. ResultsError: another one failed.
+            ResultsError: another process failed. What `work` raised here, whatever it is: the
+                others must not wait for this process.
         """
         result, failure = None, None
         try:
             result = work()
-        except (TomaError, OSError) as error:
+        except Exception as error:
             failure = error
-        if self.group is not None:
-            words = "" if failure is None else f"{type(failure).__name__}: {failure}"
-            everyone: list[Any] = [None] * self.count
-            distributed.all_gather_object(everyone, words, group=self.group)
-            others = [f"process {i}: {words}" for i, words in enumerate(everyone) if words]
-            if failure is None and others:
-                raise ResultsError("another process failed", got="; ".join(others))
+        words = "" if failure is None else f"{type(failure).__name__}: {failure}"
+        everyone = self.gathered(words)
         if failure is not None:
             raise failure
+        others = [f"process {i}: {words}" for i, words in enumerate(everyone) if words]
+        if others:
+            raise ResultsError("another process failed", got="; ".join(others))
         return result  # type: ignore[return-value]
 
     def alone(self, work: Callable[[], Any]) -> None:
         """Do something in the first process, while the others wait."""
         self.together(work if self.first else lambda: None)
+
+    def gathered(self, value: T) -> list[T]:
+        """The value of every process."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.count
+        distributed.all_gather_object(values, value, group=self.group)
+        return values
 
     def told(self, value: T) -> T:
         """The first process's value, in every process."""

@@ -147,6 +147,7 @@ class _Run:
         denoisers = {n: asdict(Fingerprint.of(d)) for n, d in self.subject.denoisers.items()}
         fields = {
             "model": self.subject.name,
+            "facts": self.subject.facts,
             "denoisers": denoisers,
             "settings": asdict(self.subject.settings),
             "pictures": len(self.cases),
@@ -167,7 +168,11 @@ class _Run:
         settings = self.settings()
         processes.alone(lambda: self.records.open(settings))
         processes.together(self.records.read)  # all of it before any process adds to it
-        self.scorers, self.skipped = open_scorers(metrics, self.subject.device)
+        scorers, skipped = open_scorers(metrics, self.subject.device)
+        for others in processes.gathered(skipped):  # one that a process lacks is skipped in all
+            skipped = {**others, **skipped}
+        self.scorers = {name: own for name, own in scorers.items() if name not in skipped}
+        self.skipped = skipped
         size = self.subject.settings.batch
         starts = list(range(0, len(self.cases), size))[processes.rank :: processes.count]
         progress("draw", len(starts) * (1 + len(self.configs)))

@@ -127,6 +127,11 @@ class Subject(ABC):
         """Pictures [B, 3, H, W] in [0, 1] of one batch, a generation of these denoisers."""
 
     @property
+    def facts(self) -> dict[str, Any]:
+        """What pictures depend on beside denoisers and settings, for records."""
+        return {}
+
+    @property
     def example_prompt(self) -> str:
         """A prompt that it draws."""
         return "a photo"
@@ -249,6 +254,14 @@ class PipelineSubject(Subject):
         components = find_components(pipeline)
         super().__init__(name or type(pipeline).__name__, components, settings or Settings())
         self.pipeline = pipeline
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The classes of its components, and the scheduler's configuration."""
+        components = getattr(self.pipeline, "components", {})
+        kinds = {name: type(part).__name__ for name, part in components.items()}
+        scheduler = getattr(getattr(self.pipeline, "scheduler", None), "config", {})
+        return {"components": kinds, "scheduler": dict(scheduler)}
 
     @contextmanager
     def _quiet(self) -> Iterator[None]:
