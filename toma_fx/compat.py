@@ -358,8 +358,8 @@ HISTORY = frozenset(
     {"peft_config", "_hf_peft_config_loaded", "lora_scale", "_safe_fusing", "_cache_config"}
 )
 """Attributes that tell how a model of diffusers came about; its forward pass reads none of them."""
-STEPS_MADE, LOADED_FROM = "_num_timesteps", "_name_or_path"
-"""Where a pipeline notes how many steps it makes, and a configuration where it was loaded from."""
+STEPS_MADE, NOTES = "_num_timesteps", {"_name_or_path", "_use_default_values"}
+"""Where a pipeline notes its number of steps, and a configuration what does not change a model."""
 ADAPTER_SWITCHES = frozenset({"_active_adapter", "_disable_adapters", "merged_adapters"})
 """Attributes of a tuner layer of peft that say which adapters act; public properties read them."""
 

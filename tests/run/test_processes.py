@@ -162,6 +162,14 @@ def test_fingerprints() -> None:
     assert Fingerprint.of(layer(act=torch.relu)) == Fingerprint.of(layer(act=torch.relu))
 
 
+def test_the_order_of_a_set_in_the_configuration_does_not_matter() -> None:
+    """diffusers notes which values were defaults as list(set), another order in each process."""
+    one, other = denoisers.small_sdxl(), denoisers.small_sdxl()
+    assert len(one.config["_use_default_values"]) > 2
+    other.config["_use_default_values"].reverse()
+    assert Fingerprint.of(one) == Fingerprint.of(other)
+
+
 @pytest.mark.parametrize(
     "dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.bool, torch.complex64]
 )

@@ -16,7 +16,7 @@ from toma_fx.capture.attributes import (
     is_helper,
     tracked_attributes,
 )
-from toma_fx.compat import ADAPTER_SWITCHES, LOADED_FROM, hook_tables, module_tables
+from toma_fx.compat import ADAPTER_SWITCHES, NOTES, hook_tables, module_tables
 from toma_fx.errors import AdapterError
 
 Adapters = tuple[set[str], tuple[str, ...]]
@@ -134,7 +134,7 @@ def _describe(value: Any, depth: int, name: Name, around: tuple[int, ...] = ()) 
         return "the container", around.index(id(value))
     around = (*around, id(value))
     if isinstance(value, Mapping):
-        items = [(k, v) for k, v in value.items() if k != LOADED_FROM]
+        items = [(k, v) for k, v in value.items() if k not in NOTES]
         return _kind(value), [(repr(k), _describe(v, depth, name, around)) for k, v in items]
     if isinstance(value, (set, frozenset)):
         return _kind(value), sorted(map(repr, value))
