@@ -64,5 +64,7 @@ def test_the_command_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert data["configs"]["toma:ratio=0.25"]["ratio"] == 0.25
     assert main(["bench", "--model", "tiny", "--config", "balanced"]) == 1
     assert "tiny-sdxl" in capsys.readouterr().err
+    assert main(["bench", "--model", "latent", "--config", "balanced"]) == 1
+    assert "latent-sdxl" in capsys.readouterr().err
     assert main(["bench", "--pipeline", str(tmp_path), "--config", "balanced"]) == 1
     assert "can't be loaded" in capsys.readouterr().err

@@ -10,8 +10,14 @@ import torch
 import toma_fx
 from tests.diffusers_pipelines import sdxl
 from toma_fx.errors import ConfigError, ModelTypeError, UnknownNameError
-from toma_fx.measure.subjects import Case, EmbeddedSubject, PipelineSubject, Settings
-from toma_fx.models import tiny
+from toma_fx.measure.subjects import (
+    Case,
+    EmbeddedSubject,
+    PipelineSubject,
+    Settings,
+    subject_of,
+)
+from toma_fx.models import latent, tiny
 
 CASES = [Case("cat", 1), Case("clock", 2), Case("cat", 3)]
 
@@ -74,6 +80,16 @@ def test_what_an_embedded_model_can_not_draw() -> None:
         embedded(height=128)
     with pytest.raises(ConfigError, match="steps"):
         embedded(steps=0)
+
+
+def test_latent_models_are_embedded_models() -> None:
+    text, autoencoder = latent.TextEncoder().eval(), latent.Autoencoder().eval()
+    model = latent.LatentModel("latent-sdxl", torch.nn.Identity(), text, autoencoder)
+    subject = subject_of(model, {"steps": 2})
+    assert isinstance(subject, EmbeddedSubject)
+    assert subject.example_prompt in latent.PROMPTS
+    with pytest.raises(UnknownNameError, match="guidance"):
+        subject_of(model, {"guidence": 2})
 
 
 def test_compiled_subjects_draw_the_same() -> None:

@@ -19,13 +19,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from toma_fx.errors import ConfigError, ModelTypeError, nearest
+from toma_fx.errors import ConfigError, ModelTypeError
 from toma_fx.measure.bench import bench
 from toma_fx.measure.processes import rank_and_count
 from toma_fx.measure.quality import quality
 from toma_fx.measure.records import write
 from toma_fx.measure.scores import METRICS, PLAIN, metric_of
-from toma_fx.models import tiny
+from toma_fx.models.named import load_embedded
 
 NOT_MET = 3
 """Exit status where a threshold is not met."""
@@ -128,18 +128,10 @@ def _model(args: argparse.Namespace) -> Any:
     """The pipeline or the embedded model that the arguments name.
 
     Raises:
-        ModelTypeError: it can't be loaded. ConfigError: no such embedded model, or options that
-            it does not have.
+        ModelTypeError: it can't be loaded. UnknownNameError: no such embedded model. ConfigError:
+            options that it does not have.
     """
     if args.model is not None:
-        if args.model not in tiny.NAMES:
-            raise ConfigError(
-                "no such embedded model",
-                where="--model",
-                expected=" or ".join(tiny.NAMES),
-                got=args.model,
-                hint=f"{nearest(args.model, tiny.NAMES)}; --pipeline takes a folder or hub id",
-            )
         for name in ("dtype", "device"):
             if getattr(args, name) is not None:
                 raise ConfigError(
@@ -148,7 +140,7 @@ def _model(args: argparse.Namespace) -> Any:
                     expected="the option beside --pipeline",
                     got=getattr(args, name),
                 )
-        return tiny.load(args.model)
+        return load_embedded(args.model)
     from diffusers import DiffusionPipeline
 
     try:

@@ -388,6 +388,6 @@ def subject_of(model: Any, settings: Mapping[str, Any]) -> Subject:
                 got=", ".join(settings),
             )
         return model
-    if hasattr(model, "conditioning") and hasattr(model, "denoiser"):
+    if all(hasattr(model, name) for name in ("denoiser", "prompts", "generate")):
         return EmbeddedSubject(model, Settings(**settings))
     return PipelineSubject(model, Settings(**settings))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 from torch import nn
 
 from toma_fx.compat import tree_map
-from toma_fx.errors import ModelTypeError
-from toma_fx.models import tiny
+from toma_fx.errors import ModelTypeError, UnknownNameError, nearest
+from toma_fx.models import latent, tiny
+from toma_fx.models.embedded import EmbeddedModel
 
 PARTS = ("unet", "transformer")
 """Folders of a pipeline that hold its denoiser."""
@@ -52,6 +54,33 @@ def example(
     model = _load(name, subfolder, dtype).eval().to(device)
     height = height or 1024
     return model, example_inputs(model, height, width or height, batch, text=text)
+
+
+def load_embedded(name: str) -> EmbeddedModel:
+    """An embedded model by its name.
+
+    Raises:
+        UnknownNameError: there is none. ModelTypeError: its weights are not in this installation.
+    """
+    makers: dict[str, Callable[[str], EmbeddedModel]] = dict.fromkeys(tiny.NAMES, tiny.load)
+    makers |= dict.fromkeys(latent.NAMES, latent.load)
+    if name not in makers:
+        raise UnknownNameError(
+            f"no embedded model {name!r}",
+            where="model",
+            expected=" or ".join(makers),
+            hint=nearest(name, makers),
+        )
+    try:
+        return makers[name](name)
+    except FileNotFoundError as error:
+        raise ModelTypeError(
+            "the model has no weights here",
+            where=name,
+            expected="trained weights in the package",
+            got=f"no {Path(error.filename or str(error)).name}",
+            hint="examples/train_latent.py trains them",
+        ) from error
 
 
 def _load(name: str, subfolder: str | None, dtype: torch.dtype) -> Any:
