@@ -26,7 +26,8 @@ class Work:
 
     Attributes:
         flops_before, flops_after: of all calls of the denoisers, by the original and by the
-            configuration; comparisons of a selection are not counted. steps: calls by kind of
+            configuration; comparisons of a selection are not counted, and where the number of
+            merged tokens depends on the data, none counts as merged. steps: calls by kind of
             program. kept_bytes: most that was kept between two steps, of all passes.
     """
 
