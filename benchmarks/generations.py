@@ -33,7 +33,7 @@ def inputs_of(model: tiny.TinyModel) -> dict[str, Any]:
     """The call that an artifact is built for."""
     tokens, pooled = model.conditioning(torch.tensor([0]))
     images = torch.randn(1, 3, tiny.SIZE, tiny.SIZE)
-    return tiny.denoiser_inputs(model.name, images, torch.ones(1), tokens, pooled)
+    return tiny.FLOW.denoiser_inputs(model.name, images, torch.ones(1), tokens, pooled)
 
 
 def opened(model: tiny.TinyModel, runtime: str, preset: str | None, folder: Path) -> Any:

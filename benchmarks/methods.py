@@ -43,7 +43,7 @@ from typing import Any
 import torch
 from common import command_line, device_name, versions
 from denoiser import clocked, summary
-from table import table
+from table import show, table
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -221,7 +221,7 @@ class Features:
         )
         empty = torch.full((len(images),), len(tiny.CLASSES))
         time = torch.full((len(images),), FEATURE_TIME)
-        tiny.velocity(
+        tiny.FLOW.velocity(
             self.model.name, self.model.denoiser, images, time, *self.model.conditioning(empty)
         )
         handle.remove()
@@ -400,7 +400,7 @@ def step_inputs(model: tiny.TinyModel, steps: int) -> list[dict[str, Any]]:
     tokens, pooled = model.conditioning(labels)
     times = torch.linspace(1, 0, steps + 1)
     return [
-        tiny.denoiser_inputs(model.name, images, t.expand(TIMED_BATCH), tokens, pooled)
+        tiny.FLOW.denoiser_inputs(model.name, images, t.expand(TIMED_BATCH), tokens, pooled)
         for t in times[:-1]
     ]
 
@@ -722,15 +722,6 @@ def shown(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def show(results: dict[str, Any], page: Path | None) -> None:
-    """Print every table, or put them between the marks of a page."""
-    if page is None:
-        print(shown(results))
-        return
-    before, rest = page.read_text().split(BEGIN)
-    page.write_text(f"{before}{BEGIN}\n\n{shown(results)}\n{END}{rest.split(END)[1]}")
-
-
 # -- picture --------------------------------------------------------------------------------------
 
 COLORS = {
@@ -893,7 +884,7 @@ def main() -> None:
     args = parse()
     torch.set_grad_enabled(False)
     if args.table:
-        show(json.loads(args.table.read_text()), args.page)
+        show(shown(json.loads(args.table.read_text())), args.page, BEGIN, END)
     if args.plot:
         picture(json.loads(args.plot[0].read_text()), args.plot[1])
     if args.out is None:

@@ -21,7 +21,7 @@ from diffusers import FluxTransformer2DModel
 
 import toma_fx
 from toma_fx import CacheConfig, State
-from toma_fx.models.tiny import image_ids
+from toma_fx.models.tiny import FLOW
 
 SIDE, TEXT = 32, 16
 """Tokens a side, and of the text."""
@@ -35,7 +35,7 @@ def call(batch: int, timestep: float) -> dict[str, Any]:
         "encoder_hidden_states": torch.randn(batch, TEXT, 64, generator=noise),
         "pooled_projections": torch.randn(batch, 64, generator=noise),
         "timestep": torch.full((batch,), timestep),
-        "img_ids": image_ids(2 * SIDE, 2 * SIDE),
+        "img_ids": FLOW.image_ids(2 * SIDE, 2 * SIDE),
         "txt_ids": torch.zeros(TEXT, 3),
         "return_dict": False,
     }

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from common import command_line, device_name, save, versions
-from table import table
+from table import show, table
 
 from toma_fx.measure.intervals import paired_interval
 from toma_fx.measure.subjects import Case, EmbeddedSubject, Settings
@@ -193,15 +193,6 @@ def shown(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def show(results: dict[str, Any], page: Path | None) -> None:
-    """Print the tables, or put them between the marks of a page."""
-    if page is None:
-        print(shown(results))
-        return
-    before, rest = page.read_text().split(BEGIN)
-    page.write_text(f"{before}{BEGIN}\n\n{shown(results)}\n{END}{rest.split(END)[1]}")
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -217,7 +208,7 @@ def main() -> None:
     add("--page", type=Path, help="with --table: put the tables there, between its marks")
     args = parser.parse_args()
     if args.table:
-        show(json.loads(args.table.read_text()), args.page)
+        show(shown(json.loads(args.table.read_text())), args.page, BEGIN, END)
     elif args.out:
         torch.set_grad_enabled(False)
         run(args)

@@ -56,6 +56,15 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
     return [lines[0], "|" + "---|" * len(head), *lines[1:]]
 
 
+def show(text: str, page: Path | None, begin: str, end: str) -> None:
+    """Print a text, or put it between the marks of a page."""
+    if page is None:
+        print(text)
+        return
+    before, rest = page.read_text().split(begin)
+    page.write_text(f"{before}{begin}\n\n{text}\n{end}{rest.split(end)[1]}")
+
+
 def by_processor(run: dict[str, Any]) -> bool:
     """Whether the times shown are processor time: the clock would count other programs too."""
     return run["device_kind"] == "cpu" and run["threads"] == 1

@@ -418,7 +418,7 @@ class Run:
             prompts = torch.where(dropped, len(captions.PROMPTS), prompts)
         with torch.autocast(self.device, torch.bfloat16, enabled=self.args.bf16):
             tokens, pooled = text(self.ids[prompts.to(self.device)])
-            v = latent.velocity(self.name, denoiser, noisy, t, tokens, pooled)
+            v = latent.FLOW.velocity(self.name, denoiser, noisy, t, tokens, pooled)
         return (v.float() - (noise - clean)).square().mean()
 
     def advance(self, grid: int, batch: int, rate: float) -> Tensor:

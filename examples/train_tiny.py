@@ -99,7 +99,7 @@ def train(name: str, minutes: float, batch: int, rate: float, coarse: float, out
         noise = torch.randn_like(pictures)
         noisy = torch.lerp(pictures, noise, t[:, None, None, None])
         tokens, pooled = model["conditioning"](labels)
-        v = tiny.velocity(name, model["denoiser"], noisy, t, tokens, pooled)
+        v = tiny.FLOW.velocity(name, model["denoiser"], noisy, t, tokens, pooled)
         loss = (v - (noise - pictures)).square().mean()
         optimizer.zero_grad()
         loss.backward()

@@ -25,7 +25,7 @@ from tests.diffusers_pipelines import CASES, Case
 from tests.export.in_process import InProcess, opened
 from toma_fx.errors import ArtifactError
 from toma_fx.export.builder import export
-from toma_fx.models import tiny
+from toma_fx.models import flow, tiny
 
 STEPS = 20
 SMALL: dict[str, Any] = {"min_tokens": 60, "tile": 4}
@@ -174,7 +174,7 @@ class Drawn:
             "pooled_prompt_embeds": pooled,
             "negative_prompt_embeds": free,
             "negative_pooled_prompt_embeds": free_pooled,
-            "latents": noise if sdxl else tiny.pack(noise),
+            "latents": noise if sdxl else flow.pack(noise),
             "sigmas": torch.linspace(1, 0, STEPS + 1)[:-1].tolist(),
             "num_inference_steps": STEPS,
             "guidance_scale" if sdxl else "true_cfg_scale": self.guidance,
@@ -183,7 +183,7 @@ class Drawn:
             "output_type": "latent",
         }
         drawn = pipe(**arguments).images
-        return (drawn if sdxl else tiny.unpack(drawn, 64, 64)).clamp(-1, 1)
+        return (drawn if sdxl else flow.unpack(drawn, 64, 64)).clamp(-1, 1)
 
 
 def errors(a: Tensor, b: Tensor) -> list[float]:

@@ -77,7 +77,7 @@ def test_autoencoder_shapes_and_its_principal_components() -> None:
 
 
 def test_position_ids_scale_with_the_grid() -> None:
-    full, half = latent.image_ids(64, 64), latent.image_ids(32, 32)
+    full, half = latent.FLOW.image_ids(64, 64), latent.FLOW.image_ids(32, 32)
     assert full.shape == (1024, 3)
     assert full[:, 1:].amax() == 31
     # the center of four tokens

@@ -12,7 +12,7 @@ import torch
 import toma_fx
 from toma_fx.capture.grids import Raster, find_raster
 from toma_fx.cli.main import main
-from toma_fx.models import tiny
+from toma_fx.models import flow, tiny
 
 
 @pytest.mark.parametrize("name", tiny.NAMES)
@@ -42,8 +42,8 @@ def test_merging_stays_close_to_the_original_picture(name: str) -> None:
 
 def test_packing_round_trip_and_ids() -> None:
     images = torch.randn(2, 3, 64, 48)
-    assert torch.equal(tiny.unpack(tiny.pack(images), 64, 48), images)
-    assert find_raster(tiny.image_ids(64, 64)) == Raster((32,), 32)
+    assert torch.equal(flow.unpack(flow.pack(images), 64, 48), images)
+    assert find_raster(tiny.FLOW.image_ids(64, 64)) == Raster((32,), 32)
 
 
 def test_command_line_explain(capsys: Any) -> None:

@@ -184,7 +184,7 @@ def _one_model(
 ) -> tuple[Outcome, Image.Image]:
     model = tiny.load(name)
     options = {**OPTIONS[name], **options}
-    inputs = _step_inputs(model, 1.0)
+    inputs = model.step_inputs(LABELS, 1.0)
     report = explain(model.denoiser, inputs, **options)
     console.rule(name)
     console.print(report)
@@ -196,10 +196,10 @@ def _one_model(
     count = 2 if last is None else last + 2
     task = progress.add_task(f"{name}: compile", total=1 + count)
     with torch.no_grad():
-        original(**_step_inputs(model, 1.0))
+        original(**model.step_inputs(LABELS, 1.0))
         progress.advance(task)
         for i in range(count):
-            merged(**_step_inputs(model, 1.0 - i / STEPS))
+            merged(**model.step_inputs(LABELS, 1.0 - i / STEPS))
             progress.advance(task)
     compile_s = time.perf_counter() - start
 
@@ -273,7 +273,7 @@ def _cached(
             run()
             times[key].append(time.perf_counter() - start)
             progress.advance(task)
-    report = explain(model.denoiser, _step_inputs(model, 1.0), _told_length(cached))
+    report = explain(model.denoiser, model.step_inputs(LABELS, 1.0), _told_length(cached))
     medians = {key: statistics.median(each) for key, each in times.items()}
     return near, Cached(
         preset=PRESET,
@@ -304,14 +304,6 @@ def _settings(merged: OptimizedDenoiser) -> str:
     )
 
 
-def _step_inputs(model: tiny.TinyModel, t: float) -> dict[str, Any]:
-    """Inputs of one step of the demo's batch at time `t`."""
-    noise = torch.Generator().manual_seed(0)
-    images = torch.randn(len(LABELS), 3, tiny.SIZE, tiny.SIZE, generator=noise)
-    tokens, pooled = model.conditioning(torch.tensor(LABELS))
-    return tiny.denoiser_inputs(model.name, images, torch.full((len(LABELS),), t), tokens, pooled)
-
-
 def _time(
     model: tiny.TinyModel,
     original: Callable[..., Any],
@@ -321,7 +313,7 @@ def _time(
     """Seconds of single steps, original, refresh and reuse in turn."""
     times: dict[str, list[float]] = {"original": [], "refresh": [], "reuse": []}
     task = progress.add_task(f"{model.name}: time steps", total=ROUNDS)
-    early, late = _step_inputs(model, 1.0), _step_inputs(model, 0.9)
+    early, late = model.step_inputs(LABELS, 1.0), model.step_inputs(LABELS, 0.9)
     with torch.no_grad():
         for _ in range(ROUNDS):
             merged.reset()

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from toma_fx.errors import ModelTypeError
-from toma_fx.models import tiny
+from toma_fx.models import flow, tiny
 from toma_fx.models.captions import PROMPTS, TEXT_TOKENS, VOCABULARY, token_ids
+from toma_fx.models.flow import Flow
 
 NAMES = ("latent-sdxl", "latent-flux")
 SIZE = 256
@@ -33,6 +34,8 @@ CHANNELS = 8
 """Channels of the latents."""
 GRID = SIZE // FACTOR
 """Latents a side."""
+FLOW = Flow(CHANNELS, GRID, FACTOR)
+"""Between noise and latents."""
 TEXT_DIM = 128
 TIME_ID_DIM = 16
 
@@ -152,68 +155,9 @@ class Autoencoder(nn.Module):
         return images
 
 
-def image_ids(height: int, width: int, *, device: torch.device | None = None) -> Tensor:
-    """Flux position ids of the packed tokens of `height` x `width` latents, [(H/2)*(W/2), 3].
-
-    Positions count tokens of the full grid; fewer latents are the same scene on a coarser grid,
-    so their tokens lie further apart (training starts there).
-    """
-    return tiny.image_ids(height, width, full=GRID, device=device)
-
-
-def denoiser_inputs(
-    name: str, latents: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor
-) -> dict[str, Any]:
-    """Keyword arguments of one denoiser call.
-
-    `latents` [B, 8, H, W] with noise, `t` [B] in [0, 1] (1 is pure noise), `tokens` [B, 16, 128]
-    and `pooled` [B, 128] from `TextEncoder`.
-    """
-    height, width = latents.shape[-2:]
-    if name == "latent-sdxl":
-        pixels = [height * FACTOR, width * FACTOR]
-        size = torch.tensor([*pixels, 0, 0, *pixels], dtype=latents.dtype, device=latents.device)
-        return {
-            "sample": latents,
-            "timestep": t * 1000,
-            "encoder_hidden_states": tokens,
-            "added_cond_kwargs": {
-                "text_embeds": pooled,
-                "time_ids": size.expand(len(latents), 6),
-            },
-            "return_dict": False,
-        }
-    return {
-        "hidden_states": tiny.pack(latents),
-        "encoder_hidden_states": tokens,
-        "pooled_projections": pooled,
-        "timestep": t,
-        "img_ids": image_ids(height, width, device=latents.device),
-        "txt_ids": torch.zeros(TEXT_TOKENS, 3, device=latents.device),
-        "return_dict": False,
-    }
-
-
-def velocity(
-    name: str,
-    denoiser: Callable[..., Any],
-    latents: Tensor,
-    t: Tensor,
-    tokens: Tensor,
-    pooled: Tensor,
-) -> Tensor:
-    """Predicted velocity (noise minus latents), [B, 8, H, W]."""
-    out: Tensor = denoiser(**denoiser_inputs(name, latents, t, tokens, pooled))[0]
-    return out if name == "latent-sdxl" else tiny.unpack(out, *latents.shape[-2:])
-
-
 def build(name: str) -> nn.Module:
     """The untrained denoiser `name` ("latent-sdxl" or "latent-flux")."""
-    from diffusers import FluxTransformer2DModel, UNet2DConditionModel
-
-    if name == "latent-sdxl":
-        return cast(nn.Module, UNet2DConditionModel(**SDXL_CONFIG))
-    return cast(nn.Module, FluxTransformer2DModel(**FLUX_CONFIG))
+    return cast(nn.Module, flow.build(name, {NAMES[0]: SDXL_CONFIG, NAMES[1]: FLUX_CONFIG}))
 
 
 @dataclass(frozen=True)
@@ -241,9 +185,10 @@ class LatentModel:
     ) -> dict[str, Any]:
         """Keyword arguments of one denoiser call at time `t` (1 is pure noise) on fresh noise."""
         device = self.text.positions.device
-        latents = _noise(len(prompts), seed).to(device)
+        latents = FLOW.noise(len(prompts), seed).to(device)
         times = torch.full((len(prompts),), t, device=device)
-        return denoiser_inputs(self.name, latents, times, *self.text(token_ids(prompts).to(device)))
+        text = self.text(token_ids(prompts).to(device))
+        return FLOW.denoiser_inputs(self.name, latents, times, *text)
 
     @torch.no_grad()
     def generate(
@@ -267,32 +212,18 @@ class LatentModel:
         Raises:
             UnknownNameError: a word is unknown, or there are too many.
         """
-        run = self.denoiser if denoiser is None else denoiser
-        guided = guidance > 1.0
-        texts = [""] * len(prompts) * guided + list(prompts)
+        texts = [""] * len(prompts) * (guidance > 1.0) + list(prompts)
         device = self.text.positions.device
-        tokens, pooled = self.text(token_ids(texts).to(device))
-        latents = _noise(len(prompts), seed).to(device)
-        times = torch.linspace(1, 0, steps + 1, device=device)
-        for i in range(steps):
-            batch = torch.cat([latents, latents]) if guided else latents
-            v = velocity(self.name, run, batch, times[i].expand(len(batch)), tokens, pooled)
-            if guided:
-                unconditional, conditional = v.chunk(2)
-                v = unconditional + guidance * (conditional - unconditional)
-            latents = latents + (times[i + 1] - times[i]) * v
-            if on_step is not None:
-                on_step(i)
+        latents = FLOW.integrate(
+            self.name,
+            self.denoiser if denoiser is None else denoiser,
+            FLOW.noise(len(prompts), seed).to(device),
+            *self.text(token_ids(texts).to(device)),
+            steps=steps,
+            guidance=guidance,
+            on_step=on_step,
+        )
         return self.autoencoder.decode(latents).clamp(-1, 1)
-
-
-def _noise(count: int, seed: int | Sequence[int]) -> Tensor:
-    """Noise of `count` pictures."""
-    shape = CHANNELS, GRID, GRID
-    if isinstance(seed, int):
-        return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
-    each = (torch.Generator().manual_seed(one) for one in seed)
-    return torch.stack([torch.randn(shape, generator=g) for g in each])
 
 
 def load(name: str, weights: Path | None = None) -> LatentModel:

@@ -46,7 +46,7 @@ def example(
         size = height or tiny.SIZE
         tokens, pooled = (x.to(dtype) for x in loaded.conditioning(torch.zeros(batch).long()))
         images = torch.randn(batch, 3, size, width or size).to(dtype)
-        inputs = tiny.denoiser_inputs(name, images, torch.ones(batch), tokens, pooled)
+        inputs = tiny.FLOW.denoiser_inputs(name, images, torch.ones(batch), tokens, pooled)
         inputs = tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, inputs)
         # diffusers warns of any cast of Flux, though nothing changes
         model = loaded.denoiser if dtype == torch.float32 else loaded.denoiser.to(dtype)

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from toma_fx.errors import UnknownNameError, nearest
+from toma_fx.models import flow
+from toma_fx.models.flow import Flow
 
 CLASSES: tuple[str, ...] = (
     "astronaut",
@@ -67,6 +69,8 @@ FLUX_CONFIG: dict[str, Any] = {
     "axes_dims_rope": (8, 12, 12),
 }
 NAMES = ("tiny-sdxl", "tiny-flux")
+FLOW = Flow(channels=3, side=SIZE)
+"""Between noise and pixels."""
 
 
 class ClassConditioning(nn.Module):
@@ -85,83 +89,9 @@ class ClassConditioning(nn.Module):
         return self.tokens(labels).unflatten(-1, (TEXT_TOKENS, COND_DIM)), self.pooled(labels)
 
 
-def pack(images: Tensor) -> Tensor:
-    """[B, 3, H, W] -> Flux's packed tokens [B, (H/2)*(W/2), 12]."""
-    return nn.functional.pixel_unshuffle(images, 2).flatten(2).transpose(1, 2)
-
-
-def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """Inverse of `pack`: [B, (H/2)*(W/2), 12] -> [B, 3, H, W]."""
-    grid = tokens.transpose(1, 2).unflatten(2, (height // 2, width // 2))
-    return nn.functional.pixel_shuffle(grid, 2)
-
-
-def image_ids(
-    height: int, width: int, *, full: int = SIZE, device: torch.device | None = None
-) -> Tensor:
-    """Flux position ids of the packed tokens, [(H/2)*(W/2), 3] float32.
-
-    Positions are counted in tokens of a picture of `full` pixels; a smaller picture is the same
-    scene on a coarser grid, so its tokens lie further apart (training starts at half the size).
-    """
-    rows, columns = height // 2, width // 2
-    step = full / height
-    y = (torch.arange(rows, device=device) + 0.5) * step - 0.5
-    x = (torch.arange(columns, device=device) + 0.5) * step - 0.5
-    grid = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).flatten(0, 1)
-    return torch.cat([torch.zeros(rows * columns, 1, device=device), grid], 1)
-
-
-def denoiser_inputs(
-    name: str, images: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor
-) -> dict[str, Any]:
-    """Keyword arguments of one denoiser call.
-
-    `images` [B, 3, H, W] noisy pixels, `t` [B] in [0, 1] (1 is pure noise), `tokens`/`pooled` from
-    `ClassConditioning`.
-    """
-    height, width = images.shape[-2:]
-    if name == "tiny-sdxl":
-        size = torch.tensor([height, width, 0, 0, height, width], dtype=images.dtype)
-        time_ids = size.to(images.device).expand(len(images), 6)
-        return {
-            "sample": images,
-            "timestep": t * 1000,
-            "encoder_hidden_states": tokens,
-            "added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids},
-            "return_dict": False,
-        }
-    return {
-        "hidden_states": pack(images),
-        "encoder_hidden_states": tokens,
-        "pooled_projections": pooled,
-        "timestep": t,
-        "img_ids": image_ids(height, width, device=images.device),
-        "txt_ids": torch.zeros(TEXT_TOKENS, 3, device=images.device),
-        "return_dict": False,
-    }
-
-
-def velocity(
-    name: str,
-    denoiser: Callable[..., Any],
-    images: Tensor,
-    t: Tensor,
-    tokens: Tensor,
-    pooled: Tensor,
-) -> Tensor:
-    """Predicted velocity (noise minus picture), [B, 3, H, W]."""
-    out: Tensor = denoiser(**denoiser_inputs(name, images, t, tokens, pooled))[0]
-    return out if name == "tiny-sdxl" else unpack(out, *images.shape[-2:])
-
-
 def build(name: str) -> nn.Module:
     """The untrained architecture `name` ("tiny-sdxl" or "tiny-flux")."""
-    from diffusers import FluxTransformer2DModel, UNet2DConditionModel
-
-    if name == "tiny-sdxl":
-        return cast(nn.Module, UNet2DConditionModel(**SDXL_CONFIG))
-    return cast(nn.Module, FluxTransformer2DModel(**FLUX_CONFIG))
+    return cast(nn.Module, flow.build(name, {NAMES[0]: SDXL_CONFIG, NAMES[1]: FLUX_CONFIG}))
 
 
 @dataclass(frozen=True)
@@ -188,8 +118,8 @@ class TinyModel:
     ) -> dict[str, Any]:
         """Keyword arguments of one denoiser call at time `t` (1 is pure noise) on fresh noise."""
         tokens, pooled = self.conditioning(torch.tensor([_label(each) for each in labels]))
-        images = _noise(len(labels), seed)
-        return denoiser_inputs(self.name, images, torch.full((len(labels),), t), tokens, pooled)
+        images, times = FLOW.noise(len(labels), seed), torch.full((len(labels),), t)
+        return FLOW.denoiser_inputs(self.name, images, times, tokens, pooled)
 
     @torch.no_grad()
     def generate(
@@ -213,23 +143,18 @@ class TinyModel:
         Raises:
             UnknownNameError: there is no such class.
         """
-        run = self.denoiser if denoiser is None else denoiser
         classes = torch.tensor([_label(each) for each in labels])
-        guided = guidance > 1.0
-        if guided:
+        if guidance > 1.0:
             classes = torch.cat([torch.full_like(classes, len(CLASSES)), classes])
-        tokens, pooled = self.conditioning(classes)
-        images = _noise(len(labels), seed)
-        times = torch.linspace(1, 0, steps + 1)
-        for i in range(steps):
-            batch = torch.cat([images, images]) if guided else images
-            v = velocity(self.name, run, batch, times[i].expand(len(batch)), tokens, pooled)
-            if guided:
-                unconditional, conditional = v.chunk(2)
-                v = unconditional + guidance * (conditional - unconditional)
-            images = images + (times[i + 1] - times[i]) * v
-            if on_step is not None:
-                on_step(i)
+        images = FLOW.integrate(
+            self.name,
+            self.denoiser if denoiser is None else denoiser,
+            FLOW.noise(len(labels), seed),
+            *self.conditioning(classes),
+            steps=steps,
+            guidance=guidance,
+            on_step=on_step,
+        )
         return images.clamp(-1, 1)
 
 
@@ -246,14 +171,6 @@ def _label(label: int | str) -> int:
         got=repr(label),
         hint=nearest(label, CLASSES),
     )
-
-
-def _noise(count: int, seed: int | Sequence[int]) -> Tensor:
-    """Noise of `count` pictures."""
-    if isinstance(seed, int):
-        return torch.randn(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
-    each = (torch.Generator().manual_seed(one) for one in seed)
-    return torch.stack([torch.randn(3, SIZE, SIZE, generator=g) for g in each])
 
 
 def weights_dir(name: str) -> Path:
