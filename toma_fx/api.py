@@ -16,6 +16,7 @@ from toma_fx.compat import accelerate_hook, is_compiled
 from toma_fx.errors import ConfigError, ModelTypeError
 from toma_fx.graph.dump import dumping
 from toma_fx.methods.base import MethodConfig
+from toma_fx.methods.checks import is_count
 from toma_fx.methods.config import make_config
 from toma_fx.methods.planning import merging
 from toma_fx.methods.recipe import Recipe
@@ -71,9 +72,8 @@ def optimize(
         CaptureError, CompanionError, NoMergeSites: with example inputs; otherwise they come at the
             first call.
     """
-    recipe = toma if isinstance(toma, Recipe) else None
-    config = make_config(recipe.config if recipe else toma, method, options)
-    if type(max_signatures) is not int or max_signatures < 1:
+    config = _config_of(toma, method, options)
+    if not is_count(max_signatures):
         raise ConfigError(
             "max_signatures is out of range",
             where="max_signatures",
@@ -82,9 +82,7 @@ def optimize(
         )
 
     def wrap(inner: nn.Module) -> OptimizedDenoiser:
-        original = _require_original(inner)
-        if recipe is not None:
-            recipe.check_model(*architecture_of(original))
+        original = _require_original(inner, toma)
         optimized = OptimizedDenoiser(original, config, max_signatures, _like(like, original))
         if example_inputs is not None:
             optimized.fix(*call_of(example_inputs))
@@ -177,11 +175,8 @@ def explain(
         NoMergeSites: nothing can be merged; its message lists every reason.
         CompanionError: another library acts inside the forward pass.
     """
-    recipe = toma if isinstance(toma, Recipe) else None
-    config = make_config(recipe.config if recipe else toma, method, options)
-    denoiser = _require_original(denoiser_of(model))
-    if recipe is not None:
-        recipe.check_model(*architecture_of(denoiser))
+    config = _config_of(toma, method, options)
+    denoiser = _require_original(denoiser_of(model), toma)
     args, kwargs = plain_numbers(*call_of(example_inputs))
     check_leaves(args, kwargs)
     guard = ModelGuard(denoiser)
@@ -219,8 +214,14 @@ def denoiser_of(model: Any) -> nn.Module:
     return model if isinstance(model, nn.Module) else next(iter(find_components(model).values()))
 
 
-def _require_original(model: nn.Module) -> nn.Module:
-    """The original of `model`, which must be in evaluation mode and not compiled."""
+def _config_of(toma: Any, method: Any, options: Mapping[str, Any]) -> MethodConfig:
+    """The configuration that is meant; of a recipe, its own."""
+    return make_config(toma.config if isinstance(toma, Recipe) else toma, method, options)
+
+
+def _require_original(model: nn.Module, toma: Any) -> nn.Module:
+    """The original of `model`, which must be in evaluation mode, not compiled, and that of a
+    recipe, if `toma` is one."""
     model = restore(model)
     check_model(model)
     if all(callable(getattr(model, name, None)) for name in ("encode", "decode")):
@@ -250,4 +251,6 @@ def _require_original(model: nn.Module) -> nn.Module:
                 hint="optimize first: toma_fx.optimize(model).compile(); to take the compilation "
                 "back: for m in model.modules(): m._compiled_call_impl = None",
             )
+    if isinstance(toma, Recipe):
+        toma.check_model(*architecture_of(model))
     return model

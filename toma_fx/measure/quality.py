@@ -99,8 +99,7 @@ def quality(
     cases = read_cases(prompts, seed=seed, seeds=seeds, limit=limit)
     subject = subject_of(model, settings)
     with joined() as processes, tempfile.TemporaryDirectory() as unkept:
-        folder = Path(out) if out is not None else Path(_agreed(unkept, processes))
-        folder = folder if out is not None else folder / "run"
+        folder = Path(processes.told(unkept)) / "run" if out is None else Path(out)
         run = _Run(subject, cases, named, Records(folder, (ORIGINAL, *named), processes.rank))
         run.measure(processes, wanted, rounds, progress or (lambda what, count: None))
         result = run.result(gates, str(out or ""))
@@ -108,11 +107,6 @@ def quality(
             processes.alone(lambda: _write(run, result, shown))
         processes.together(lambda: None)  # nobody leaves while another reads
     return result
-
-
-def _agreed(folder: str, processes: Processes) -> str:
-    """The first process's folder."""
-    return processes.told(folder)
 
 
 def _write(run: _Run, result: Quality, shown: int) -> None:

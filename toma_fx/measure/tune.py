@@ -15,7 +15,7 @@ import dataclasses
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -23,12 +23,11 @@ from typing import Any
 from toma_fx.calibration import Recorded
 from toma_fx.capture.architecture import architecture_of
 from toma_fx.errors import ConfigError, NoCacheSites, TuneError
-from toma_fx.graph.flops import graph_flops
 from toma_fx.measure.environment import environment
 from toma_fx.measure.masks import Mask, MaskErrors, UpdateErrors, weights_of
 from toma_fx.measure.prompts import read_cases
-from toma_fx.measure.scores import HIGHEST_PSNR
-from toma_fx.measure.scores import psnr as picture_psnr
+from toma_fx.measure.quality import Progress
+from toma_fx.measure.scores import score_pairs
 from toma_fx.measure.subjects import Case, Subject, subject_of
 from toma_fx.measure.work import time_generations
 from toma_fx.methods.base import MethodConfig
@@ -37,6 +36,7 @@ from toma_fx.methods.cached_steps import Length
 from toma_fx.methods.checks import is_number
 from toma_fx.methods.config import make_config
 from toma_fx.methods.recipe import Recipe
+from toma_fx.run.programs import Specialization
 from toma_fx.run.schedule import kinds_of
 
 SCOPES: tuple[CacheScope, ...] = ("deep", "shallow", "stack")
@@ -46,7 +46,6 @@ TRIED = 3
 OTHER_SEEDS = 100_003
 """How far the seeds of the check lie from those of the search."""
 _log = logging.getLogger("toma_fx.measure")
-Progress = Callable[[str, int], None]
 
 
 @dataclass(frozen=True)
@@ -164,7 +163,8 @@ class _Search:
     def _candidates(self, scope: CacheScope, orders: Sequence[int], probes: int) -> list[Candidate]:
         """The best mask of each number of steps, for one scope."""
         steps, order = self.subject.settings.steps, max(orders)
-        updates = self._record(self._config(scope, order, (1,) * steps))
+        every = self._config(scope, order, (1,) * steps)
+        updates = self._record(every)
         probed = {}
         chosen = sorted({1 + round(i * (steps - 2) / max(1, min(probes, steps - 1) - 1))
                          for i in range(min(probes, steps - 1))})  # fmt: skip
@@ -173,12 +173,15 @@ class _Search:
             mask = tuple(int(i != step) for i in range(steps))
             probed[step] = self.error(self._config(scope, order, mask))
             self.progress("", 1)
+        (denoiser, *_) = self.subject.optimized(every).values()
+        programs = denoiser.specializations[-1]
         weights, out = weights_of(updates, order, probed), []
         for own in orders:
             for error, mask in MaskErrors(updates, own, weights).best().values():
                 if not all(mask):
                     config = self._config(scope, own, mask)
-                    out.append(Candidate(config, self._speedup(config), error))
+                    # an extrapolation counts nothing: programs of the other order cost the same
+                    out.append(Candidate(config, _speedup(programs.under(config), steps), error))
         return out
 
     def _config(self, scope: CacheScope, order: int, mask: Mask) -> MethodConfig:
@@ -196,22 +199,6 @@ class _Search:
                 self.subject.draw(self.cases[start : start + size], config)
             self.progress("", 1)
         return UpdateErrors.of(recorded)
-
-    def _speedup(self, config: MethodConfig) -> float:
-        """By FLOPs of the programs that the schedule runs; those that it needs were recorded."""
-        steps, every = self.subject.settings.steps, (1,) * self.subject.settings.steps
-        cache = CacheConfig.of(config.cache)
-        assert cache is not None
-        recorded = self.subject.optimized(self._config(cache.scope, cache.order, every))
-        (denoiser, *_) = recorded.values()
-        if not denoiser.specializations:
-            self.subject.draw(self.cases[:1], self._config(cache.scope, cache.order, every))
-        programs = denoiser.specializations[-1].under(config)
-        counts = Counter(kinds_of(programs, programs.schedule, Length(steps), steps))
-        spent = sum(
-            n * graph_flops(programs.program(kind).graph_module.graph) for kind, n in counts.items()
-        )
-        return steps * graph_flops(programs.captured.graph_module.graph) / spent
 
     # -- drawing --------------------------------------------------------------------------------
 
@@ -271,7 +258,7 @@ class _Search:
     def decibels(self, cases: Sequence[Case], config: MethodConfig) -> float:
         """Mean PSNR of pictures beside the original's."""
         got, want = self.subject.draw(cases, config), self.subject.reference(cases)
-        return fmean(min(value, HIGHEST_PSNR) for value in picture_psnr(got, want))
+        return fmean(score_pairs(got, want, ["psnr"])["psnr"])
 
     # -- the result -----------------------------------------------------------------------------
 
@@ -300,6 +287,12 @@ class _Search:
             ratio = times["original"].median_s / times["recipe"].median_s
             measured["speedup_measured"] = round(ratio, 3)
         return Recipe(found.config, *architecture_of(original), measured)
+
+
+def _speedup(programs: Specialization, steps: int) -> float:
+    """By FLOPs of the programs that the schedule runs."""
+    counts = Counter(kinds_of(programs, programs.schedule, Length(steps), steps))
+    return steps * programs.flops / sum(n * programs.program(k).flops for k, n in counts.items())
 
 
 def _front(found: Sequence[Candidate]) -> list[Candidate]:

@@ -11,10 +11,8 @@ from typing import Any
 
 import torch
 
-from toma_fx.graph.flops import graph_flops
 from toma_fx.measure.subjects import Case, Subject
 from toma_fx.run.denoiser import OptimizedDenoiser
-from toma_fx.run.programs import Specialization
 
 NOISY = 0.1
 """Interquartile range over the median above which times are called noisy."""
@@ -56,13 +54,9 @@ def count_work(subject: Subject, cases: Sequence[Case], config: Any) -> Work:
             new = count - earlier.get(kind, 0)
             if new:
                 counts[kind] = counts.get(kind, 0) + new
-                flops_before += new * graph_flops(specialization.captured.graph_module.graph)
-                flops_after += new * _program_flops(specialization, kind)
+                flops_before += new * specialization.flops
+                flops_after += new * specialization.program(kind).flops
     return Work(flops_before, flops_after, counts, max(kept))
-
-
-def _program_flops(specialization: Specialization, kind: str) -> int:
-    return graph_flops(specialization.program(kind).graph_module.graph)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import fx
 
@@ -10,6 +11,7 @@ from toma_fx.analysis.dataflow import Flow
 from toma_fx.analysis.facts import Analysis
 from toma_fx.capture.model import Captured
 from toma_fx.errors import RewriteError
+from toma_fx.graph.flops import graph_flops
 from toma_fx.graph.passes import run_passes
 from toma_fx.graph.rewriter import Rewriter, copy_graph
 from toma_fx.graph.specs import CAPTURED, REWRITTEN
@@ -36,6 +38,11 @@ class Program:
     takes: tuple[str, ...]
     gives: tuple[str, ...]
     log: tuple[tuple[str, str, str], ...]
+
+    @cached_property
+    def flops(self) -> int:
+        """FLOPs of one step; comparisons of a selection are not counted."""
+        return graph_flops(self.graph_module.graph)
 
 
 def rewrite(

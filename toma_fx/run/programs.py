@@ -30,6 +30,7 @@ from toma_fx.compat import (
     graph_sources,
 )
 from toma_fx.errors import UnknownNameError, nearest
+from toma_fx.graph.flops import graph_flops
 from toma_fx.graph.templates import Templates
 from toma_fx.graph.verify import output_values, verify
 from toma_fx.methods.base import MethodConfig
@@ -153,6 +154,11 @@ class Specialization:
         """The same programs under a configuration that plans alike, on another schedule."""
         plan = replace(self.plan, config=config)
         return replace(self, plan=plan, counts={})
+
+    @cached_property
+    def flops(self) -> int:
+        """FLOPs of one step of the model as it was captured."""
+        return graph_flops(self.captured.graph_module.graph)
 
     @property
     def dynamic(self) -> bool:

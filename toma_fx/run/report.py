@@ -174,8 +174,7 @@ class Report(Printable):
 
 def make_report(specialization: Specialization) -> Report:
     """Report on a captured and planned model; counts FLOPs of the graphs that would run."""
-    plan, before = specialization.plan, specialization.captured.graph_module.graph
-    schedule = specialization.schedule
+    plan, schedule = specialization.plan, specialization.schedule
     steps = STEPS if schedule.caching is None else schedule.caching.horizon
     after, cached = _count_steps(specialization, steps)
     selecting = next((kind_in(REFRESH, i) for i, p in enumerate(plan.phases) if p.segments), "")
@@ -183,19 +182,15 @@ def make_report(specialization: Specialization) -> Report:
     return Report(
         rows=tuple(row for i in range(len(plan.phases)) for row in _rows(specialization, i)),
         rejections=plan.rejections,
-        flops_before=graph_flops(before),
+        flops_before=specialization.flops,
         flops_after=after,
-        flops_refresh=_flops(specialization, selecting) if patterned else after,
+        flops_refresh=specialization.program(selecting).flops if patterned else after,
         cached=_cached_rows(specialization),
         flops_cached=cached,
         steps=0 if schedule.caching is None else steps,
         computed=0 if schedule.caching is None else sum(schedule.caching.flags(steps)),
         phases=tuple(count_steps(p.begin, steps, "phases") for p in schedule.phases),
     )
-
-
-def _flops(specialization: Specialization, kind: str) -> int:
-    return graph_flops(specialization.program(kind).graph_module.graph)
 
 
 def _count_steps(specialization: Specialization, steps: int) -> tuple[int, int | None]:
@@ -208,7 +203,7 @@ def _count_steps(specialization: Specialization, steps: int) -> tuple[int, int |
             kinds[0].append(phase.renewal(1))
         else:
             kinds[1].append(phase.cached)
-    counts = {kind: _flops(specialization, kind) for kind in {*kinds[0], *kinds[1]}}
+    counts = {kind: specialization.program(kind).flops for kind in {*kinds[0], *kinds[1]}}
     after, cached = (round(fmean(counts[k] for k in ran)) if ran else None for ran in kinds)
     return after or 0, cached
 

@@ -91,6 +91,13 @@ class Phase:
             return self.first[since]
         return self.cycle[(since - len(self.first)) % len(self.cycle)]
 
+    def replacing(self, kind_instead: Callable[[str], str]) -> Phase:
+        """The phase with other kinds for some, in the shortest form of what is now alike."""
+        first, cycle = (tuple(map(kind_instead, names)) for names in (self.first, self.cycle))
+        if (first, cycle) != (self.first, self.cycle):
+            first, cycle = _shortest_cycle([*first, *cycle * (2 + LONGEST // len(cycle))])
+        return Phase(self.begin, first, cycle, kind_instead(self.cached))
+
     @property
     def kinds(self) -> set[str]:
         """All that it names."""
@@ -127,15 +134,7 @@ class Schedule:
 
     def replacing(self, kind_instead: Callable[[str], str]) -> Schedule:
         """The schedule with other kinds for some: `kind_instead` gives what stands for a kind."""
-
-        def kinds(names: Sequence[str]) -> tuple[str, ...]:
-            return tuple(map(kind_instead, names))
-
-        phases = (
-            Phase(p.begin, *_shorten(kinds(p.first), kinds(p.cycle)), kind_instead(p.cached))
-            for p in self.phases
-        )
-        return replace(self, phases=tuple(phases))
+        return replace(self, phases=tuple(p.replacing(kind_instead) for p in self.phases))
 
     def phase_at(self, step: int, length: Length) -> tuple[Phase, int]:
         """The phase of a step, and its first step.
@@ -176,13 +175,6 @@ def _shortest_cycle(kinds: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, .
         if start + 2 * period <= len(kinds) and start <= len(kinds) // 2:
             return tuple(kinds[:start]), tuple(kinds[start : start + period])
     return tuple(kinds[:-1]), (kinds[-1],)
-
-
-def _shorten(
-    first: tuple[str, ...], cycle: tuple[str, ...]
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The shortest form of kinds of which some are now alike."""
-    return _shortest_cycle([*first, *cycle * (2 + LONGEST // len(cycle))])
 
 
 def due(
