@@ -3,7 +3,7 @@
     python benchmarks/signals.py --out FILE [--models NAME ...] [--guidance 3] [--resume]
     python benchmarks/signals.py --table FILE [--page docs/methods-compared.md]
 
-Every entry draws the same pictures as the unmerged model (twelve classes, `--seeds` noise seeds,
+Every entry draws the same pictures as the unmerged model (twelve prompts, `--seeds` noise seeds,
 eagerly), and each is paired with that of `toma`, `random` and `grid` in the same placement at the
 same ratio: the mean of the paired differences, and its 95 % interval (`toma_fx.measure`). Error is
 the mean squared difference of pixels in [-1, 1] from the unmerged run's. FLOPs are of the step that
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib
 import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,9 +33,11 @@ from toma_fx.measure.intervals import paired_interval
 from toma_fx.measure.subjects import Case, EmbeddedSubject, Settings
 from toma_fx.methods.base import BRANCHES
 from toma_fx.methods.config import make_config
-from toma_fx.models import tiny
+from toma_fx.models import latent, tiny
 from toma_fx.run.report import make_report
 
+PROMPTS = 12
+"""As many as the models of pixels know; of others, spread over all."""
 RATIOS = (0.25, 0.5)
 BASES = ("toma", "random", "grid")
 """What the others are paired with."""
@@ -110,9 +111,8 @@ def entries(rows: Mapping[str, Sequence[str]]) -> Iterator[Entry]:
 
 
 def load(name: str, settings: Settings) -> EmbeddedSubject:
-    """An embedded model by name: those of pixels, and those of latents where there are some."""
-    module = tiny if name in tiny.NAMES else importlib.import_module("toma_fx.models.latent")
-    return EmbeddedSubject(module.load(name), settings)
+    """An embedded model by name, of pixels or of latents."""
+    return EmbeddedSubject((tiny if name in tiny.NAMES else latent).load(name), settings)
 
 
 def measure(subject: EmbeddedSubject, entry: Entry, cases: list[Case]) -> dict[str, Any]:
@@ -145,10 +145,12 @@ def run(args: argparse.Namespace) -> None:
     )
     results |= {"seeds": args.seeds, "steps": args.steps}
     guidance = args.guidance if args.guidance > 1 else None
-    settings = Settings(steps=args.steps, guidance=guidance, batch=len(tiny.CLASSES))
-    cases = [Case(c, seed) for seed in range(args.seeds) for c in tiny.CLASSES]
+    settings = Settings(steps=args.steps, guidance=guidance, batch=PROMPTS)
     for name in args.models:
         subject = load(name, settings)
+        known = subject.model.prompts
+        prompts = known[:: len(known) // PROMPTS][:PROMPTS]
+        cases = [Case(prompt, seed) for seed in range(args.seeds) for prompt in prompts]
         key = f"{name}, guidance {guidance:g}" if guidance else name
         rows = results["models"].setdefault(key, {})
         for entry in entries(GUIDED if guidance else ROWS):
