@@ -71,16 +71,7 @@ def load_embedded(name: str) -> EmbeddedModel:
             expected=" or ".join(makers),
             hint=nearest(name, makers),
         )
-    try:
-        return makers[name](name)
-    except FileNotFoundError as error:
-        raise ModelTypeError(
-            "the model has no weights here",
-            where=name,
-            expected="trained weights in the package",
-            got=f"no {Path(error.filename or str(error)).name}",
-            hint="examples/train_latent.py trains them",
-        ) from error
+    return makers[name](name)
 
 
 def _load(name: str, subfolder: str | None, dtype: torch.dtype) -> Any:
