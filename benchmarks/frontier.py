@@ -43,6 +43,7 @@ from common import command_line, device_name, versions
 from denoiser import clocked, summary
 from methods import LABELS, SELECTIONS, Bench, Entry, load_pyplot, quartiles, save
 from peers import EVERY, LAST, NOTES, WARMUP, System, Unavailable, kept_bytes, peers
+from recipes import SPEEDS, described, recipe_for
 from table import table
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -51,7 +52,7 @@ import toma_fx
 from toma_fx.measure.scores import psnr, ssim
 from toma_fx.models import tiny
 
-GROUPS = ("merging", "caching", "both", "peer")
+GROUPS = ("merging", "caching", "both", "recipe", "peer")
 RATIOS = (0.25, 0.5, 0.75)
 SCOPES = {tiny.NAMES[0]: ("deep", "shallow", "stack"), tiny.NAMES[1]: ("stack",)}
 """Of step caching, the best first. Blocks by themselves give what a stack gives."""
@@ -94,6 +95,7 @@ class Optimized(System):
     def __init__(self, denoiser: Any, steps: int) -> None:
         super().__init__(denoiser, steps)
         self._told: Any = None
+        self.described: dict[str, Any] = {}
 
     def compile(self) -> None:
         """Compile every program."""
@@ -131,7 +133,7 @@ def optimized(bench: Bench, cache: Mapping[str, Any] | None = None, **options: A
 
 def rows() -> list[Row]:
     """All of them."""
-    return [*_merging(), *_caching(), *_both(), *_peers()]
+    return [*_merging(), *_caching(), *_both(), *_recipes(), *_peers()]
 
 
 def _merging() -> Iterator[Row]:
@@ -201,6 +203,22 @@ def _both_row(name: str, placement: str, scope: str, ratio: float, every: int) -
         lambda bench: optimized(bench, cache, method=entry.config(bench)),
         {"placement": placement, "ratio": ratio, "cache": cache},
     )  # fmt: skip
+
+
+def _recipes() -> Iterator[Row]:
+    for speed in SPEEDS:
+        yield Row(
+            "recipe", "tuned", f"for {speed:g}x", (*SDXL, *FLUX),
+            lambda bench, speed=speed: tuned(bench, speed),
+        )  # fmt: skip
+
+
+def tuned(bench: Bench, speed: float) -> System:
+    """A model with the recipe for a speed."""
+    recipe = recipe_for(bench.model, speed, bench.steps)
+    system = Optimized(toma_fx.optimize(bench.model.denoiser, recipe), bench.steps)
+    system.described = described(recipe)
+    return system
 
 
 def _peers() -> Iterator[Row]:
@@ -298,6 +316,7 @@ def add_pictures(
         system = row.open(bench)
         if isinstance(system, Optimized):  # what is counted is not how programs are made
             system.draw(bench.model, args.labels, seed)
+            entry["options"] = {**row.options, **system.described}
         found = draw_row(bench, system, args.labels, seed)
     except Exception as error:  # a row that fails must not end the others
         reason = (
@@ -455,7 +474,10 @@ HEAD = [
 ]  # fmt: skip
 HIGHEST = 70.0
 """dB that the picture shows: what skips nothing has 126."""
-COLORS = {"merging": "#1f77b4", "caching": "#2ca02c", "both": "#d62728", "peer": "#7f7f7f"}
+COLORS = {
+    "merging": "#1f77b4", "caching": "#2ca02c", "both": "#9467bd", "recipe": "#d62728",
+    "peer": "#7f7f7f",
+}  # fmt: skip
 
 
 def shown(results: dict[str, Any]) -> str:

@@ -12,7 +12,8 @@ u_hat is the Newton polynomial through the newest samples (t0, u0), (t1, u1), (t
     order 1    u0 + (t - t0) u01                               u01 = (u0 - u1) / (t0 - t1)
     order 2    u0 + (t - t0) u01 + (t - t0) (t - t1) u012      u012 = (u01 - u12) / (t0 - t2)
 
-A quotient of equal timesteps counts as 0. With fewer samples the order is lower.
+A quotient of equal timesteps counts as 0. With fewer samples the order is lower. With fitted
+weights u_hat is the sum of weights times samples, by the entry with the nearest timestep.
 
 Places by scope:
 
@@ -73,10 +74,12 @@ class Reference:
     Attributes:
         order: of extrapolation. computes: whether each step computes.
         time: the timestep of the current call. current: the pass that calls belong to.
+        fitted: (timestep, weights of the samples, the newest first) instead of the polynomial.
     """
 
     order: int
     computes: Sequence[bool]
+    fitted: Sequence[tuple[float, Sequence[float]]] = ()
     passes: dict[str, Pass] = field(default_factory=dict)
     current: str = ""
     time: float = 0.0
@@ -112,7 +115,12 @@ class Reference:
     def update(self, place: str) -> Tensor:
         """What a place adds at the current, cached step."""
         assert place in self._pass.samples, f"{place}: no step has been computed"
-        return newton(self._pass.samples[place], self.time)
+        samples = self._pass.samples[place]
+        if self.fitted:
+            _, weights = min(self.fitted, key=lambda entry: abs(entry[0] - self.time))
+            pairs = zip(weights, samples, strict=False)
+            return sum((w * u for w, (_, u) in pairs), torch.zeros(()))
+        return newton(samples, self.time)
 
     @property
     def _pass(self) -> Pass:
@@ -121,10 +129,15 @@ class Reference:
 
 @contextmanager
 def cached_blocks(
-    model: nn.Module, *, scope: str, order: int, computes: Sequence[bool]
+    model: nn.Module,
+    *,
+    scope: str,
+    order: int,
+    computes: Sequence[bool],
+    fitted: Sequence[tuple[float, Sequence[float]]] = (),
 ) -> Iterator[Reference]:
     """Patch `model`; its calls inside, of each pass, are the steps of one generation."""
-    reference = Reference(order, computes)
+    reference = Reference(order, computes, fitted)
     signature = inspect.signature(type(model).forward)
 
     def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -35,6 +35,12 @@ SUBPROCESS = "starts a process that imports everything, for an example or a comm
 SLOW = (
     # measure
     Slow("measure/test_tune.py::test_a_recipe_for_a_*", "draws some twenty generations each"),
+    Slow("measure/test_tune.py::test_the_command_writes_a_recipe", "draws some ten generations"),
+    Slow(
+        "run/test_caching.py::test_fitted_weights_equal_an_eager_implementation[*]",
+        MORE,
+        quick=("sdxl-deep-2", "flux-stack-2", "flux-block-0"),
+    ),
     Slow("measure/test_subjects.py::test_compiled_subjects_draw_the_same", INDUCTOR),
     Slow("methods/test_recipe.py::test_a_model_takes_its_recipe", INDUCTOR),
     # run
@@ -58,6 +64,7 @@ SLOW = (
     # export
     Slow("export/test_cached.py::test_from_cpp[*]", INDUCTOR),
     Slow("export/test_cached.py::test_targets[aoti]", INDUCTOR),
+    Slow("export/test_cached.py::test_fitted_weights[aoti]", INDUCTOR),
     # analysis
     Slow("analysis/test_properties.py::test_right_or_refused[40]", MORE),
     Slow("analysis/test_variants.py::test_torchao[unet-*]", WHOLE),

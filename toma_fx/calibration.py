@@ -152,7 +152,7 @@ def calibrate_cache(
         )
     config = CacheConfig.of(cache) or CacheConfig()
     every = dataclasses.replace(
-        config, every=1, steps_mask=None, threshold=None, warmup_steps=1, last_steps=0
+        config, every=1, steps_mask=None, threshold=None, fitted=(), warmup_steps=1, last_steps=0
     )
     denoiser = optimized_of(optimize(restore(denoiser_of(model)), toma=False, cache=every))
     assert denoiser is not None
@@ -185,7 +185,7 @@ def _masked(config: CacheConfig, recorded: Sequence[Recorded], threshold: float)
         )
     steps = lengths[0]
     forced = dataclasses.replace(
-        config, every=steps + 1, steps_mask=None, threshold=None, steps=steps
+        config, every=steps + 1, steps_mask=None, threshold=None, fitted=(), steps=steps
     )
     flags = list(forced.cached_steps.flags(steps))
     for step in range(steps):
@@ -197,6 +197,7 @@ def _masked(config: CacheConfig, recorded: Sequence[Recorded], threshold: float)
     return dataclasses.replace(
         config,
         order=order,
+        fitted=(),
         steps_mask=tuple(map(int, flags)),
         warmup_steps=1,
         last_steps=0,

@@ -100,6 +100,22 @@ def test_targets(tmp_path: Path, name: str) -> None:
     assert weights == ["weights.safetensors"]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["onnx", "aoti"])
+def test_fitted_weights(tmp_path: Path, name: str) -> None:
+    mask, steps = (1, 1, 0, 1, 0, 0, 1), range(7)
+    times = [900.0 - 10 * i - i**2 for i in steps]
+    fitted = [(times[i], (1.5 - 0.1 * i, -0.4, 0.0)) for i in steps if not mask[i]]
+    cache = CacheConfig(steps_mask=mask, order=2, fitted=fitted)
+    caching = toma_fx.optimize(model(), toma=False, cache=cache)
+    export(caching, inputs(), tmp_path / "a", name)
+    got = generation(toma_fx.load(tmp_path / "a"), steps=7)
+    for a, b in zip(got, generation(caching, steps=7), strict=True):
+        assert relative(a, b) < 1e-5
+    plain = toma_fx.optimize(model(), toma=False, cache=CacheConfig(steps_mask=mask, order=2))
+    assert relative(got[5], generation(plain, steps=7)[5]) > 1e-3
+
+
 def test_tensorrt_takes_every_program() -> None:
     coverages = tensorrt_coverage(optimized(), inputs())
     assert set(coverages) == {"refresh", "reuse", "cached"}

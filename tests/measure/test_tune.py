@@ -1,120 +1,170 @@
-"""The tuner: its prediction against brute force, and its recipe against pictures."""
+"""The tuner: its recipe against pictures, what it keeps in a folder, and what it refuses."""
 
 from __future__ import annotations
 
-import itertools
+import json
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 
 import toma_fx
-from toma_fx.calibration import Recorded
-from toma_fx.errors import ConfigError, TuneError
-from toma_fx.measure.masks import MaskErrors, UpdateErrors, weights_of
+from tests.measure.fake import FakeSubject
+from toma_fx.cli.main import main
+from toma_fx.errors import ConfigError, ResultsError, TuneError
+from toma_fx.measure.measurements import Measurements
+from toma_fx.measure.prompts import read_cases
 from toma_fx.measure.subjects import EmbeddedSubject, Settings
 from toma_fx.models import tiny
-from toma_fx.passes.cache_updates import extrapolate, factors_of
 
-STEPS = 7
-
-
-def recorded(seed: int, passes: int = 2) -> Recorded:
-    """Updates that wander, at uneven times."""
-    random, out = torch.Generator().manual_seed(seed), Recorded()
-    for p in range(passes):
-        value, out.passes[p] = torch.randn(2, 3, generator=random), {}
-        for step in range(STEPS):
-            value = value + (step + 1) * 0.3 * torch.randn(2, 3, generator=random)
-            out.passes[p][step] = (900.0 - 90 * step - 5 * step**2, [value, value[:1] * 2])
-    return out
-
-
-@pytest.mark.parametrize("known", [(2,), (0, 3), (0, 1, 3)])
-def test_errors_of_updates(known: tuple[int, ...]) -> None:
-    generations = [recorded(0), recorded(1)]
-    expected = 0.0
-    for generation in generations:
-        for own in generation.passes.values():
-            times = [torch.tensor([own[k][0]]) for k in (5, *known[::-1])]
-            factors = factors_of(*times) if len(known) > 1 else ()
-            for i, update in enumerate(own[5][1]):
-                guess = extrapolate(factors, tuple(own[k][1][i] for k in known[::-1]))
-                expected += float((guess - update).square().sum())
-    assert UpdateErrors.of(generations).squared(5, known) == pytest.approx(expected, rel=1e-4)
-
-
-@pytest.mark.parametrize("order", [0, 1])
-def test_the_best_mask_is_the_best_of_all(order: int) -> None:
-    updates = UpdateErrors.of([recorded(0)])
-    probed = {i: 0.1 + abs(i - 3) for i in range(1, STEPS)}
-    errors = MaskErrors(updates, order, weights_of(updates, 1, probed))
-    best = errors.best()
-    masks = [(1, *rest) for rest in itertools.product((0, 1), repeat=STEPS - 1)]
-    for count in range(order + 1, STEPS + 1):
-        least = min(errors.predict(mask) for mask in masks if sum(mask) == count)
-        assert best[count][0] == pytest.approx(least)
-        assert errors.predict(best[count][1]) == pytest.approx(least)
-        assert sum(best[count][1]) == count
-    assert set(best) == set(range(order + 1, STEPS + 1))
-    assert best[STEPS][0] == 0
-
-
-def test_a_probed_step_is_predicted_as_it_was_measured() -> None:
-    updates = UpdateErrors.of([recorded(2)])
-    probed = {1: 0.5, 3: 2.0, 6: 0.25}
-    weights = weights_of(updates, 1, probed)
-    for step, error in probed.items():
-        mask = tuple(int(i != step) for i in range(STEPS))
-        assert MaskErrors(updates, 1, weights).predict(mask) == pytest.approx(error)
-    between = np.exp(np.interp(2, [1, 3], np.log([weights[1], weights[3]])))
-    assert weights[2] == pytest.approx(between)
+SMALL: dict[str, Any] = {"scopes": ("stack",), "ratios": (0.5,), "probes": 3, "rounds": 0}
 
 
 def subject(steps: int = 6) -> EmbeddedSubject:
     return EmbeddedSubject(tiny.load("tiny-flux"), Settings(steps=steps, batch=2))
 
 
-def test_a_recipe_for_a_speed() -> None:
-    own, seen = subject(), []
+def drawn(own: EmbeddedSubject, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Configurations, as they are drawn."""
+    seen: list[Any] = []
+    draw = own.draw
+    monkeypatch.setattr(
+        own, "draw", lambda c, config=None: (seen.append(config), draw(c, config))[1]
+    )
+    return seen
+
+
+def test_a_recipe_for_a_speed_and_then_for_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, told = subject(), list[str]()
+    calls = drawn(own, monkeypatch)
+    search: dict[str, Any] = {**SMALL, "out": tmp_path / "search"}
     recipe = toma_fx.tune(
-        own, ["cat", "coffee"], speedup=1.5, rounds=0, scopes=("stack",), probes=2,
-        progress=lambda what, count: seen.append(what),
-    )  # fmt: skip
-    measured = recipe.measured
-    assert measured["speedup_counted"] >= 1.5
-    assert {"record", "stack: one step at a time", "draw what may be it"} <= set(seen)
-    pictures = own.draw(cases := own_cases(), recipe)
-    error = (pictures - own.reference(cases)).square().mean()
-    mask = recipe.config.cache.steps_mask  # type: ignore[union-attr]
+        own,
+        ["cat", "coffee"],
+        speedup=1.5,
+        progress=lambda what, count: told.append(what),
+        **search,
+    )
+    assert recipe.measured["speedup_counted"] >= 1.5
+    assert {"stack: record", "stack: one step at a time", "merge at one spot at a time",
+            "draw what may be it"} <= set(told)  # fmt: skip
+    cases = read_cases(["cat", "coffee"])
+    error = (own.draw(cases, recipe) - own.reference(cases)).square().mean()
+    cache = recipe.config.cache
+    assert isinstance(cache, toma_fx.CacheConfig)
     # the same number of steps, cached where it hurts: right after the first two
-    worst = (1, 1, *(0,) * (6 - sum(mask)), *(1,) * (sum(mask) - 2))
-    cache = {"steps_mask": worst, "order": recipe.config.cache.order}  # type: ignore[union-attr]
-    other = own.draw(cases, toma_fx.ToMAConfig(ratio=0.0, cache={**cache, "scope": "stack"}))
-    assert error < (other - own.reference(cases)).square().mean()
-    with pytest.raises(TuneError, match="no cache of this model is as fast"):
-        toma_fx.tune(own, ["cat", "coffee"], speedup=50, scopes=("stack",), orders=(0,), probes=1)
+    count = sum(cache.steps_mask)  # type: ignore[arg-type]
+    worst = (1, 1, *(0,) * (6 - count), *(1,) * (count - 2))
+    other = toma_fx.ToMAConfig(ratio=0.0, cache={"steps_mask": worst, "order": 1, "scope": "stack"})
+    assert error < (own.draw(cases, other) - own.reference(cases)).square().mean()
 
-
-def own_cases() -> list[Any]:
-    from toma_fx.measure.prompts import read_cases
-
-    return read_cases(["cat", "coffee"])
+    calls.clear()
+    again = toma_fx.tune(own, ["cat", "coffee"], speedup=1.5, **search)
+    assert (again, again.measured) == (recipe, recipe.measured)
+    with pytest.raises(TuneError, match="at most about"):
+        toma_fx.tune(own, ["cat", "coffee"], speedup=50, **search)
+    assert calls == []  # all of it was known
+    with pytest.raises(ResultsError, match="other settings"):
+        toma_fx.tune(own, ["cat", "dog"], speedup=1.5, **search)
 
 
 def test_a_recipe_for_a_quality() -> None:
     own = subject()
-    search: dict[str, Any] = {"scopes": ("stack",), "orders": (1,), "probes": 4, "rounds": 0}
-    recipe = toma_fx.tune(own, ["cat", "coffee"], psnr=30, **search)
+    recipe = toma_fx.tune(own, ["cat", "coffee"], psnr=30, **SMALL)
     assert recipe.measured["psnr"] >= 30
     with pytest.raises(TuneError, match="at most"):
-        toma_fx.tune(own, ["cat", "coffee"], psnr=99.5, **search)
+        toma_fx.tune(own, ["cat", "coffee"], psnr=99.5, **SMALL)
+
+
+def test_a_recipe_for_a_measured_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = subject()
+    monkeypatch.setattr("toma_fx.measure.tune._Target.time", lambda target, config: 1.3)
+    options = {**SMALL, "clock": "time", "rounds": 1}
+    with pytest.raises(TuneError, match=r"at most about 1\.30"):
+        toma_fx.tune(own, ["cat", "coffee"], speedup=1.4, **options)
+    recipe = toma_fx.tune(own, ["cat", "coffee"], speedup=1.2, **options)
+    assert recipe.measured["speedup_measured"] == 1.3
+
+
+def test_merging_alone_where_it_is_all_there_is() -> None:
+    # of two steps none can be cached that is worth it; and merging holds always with ratios=()
+    own = subject(2)
+    merging = toma_fx.ToMAConfig(ratio=0.5)
+    search: dict[str, Any] = {"speedup": 1.2, "scopes": ("deep",), "rounds": 0}
+    recipe = toma_fx.tune(own, ["cat", "coffee"], merging=merging, ratios=(), **search)
+    assert recipe.config == merging
+    searched = toma_fx.tune(own, ["cat", "coffee"], **search)
+    assert searched.config.cache is None
+    assert searched.config.merges
+
+
+def test_the_command_writes_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("cat\ncoffee\n")
+    command = ["tune", "--model", "tiny-flux", "--prompts", str(prompts), "--steps", "4", "--batch",
+               "2", "--speedup", "1.3", "--merging", "none", "--rounds", "0"]  # fmt: skip
+    recipe = tmp_path / "recipe.json"
+    assert main([*command, "--out", str(tmp_path / "out"), "--recipe", str(recipe)]) == 0
+    found = toma_fx.Recipe.load(recipe)
+    assert found.measured["speedup_counted"] >= 1.3
+    assert "steps that compute: 1" in capsys.readouterr().out
+    for wrong in (tmp_path / "recipe.txt", tmp_path / "nowhere" / "recipe.json"):
+        assert main([*command, "--out", str(tmp_path / "out"), "--recipe", str(wrong)]) == 1
+
+
+def test_measurements_go_on_after_a_kill(tmp_path: Path) -> None:
+    folder, settings = tmp_path / "a", {"model": "x"}
+    known = Measurements(folder, settings)
+    assert known.get({"error": 1}, lambda: 0.1 + 0.2) == 0.1 + 0.2
+    assert known.get({"error": 2}, lambda: [1, (2.0, float("inf"))]) == [1, [2.0, float("inf")]]
+    path = folder / "measured.jsonl"
+    with open(path, "a") as file:
+        file.write('{"of": {"error": 3}, "val')  # a kill
+    again = Measurements(folder, settings)
+    assert again.get({"error": 1}, lambda: pytest.fail("measured twice")) == 0.1 + 0.2
+    assert again.get({"error": 3}, lambda: 5) == 5
+    assert [json.loads(line)["value"] for line in path.read_text().splitlines()][-1] == 5
+    with pytest.raises(ResultsError, match="other settings"):
+        Measurements(folder, {"model": "y"})
+    path.write_text("{}\n")
+    with pytest.raises(ResultsError, match="line 1"):
+        Measurements(folder, settings)
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"speedup": 2, "psnr": 30}, {"speedup": 0.5}, {"psnr": -1}, {"speedup": "2"}]
+    "options",
+    [
+        {},
+        {"speedup": 2, "psnr": 30},
+        {"speedup": 0.5},
+        {"psnr": -1},
+        {"speedup": "2"},
+        {"speedup": 2, "clock": "sundial"},
+        {"speedup": 2, "clock": "time", "rounds": 0},
+        {"speedup": 2, "scopes": ("deepest",)},
+        {"speedup": 2, "orders": ()},
+        {"speedup": 2, "ratios": (1.5,)},
+        {"speedup": 2, "parts": 0},
+        {"speedup": 2, "budget": 0},
+        {"speedup": 2, "merging": toma_fx.ToMAConfig(cache=3)},
+        {"speedup": 2, "merging": toma_fx.ToMAConfig(ratio=((0, 0.5), (0.5, 0.1)))},
+        {"speedup": 2, "merging": toma_fx.ToDoConfig()},
+    ],
 )
-def test_one_target(options: dict[str, Any]) -> None:
+def test_options_out_of_their_domain(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         toma_fx.tune(subject(), ["cat", "coffee"], **options)
+
+
+def test_a_budget_that_is_too_small_says_what_is_enough() -> None:
+    with pytest.raises(ConfigError, match="at least"):
+        toma_fx.tune(subject(4), ["cat", "coffee"], speedup=2, **{**SMALL, "ratios": ()}, budget=3)
+
+
+def test_models_with_two_denoisers_are_refused() -> None:
+    own = FakeSubject()
+    own.denoisers["second"] = next(iter(own.denoisers.values()))
+    with pytest.raises(TuneError, match="one denoiser"):
+        toma_fx.tune(own, ["a", "b"], speedup=2)

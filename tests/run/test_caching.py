@@ -13,7 +13,8 @@ import toma_fx
 from tests.denoisers import flux, flux_inputs, relative, sdxl, sdxl_inputs
 from tests.reference import Settings, reference_flux, reference_unet
 from tests.reference_cache import cached_blocks, newton
-from toma_fx import CacheConfig
+from toma_fx import CacheConfig, State
+from toma_fx.errors import ConfigError
 
 MODELS: dict[str, tuple[Any, Any]] = {"sdxl": (sdxl, sdxl_inputs), "flux": (flux, flux_inputs)}
 MERGE: dict[str, Any] = {
@@ -28,6 +29,10 @@ TIMES = (900.0, 870.0, 800.0, 790.0, 640.0, 600.0, 450.0)
 """Uneven, so that an extrapolation that counted steps would be off."""
 SCOPES = [("sdxl", "stack"), ("sdxl", "block"), ("sdxl", "deep"), ("flux", "stack"),
           ("flux", "block")]  # fmt: skip
+
+
+ROWS = {"hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance"}
+"""Arguments of Flux with a row for each picture."""
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +89,78 @@ def test_equals_an_eager_implementation(name: str, scope: Any, order: int) -> No
     assert denoiser.totals == {"plain": sum(computes), "cached_plain": 7 - sum(computes)}
     off = [relative(model(**call)[0], b) for call, b in zip(steps, expected, strict=True)]
     assert max(off) > 1e-3  # a cached step is something else
+
+
+def table(mask: tuple[int, ...], order: int) -> Any:
+    """Weights that differ for every cached step, of the samples that there are then."""
+    entries = []
+    for i, time in enumerate(TIMES):
+        known = min(sum(mask[:i]), order + 1)
+        weights = [1.3 - 0.1 * i, -0.2 * i, 0.05 * i][:known]
+        if not mask[i]:
+            entries.append((time, (*weights, *[0.0] * (order + 1 - known))))
+    return tuple(entries)
+
+
+@pytest.mark.parametrize("order", [0, 2])
+@pytest.mark.parametrize(("name", "scope"), SCOPES)
+def test_fitted_weights_equal_an_eager_implementation(name: str, scope: Any, order: int) -> None:
+    model, steps = MODELS[name][0]().double(), [double(call) for call in calls(name)]
+    mask = (1, 1, 0, 1, 0, 1, 0)
+    fitted = table(mask, order)
+    cache = CacheConfig(steps_mask=mask, order=order, scope=scope, fitted=fitted)
+    denoiser = toma_fx.optimize(model, toma=False, cache=cache)
+    outputs = run(denoiser, steps)
+    computes = list(map(bool, mask))
+    with cached_blocks(model, scope=scope, order=order, computes=computes, fitted=fitted):
+        expected = [model(**call)[0] for call in steps]
+    with cached_blocks(model, scope=scope, order=order, computes=computes):
+        extrapolated = [model(**call)[0] for call in steps]
+    for i, (a, b) in enumerate(zip(outputs, expected, strict=True)):
+        assert relative(a, b) < 1e-5, i
+    assert max(map(relative, outputs, extrapolated)) > 1e-3
+
+
+def test_fitted_weights_of_each_row_are_those_of_its_timestep() -> None:
+    model, mask = flux(), (1, 1, 0, 0, 1, 0, 0)
+    cache = CacheConfig(steps_mask=mask, order=1, fitted=table(mask, 1), steps=7)
+    denoiser = toma_fx.optimize(model, toma=False, cache=cache)
+    steps = calls("flux")
+    alone = run(denoiser, steps)
+    states = [State(steps=7), State(steps=7)]
+    for step in steps[:1]:  # the second request is a step behind
+        _, states[0] = denoiser.step(step, states[0])
+    for i in range(6):
+        ahead, behind = steps[i + 1], steps[i]
+        both = {k: torch.cat([ahead[k], behind[k]]) if k in ROWS else v for k, v in ahead.items()}
+        output, states = denoiser.step(both, states)
+        assert relative(output[0][:2], alone[i + 1]) < 1e-5, i
+        assert relative(output[0][2:], alone[i]) < 1e-5, i
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"fitted": ((900.0, (1.0,)),)},  # too few weights
+        {"fitted": ((900.0, (1.0, 0.0)), (800.0, (1.0, 0.0)))},  # too many entries
+        {"fitted": ((900.0, (1.0, float("nan"))),)},
+        {"fitted": 3},
+        {"fitted": (5.0,)},
+        {"fitted": ((900.0, (1.0, 0.0)),), "steps_mask": "fast"},
+        {"fitted": ((900.0, (1.0, 0.0)),), "threshold": 0.1},
+    ],
+)
+def test_fitted_weights_that_do_not_fit(fields: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="fitted"):
+        CacheConfig(**{"steps_mask": (1, 1, 0), "order": 1, **fields})
+
+
+def test_fitted_weights_of_another_order_of_entries_are_the_same() -> None:
+    entries = [(600.0, [1.0, 0.5]), (700.0, [2.0, -1.0])]
+    cache = CacheConfig(steps_mask=[1, 1, 0, 0], order=1, fitted=entries)
+    assert cache.fitted == ((700.0, (2.0, -1.0)), (600.0, (1.0, 0.5)))
+    assert CacheConfig.of(cache.to_json()) == cache
+    assert hash(cache) == hash(CacheConfig.of(cache.to_json()))
 
 
 @pytest.mark.parametrize("name", ["sdxl", "flux"])

@@ -29,6 +29,7 @@ COMMANDS = {
     "run": "toma_fx.cli.run:run_artifact",
     "quality": "toma_fx.cli.measure:measure_quality",
     "bench": "toma_fx.cli.measure:measure_speed",
+    "tune": "toma_fx.cli.tune:tune_model",
 }
 """Module and function of every command; what it returns, if anything, is the exit status."""
 
@@ -102,8 +103,20 @@ def make_parser() -> argparse.ArgumentParser:
     bench.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     bench.add_argument("--rounds", type=int, default=7, help="that count, in turn (default 7)")
     bench.add_argument("--json", type=Path, help="file for the figures; - for the output")
+    tune = commands.add_parser("tune", help="find a recipe for a speed or a quality")
+    _add_tune_options(tune)
     for command in (quality, bench):
+        command.add_argument(
+            "--config",
+            action="append",
+            required=True,
+            metavar="CONFIG",
+            help="a preset, a method, METHOD:FIELD=VALUE,... or a recipe file; may be repeated",
+        )
+    for command in (quality, bench, tune):
         _add_subject_options(command)
+    for command in (quality, tune):
+        _add_prompt_options(command)
     for command in (info, verify, run):
         command.add_argument("path", type=Path, help="folder of the artifact")
     return parser
@@ -140,13 +153,6 @@ def _add_subject_options(command: argparse.ArgumentParser) -> None:
     model = command.add_mutually_exclusive_group(required=True)
     model.add_argument("--pipeline", help="folder or hub id of a pipeline of diffusers")
     model.add_argument("--model", help="an embedded model, as tiny-sdxl")
-    command.add_argument(
-        "--config",
-        action="append",
-        required=True,
-        metavar="CONFIG",
-        help="a preset, a method, METHOD:FIELD=VALUE,... or a recipe file; may be repeated",
-    )
     command.add_argument("--steps", type=int, default=20, help="of a generation (default 20)")
     command.add_argument("--guidance", type=float, help="scale (default: the pipeline's)")
     command.add_argument("--height", type=int, help="pixels (default: the model's)")
@@ -156,8 +162,9 @@ def _add_subject_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", help="of a pipeline (default: cuda if there is one, else cpu)")
 
 
-def _add_quality_options(quality: argparse.ArgumentParser) -> None:
-    add = quality.add_argument
+def _add_prompt_options(command: argparse.ArgumentParser) -> None:
+    """Which pictures are drawn."""
+    add = command.add_argument
     add("--prompts", required=True, help="a file (a prompt a line, .jsonl, .csv, .tsv), drawbench "
         "or partiprompts")  # fmt: skip
     add("--out", type=Path, required=True, help="folder; a run that broke off goes on there")
@@ -165,6 +172,24 @@ def _add_quality_options(quality: argparse.ArgumentParser) -> None:
     add("--seeds", type=int, default=1, help="pictures of each prompt (default 1)")
     add("--limit", type=int, help="prompts to take, from the start")
     add("--compile", action="store_true", help="compile the original and every configuration")
+
+
+def _add_tune_options(tune: argparse.ArgumentParser) -> None:
+    add = tune.add_argument
+    target = tune.add_mutually_exclusive_group(required=True)
+    target.add_argument("--speedup", type=float, help="to reach, with the least error")
+    target.add_argument("--psnr", type=float, help="mean in dB to keep, with the most speed")
+    add("--recipe", type=Path, required=True, help="file to write (.json, .yaml)")
+    add("--clock", choices=("flops", "time"), default="flops", help="what --speedup is of: counted "
+        "FLOPs of the denoiser (default) or measured whole generations")  # fmt: skip
+    add("--merging", default="toma", help="method whose amounts are searched (default toma); none")
+    add("--budget", type=int, metavar="N", help="pictures that the search may draw")
+    add("--programs", type=int, default=4, help="that a recipe may need (default 4)")
+    add("--rounds", type=int, default=3, help="timed generations (default 3; 0: none)")
+
+
+def _add_quality_options(quality: argparse.ArgumentParser) -> None:
+    add = quality.add_argument
     add("--rounds", type=int, default=3, help="timed generations of each (default 3; 0: none)")
     add(
         "--metric",

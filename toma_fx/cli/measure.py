@@ -63,7 +63,7 @@ def measure_quality(args: argparse.Namespace, options: dict[str, Any], console: 
     metrics = _metrics(args.metric)
     with ShownProgress(console) as progress:
         result = quality(
-            _model(args),
+            load_model(args),
             args.prompts,
             args.config,
             out=args.out,
@@ -96,7 +96,7 @@ def measure_speed(args: argparse.Namespace, options: dict[str, Any], console: Co
             progress("", 1)
 
         result = bench(
-            _model(args),
+            load_model(args),
             args.config,
             prompt=args.prompt,
             modes=args.modes,
@@ -124,7 +124,7 @@ def _metrics(texts: list[str]) -> dict[str, str | None]:
     return found
 
 
-def _model(args: argparse.Namespace) -> Any:
+def load_model(args: argparse.Namespace) -> Any:
     """The pipeline or the embedded model that the arguments name.
 
     Raises:

@@ -1,77 +1,109 @@
-"""Which steps should compute: predicted from generations in which all of them did.
+"""Which steps should compute, and what the others use: predicted from generations in which all did.
 
-A cached step that uses steps a < b for step i is off by e_i = |u(a, b) - u_i|^2, which the recorded
-updates tell for every a, b and i: with the coefficients c of the extrapolation it is c' G c, where
-G[i, j] = <u_i, u_j>. How much of that a picture shows, w_i, is measured by caching step i alone.
-Errors of steps in a row point the same way, so that their roots add up; those of different rows are
-independent, so that their squares do:
+A cached step i uses sum_k c_ik u_k, updates of steps k that computed. It is off by the vector
+e_i = u_i - sum_k c_ik u_k, and all that is needed of these are inner products, which follow from
+G[i, j] = <u_i, u_j> of the recorded updates. How much of an error a picture shows, w_i, is measured
+by caching step i alone. A solver adds up what the steps say, and so do their errors, with their
+directions: that of one step makes up for that of another. How far that goes is the coherence r:
 
-    error of the pictures = sum over rows of (sum over i in the row of sqrt(w_i e_i))^2
+    error of the pictures = r |sum_i sqrt(w_i) e_i|^2 + (1 - r) sum_i w_i |e_i|^2
 
-That splits at every row, and the best mask of so many steps follows by dynamic programming.
+That is a quadratic form in the coefficients. They are those of an extrapolation in the timestep, or
+*fitted*: the minimum, by one linear system for all steps together. Masks are improved by letting a
+step compute instead of another, until nothing is better.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Self
 
 import numpy as np
 import torch
 
 from toma_fx.calibration import Recorded
+from toma_fx.methods.cache import Fitted
+from toma_fx.methods.cached_steps import spread
 from toma_fx.passes.cache_updates import extrapolate, factors_of
 
 Mask = tuple[int, ...]
 """1 for each step that computes, 0 for each that does not."""
+Row = tuple[int, tuple[int, ...]]
+"""(step that does not compute, those whose updates it uses, the newest first)"""
 LEAST = 1e-30
 """Squared error below which two are not told apart."""
+COHERENCE = 0.8
+"""See above; docs/tuning.md has what was compared."""
+ROUNDING = 2.0**-18 / 3
+"""Squared error of a kept update by its size in bfloat16. Fitted coefficients take it into account,
+so that large ones that cancel each other are not worth it."""
 
 
 @dataclass(frozen=True)
 class UpdateErrors:
-    """Squared errors of updates, of all recorded passes together.
+    """What recorded updates tell of others, all passes together.
 
     Attributes:
-        times: of the steps, by pass. products: inner products of the updates of two steps, by pass.
+        times: of the steps. products: inner products of the updates of two steps, [steps, steps].
     """
 
-    times: tuple[tuple[float, ...], ...]
-    products: tuple[np.ndarray, ...]
+    times: tuple[float, ...]
+    products: np.ndarray
 
     @classmethod
-    def of(cls, recorded: Sequence[Recorded]) -> UpdateErrors:
+    def of(cls, recorded: Sequence[Recorded]) -> Self:
         """From generations of which every step computed."""
-        times, products = [], []
-        for generation in recorded:
-            for samples in generation.passes.values():
-                steps = sorted(samples)
-                flat = torch.stack(
-                    [torch.cat([u.flatten() for u in samples[step][1]]) for step in steps]
-                ).double()
-                times.append(tuple(samples[step][0] for step in steps))
-                products.append((flat @ flat.T).numpy())
-        return cls(tuple(times), tuple(products))
+        times, products = dict[int, float](), []
+        for samples in (own for generation in recorded for own in generation.passes.values()):
+            steps = sorted(samples)
+            flat = [torch.cat([u.flatten() for u in samples[step][1]]) for step in steps]
+            matrix = torch.stack(flat).double()
+            products.append((matrix @ matrix.T).numpy())
+            times |= {step: samples[step][0] for step in steps}
+        return cls(tuple(times[step] for step in sorted(times)), np.sum(products, axis=0))
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON-able values."""
+        return {"times": self.times, "products": self.products.tolist()}
+
+    @classmethod
+    def of_json(cls, data: Mapping[str, Any]) -> Self:
+        """From what `to_json` gives."""
+        return cls(tuple(data["times"]), np.array(data["products"]))
 
     @property
     def steps(self) -> int:
         """Of a generation."""
-        return len(self.times[0])
+        return len(self.times)
 
-    def squared(self, step: int, known: Sequence[int]) -> float:
-        """Of a step that uses those that computed last, the newest at the end."""
-        newest = list(known[::-1])
-        total = 0.0
-        for times, product in zip(self.times, self.products, strict=True):
-            at = torch.tensor([times[step]], dtype=torch.double)
-            others = [torch.tensor([times[k]], dtype=torch.double) for k in newest]
-            factors = factors_of(at, *others) if len(newest) > 1 else ()
-            units = torch.eye(len(newest), dtype=torch.double).unbind()
-            shares = extrapolate(factors, tuple(unit[None] for unit in units))[0].numpy()
-            weights, index = np.append(shares, -1.0), [*newest, step]
-            total += float(weights @ product[np.ix_(index, index)] @ weights)
-        return max(total, LEAST)
+    def extrapolated(self, row: Row) -> np.ndarray:
+        """The error of a step as coefficients of all updates, [steps]."""
+        step, newest = row
+        at = torch.tensor([self.times[step]], dtype=torch.double)
+        others = [torch.tensor([self.times[k]], dtype=torch.double) for k in newest]
+        factors = factors_of(at, *others) if len(newest) > 1 else ()
+        units = torch.eye(len(newest), dtype=torch.double).unbind()
+        error = np.zeros(self.steps)
+        error[step] = 1.0
+        error[list(newest)] = -extrapolate(factors, tuple(unit[None] for unit in units))[0].numpy()
+        return error
+
+    def squared(self, error: np.ndarray) -> float:
+        """|error|^2 of coefficients of all updates."""
+        return max(float(error @ self.products @ error), LEAST)
+
+
+def rows_of(mask: Mask, order: int) -> list[Row]:
+    """What each cached step uses: the updates of the last order + 1 steps that computed."""
+    computed = [i for i, flag in enumerate(mask) if flag]
+    rows = []
+    for step in (i for i, flag in enumerate(mask) if not flag):
+        known = [k for k in computed if k < step]
+        rows.append((step, tuple(known[::-1][: order + 1])))
+    return rows
 
 
 @dataclass(frozen=True)
@@ -79,73 +111,146 @@ class MaskErrors:
     """Predicted errors of masks.
 
     Attributes:
-        updates: errors of updates. order: of the extrapolation, 0 or 1.
+        updates: what was recorded. order: how many updates beside the newest are used.
         weights: by step, squared error of the pictures for each squared error of the updates.
+        coherence: how far errors of different steps add up as vectors, from 0 to 1.
     """
 
     updates: UpdateErrors
     order: int
     weights: Mapping[int, float]
+    coherence: float = COHERENCE
+    _parts: dict[Row, tuple[np.ndarray, float]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def predict(self, mask: Mask) -> float:
-        """Mean squared error of the pictures."""
-        computed = [i for i, flag in enumerate(mask) if flag]
-        ends = [*computed[1:], len(mask)]
-        return sum(
-            self._row(tuple(computed[max(0, n - self.order) : n + 1]), end)
-            for n, end in enumerate(ends)
-        )
+        """Mean squared error of the pictures, with updates that are extrapolated."""
+        total, alone = np.zeros(self.updates.steps), 0.0
+        for row in rows_of(mask, self.order):
+            part, square = self._part(row)
+            total += part
+            alone += square
+        return float(self.coherence * (total @ total) + (1 - self.coherence) * alone)
 
-    def _row(self, known: tuple[int, ...], end: int) -> float:
-        """Error of the cached steps from the last known one to `end`."""
-        rows = range(known[-1] + 1, end)
-        roots = (math.sqrt(self.weights[i] * self.updates.squared(i, known)) for i in rows)
-        return float(sum(roots)) ** 2
+    def _part(self, row: Row) -> tuple[np.ndarray, float]:
+        """Weighted error of a step in coordinates with the usual length, and its square."""
+        if row not in self._parts:
+            weighted = math.sqrt(self.weights[row[0]]) * self.updates.extrapolated(row)
+            part = self._root @ weighted
+            self._parts[row] = part, float(part @ part)
+        return self._parts[row]
 
-    def best(self) -> dict[int, tuple[float, Mask]]:
-        """By number of steps that compute, the least predicted error and its mask.
+    @cached_property
+    def _root(self) -> np.ndarray:
+        """R with R' R = G."""
+        values, vectors = np.linalg.eigh(self.updates.products)
+        root: np.ndarray = np.sqrt(np.maximum(values, 0))[:, None] * vectors.T
+        return root
 
-        Step 0 computes, and as many more as the order takes at least.
+    def fit(self, mask: Mask) -> tuple[Fitted, float]:
+        """Coefficients for `CacheConfig.fitted`, and the error predicted with them."""
+        rows, products, r = rows_of(mask, self.order), self.updates.products, self.coherence
+        scales = [math.sqrt(self.weights[step]) for step, _ in rows]
+        unknown = [(n, k) for n, (_, known) in enumerate(rows) for k in known]
+        own, index = np.array([n for n, _ in unknown]), np.array([k for _, k in unknown])
+        scale = np.array(scales)[own]
+        steps = np.array([step for step, _ in rows])
+        # in the products of weights and coefficients the error is a quadratic form
+        same = own[:, None] == own[None, :]
+        form = products[np.ix_(index, index)] * np.where(same, 1.0, r)
+        form += np.diag(ROUNDING * products[index, index])
+        towards = r * products[np.ix_(index, steps)] @ np.array(scales)
+        towards += (1 - r) * products[index, steps[own]] * scale
+        found = np.linalg.lstsq(form, towards, rcond=None)[0] / scale
+        errors = np.zeros((len(rows), self.updates.steps))
+        errors[np.arange(len(rows)), steps] = 1.0
+        errors[own, index] -= found
+        return self._table(rows, own, found), self._total(errors * np.array(scales)[:, None])
+
+    def _table(self, rows: Sequence[Row], own: np.ndarray, found: np.ndarray) -> Fitted:
+        table = []
+        for n, (step, _) in enumerate(rows):
+            # at the begin fewer updates are known than are kept: the others count nothing
+            shares = [float(x) for x in found[own == n]]
+            shares += [0.0] * (self.order + 1 - len(shares))
+            table.append((self.updates.times[step], tuple(shares)))
+        return tuple(table)
+
+    def _total(self, errors: np.ndarray) -> float:
+        """Of weighted errors, [rows, steps]."""
+        parts = errors @ self._root.T
+        total, r = parts.sum(0), self.coherence
+        return float(r * (total @ total) + (1 - r) * np.square(parts).sum())
+
+    # -- searching ------------------------------------------------------------------------------
+
+    def best(self) -> dict[int, Mask]:
+        """By number of steps that compute, the mask with the least predicted error.
+
+        Step 0 computes, and as many more as the order takes at least. Each search starts from the
+        mask of one step more without its least useful one, and from a few regular ones.
         """
         steps = self.updates.steps
-        rows: dict[tuple[tuple[int, ...], int], float] = {}
-
-        def row(known: tuple[int, ...], end: int) -> float:
-            if (known, end) not in rows:
-                rows[known, end] = self._row(known, end)
-            return rows[known, end]
-
-        states: dict[tuple[int, ...], tuple[float, tuple[int, ...]]] = {(0,): (0.0, (0,))}
-        found = {}
-        for count in range(1, steps + 1):
-            ends = [
-                (error + row(known, steps), chosen) for known, (error, chosen) in states.items()
-            ]
-            error, chosen = min(ends)
-            if count > self.order:
-                found[count] = error, tuple(int(i in chosen) for i in range(steps))
-            following: dict[tuple[int, ...], tuple[float, tuple[int, ...]]] = {}
-            for known, (error, chosen) in states.items():
-                for step in range(known[-1] + 1, steps):
-                    state = (*known, step)[-self.order - 1 :]
-                    total = error + row(known, step)
-                    if state not in following or total < following[state][0]:
-                        following[state] = total, (*chosen, step)
-            states = following
+        mask = (1,) * steps
+        found = {steps: mask}
+        for count in range(steps - 1, self.order, -1):
+            fewer = [(*mask[:i], 0, *mask[i + 1 :]) for i in range(1, steps) if mask[i]]
+            starts = [min(fewer, key=self.predict), *_regular(count, steps)]
+            mask = min((self._improve(start) for start in starts), key=self.predict)
+            found[count] = mask
         return found
 
+    def _improve(self, mask: Mask) -> Mask:
+        """Let a step compute instead of another, as long as that is better."""
+        error = self.predict(mask)
+        while True:
+            moved = min(_moves(mask), key=self.predict, default=mask)
+            predicted = self.predict(moved)
+            if predicted >= error * (1 - 1e-6):
+                return mask
+            mask, error = moved, predicted
 
-def weights_of(updates: UpdateErrors, order: int, probed: Mapping[int, float]) -> dict[int, float]:
+
+def _moves(mask: Mask) -> Iterable[Mask]:
+    """Masks in which one step computes instead of another; step 0 always does."""
+    steps = range(1, len(mask))
+    for i in (i for i in steps if mask[i]):
+        for j in (j for j in steps if not mask[j]):
+            flags = list(mask)
+            flags[i], flags[j] = 0, 1
+            yield tuple(flags)
+
+
+def _regular(count: int, steps: int) -> Iterable[Mask]:
+    """Masks of so many steps: evenly spread, and as the presets spread them."""
+    even = {round(i * (steps - 1) / max(1, count - 1)) for i in range(count)}
+    yield tuple(int(i in even) for i in range(steps))
+    mask = tuple(map(int, spread(count / steps, steps)))
+    if sum(mask) == count:
+        yield mask
+
+
+def weights_of(
+    updates: UpdateErrors,
+    order: int,
+    probed: Mapping[int, float],
+    like: Mapping[int, float] | None = None,
+) -> dict[int, float]:
     """Weights of all steps but the first from the error that single cached ones made.
 
     Args:
         probed: by step, squared error of the pictures when it alone is cached; the logarithm of a
             weight is interpolated between them.
+        like: weights of another scope, which differ from these by a factor that changes little from
+            step to step; it is what is interpolated then.
     """
-    known = {
-        i: max(error, LEAST) / updates.squared(i, range(max(0, i - order - 1), i))
-        for i, error in sorted(probed.items())
-    }
-    steps = range(1, updates.steps)
-    logs = np.interp(list(steps), list(known), np.log(list(known.values())))
-    return {i: float(np.exp(value)) for i, value in zip(steps, logs, strict=True)}
+    steps = updates.steps
+    shape = like or dict.fromkeys(range(1, steps), 1.0)
+    known = {}
+    for step, error in sorted(probed.items()):
+        mask = tuple(int(i != step) for i in range(steps))
+        (row,) = rows_of(mask, order)
+        known[step] = max(error, LEAST) / updates.squared(updates.extrapolated(row)) / shape[step]
+    logs = np.interp(range(1, steps), list(known), np.log(list(known.values())))
+    return {i: float(np.exp(value)) * shape[i] for i, value in enumerate(logs, 1)}

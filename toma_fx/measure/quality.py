@@ -116,6 +116,22 @@ def _write(run: _Run, result: Quality, shown: int) -> None:
     write_page(result, run.records, run.cases, plots, folder / "index.html", shown)
 
 
+def describe_run(subject: Subject, cases: Sequence[Case]) -> dict[str, Any]:
+    """What pictures depend on beside configurations, as JSON-able values."""
+    keys = "\n".join(case.key for case in cases)
+    denoisers = {n: asdict(Fingerprint.of(d)) for n, d in subject.denoisers.items()}
+    fields = {
+        "model": subject.name,
+        "facts": subject.facts,
+        "denoisers": denoisers,
+        "settings": asdict(subject.settings),
+        "pictures": len(cases),
+        "prompts": hashlib.sha256(keys.encode()).hexdigest(),
+    }
+    settings: dict[str, Any] = json.loads(json.dumps(fields, default=repr))  # as read back
+    return settings
+
+
 @dataclass
 class _Run:
     """One run in one process.
@@ -137,19 +153,8 @@ class _Run:
 
     def settings(self) -> dict[str, Any]:
         """What makes this run's results those of no other."""
-        keys = "\n".join(case.key for case in self.cases)
-        denoisers = {n: asdict(Fingerprint.of(d)) for n, d in self.subject.denoisers.items()}
-        fields = {
-            "model": self.subject.name,
-            "facts": self.subject.facts,
-            "denoisers": denoisers,
-            "settings": asdict(self.subject.settings),
-            "pictures": len(self.cases),
-            "prompts": hashlib.sha256(keys.encode()).hexdigest(),
-            "configs": {name: config_json(config) for name, config in self.configs.items()},
-        }
-        settings: dict[str, Any] = json.loads(json.dumps(fields, default=repr))  # as read back
-        return settings
+        configs = {name: config_json(config) for name, config in self.configs.items()}
+        return {**describe_run(self.subject, self.cases), "configs": configs}
 
     def measure(
         self,

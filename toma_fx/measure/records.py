@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,51 +65,8 @@ class Records:
         self._path = folder / (f"images-{rank}.jsonl" if rank else IMAGES)
 
     def open(self, settings: Mapping[str, Any]) -> None:
-        """Make the folder, or check that it holds a run of these settings.
-
-        Raises:
-            ResultsError: another run's results, or something else. OSError: it can't be written.
-        """
-        path = self.folder / RUN
-        if path.exists():
-            self._check(path, settings)
-            return
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise ResultsError(
-                "the output folder holds something else",
-                where=str(self.folder),
-                expected=f"a new or empty folder, or one with {RUN}",
-                got=", ".join(sorted(p.name for p in self.folder.iterdir())[:5])
-                if self.folder.is_dir()
-                else "a file",
-                hint="give another folder",
-            )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        content = {"fingerprint": fingerprint(settings), "settings": settings}
-        write(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-    def _check(self, path: Path, settings: Mapping[str, Any]) -> None:
-        """Raise unless the folder is of a run with these settings."""
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            own, known = content["fingerprint"], content["settings"]
-            intact = own == fingerprint(known)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ResultsError(
-                f"{RUN} can't be read", where=str(path), got=f"{type(error).__name__}: {error}"
-            ) from error
-        if not intact:
-            raise ResultsError(f"{RUN} was changed", where=str(path), expected=f"fingerprint {own}")
-        if own == fingerprint(settings):
-            return
-        names = [k for k in {**known, **settings} if known.get(k) != settings.get(k)]
-        raise ResultsError(
-            "the output folder holds results of other settings",
-            where=str(self.folder),
-            expected=_brief({name: known.get(name) for name in names}),
-            got=_brief({name: settings.get(name) for name in names}),
-            hint="give another folder, or the same settings to go on with that run",
-        )
+        """Make the folder, or check that it holds a run of these settings; as `open_folder`."""
+        open_folder(self.folder, settings)
 
     def read(self) -> None:
         """Read what all processes have written. A last line that a kill broke off is cut away.
@@ -127,11 +84,8 @@ class Records:
                 self.known[key] = record
 
     def _read_file(self, path: Path) -> list[Record]:
-        data = path.read_bytes()
-        lines = data.split(b"\n")
-        broken = lines.pop()
         records = []
-        for number, line in enumerate(lines, 1):
+        for number, line in read_lines(path):
             try:
                 record = Record(**json.loads(line))
                 if record.config not in self.names:
@@ -145,19 +99,13 @@ class Records:
                     hint="delete the line: its picture is scored again",
                 ) from error
             records.append(record)
-        if broken:
-            with open(path, "r+b") as file:
-                file.truncate(len(data) - len(broken))
         return records
 
     def add(self, records: Sequence[Record]) -> None:
         """Append records, at once on the disk."""
         for record in records:
             self.known[record.index, record.config] = record
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.writelines(record.line() for record in records)
-            file.flush()
-            os.fsync(file.fileno())
+        append_lines(self._path, (record.line() for record in records))
 
     def merge(self) -> None:
         """Make one sorted file of those of all processes."""
@@ -198,6 +146,76 @@ class Records:
         except (OSError, SyntaxError):  # the latter of a damaged PNG
             return None
         return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+
+
+def open_folder(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Make a folder of results, or check that it holds those of a run with these settings.
+
+    Raises:
+        ResultsError: another run's results, or something else. OSError: it can't be written.
+    """
+    path = folder / RUN
+    if path.exists():
+        _check_run(path, settings)
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ResultsError(
+            "the output folder holds something else",
+            where=str(folder),
+            expected=f"a new or empty folder, or one with {RUN}",
+            got=", ".join(sorted(p.name for p in folder.iterdir())[:5])
+            if folder.is_dir()
+            else "a file",
+            hint="give another folder",
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"fingerprint": fingerprint(settings), "settings": settings}
+    write(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _check_run(path: Path, settings: Mapping[str, Any]) -> None:
+    """Raise unless the file is of a run with these settings."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        own, known = content["fingerprint"], content["settings"]
+        intact = own == fingerprint(known)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ResultsError(
+            f"{RUN} can't be read", where=str(path), got=f"{type(error).__name__}: {error}"
+        ) from error
+    if not intact:
+        raise ResultsError(f"{RUN} was changed", where=str(path), expected=f"fingerprint {own}")
+    if own == fingerprint(settings):
+        return
+    names = [k for k in {**known, **settings} if known.get(k) != settings.get(k)]
+    raise ResultsError(
+        "the output folder holds results of other settings",
+        where=str(path.parent),
+        expected=_brief({name: known.get(name) for name in names}),
+        got=_brief({name: settings.get(name) for name in names}),
+        hint="give another folder, or the same settings to go on with that run",
+    )
+
+
+def read_lines(path: Path) -> list[tuple[int, bytes]]:
+    """The lines of a file that is only added to, with their numbers, from 1.
+
+    A last line that a kill broke off is cut away.
+    """
+    data = path.read_bytes()
+    *lines, broken = data.split(b"\n")
+    if broken:
+        with open(path, "r+b") as file:
+            file.truncate(len(data) - len(broken))
+    return list(enumerate(lines, 1))
+
+
+def append_lines(path: Path, lines: Iterable[str]) -> None:
+    """Add lines to a file, at once on the disk."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(lines)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:

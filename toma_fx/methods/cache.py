@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
@@ -17,6 +18,8 @@ CacheScope = Literal["auto", "stack", "block", "deep", "shallow"]
 below its finest level, or below its last layers; "auto" is "deep" for a UNet, "stack" for others.
 """
 ORDERS = (0, 1, 2)
+Fitted = tuple[tuple[float, tuple[float, ...]], ...]
+"""((timestep, weights of the kept updates, the newest first), ...)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,10 @@ class CacheConfig(ByPath):
             changed by more than this share, going on as between the two steps that computed last.
             The host waits for one number after a step that computed. Not for artifacts and
             `step(inputs, state)`; `toma_fx.calibrate_cache` turns a threshold into a mask for them.
+        fitted: instead of the extrapolation in the timestep, measured weights of the kept updates:
+            ((timestep, (newest, next, ...)), ...), one entry for each step of `steps_mask` that
+            does not compute, with order + 1 weights. A cached step uses the entry with the nearest
+            timestep. `toma_fx.tune` fits them.
 
     Raises:
         ConfigError: a value outside its domain, or fields that contradict each other.
@@ -73,6 +80,7 @@ class CacheConfig(ByPath):
     max_continuous_cached_steps: int | None = None
     steps: int | None = None
     threshold: float | None = None
+    fitted: Fitted = ()
 
     overridable: ClassVar[tuple[str, ...]] = ("order", "scope")
     prefix: ClassVar[str] = "cache."
@@ -84,6 +92,7 @@ class CacheConfig(ByPath):
         if isinstance(self.steps_mask, list):
             object.__setattr__(self, "steps_mask", tuple(self.steps_mask))
         self._check()
+        self._freeze_fitted()
         object.__setattr__(self, "overrides", self._freeze_overrides())
         self._check_order()
         if self.steps is not None:
@@ -192,6 +201,35 @@ class CacheConfig(ByPath):
             valid = isinstance(flags, tuple) and bool(flags) and set(flags) <= {0, 1}
             self.require(valid, "steps_mask", "a 1 or 0 for each step, or the name of a mask")
 
+    def _freeze_fitted(self) -> None:
+        """Make `fitted` nested tuples of floats, by falling timesteps."""
+        form = f"((timestep, {self.most_order + 1} weights), ...), as many as the order and 1"
+        self.require(isinstance(self.fitted, (tuple, list)), "fitted", form)
+        entries = []
+        for entry in self.fitted:
+            valid = isinstance(entry, (tuple, list)) and len(entry) == 2
+            self.require(valid and _is_finite(entry[0]), "fitted", form)
+            valid = isinstance(entry[1], (tuple, list)) and len(entry[1]) == self.most_order + 1
+            self.require(valid and all(map(_is_finite, entry[1])), "fitted", form)
+            entries.append((float(entry[0]), tuple(map(float, entry[1]))))
+        entries.sort(reverse=True)
+        object.__setattr__(self, "fitted", tuple(entries))
+        flags = self.steps_mask
+        if entries and not (isinstance(flags, tuple) and flags.count(0) == len(entries)):
+            raise ConfigError(
+                "fitted weights are those of one mask",
+                where="cache.fitted",
+                expected="steps_mask= with as many zeros as there are entries",
+                got=f"{len(entries)} entries, steps_mask={flags}",
+            )
+        if entries and (self.threshold is not None or self.overrides):
+            raise ConfigError(
+                "fitted weights are those of one mask and one order",
+                where="cache.fitted",
+                expected="neither threshold= nor overrides= beside fitted=",
+                got=f"threshold={self.threshold}, overrides={self.overrides}",
+            )
+
     def _check_order(self) -> None:
         """Raise unless enough steps compute for the order to be reached."""
         needed, flags = self.most_order + 1, self.steps_mask
@@ -204,6 +242,10 @@ class CacheConfig(ByPath):
             got=f"{sum(flags)}",
             hint="order=0 holds what one step computed",
         )
+
+
+def _is_finite(value: Any) -> bool:
+    return is_number(value) and math.isfinite(value)
 
 
 CACHES: dict[str, CacheConfig] = {

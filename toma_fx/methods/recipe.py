@@ -102,7 +102,7 @@ class Recipe:
         """
         path = Path(path)
         data = json.loads(json.dumps(self.to_json()))  # tuples become lists, as a reader sees them
-        if _is_yaml(path):
+        if is_yaml_file(path):
             import yaml
 
             text = yaml.safe_dump(data, sort_keys=False)
@@ -130,7 +130,7 @@ class Recipe:
         """
         path = Path(path)
         path = path / FILE if path.is_dir() else path
-        is_yaml = _is_yaml(path)
+        is_yaml = is_yaml_file(path)
         try:
             text = path.read_text(encoding="utf-8")
             if is_yaml:
@@ -199,7 +199,12 @@ def _tuples(value: Any) -> Any:
     return value
 
 
-def _is_yaml(path: Path) -> bool:
+def is_yaml_file(path: Path) -> bool:
+    """Whether a file of a recipe is YAML by its name, not JSON.
+
+    Raises:
+        RecipeError: neither.
+    """
     if path.suffix not in _SUFFIXES:
         raise _malformed(str(path), "a name that ends in .json, .yaml or .yml", path.name)
     return path.suffix != ".json"

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 
 from toma_fx.analysis.labels import tokens_of
 from toma_fx.graph.rewriter import Rewriter
+from toma_fx.methods.cache import Fitted
 from toma_fx.passes.job import Job
 from toma_fx.passes.snippets import Span, span_of
 from toma_fx.plan.plan import CachePlan, KeptUpdate
@@ -162,6 +163,7 @@ class _Kept:
         self._cache, self._rewriter = cache, rewriter
         self._inputs: dict[str, fx.Node] = {}
         self._factors: dict[int, list[fx.Node]] = {}
+        self._weights: list[fx.Node] = []
         device = _device(cache, rewriter)
         likes = {name: u.node for u in cache.updates for name in u.tensors} if takes else {}
         for name, node in likes.items():
@@ -181,7 +183,18 @@ class _Kept:
     def inputs(self, place: _Place) -> list[fx.Node]:
         """All that the kept value of a place is made of, but its base."""
         tensors = [self._inputs[name] for name in place.update.tensors]
-        return [*self.factors(place.update.order), *tensors]
+        numbers = self.weights() if self._cache.fitted else self.factors(place.update.order)
+        return [*numbers, *tensors]
+
+    def weights(self) -> list[fx.Node]:
+        """Fitted weights of the kept updates, one a row."""
+        if not self._weights:
+            table = self._cache.fitted
+            with self._rewriter.after(self.now):
+                self._weights = self._rewriter.splice(
+                    ("weights", table), lambda now: weights_at(now, table), [self.now]
+                )
+        return self._weights
 
     def factors(self, order: int) -> list[fx.Node]:
         """Weights of the differences between kept updates, one a row."""
@@ -198,11 +211,12 @@ class _Kept:
 
     def value(self, place: _Place, base: fx.Node | None) -> fx.Node:
         """x_b by what is kept, at the cursor."""
-        order = place.update.order
+        kept, fitted = len(place.update.tensors), bool(self._cache.fitted)
+        numbers = kept if fitted else kept - 1
 
         def value(*nodes: Tensor) -> Tensor:
-            factors, tensors = nodes[:order], nodes[order : 2 * order + 1]
-            update = extrapolate(factors, tensors)
+            tensors = nodes[numbers : numbers + kept]
+            update = (combine if fitted else extrapolate)(nodes[:numbers], tensors)
             return place.add(update, nodes[-1]) if base is not None else update
 
         nodes = [*self.inputs(place), *([] if base is None else [base])]
@@ -271,6 +285,28 @@ def _divide(a: Tensor, b: Tensor) -> Tensor:
     """a / b, 0 where b is."""
     zero = b == 0
     return torch.where(zero, torch.zeros_like(a), a / torch.where(zero, torch.ones_like(b), b))
+
+
+def weights_at(now: Tensor, table: Fitted) -> tuple[Tensor, ...]:
+    """The weights of the entry whose timestep is nearest, one tensor for each kept update.
+
+    Args:
+        now: timestep of each row, [B] float32. table: entries by falling timesteps.
+    """
+    (_, last), above = table[-1], table[:-1]
+    weights = [torch.full_like(now, weight) for weight in last]
+    for (time, own), (below, _) in reversed(list(zip(above, table[1:], strict=True))):
+        nearer = now > (time + below) / 2
+        weights = [torch.where(nearer, w, x) for w, x in zip(own, weights, strict=True)]
+    return tuple(weights)
+
+
+def combine(weights: tuple[Tensor, ...], tensors: tuple[Tensor, ...]) -> Tensor:
+    """The weighted sum of kept updates, in float32 at least."""
+    newest = tensors[0]
+    wide = torch.float32 if newest.dtype.itemsize < 4 else newest.dtype
+    parts = [_rows(w, newest) * x.to(wide) for w, x in zip(weights, tensors, strict=True)]
+    return sum(parts[1:], parts[0]).to(newest.dtype)
 
 
 def extrapolate(factors: tuple[Tensor, ...], tensors: tuple[Tensor, ...]) -> Tensor:

@@ -74,10 +74,11 @@ def plan_cache(
             hint="toma_fx.explain(model, inputs, toma=False) lists the residual streams; "
             "leave out cache= to go without",
         )
-    if not timestep and any(cut.order for cut in cuts):
+    timed = bool(config.fitted) or any(cut.order for cut in cuts)
+    if not timestep and timed:
         raise ConfigError(
             "an update can't be extrapolated without a timestep",
-            where="cache.order",
+            where="cache.fitted" if config.fitted else "cache.order",
             expected="a model with a timestep among its arguments",
             got=f"order={config.most_order}",
             hint="order=0 holds the updates",
@@ -85,8 +86,9 @@ def plan_cache(
     computed = _find_live(flow, cuts) - {cut.node for cut in cuts}
     updates = tuple(replace(cut, name=f"u{i}") for i, cut in enumerate(cuts))
     kept = tuple(s.name for s in segments if not computed.isdisjoint(s.inner))
-    clock = timestep if any(cut.order for cut in cuts) else ""
-    return CachePlan(updates, clock, min(u.shape[0] for u in updates), kept), rejections
+    batch = min(u.shape[0] for u in updates)
+    plan = CachePlan(updates, timestep if timed else "", batch, kept, config.fitted)
+    return plan, rejections
 
 
 # -- residual streams -----------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 
 from toma_fx.analysis.labels import Segment
 from toma_fx.methods.base import MethodConfig
+from toma_fx.methods.cache import Fitted
 from toma_fx.methods.setting import Setting
 
 
@@ -104,12 +105,14 @@ class CachePlan:
     Attributes:
         updates: in graph order. clock: the input that is the timestep; "" if nothing extrapolates.
         batch: rows of the batch. segments: names of the merged segments that a cached step has.
+        fitted: weights of the kept tensors by timestep; () extrapolates.
     """
 
     updates: tuple[KeptUpdate, ...]
     clock: str
     batch: int
     segments: tuple[str, ...]
+    fitted: Fitted = ()
 
     @property
     def times(self) -> tuple[str, ...]:
