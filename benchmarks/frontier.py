@@ -43,7 +43,7 @@ from common import command_line, device_name, versions
 from denoiser import clocked, summary
 from methods import LABELS, SELECTIONS, Bench, Entry, load_pyplot, quartiles, save
 from peers import EVERY, LAST, NOTES, WARMUP, System, Unavailable, kept_bytes, peers
-from recipes import SPEEDS, described, recipe_for
+from recipes import SPEEDS, beaten, described, recipe_for
 from table import table
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -474,6 +474,11 @@ HEAD = [
 ]  # fmt: skip
 HIGHEST = 70.0
 """dB that the picture shows: what skips nothing has 126."""
+LABEL = {
+    "merging": "token merging, every method", "caching": "step caching",
+    "both": "merging and caching", "recipe": "recipes of the tuner",
+    "peer": "other libraries, fewer steps",
+}  # fmt: skip
 COLORS = {
     "merging": "#1f77b4", "caching": "#2ca02c", "both": "#9467bd", "recipe": "#d62728",
     "peer": "#7f7f7f",
@@ -493,6 +498,25 @@ def shown(results: dict[str, Any]) -> str:
         ]
         lines += [f"### {name}", "", *table(HEAD, cells), ""]
     return "\n".join(lines)
+
+
+def compared(results: dict[str, Any]) -> str:
+    """Each recipe beside the best row of this project that is as fast, in Markdown."""
+    cells = []
+    for name, found in results["models"].items():
+        for title, entry in measured(results, name, "recipe").items():
+            other = beaten(found["rows"], title)
+            if other:
+                low, high = other["interval"]
+                best = found["rows"][other["best"]]
+                cells.append([
+                    name, f"{entry['counted_speedup']:.2f}x", f"{entry['psnr_mean']:.1f} dB",
+                    f"{1e3 * entry['mse_mean']:.3f}e-3",
+                    f"{other['best'].partition(', ')[2]} ({best['counted_speedup']:.2f}x)",
+                    f"{other['quotient']:.2f} ({low:.2f} to {high:.2f})", str(other["pictures"]),
+                ])  # fmt: skip
+    head = ["model", "recipe", "PSNR", "squared error", "best other", "quotient", "pictures"]
+    return "\n".join(table(head, cells))
 
 
 def row_cells(entry: Mapping[str, Any], on_front: bool) -> list[str]:
@@ -521,37 +545,51 @@ def speed_cell(found: Mapping[str, Any] | None) -> str:
     return f"{clock:.2f}x ({busy:.2f}x)"
 
 
-def picture(results: dict[str, Any], path: Path) -> None:
-    """PSNR over counted speed with the front of each group; a panel each model."""
+def picture(results: dict[str, Any], path: Path, measured_too: bool = False) -> None:
+    """PSNR over speed with the front of each group; a panel each model.
+
+    Args:
+        measured_too: whether speed is that of eager generations by the clock; rows that were not
+            timed are left out then. Else it is counted.
+    """
     pyplot = load_pyplot()
     names = list(results["models"])
     figure, axes = pyplot.subplots(1, len(names), figsize=(8 * len(names), 6.5), squeeze=False)
+    speed = "measured, eager" if measured_too else "from counted FLOPs"
     for axis, name in zip(axes[0], names, strict=True):
         for group in GROUPS:
-            draw_group(axis, measured(results, name, group), group)
+            entries = measured(results, name, group)
+            if measured_too:
+                entries = {t: e for t, e in entries.items() if "speedup" in e.get("eager", {})}
+            draw_group(axis, entries, group, measured_too)
         axis.set_title(name)
         axis.set_xscale("log", base=2)
         axis.set_ylim(top=HIGHEST)
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
-        axis.set_xlabel("speed-up of a generation, from counted FLOPs")
+        axis.set_xlabel(f"speed-up of a generation, {speed}")
         axis.set_ylabel("PSNR against the unoptimized model, mean of all pictures (dB)")
         axis.grid(True, which="both", alpha=0.2)
         axis.legend(frameon=False)
     figure.tight_layout()
-    figure.savefig(path)
+    figure.savefig(path, dpi=110)
 
 
-def draw_group(axis: Any, entries: Mapping[str, Mapping[str, Any]], group: str) -> None:
+def draw_group(
+    axis: Any, entries: Mapping[str, Mapping[str, Any]], group: str, measured_too: bool
+) -> None:
     """Points of a group, and a line through those on its front."""
     if not entries:
         return
 
     def at(title: str) -> tuple[float, float]:
-        return entries[title]["counted_speedup"], entries[title]["psnr_mean"]
+        entry = entries[title]
+        speed = entry["eager"]["speedup"]["median"] if measured_too else entry["counted_speedup"]
+        return speed, entry["psnr_mean"]
 
     best, color = front(entries), COLORS[group]
     axis.scatter(*zip(*map(at, entries), strict=True), s=12, color=color, alpha=0.35, lw=0)
-    axis.plot(*zip(*map(at, best), strict=True), color=color, marker="o", ms=4, label=group)
+    line = sorted(map(at, best))
+    axis.plot(*zip(*line, strict=True), color=color, marker="o", ms=4, label=LABEL[group])
     for title in best:
         entry = entries[title]
         axis.annotate(
@@ -606,6 +644,8 @@ def parse() -> argparse.Namespace:
     add("--no-pictures", action="store_true", help="draw nothing: time what the file has")
     add("--quick", action="store_true", help="a few rows, two prompts, one seed: does it run?")
     add("--plot", type=Path, metavar="FILE", help="draw the fronts, as SVG or PNG")
+    add("--plot-measured", type=Path, metavar="FILE", help="the same over measured speed")
+    add("--goal", action="store_true", help="print recipes beside the best other rows")
     add("--table", action="store_true", help="print tables at the end")
     args = parser.parse_args()
     args.labels = list(LABELS)
@@ -629,6 +669,10 @@ def main() -> None:
         run_times(args, results, wanted)
     if args.plot:
         picture(results, args.plot)
+    if args.plot_measured:
+        picture(results, args.plot_measured, measured_too=True)
+    if args.goal:
+        print(compared(results))
     if args.table:
         print(shown(results))
 

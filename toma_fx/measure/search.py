@@ -12,6 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from toma_fx.calibration import Recorded
+from toma_fx.capture.model import Captured
 from toma_fx.errors import ConfigError, NoCacheSites, NoMergeSites
 from toma_fx.measure.configs import config_json
 from toma_fx.measure.masks import Mask, MaskErrors, UpdateErrors, weights_of
@@ -95,7 +96,6 @@ class Search:
 
     Attributes:
         subject, cases, options: what is drawn, and what is searched. progress: is told.
-        drawings: of all cases, that the search asked for so far.
     """
 
     def __init__(
@@ -110,6 +110,7 @@ class Search:
         self.progress, self._known = progress, known
         self._trials: dict[Spot, list[Trial]] = {}
         self._levels: dict[int, tuple[str, ...]] = {}
+        self._captured: Captured | None = None
 
     @property
     def steps(self) -> int:
@@ -126,6 +127,7 @@ class Search:
 
         def draw() -> float:
             got = self.subject.draw(self.cases, config)
+            self.subject.forget(config)  # there are many
             error = float((got - self.subject.reference(self.cases)).square().mean())
             return error if math.isfinite(error) else math.inf
 
@@ -155,11 +157,12 @@ class Search:
         return speedup, programs
 
     def _programs(self, config: MethodConfig) -> Specialization:
-        """What the denoiser runs, made by a call if there is none yet."""
-        (denoiser, *_) = self.subject.optimized(config).values()
-        if not denoiser.specializations:
+        """What the denoiser runs; for a graph that is captured already nothing is drawn."""
+        if self._captured is None:
+            (denoiser, *_) = self.subject.optimized(config).values()
             self.subject.draw(self.cases[: self.subject.settings.batch], config)
-        return denoiser.specializations[-1].under(config)
+            self._captured = denoiser.specializations[-1].captured
+        return Specialization.of(self._captured, config)
 
     # -- predicting -----------------------------------------------------------------------------
 
@@ -196,16 +199,17 @@ class Search:
     def _record(self, scope: CacheScope) -> UpdateErrors:
         """Updates of all steps, of every batch of the cases."""
         every = self._config((1,) * self.steps, scope, self.order)
+        (denoiser, *_) = self.subject.optimized(every).values()  # others share its graphs
 
         def record() -> dict[str, Any]:
             recorded, size = [], self.subject.settings.batch
-            (denoiser, *_) = self.subject.optimized(every).values()
             self.progress(f"{scope}: record", math.ceil(len(self.cases) / size))
             for start in range(0, len(self.cases), size):
                 recorded.append(Recorded())
                 with recorded[-1].recording(denoiser):
                     self.subject.draw(self.cases[start : start + size], every)
                 self.progress("", 1)
+            self._captured = denoiser.specializations[-1].captured
             return UpdateErrors.of(recorded).to_json()
 
         return UpdateErrors.of_json(self._known.get({"updates": config_json(every)}, record))
@@ -281,13 +285,14 @@ class Search:
         """Let one spot merge at a time."""
         options = self.options
         spots = [(tokens, part) for tokens in self._levels for part in range(options.parts)]
+        steps = Counter(self._part(step, options.parts) for step in range(self.steps))
         self.progress("merge at one spot at a time", len(spots) * len(options.ratios))
         for spot in spots:
             self._trials[spot] = []
             for ratio in options.ratios:
                 config = self._merging(((spot, ratio),))
                 speedup, _ = self.counted(config)
-                saved = options.parts * (1 - 1 / speedup)
+                saved = (1 - 1 / speedup) * self.steps / steps[spot[1]]
                 self._trials[spot].append(Trial(ratio, self.error(config), saved))
                 self.progress("", 1)
 
@@ -346,13 +351,14 @@ class Search:
 
     def _speedup(self, mask: Mask, share: float, saved: Sequence[float]) -> float:
         """Predicted, by FLOPs: of the mask, cached steps and merging in each part."""
-        spent, parts = 0.0, len(saved)
+        spent = 0.0
         for step, computes in enumerate(mask):
-            part = next(
-                p for p in reversed(range(parts)) if step >= math.ceil(p / parts * len(mask))
-            )
-            spent += 1 - saved[part] if computes else share
+            spent += 1 - saved[self._part(step, len(saved))] if computes else share
         return len(mask) / spent
+
+    def _part(self, step: int, parts: int) -> int:
+        """The part of the generation that a step is in."""
+        return sum(step >= math.ceil(p / parts * self.steps) for p in range(1, parts))
 
     def _merging(self, amounts: Amounts) -> MethodConfig:
         """What merges so much at each spot; as the options say where nothing is searched."""
