@@ -174,6 +174,12 @@ def _caching() -> Iterator[Row]:
             "caching", "presets", preset, (*SDXL, *FLUX),
             lambda bench, preset=preset: optimized(bench, toma=preset), {"toma": preset},
         )  # fmt: skip
+    for preset in ("lossless", "balanced", "fast"):
+        cache = {"steps_mask": preset, "scope": "shallow"}
+        yield Row(
+            "caching", "presets, shallow", preset, SDXL,
+            lambda bench, cache=cache: optimized(bench, cache, toma=False), cache,
+        )  # fmt: skip
     for name, scopes in SCOPES.items():
         for scope in scopes:
             for order in (1, 0, 2):

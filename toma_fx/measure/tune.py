@@ -115,6 +115,8 @@ def tune(
     cases = read_cases(prompts, seed=seed, seeds=seeds, limit=limit)
     subject = subject_of(model, settings)
     _check_subject(subject)
+    # more parts than steps can't differ
+    options = dataclasses.replace(options, parts=min(parts, subject.settings.steps))
     known = Measurements(None if out is None else Path(out), describe_run(subject, cases))
     search = Search(subject, cases, options, known, progress or (lambda what, count: None))
     target = _Target(search, clock, rounds)

@@ -49,11 +49,16 @@ PRESETS: dict[str, ToMAConfig] = {
     ),
     # the published code's config.yaml: 256 tiles; one pattern for all blocks
     "paper-flux": ToMAConfig(scope="sublayer", tiles=256, destinations_every=10, weights_every=5),
+    # the published code's defaults, ratio 0.3 and deviation 0.2, along a half cosine from 0.5 to
+    # 0.1: its mean over each quarter (arXiv 2505.11707)
+    "sdtm-stages": ToMAConfig(ratio=((0, 0.48), (0.25, 0.375), (0.5, 0.225), (0.75, 0.12))),
     # by the error of pictures of held-out seeds, see docs/caching.md
     **{name: ToMAConfig(ratio=0.0, cache=name) for name in SHARES},
 }
-"""Named configurations. `default` merges tokens, as docs/default.md chose it; "lossless",
-"balanced" and "fast" keep updates over steps and merge nothing, unless `ratio=` is given, too."""
+"""Named configurations. `default` merges tokens, as docs/default.md chose it; `sdtm-stages` merges
+more of them early than late, as SDTM does, but neither reweighs prompts nor protects steps;
+"lossless", "balanced" and "fast" keep updates over steps and merge nothing, unless `ratio=` is
+given, too."""
 AMOUNTS = frozenset({"ratio", "ratios", "factor", "threshold"})
 """Fields that say how much the built-in methods merge."""
 
