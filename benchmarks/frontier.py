@@ -600,7 +600,7 @@ def draw_group(
         entry = entries[title]
         axis.annotate(
             f"{entry['curve'].removeprefix('diffusers ')}, {entry['detail']}", at(title), (4, 3),
-            textcoords="offset points", fontsize=4.5, color=color,
+            textcoords="offset points", fontsize=4.5, color=color, clip_on=True,
         )  # fmt: skip
 
 

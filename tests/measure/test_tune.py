@@ -168,3 +168,8 @@ def test_models_with_two_denoisers_are_refused() -> None:
     own.denoisers["second"] = next(iter(own.denoisers.values()))
     with pytest.raises(TuneError, match="one denoiser"):
         toma_fx.tune(own, ["a", "b"], speedup=2)
+
+
+def test_too_many_steps_are_refused() -> None:
+    with pytest.raises(TuneError, match="at most 100"):
+        toma_fx.tune(FakeSubject(steps=101), ["a", "b"], speedup=2)

@@ -38,6 +38,8 @@ WORSE = 30.0
 """Predicted error over the least, from which a candidate is not worth a picture."""
 ATTEMPTS = 4
 """Recipes that are timed before one is as fast as was asked."""
+MOST_STEPS = 100
+"""Of a generation; the search through masks takes a few minutes then, and grows fast."""
 OTHER_SEEDS = 100_003
 """How far the seeds of the check lie from those of the search."""
 
@@ -207,11 +209,19 @@ _DOMAINS = {
 
 
 def _check_subject(subject: Subject) -> None:
-    """Raise unless there is one denoiser.
+    """Raise unless there is one denoiser, and masks are few enough to be looked through.
 
     Raises:
-        TuneError: there are several, whose updates don't continue each other.
+        TuneError: there are several, whose updates don't continue each other, or too many steps.
     """
+    if subject.settings.steps > MOST_STEPS:
+        raise TuneError(
+            "the generation is too long to tune",
+            where="steps",
+            expected=f"at most {MOST_STEPS}",
+            got=str(subject.settings.steps),
+            hint="of so many steps most can be left out: tune fewer, or take cache='fast'",
+        )
     if len(subject.denoisers) > 1:
         raise TuneError(
             "tune knows models with one denoiser",
