@@ -36,6 +36,15 @@ SLOW = (
     # measure
     Slow("measure/test_tune.py::test_a_recipe_for_a_*", "draws some twenty generations each"),
     Slow("measure/test_tune.py::test_the_command_writes_a_recipe", "draws some ten generations"),
+    Slow("measure/test_tune.py::test_merging_alone_*", "draws some ten generations"),
+    Slow("measure/test_subjects.py::test_a_configuration_is_optimized_*", "draws whole pictures"),
+    Slow("measure/test_work.py::test_a_generation_of_every_kind_*", "draws whole pictures"),
+    Slow("measure/test_work.py::test_kept_bytes_*", "draws whole pictures"),
+    Slow("measure/test_bench.py::test_the_command_writes_json", "draws whole pictures"),
+    # models
+    Slow("models/test_latent.py::test_merging_and_caching_apply[latent-sdxl]", WHOLE),
+    Slow("models/test_latent.py::test_pictures_depend_on_*[latent-sdxl]", WHOLE),
+    Slow("models/test_tiny.py::test_merging_stays_close_*[tiny-flux]", WHOLE),
     Slow(
         "run/test_caching.py::test_fitted_weights_equal_an_eager_implementation[*]",
         MORE,
@@ -133,7 +142,7 @@ SLOW = (
     Slow(
         "methods/test_methods.py::test_exported_to_onnx[*]",
         ONNX,
-        quick=("toma", "tomesd", "retom", "todo"),
+        quick=("toma", "tomesd"),
     ),
     Slow("methods/test_baselines.py::test_exports_to_onnx[*]", ONNX),
     Slow("methods/test_bigain.py::test_exports_to_onnx[*]", ONNX),
@@ -197,6 +206,13 @@ SLOW = (
     Slow("pipelines/test_methods_reference.py::test_tomesd_on_flux[block]", MORE),
     Slow("pipelines/test_methods_reference.py::test_ca_tome_on_sdxl[every-step]", MORE),
     Slow("pipelines/test_methods_reference.py::test_ca_tome_on_flux", WHOLE),
+    Slow("pipelines/test_methods_reference.py::test_ca_tome_calibrated_*", WHOLE),
+    Slow("pipelines/test_methods_reference.py::test_tomesd_over_blocks_of_sdxl[block]", MORE),
+    Slow("pipelines/test_methods_reference.py::test_tomesd_on_sdxl[everything-*]", MORE),
+    Slow("pipelines/test_methods_reference.py::test_retom_on_sdxl[window1-*]", MORE),
+    Slow("pipelines/test_matrix.py::test_lora_of_the_pipeline[flux_true_cfg]", PIPELINE),
+    Slow("capture/test_references.py::test_a_graph_follows_quantized_weights[True]", MORE),
+    Slow("run/test_phases.py::test_updates_are_kept_from_one_phase_to_the_next[stack]", MORE),
     Slow(
         "pipelines/test_methods_reference.py::test_todo_on_sdxl[*]",
         MORE,
@@ -280,10 +296,9 @@ SLOW = (
     Slow(
         "zoo/test_zoo.py::test_denoiser[*]",
         WHOLE,
-        quick=(  # one for each mechanism
-            "sd15", "sdxl_ip_adapter", "kandinsky22", "animatediff", "ddpm", "sd35_medium",
-            "aura_flow", "hunyuan_dit", "lumina_next", "flux_kontext", "flux2", "z_image",
-            "cogvideox_5b", "ltx", "ltx2", "wan", "wan_vace", "hunyuan_video_15", "latte",
+        quick=(  # mechanisms of their own, of models that are quick to trace
+            "sd15", "kandinsky22", "ddpm", "sd35_medium", "aura_flow", "lumina_next",
+            "flux_kontext", "flux2", "z_image", "cogvideox_5b", "wan", "hunyuan_video_15", "latte",
         ),
     ),
     # measure
