@@ -41,7 +41,7 @@ quality-demo: $(VENV)/.stamp-demo
 	$(BIN)/toma-fx tune --model tiny-sdxl --prompts examples/prompts-tiny.txt --limit 4 --batch 4 \
 		--speedup 2 --rounds 0 --out quality-demo/search --recipe quality-demo/recipe.json
 	$(BIN)/toma-fx quality --model tiny-sdxl --prompts examples/prompts-tiny.txt --batch 4 \
-		--seed 500 --config quality-demo/recipe.json --config lossless --config fast \
+		--seed 500 --seeds 3 --rounds 1 --config quality-demo/recipe.json --config lossless --config fast \
 		--config toma:ratio=0.5 --out quality-demo/quality
 
 test: $(VENV)/.stamp-dev

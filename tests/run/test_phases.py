@@ -210,3 +210,12 @@ def test_phases_of_other_scopes_keep_the_same_updates() -> None:
     assert second.cache is not None
     assert first.cache.updates == second.cache.updates
     assert {s.scope for s in first.segments} != {s.scope for s in second.segments}
+
+
+def test_the_ratios_of_sdtm_are_means_of_a_half_cosine() -> None:
+    config = toma_fx.PRESETS["sdtm-stages"]
+    assert [begin for begin, _ in config.phases] == [0.25, 0.5, 0.75]
+    times = (torch.arange(4000).double() + 0.5) / 4000
+    means = (0.3 + 0.2 * torch.cos(torch.pi * times)).view(4, 1000).mean(1)
+    for stage, mean in zip(config.stages, means.tolist(), strict=True):
+        assert stage.ratio == pytest.approx(mean, abs=0.006)  # type: ignore[attr-defined]

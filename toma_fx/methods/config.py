@@ -51,7 +51,10 @@ PRESETS: dict[str, ToMAConfig] = {
     "paper-flux": ToMAConfig(scope="sublayer", tiles=256, destinations_every=10, weights_every=5),
     # the published code's defaults, ratio 0.3 and deviation 0.2, along a half cosine from 0.5 to
     # 0.1: its mean over each quarter (arXiv 2505.11707)
-    "sdtm-stages": ToMAConfig(ratio=((0, 0.48), (0.25, 0.375), (0.5, 0.225), (0.75, 0.12))),
+    "sdtm-stages": ToMAConfig(
+        ratio=0.48,
+        phases=((0.25, {"ratio": 0.375}), (0.5, {"ratio": 0.225}), (0.75, {"ratio": 0.12})),
+    ),
     # by the error of pictures of held-out seeds, see docs/caching.md
     **{name: ToMAConfig(ratio=0.0, cache=name) for name in SHARES},
 }
