@@ -309,6 +309,11 @@ class _Target:
         self.search.progress("draw what may be it", math.ceil(math.log2(len(front) + 1)))
         while low < high:  # the front falls in error: all from `high` on are good enough
             middle = (low + high) // 2
+            _, programs = self.search.counted(front[middle].config)
+            if programs > self.search.options.programs:
+                del front[middle]
+                high -= 1
+                continue
             reached = self.search.decibels(self.search.cases, front[middle].config)
             best = max(best, reached)
             low, high = (low, middle) if reached >= wanted else (middle + 1, high)
@@ -332,10 +337,9 @@ class _Target:
             if candidate.error < least:
                 least = candidate.error
                 front.append(candidate)
-        # the front is halved, so that it can't be long; few steps of it are told apart
+        # it is halved, a drawing each time, so that it can't be long; the last is the nearest
         step = max(1, math.ceil(len(front) / 2 ** (DRAWN - 5)))
-        limit = self.search.options.programs
-        return [c for c in front[::step] if self.search.counted(c.config)[1] <= limit]
+        return front[::-step][::-1]
 
     def time(self, config: MethodConfig) -> float:
         """Speed-up of whole generations, measured in turn."""
