@@ -41,7 +41,9 @@ SLOW = (
     Slow("measure/test_work.py::test_a_generation_of_every_kind_*", "draws whole pictures"),
     Slow("measure/test_work.py::test_kept_bytes_*", "draws whole pictures"),
     Slow("measure/test_bench.py::test_the_command_writes_json", "draws whole pictures"),
+    Slow("measure/test_merging.py::test_levels_of_a_unet_merge_alone", WHOLE),
     # models
+    Slow("models/test_train_latent.py::test_a_training_stops_*", "trains"),
     Slow("models/test_latent.py::test_merging_and_caching_apply[latent-sdxl]", WHOLE),
     Slow("models/test_latent.py::test_pictures_depend_on_*[latent-sdxl]", WHOLE),
     Slow("models/test_tiny.py::test_merging_stays_close_*[tiny-flux]", WHOLE),
@@ -167,7 +169,7 @@ SLOW = (
         MORE,
         quick=("*-tile-*", "*-stripe-stack", "*-global-sublayer"),
     ),
-    Slow("passes/test_reference.py::test_sdxl[*]", MORE, quick=("0.5-sublayer", "0.5-stack")),
+    Slow("passes/test_reference.py::test_sdxl[*]", MORE, quick=("0.5-sublayer",)),
     Slow("passes/test_reference.py::test_flux[*]", MORE, quick=("0.5-block", "0.5-stack")),
     # pipelines
     Slow(
@@ -207,6 +209,14 @@ SLOW = (
     Slow("pipelines/test_methods_reference.py::test_ca_tome_on_sdxl[every-step]", MORE),
     Slow("pipelines/test_methods_reference.py::test_ca_tome_on_flux", WHOLE),
     Slow("pipelines/test_methods_reference.py::test_ca_tome_calibrated_*", WHOLE),
+    Slow("pipelines/test_methods_reference.py::test_tomesd_on_sdxl[cells-*]", MORE),
+    Slow("pipelines/test_methods_reference.py::test_grid_baseline_*", WHOLE),
+    Slow("run/test_state.py::test_threads_step_while_another_captures[True]", INDUCTOR),
+    Slow("run/test_backend.py::test_timesteps_given_by_position[options2]", MORE),
+    Slow("run/test_backend.py::test_timesteps_that_are_python_numbers[float]", MORE),
+    Slow("capture/test_references.py::test_nothing_keeps_weak_*[run_compiled-*]", INDUCTOR),
+    Slow("methods/test_key_sizes.py::test_whole_models_equal_*[stack]", MORE),
+    Slow("analysis/test_variants.py::test_windows_of_a_video[space-time]", MORE),
     Slow("pipelines/test_methods_reference.py::test_tomesd_over_blocks_of_sdxl[block]", MORE),
     Slow("pipelines/test_methods_reference.py::test_tomesd_on_sdxl[everything-*]", MORE),
     Slow("pipelines/test_methods_reference.py::test_retom_on_sdxl[window1-*]", MORE),
@@ -297,8 +307,7 @@ SLOW = (
         "zoo/test_zoo.py::test_denoiser[*]",
         WHOLE,
         quick=(  # mechanisms of their own, of models that are quick to trace
-            "sd15", "kandinsky22", "ddpm", "sd35_medium", "aura_flow", "lumina_next",
-            "flux_kontext", "flux2", "z_image", "cogvideox_5b", "wan", "hunyuan_video_15", "latte",
+            "sd15", "ddpm", "sd35_medium", "aura_flow", "flux_kontext", "wan", "hunyuan_video_15",
         ),
     ),
     # measure
