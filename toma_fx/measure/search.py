@@ -223,8 +223,13 @@ class Search:
         if not self.options.ratios:
             return False
         config = dataclasses.replace(self.options.merging, ratio=self.options.ratios[0])  # type: ignore[call-arg]
+
+        def find() -> list[tuple[int, tuple[str, ...]]]:
+            return list(levels_of(self._programs(config).plan).items())
+
         try:
-            self._levels = levels_of(self._programs(config).plan)
+            found = self._known.get({"levels": config_json(config)}, find)
+            self._levels = {tokens: tuple(patterns) for tokens, patterns in found}
         except NoMergeSites as error:
             if refused is not None:
                 raise refused from error
