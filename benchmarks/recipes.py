@@ -50,7 +50,7 @@ def described(recipe: toma_fx.Recipe) -> dict[str, Any]:
 
 
 def beaten(rows: Mapping[str, Mapping[str, Any]], title: str) -> dict[str, Any]:
-    """The best row that is not a recipe and as fast, and the quotient of squared errors.
+    """The best other row of this package that is as fast, and the quotient of squared errors.
 
     Of pictures that both have; 95 % interval of the quotient of means, by bootstrap over pictures.
     """

@@ -106,13 +106,7 @@ def make_parser() -> argparse.ArgumentParser:
     tune = commands.add_parser("tune", help="find a recipe for a speed or a quality")
     _add_tune_options(tune)
     for command in (quality, bench):
-        command.add_argument(
-            "--config",
-            action="append",
-            required=True,
-            metavar="CONFIG",
-            help="a preset, a method, METHOD:FIELD=VALUE,... or a recipe file; may be repeated",
-        )
+        _add_config_option(command)
     for command in (quality, bench, tune):
         _add_subject_options(command)
     for command in (quality, tune):
@@ -160,6 +154,17 @@ def _add_subject_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--batch", type=int, default=1, help="pictures of a call (default 1)")
     command.add_argument("--dtype", choices=DTYPES, help="of a pipeline (default float32)")
     command.add_argument("--device", help="of a pipeline (default: cuda if there is one, else cpu)")
+
+
+def _add_config_option(command: argparse.ArgumentParser) -> None:
+    """What is compared with the original."""
+    command.add_argument(
+        "--config",
+        action="append",
+        required=True,
+        metavar="CONFIG",
+        help="a preset, a method, METHOD:FIELD=VALUE,... or a recipe file; may be repeated",
+    )
 
 
 def _add_prompt_options(command: argparse.ArgumentParser) -> None:

@@ -31,6 +31,8 @@ NOT_MET = 3
 """Exit status where a threshold is not met."""
 SUBJECT = ("steps", "guidance", "height", "width", "batch")
 """Options that are settings of the subject by the same names."""
+DRAWING = ("out", "rounds", "seed", "seeds", "limit", "compile", *SUBJECT)
+"""Options of what draws pictures of many prompts, by the names of its arguments."""
 
 
 class ShownProgress:
@@ -66,17 +68,11 @@ def measure_quality(args: argparse.Namespace, options: dict[str, Any], console: 
             load_model(args),
             args.prompts,
             args.config,
-            out=args.out,
             metrics=metrics,
             require=args.require,
-            rounds=args.rounds,
-            seed=args.seed,
-            seeds=args.seeds,
-            limit=args.limit,
             shown=args.shown,
             progress=progress,
-            compile=args.compile,
-            **{name: getattr(args, name) for name in SUBJECT},
+            **{name: getattr(args, name) for name in DRAWING},
         )
     if rank_and_count()[0] == 0:
         console.print(result)

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from toma_fx.cli.measure import SUBJECT, ShownProgress, load_model
+from toma_fx.cli.measure import DRAWING, ShownProgress, load_model
 from toma_fx.errors import ConfigError
 from toma_fx.measure.tune import tune
 from toma_fx.methods.config import make_config
@@ -37,14 +37,8 @@ def tune_model(args: argparse.Namespace, options: dict[str, Any], console: Conso
             merging=merging,
             budget=args.budget,
             programs=args.programs,
-            out=args.out,
-            rounds=args.rounds,
-            seed=args.seed,
-            seeds=args.seeds,
-            limit=args.limit,
             progress=progress,
-            compile=args.compile,
-            **{name: getattr(args, name) for name in SUBJECT},
+            **{name: getattr(args, name) for name in DRAWING},
         )
     recipe.save(args.recipe)
     console.print(_described(recipe))

@@ -131,6 +131,10 @@ class MaskErrors:
             part, square = self._part(row)
             total += part
             alone += square
+        return self._error(total, alone)
+
+    def _error(self, total: np.ndarray, alone: float) -> float:
+        """Of the sum of weighted error vectors, and the sum of their squares."""
         return float(self.coherence * (total @ total) + (1 - self.coherence) * alone)
 
     def _part(self, row: Row) -> tuple[np.ndarray, float]:
@@ -166,7 +170,8 @@ class MaskErrors:
         errors = np.zeros((len(rows), self.updates.steps))
         errors[np.arange(len(rows)), steps] = 1.0
         errors[own, index] -= found
-        return self._table(rows, own, found), self._total(errors * np.array(scales)[:, None])
+        parts = errors * np.array(scales)[:, None] @ self._root.T
+        return self._table(rows, own, found), self._error(parts.sum(0), np.square(parts).sum())
 
     def _table(self, rows: Sequence[Row], own: np.ndarray, found: np.ndarray) -> Fitted:
         table = []
@@ -176,12 +181,6 @@ class MaskErrors:
             shares += [0.0] * (self.order + 1 - len(shares))
             table.append((self.updates.times[step], tuple(shares)))
         return tuple(table)
-
-    def _total(self, errors: np.ndarray) -> float:
-        """Of weighted errors, [rows, steps]."""
-        parts = errors @ self._root.T
-        total, r = parts.sum(0), self.coherence
-        return float(r * (total @ total) + (1 - r) * np.square(parts).sum())
 
     # -- searching ------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -26,15 +26,16 @@ from toma_fx.measure.merging import (
     levels_of,
     saved_by_part,
 )
+from toma_fx.measure.quality import Progress
 from toma_fx.measure.scores import score_pairs
 from toma_fx.measure.subjects import Case, Subject
 from toma_fx.methods.base import MethodConfig
 from toma_fx.methods.cache import CacheConfig, CacheScope, Fitted
 from toma_fx.methods.cached_steps import CachedSteps, Length
+from toma_fx.methods.config import with_options
 from toma_fx.run.programs import Specialization
 from toma_fx.run.schedule import kinds_of
 
-Progress = Callable[[str, int], None]
 FEW = 5
 """Steps that are cached alone for scopes after the first, whose weights have nearly its shape."""
 INTERVALS = range(2, 7)
@@ -222,7 +223,7 @@ class Search:
         """
         if not self.options.ratios:
             return False
-        config = dataclasses.replace(self.options.merging, ratio=self.options.ratios[0])  # type: ignore[call-arg]
+        config = with_options(self.options.merging, {"ratio": self.options.ratios[0]})
 
         def find() -> list[tuple[int, tuple[str, ...]]]:
             return list(levels_of(self._programs(config).plan).items())
@@ -329,6 +330,8 @@ class Search:
     def _masks(self, own: _Caching) -> Iterator[tuple[str, int, float, Mask, Fitted]]:
         """(kind, order, predicted error, mask, weights) of the best masks, and of intervals."""
         guide = MaskErrors(own.updates, self.order, own.weights)
+        orders = self.options.orders if self.options.fitted else ()
+        fits = [dataclasses.replace(guide, order=order) for order in orders]
         masks = [("", mask) for mask in guide.best().values() if not all(mask)]
         for every in INTERVALS:
             flags = CachedSteps(every, warmup_steps=min(3, self.steps), warmup_interval=2)
@@ -337,10 +340,10 @@ class Search:
                 masks.append(("interval, ", mask))
         for kind, mask in masks:
             yield f"{kind}extrapolated", self.order, guide.predict(mask), mask, ()
-            for order in self.options.orders if self.options.fitted else ():
-                if sum(mask) > order:
-                    table, error = dataclasses.replace(guide, order=order).fit(mask)
-                    yield f"{kind}fitted {order}", order, error, mask, table
+            for errors in fits:
+                if sum(mask) > errors.order:
+                    table, error = errors.fit(mask)
+                    yield f"{kind}fitted {errors.order}", errors.order, error, mask, table
 
     @property
     def order(self) -> int:

@@ -27,7 +27,7 @@ from toma_fx.measure.work import time_generations
 from toma_fx.methods.base import MethodConfig
 from toma_fx.methods.cache import CacheScope
 from toma_fx.methods.checks import check_choice, is_count, is_number
-from toma_fx.methods.config import make_config
+from toma_fx.methods.config import make_config, with_options
 from toma_fx.methods.recipe import Recipe
 
 Clock = Literal["flops", "time"]
@@ -135,7 +135,7 @@ def _mergeable(merging: Any, ratios: tuple[float, ...]) -> MethodConfig:
     config = make_config(merging)
     if merging is True:
         # steps that compute lie apart, so that old destinations would not fit; and fewer programs
-        config = dataclasses.replace(config, destinations_every=1, weights_every=1)  # type: ignore[call-arg]
+        config = with_options(config, {"destinations_every": 1, "weights_every": 1})
     names = {field.name for field in dataclasses.fields(config)}
     if merging is not False and ratios and not ("ratio" in names and "ratio" in config.overridable):
         raise ConfigError(

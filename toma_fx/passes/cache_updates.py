@@ -303,9 +303,8 @@ def weights_at(now: Tensor, table: Fitted) -> tuple[Tensor, ...]:
 
 def combine(weights: tuple[Tensor, ...], tensors: tuple[Tensor, ...]) -> Tensor:
     """The weighted sum of kept updates, in float32 at least."""
-    newest = tensors[0]
-    wide = torch.float32 if newest.dtype.itemsize < 4 else newest.dtype
-    parts = [_rows(w, newest) * x.to(wide) for w, x in zip(weights, tensors, strict=True)]
+    newest, values = tensors[0], _widened(tensors)
+    parts = [_rows(w, newest) * x for w, x in zip(weights, values, strict=True)]
     return sum(parts[1:], parts[0]).to(newest.dtype)
 
 
@@ -314,9 +313,14 @@ def extrapolate(factors: tuple[Tensor, ...], tensors: tuple[Tensor, ...]) -> Ten
     newest = tensors[0]
     if not factors:
         return newest
-    wide = torch.float32 if newest.dtype.itemsize < 4 else newest.dtype
-    values = [x.to(wide) for x in tensors]
+    values = _widened(tensors)
     total = values[0]
     for factor, newer, older in zip(factors, values, values[1:], strict=False):
         total = total + _rows(factor, newest) * (newer - older)
     return total.to(newest.dtype)
+
+
+def _widened(tensors: tuple[Tensor, ...]) -> list[Tensor]:
+    """In float32 at least."""
+    dtype = tensors[0].dtype
+    return [x.to(torch.float32 if dtype.itemsize < 4 else dtype) for x in tensors]
