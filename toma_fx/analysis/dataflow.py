@@ -10,17 +10,16 @@ from typing import Any
 import torch
 from torch import fx
 
+from toma_fx.analysis.factors import HEIGHT, Axis, Segment
 from toma_fx.analysis.facts import Rejected
 from toma_fx.analysis.labels import (
-    BATCH,
-    HEIGHT,
     Fact,
-    Keys,
+    Label,
     Layout,
-    Segment,
-    Tokens,
     layout_of,
     layouts_of,
+    names_axis,
+    sort_axes,
 )
 from toma_fx.analysis.rules.base import RULES, carries_tokens, tokenwise_rule
 from toma_fx.graph.nodes import (
@@ -99,7 +98,7 @@ class Flow:
         out = {}
         for name, fact in self.facts.items():
             labels = (x for layout in layouts_of(fact) for x in layout or ())
-            tokens = (label for label in labels if isinstance(label, Tokens))
+            tokens = (label.positions for label in labels if label.positions)
             if segments := tuple(dict.fromkeys(s for label in tokens for s in label.segments)):
                 out[name] = segments
         return out
@@ -119,25 +118,21 @@ class Flow:
 
     def is_embedding(self, name: str) -> bool:
         """Whether the value is laid out [batch, tokens, channels], with a known token count."""
-        layout = self.layout(name)
-        return (
-            layout is not None
-            and len(layout) == 3
-            and layout[0] == BATCH
-            and isinstance(layout[1], Tokens)
-            and layout[1].length < UNKNOWN
-        )
+        return is_embedding(self.layout(name))
 
     def is_batch_of_tokens(self, name: str) -> bool:
         """Whether the batch comes first and just one dimension after it enumerates tokens."""
-        first, *rest = self.layout(name) or (None,)
-        plain = [type(label) is Tokens for label in rest if isinstance(label, Tokens)]
-        return first == BATCH and plain == [True]
+        first, *rest = self.layout(name) or (Label(),)
+        plain = [x for x in rest if x.positions]
+        alone = [x.tokens is not None and len(x.factors) == 1 for x in plain]
+        return is_batch(first) and alone == [True] and not any(x.rows for x in rest)
 
     def is_spatial(self, name: str) -> bool:
         """Whether the value holds an image, as tokens or laid out in height and width."""
-        labels = [x for layout in layouts_of(self.facts.get(name)) for x in layout or ()]
-        return HEIGHT in labels or any(s.grid for s in self.segments(name))
+        layouts = layouts_of(self.facts.get(name))
+        return any(names_axis(x, HEIGHT) for x in layouts) or any(
+            s.grid for s in self.segments(name)
+        )
 
     def carriers(self, segment: str) -> tuple[str, ...]:
         """Nodes that hold the tokens of `segment`, in graph order."""
@@ -248,6 +243,26 @@ class Flow:
         return None
 
 
+def is_batch(label: Label) -> bool:
+    """Whether a dimension enumerates the rows of tokens in their order, and nothing else."""
+    whole = all(isinstance(f, Axis) and f.is_whole for f in label.factors)
+    return whole and label.factors == sort_axes(label.axes)
+
+
+def is_embedding(layout: Layout | None, *, image: bool = False) -> bool:
+    """Whether a value is laid out [batch, tokens, channels], with a known number of tokens.
+
+    Args:
+        image: whether an image must be among the tokens.
+    """
+    if layout is None or len(layout) != 3 or not layout[2].is_plain or not is_batch(layout[0]):
+        return False
+    tokens = layout[1].tokens
+    if tokens is None or tokens.fixed or len(layout[1].factors) > 1 or tokens.length >= UNKNOWN:
+        return False
+    return not image or bool(tokens.names)
+
+
 def make_flow(
     nodes: list[fx.Node],
     facts: Mapping[str, Fact],
@@ -282,7 +297,7 @@ def _is_attention(node: fx.Node, facts: Mapping[str, Fact]) -> bool:
     layout = layout_of(facts.get(node.name)) or ()
     if op not in SOFTMAX or len(layout) < 3:
         return op == ATTENTION
-    return isinstance(layout[-1], Keys) or (isinstance(layout[-2], Tokens) and _is_product(node))
+    return bool(layout[-1].keys) or (bool(layout[-2].tokens) and _is_product(node))
 
 
 def _is_product(node: fx.Node) -> bool:

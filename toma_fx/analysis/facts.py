@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from toma_fx.analysis.labels import Fact, Segment, Tokens
+from toma_fx.analysis.factors import Segment, Tokens
+from toma_fx.analysis.labels import Fact, Layout
 from toma_fx.capture.grids import Raster
 
 
@@ -28,19 +29,28 @@ class Patch:
 
 @dataclass(frozen=True)
 class Positional:
-    """An operand from outside the token flow whose dimension `dim` lines up with the token axis.
+    """An operand from outside the token flow that lines up with a token axis of the result.
 
-    `batch` is the operand's dimension that lines up with the batch (None: it has none, and the
-    batch lies `lead` dimensions before its first). `additive` operands may be merged like tokens;
-    the others (rotary tables, masks, gates) are gathered at the destinations.
+    Attributes:
+        operand: its node.
+        layout: what its dimensions line up with; those that the result has before its first are
+            included, so that the operand's are the last of them.
+        dim: the dimension of `layout` whose tokens it follows.
+        additive: whether it may be merged like tokens; others (rotary tables, masks, gates) are
+            gathered at the destinations.
     """
 
     operand: str
+    layout: Layout
     dim: int
-    tokens: Tokens
-    batch: int | None
-    lead: int = 0
     additive: bool = False
+
+    @property
+    def tokens(self) -> Tokens:
+        """The tokens that it lines up with."""
+        found = self.layout[self.dim].positions
+        assert found is not None
+        return found
 
 
 @dataclass(frozen=True)

@@ -11,32 +11,33 @@ where two inputs fit that grid does the name of one decide, see `graph.nodes.LAT
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import fx
 
-from toma_fx.analysis.dataflow import Flow, make_flow
+from toma_fx.analysis.dataflow import Flow, is_embedding, make_flow
+from toma_fx.analysis.factors import BATCH, FRAMES, HEIGHT, WIDTH, Segment, Tokens
 from toma_fx.analysis.facts import Analysis, Rejected, Site, Transfer
 from toma_fx.analysis.labels import (
-    BATCH,
-    FRAMES,
-    HEIGHT,
-    WIDTH,
+    ONE,
     Fact,
+    Label,
     Layout,
-    Segment,
-    Tokens,
+    axis,
     layout_of,
+    plain,
+    tokens,
     tokens_of,
 )
 from toma_fx.analysis.rules.apply import apply_rule
 from toma_fx.analysis.streams import find_streams
 from toma_fx.capture.grids import Raster, ids_dim
 from toma_fx.capture.model import Captured
-from toma_fx.graph.nodes import ATTENTION, LATENTS, module_path, op_name
+from toma_fx.graph.nodes import ATTENTION, LATENTS, int_size, module_path, op_name
 from toma_fx.methods.windows import Size
 
 
@@ -51,11 +52,14 @@ def analyze(captured: Captured, grid: Size | None = None) -> tuple[Analysis, Flo
         The analysis and the plain-data view of the graph that planning works on.
     """
     nodes = list(captured.graph_module.graph.nodes)
-    seeds = _seed_layouts(captured, {})
-    facts, transfers, refusals = _propagate(nodes, seeds)
-    rasters = _find_rasters(captured, facts, transfers, grid)
-    if rasters:
-        facts, transfers, refusals = _propagate(nodes, _seed_layouts(captured, rasters))
+    best: _Found | None = None
+    for order in _picture_orders(captured):
+        found = _follow(captured, nodes, order, grid)
+        best = found if best is None or found.images > best.images else best
+        if best.images:
+            break
+    assert best is not None
+    facts, transfers, refusals, rasters = best.facts, best.transfers, best.refusals, best.rasters
     needs_all_tokens = {
         n.name: Rejected(n.name, t.needs_all_tokens, "needs_all_tokens", op_name(n.target))
         for n in nodes
@@ -69,39 +73,94 @@ def analyze(captured: Captured, grid: Size | None = None) -> tuple[Analysis, Flo
     return Analysis(facts, transfers, refusals, sites, streams, rasters, packed), flow
 
 
-def _seed_layouts(captured: Captured, rasters: Mapping[str, Raster]) -> dict[str, Layout]:
-    """Layouts of the model inputs: packed or text sequences, and position ids."""
+Order = Mapping[int, tuple[str, ...]]
+"""What the dimensions of inputs enumerate, by their number; "" are channels."""
+PICTURES = {
+    4: (
+        (BATCH, "", HEIGHT, WIDTH),
+        ("", FRAMES, HEIGHT, WIDTH),
+        (BATCH, HEIGHT, WIDTH, ""),
+    ),
+    5: (
+        (BATCH, "", FRAMES, HEIGHT, WIDTH),
+        (BATCH, FRAMES, "", HEIGHT, WIDTH),
+        (BATCH, FRAMES, HEIGHT, WIDTH, ""),
+    ),
+}
+"""How pictures and videos are laid out, the commonest first."""
+
+
+def _picture_orders(captured: Captured) -> list[Order]:
+    """Ways to read inputs that are pictures or videos."""
+    ranks = {i.tensor.dim() for i in captured.inputs if i.tensor is not None}
+    choices = [PICTURES[rank] for rank in sorted(ranks & PICTURES.keys())]
+    orders = itertools.product(*choices)
+    return [{len(one): one for one in order} for order in orders]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What following the tokens gave.
+
+    Attributes:
+        images: attentions and products that see image tokens [batch, tokens, channels].
+    """
+
+    facts: dict[str, Fact]
+    transfers: dict[str, Transfer]
+    refusals: dict[str, Rejected]
+    rasters: dict[str, Raster]
+    images: int
+
+
+def _follow(captured: Captured, nodes: list[fx.Node], order: Order, grid: Size | None) -> _Found:
+    """Facts of all nodes, the inputs read in one way."""
+    facts, transfers, refusals = _propagate(nodes, _seed_layouts(captured, order, {}))
+    rasters = _find_rasters(captured, facts, transfers, grid)
+    if rasters:
+        seeds = _seed_layouts(captured, order, rasters)
+        facts, transfers, refusals = _propagate(nodes, seeds)
+    images = sum(is_embedding(layout_of(fact), image=True) for fact in facts.values())
+    return _Found(facts, transfers, refusals, rasters, images)
+
+
+def _seed_layouts(
+    captured: Captured, order: Order, rasters: Mapping[str, Raster]
+) -> dict[str, Layout]:
+    """Layouts of the model inputs: packed or text sequences, pictures, and position ids."""
     seeds: dict[str, Layout] = {}
     for spec in captured.inputs:
         value = spec.tensor
         if value is None:
             continue
+        shape = [int_size(size) for size in value.shape]
         if spec.raster is not None:
             dim = ids_dim(value) or 0
-            ids = _label_input(spec.name, value.shape[dim], spec.raster if rasters else None, "ids")
-            batch = (BATCH, None, None)[: value.dim() - 2]
-            seeds[spec.name] = (*batch, *((None, ids) if dim == 2 else (ids, None)))
-        elif value.dim() == 3 and value.is_floating_point():
-            packed = _label_input(spec.name, value.shape[1], rasters.get(spec.name), "sequence")
-            seeds[spec.name] = (BATCH, packed, None)
-        elif value.dim() == 4 and value.is_floating_point():
-            seeds[spec.name] = (BATCH, None, HEIGHT, WIDTH)
-        elif value.dim() == 5 and value.is_floating_point():
-            # frames may come before the channels or after; only frames fold with height and width
-            seeds[spec.name] = (BATCH, FRAMES, FRAMES, HEIGHT, WIDTH)
+            raster = spec.raster if rasters else None
+            labels = [plain(size) for size in shape]
+            labels[dim] = _label_input(spec.name, shape[dim], raster, "ids")
+            if len(shape) == 3:
+                labels[0] = axis(BATCH, shape[0])
+            seeds[spec.name] = tuple(labels)
+        elif len(shape) == 3 and value.is_floating_point():
+            packed = _label_input(spec.name, shape[1], rasters.get(spec.name), "sequence")
+            seeds[spec.name] = (axis(BATCH, shape[0]), packed, plain(shape[2]))
+        elif len(shape) in order and value.is_floating_point():
+            names = zip(order[len(shape)], shape, strict=True)
+            seeds[spec.name] = tuple(axis(*x) if x[0] else plain(x[1]) for x in names)
     return seeds
 
 
 def _label_input(
     name: str, length: int, raster: Raster | None, role: Literal["ids", "sequence"]
-) -> Tokens:
+) -> Label:
     """The tokens of an input: the images of its raster, and what is around them."""
     if raster is None:
-        return Tokens((Segment(name, length, None, role),))
+        return tokens(Segment(name, length, None, role))
     image = Segment(name, raster.images, raster.grid, role, raster.heights)
     before = Segment(f"{name}/before", raster.before, None, role)
     rest = Segment(f"{name}/rest", raster.rest, None, role)
-    return Tokens(tuple(s for s in (before, image, rest) if s.length))
+    return tokens(*(s for s in (before, image, rest) if s.length))
 
 
 def _propagate(
@@ -136,11 +195,12 @@ def _find_rasters(
     for transfer in transfers.values():
         for positional in transfer.positionals:
             layout = layout_of(facts.get(positional.operand))
-            label = None if layout is None else layout[positional.dim]
-            if not isinstance(label, Tokens):
+            own = positional.dim - len(positional.layout) + len(layout or ())
+            found = layout[own].tokens if layout else None
+            if found is None:
                 continue
             at = 0
-            for ids in label.segments:
+            for ids in found.segments:
                 if (of_ids := ids_of.get(ids.name)) is not None:
                     rasters.update(_locate_raster(of_ids, at, positional.tokens))
                 at += ids.length
@@ -191,10 +251,11 @@ def _find_lost(flow: Flow) -> set[str]:
 def _classify_site(node: fx.Node, flow: Flow, lost: set[str]) -> Site:
     """Classify one attention by the tokens of its queries and keys."""
     layout, keys = _score_layouts(node, flow)
-    q = layout[-2] if layout is not None and isinstance(layout[-2], Tokens) else tokens_of(layout)
-    k = tokens_of(keys)
+    rows = layout[-2] if layout is not None else ONE
+    q = rows.tokens or tokens_of(layout)
+    k = tokens_of(keys) or next((x.positions for x in keys or () if x.positions), None)
     images = [s for s in q.segments if s.grid] if q else []
-    if layout is not None and (layout[-2] == FRAMES or (q and layout[-2] != q)):
+    if any(a.name == FRAMES for a in rows.axes) or (q and rows.tokens is None):
         kind = "temporal"
     elif not images and str(node.args[0]) in lost:
         kind = "unknown"

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 
 from toma_fx.analysis.dataflow import Flow
+from toma_fx.analysis.factors import HEIGHT, Segment
 from toma_fx.analysis.facts import Branch, Rejected, Site, Stream
-from toma_fx.analysis.labels import HEIGHT, Segment
+from toma_fx.analysis.labels import names_axis
 from toma_fx.graph.nodes import CASTS, COPIES, JOINS, REDUCTIONS, RESHAPES
 
 PROLOGUE = CASTS | COPIES | JOINS | REDUCTIONS | {
@@ -109,7 +110,7 @@ def _is_added_on_grid(name: str, flow: Flow) -> bool:
         front = [u for f in front for u in flow.users[f] if u not in seen and u in flow.facts]
         seen.update(front)
         for user in front:
-            if user in flow.sums and HEIGHT in (flow.layout(user) or ()):
+            if user in flow.sums and names_axis(flow.layout(user), HEIGHT):
                 return True
         front = [u for u in front if flow.ops[u] in PROLOGUE | UNFOLD or u in flow.pointwise]
     return False

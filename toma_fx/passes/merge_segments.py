@@ -21,7 +21,7 @@ With `proportional=True` attention adds log(tokens that a key stands for) to the
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
 from torch import Tensor, fx
@@ -155,12 +155,7 @@ class _Work:
         for positional in transfer.positionals:
             if all(s.name != segment.image.name for s in positional.tokens.segments):
                 continue
-            old = self.rewriter.current(positional.operand)
-            if positional.operand in current:
-                # a mask: its rows are done, and have given it a batch dimension
-                old = current[positional.operand]
-                dim = positional.dim + positional.lead
-                positional = replace(positional, dim=dim, batch=0, lead=0)
+            old = current.get(positional.operand) or self.rewriter.current(positional.operand)
             new = self.merge_operand(old, positional, segment)
             self.rewriter.replace_input(node, old, new)
             current[positional.operand] = new
@@ -205,22 +200,17 @@ class _Work:
         """
         pattern = self.patterns[segment.group]
         span = span_of(positional.tokens, segment.image)
-        rank = operand.meta["val"].dim() + positional.lead
-        content = positional.additive and positional.dim + positional.lead == 1 and rank == 3
-        content = content and pattern.setting.linear
-        key = (
-            "content" if content else "gather",
-            str(positional.dim),
-            str(positional.lead),
-            str(span),
-            segment.group,
-        )
+        value = operand.meta["val"]
+        content = positional.additive and value.is_floating_point() and pattern.setting.linear
+        content = content and len(positional.layout) == 3 and positional.dim == 1
+        lead = len(positional.layout) - value.dim()
+        rows = ",".join(map(str, positional.layout))
+        key = ("content" if content else "gather", rows, str(positional.dim), segment.group)
         known = self.cache.setdefault(operand.name, {})
         if key not in known:
             with self.rewriter.after(operand, *pattern.nodes):
                 if content:
-                    lead = bool(positional.lead)
-                    new = splice_merge(self.rewriter, operand, span, pattern, lead=lead)
+                    new = splice_merge(self.rewriter, operand, span, pattern, lead=lead > 0)
                 else:
                     new = splice_gather(self.rewriter, operand, positional, span, pattern)
             known[key] = new

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor, fx
 
 from toma_fx.analysis.dataflow import Flow
+from toma_fx.analysis.factors import Axis, Keys, Segment, Tokens
 from toma_fx.analysis.facts import Positional
-from toma_fx.analysis.labels import Segment, Tokens, tokens_of
+from toma_fx.analysis.labels import Layout, rows_of, sort_axes, tokens_of
 from toma_fx.errors import RewriteError
 from toma_fx.graph.rewriter import Rewriter
 from toma_fx.methods.setting import Pattern, Setting
@@ -170,22 +172,76 @@ def splice_gather(
 ) -> fx.Node:
     """A positional operand (rotary table, mask, gate) at the tokens that stay.
 
-    Each batch element has its own, so the result has a batch dimension of full size.
+    Each row of the batch has its own, so the result has all rows.
     """
-    setting, lead = pattern.setting, positional.lead
-    at = positional.dim + lead
+    setting, layout, dim = pattern.setting, positional.layout, positional.dim
+    lead = len(layout) - operand.meta["val"].dim()
 
     def gather(table: Tensor, *parts: Tensor) -> Tensor:
         for _ in range(lead):
             table = table.unsqueeze(0)
+        table, at = open_factors(table, layout, dim)
         positions = setting.positions(pattern.named(parts)).to(table.device)
-        if positions.shape[0] == 1 != table.shape[0]:
-            positions = positions.expand(table.shape[0], -1)
-        table = table.expand(positions.shape[0], *table.shape[1:])
-        sizes = [1] * table.dim()
-        sizes[0], sizes[at] = positions.shape[0], positions.shape[1]
-        image = torch.take_along_dim(span.image(table, at), positions.view(sizes), at)
-        return span.with_image(table, image, at)
+        index = place_rows(positions, layout, dim)
+        shape = [max(pair) for pair in zip(table.shape, index.shape, strict=True)]
+        table = table.expand([*shape[:at], table.shape[at], *shape[at + 1 :]])
+        image = torch.take_along_dim(span.image(table, at), index, at)
+        out = span.with_image(table, image, at)
+        return close_factors(out, layout)
 
-    key = ("gather", lead, at, span, setting)
+    key = ("gather", lead, layout, dim, span, setting)
     return rewriter.splice(key, gather, [operand, *pattern.nodes], as_call=setting.dynamic)[0]
+
+
+def open_factors(x: Tensor, layout: Layout, dim: int) -> tuple[Tensor, int]:
+    """`x` with a dimension for each factor of its layout, and which one `dim`'s tokens have.
+
+    A dimension of size 1 that lines up with several factors becomes as many of size 1.
+    """
+    at, d = 0, 0
+    for i, label in enumerate(layout):
+        factors = label.factors or (None,)
+        places = [isinstance(f, (Tokens, Keys)) for f in factors]
+        if i == dim:
+            at = d + places.index(True)
+        if len(factors) > 1:
+            one = x.shape[d] == 1
+            sizes = [-1 if t else f.size for f, t in zip(label.factors, places, strict=True)]
+            x = x.unflatten(d, [1] * len(sizes) if one else sizes)
+        d += len(factors)
+    return x, at
+
+
+def close_factors(x: Tensor, layout: Layout) -> Tensor:
+    """Inverse of `open_factors`."""
+    for d, label in enumerate(layout):
+        if len(label.factors) > 1:
+            x = x.flatten(d, d + len(label.factors) - 1)
+    return x
+
+
+def place_rows(positions: Tensor, layout: Layout, dim: int) -> Tensor:
+    """Positions [rows, M] as an index of a value whose factors have a dimension each."""
+    tokens = layout[dim].positions
+    assert tokens is not None
+    inside, count = rows_of(layout), positions.shape[1]
+    axes = sort_axes((*inside, *tokens.fixed))
+    rows = prod(a.base for a in axes)
+    if positions.shape[0] == 1 != rows:
+        positions = positions.expand(rows, -1)
+    index = positions.reshape(*(a.base for a in axes), count)
+    for i, a in enumerate(axes):
+        index = index.narrow(i, a.start, a.size)
+    for i in reversed([i for i, a in enumerate(axes) if a in tokens.fixed]):
+        index = index.squeeze(i)
+    factors = [f for label in layout for f in (label.factors or (None,))]
+    order = [inside.index(f) for f in factors if isinstance(f, Axis)]
+    index = index.permute(*order, len(order))
+    at = sum(max(1, len(label.factors)) for label in layout[:dim])
+    at += next(i for i, f in enumerate(layout[dim].factors) if isinstance(f, (Tokens, Keys)))
+    # the token axis comes among the rows where it stands in the value
+    before = sum(isinstance(f, Axis) for f in factors[:at])
+    index = index.movedim(-1, before)
+    sizes = [a.size if isinstance(a, Axis) else 1 for a in factors]
+    sizes[at] = count
+    return index.reshape(sizes)

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from toma_fx.analysis.dataflow import Flow
+from toma_fx.analysis.factors import Segment
 from toma_fx.analysis.facts import Analysis, Stream
-from toma_fx.analysis.labels import Segment
 from toma_fx.analysis.streams import find_text_streams
 from toma_fx.errors import ConfigError, NoCacheSites
 from toma_fx.graph.nodes import CONVOLUTIONS, JOINS

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from toma_fx.analysis.dataflow import Flow
+from toma_fx.analysis.dataflow import Flow, is_batch
 from toma_fx.analysis.facts import Branch, Rejected, Site
-from toma_fx.analysis.labels import BATCH
 from toma_fx.methods.setting import Setting
 
 IMAGE_KEYS = ("self", "joint")
@@ -25,7 +24,7 @@ def refuse_key_sizes(
             reason = "proportional=True: attention is written out, not one fused operator"
             return Rejected(site.node, reason, "content")
         layout = flow.layout(site.operands[0]) or ()
-        if layout[:1] != (BATCH,):
+        if not layout or not is_batch(layout[0]):
             reason = "proportional=True: its first dimension is not the batch"
             return Rejected(site.node, reason, "layout")
     return None

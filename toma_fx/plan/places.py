@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 
 from toma_fx.analysis.dataflow import Flow
+from toma_fx.analysis.factors import Segment
 from toma_fx.analysis.facts import Analysis, Stream
-from toma_fx.analysis.labels import Segment
 from toma_fx.methods.setting import Place
 from toma_fx.methods.windows import Size
 

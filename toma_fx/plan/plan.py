@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from toma_fx.analysis.labels import Segment
+from toma_fx.analysis.factors import Segment
 from toma_fx.methods.base import MethodConfig
 from toma_fx.methods.cache import Fitted
 from toma_fx.methods.setting import Setting

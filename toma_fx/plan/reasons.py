@@ -7,7 +7,6 @@ from collections.abc import Sequence, Set
 
 from toma_fx.analysis.dataflow import Flow
 from toma_fx.analysis.facts import Analysis, Branch, Rejected, Site
-from toma_fx.analysis.labels import BATCH, Tokens
 from toma_fx.methods.base import MethodConfig
 from toma_fx.methods.windows import size_text
 from toma_fx.plan.plan import Rejection
@@ -82,7 +81,7 @@ def reject_rest(
 def _tokens_first(flow: Flow, segment: str) -> bool:
     """Whether what is added up is laid out [tokens, batch, channels]."""
     layouts = (flow.layout(n) for n in flow.carriers(segment) if n in flow.sums)
-    return any(x is not None and x[1:2] == (BATCH,) and isinstance(x[0], Tokens) for x in layouts)
+    return any(x is not None and x[0].tokens and x[1:] and x[1].axes for x in layouts)
 
 
 def _reject_lost_updates(flow: Flow) -> list[Rejection]:

@@ -11,36 +11,71 @@ from torch import fx
 import toma_fx.analysis.rules.attention
 import toma_fx.analysis.rules.joins
 import toma_fx.analysis.rules.quantized
+import toma_fx.analysis.rules.sums
 import toma_fx.analysis.rules.views  # noqa: F401
+from toma_fx.analysis.factors import HEIGHT, Refused
 from toma_fx.analysis.facts import Transfer
-from toma_fx.analysis.labels import HEIGHT, Fact, is_tuple_fact, layouts_of
-from toma_fx.analysis.rules.base import NOTHING, RULES, Call, Outcome, carries_tokens
+from toma_fx.analysis.labels import Fact, Layout, is_tuple_fact, layouts_of, names_axis
+from toma_fx.analysis.rules.base import RULES, SEEDS, Call, Outcome, Rule, carries_tokens
 from toma_fx.analysis.rules.compute import pointwise
+from toma_fx.graph.nodes import UNKNOWN, int_size
+
+NOTHING = Transfer(None)
 
 
 def apply_rule(node: fx.Node, facts: dict[str, Fact]) -> Outcome:
     """Run the rule of `node`; a refusal of kind "no_rule" if there is none."""
     call = Call(node, facts)
     if node.target is operator.getitem:
-        return _getitem(call)
-    rule = RULES.get(call.op)
-    single = isinstance(node.meta.get("val"), torch.Tensor)
-    if rule is None and single and torch.Tag.pointwise in getattr(node.target, "tags", ()):
-        rule = pointwise
-    if rule is not None:
-        return rule(call)
-    operands = [n for n in node.all_input_nodes if _may_hold_tokens(facts.get(n.name))]
-    return call.reject(f"no transfer rule for {call.op}", "no_rule") if operands else NOTHING
+        return _take_item(call)
+    rule, operands = _find_rule(call), [facts.get(n.name) for n in node.all_input_nodes]
+    if not any(operands) and rule not in SEEDS:
+        return NOTHING
+    if rule is None:
+        lost = any(_may_hold_tokens(fact) for fact in operands)
+        return call.reject(f"no transfer rule for {call.op}", "no_rule") if lost else NOTHING
+    try:
+        result = rule(call)
+        transfer = result if isinstance(result, Transfer) else Transfer(result)
+        return _check(call, transfer)
+    except Refused as refusal:
+        return call.reject(refusal.reason)
+
+
+def _find_rule(call: Call) -> Rule | None:
+    single = isinstance(call.node.meta.get("val"), torch.Tensor)
+    alike = single and torch.Tag.pointwise in getattr(call.node.target, "tags", ())
+    return RULES.get(call.op, pointwise if alike else None)
+
+
+def _check(call: Call, transfer: Transfer) -> Transfer:
+    """The transfer, without layouts that say nothing; each must fit the value it is about."""
+    values = call.node.meta["val"]
+    fact = transfer.fact
+    if is_tuple_fact(fact):
+        known = tuple(_check_layout(x, v) for x, v in zip(layouts_of(fact), values, strict=True))
+        fact = known if any(known) else None
+    elif fact is not None:
+        fact = _check_layout(fact, values)  # type: ignore[arg-type]
+    return Transfer(fact, transfer.patches, transfer.positionals, transfer.needs_all_tokens)
+
+
+def _check_layout(layout: Layout | None, value: torch.Tensor) -> Layout | None:
+    sizes = [int_size(s) for s in value.shape]
+    if layout is None or all(label.is_plain for label in layout):
+        return None
+    pairs = [p for p in zip((x.size for x in layout), sizes, strict=False) if max(p) < UNKNOWN]
+    if len(layout) != len(sizes) or any(a != b for a, b in pairs):
+        raise Refused(f"its rule gives {', '.join(map(str, layout))} for a value of {sizes}")
+    return layout
 
 
 def _may_hold_tokens(fact: Fact) -> bool:
     """Whether a value has a token axis, or a height that could become one."""
-    return carries_tokens(fact) or any(HEIGHT in (layout or ()) for layout in layouts_of(fact))
+    return carries_tokens(fact) or any(names_axis(x, HEIGHT) for x in layouts_of(fact))
 
 
-def _getitem(call: Call) -> Outcome:
-    fact = call.fact(call.node.args[0])
-    index = call.node.args[1]
-    if not is_tuple_fact(fact) or not isinstance(index, int):
-        return NOTHING
-    return Transfer(fact[index])
+def _take_item(call: Call) -> Outcome:
+    fact, index = call.fact(call.node.args[0]), call.node.args[1]
+    known = is_tuple_fact(fact) and isinstance(index, int)
+    return Transfer(layouts_of(fact)[index]) if known else NOTHING  # type: ignore[index]

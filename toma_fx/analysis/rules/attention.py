@@ -2,157 +2,154 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 from torch import fx
 
-from toma_fx.analysis.facts import Positional, Transfer
-from toma_fx.analysis.labels import (
-    BATCH,
-    FRAMES,
-    Flat,
-    Keys,
-    Label,
-    Layout,
-    Tokens,
-    is_batch,
-    token_dim,
-    tokens_of,
-)
-from toma_fx.analysis.rules.base import NOTHING, Call, Outcome, rule
+from toma_fx.analysis.factors import Keys, Refused
+from toma_fx.analysis.facts import Transfer
+from toma_fx.analysis.labels import ONE, Label, Layout, plain
+from toma_fx.analysis.rules.base import Call, carries_positions, rule
+from toma_fx.analysis.rules.compute import find_positionals, meet_all
 from toma_fx.graph.nodes import SOFTMAX, UNKNOWN, shape_of
 
 
 @rule("scaled_dot_product_attention")
-def attention(call: Call) -> Outcome:
+def attention(call: Call) -> Transfer:
     """Attention mixes tokens but returns the query's axis. [..., heads, tokens, width]."""
-    query, key, value = call.node.args[:3]
-    q, k, v = call.layout(query), call.layout(key), call.layout(value)
+    q, k, v = (call.layout(call.arg(i)) for i in range(3))
     mask, causal = call.arg(3, "attn_mask"), call.arg(5, "is_causal", False)
     for name, layout in (("query", q), ("key", k), ("value", v)):
-        if layout is not None and isinstance(layout[-1], Tokens):
-            return call.reject(f"tokens lie along the width of the {name}")
-    if k is not None and v is not None and not _same_tokens(k[-2], v[-2]):
-        return call.reject("keys and values come from different tokens")
-    for layout in (k, v):
-        if q is not None and layout is not None and q[0] != layout[0] and _share_tokens(q, layout):
-            return call.reject("queries and keys are batched differently")
-    outer = token_dim(q)
-    if outer is None and any(
-        x is not None and token_dim(x) not in (None, len(x) - 2) for x in (k, v)
-    ):
-        return call.reject("keys are batched over tokens, queries are not")
-    if q is not None and outer is not None and q[-2] == FRAMES:
-        return Transfer((*q[:-1], None), needs_all_tokens="each frame merges by its own pattern")
-    if q is not None and outer is not None and outer < len(shape_of(query)) - 2:
-        if k is None or k[outer] != q[outer]:
-            return call.reject("queries are batched over tokens, keys are not")
-        return Transfer((*q[:-1], None)) if mask is None else call.reject("mask on batched tokens")
-    involved = [x[-2] for x in (q, k) if x is not None and isinstance(x[-2], Tokens)]
-    if causal and involved:
-        return call.reject("causal attention depends on the order of the tokens")
-    positionals: list[Positional] = []
-    if mask is not None:
-        if q is not None and is_batch(q[0]) and q[0] != BATCH:
-            return call.reject("a mask on rows of the batch")
-        for dim, layout in ((-2, q), (-1, k)):
-            label = layout[-2] if layout is not None else None
-            shape = shape_of(mask)
-            if isinstance(label, Tokens) and label.length >= UNKNOWN:
-                return call.reject("a mask over as many tokens as the data says")
-            if isinstance(label, Tokens) and len(shape) >= -dim and shape[dim] != 1:
-                at = (layout or ()).index(BATCH) if BATCH in (layout or ()) else 0
-                lead = len(layout or ()) - len(shape)
-                batch, lead = (at - lead, 0) if at >= lead else (None, lead - at)
-                mask_label = (call.layout(mask) or (None,) * len(shape))[dim]
-                if isinstance(mask_label, Tokens) and mask_label.segments == label.segments:
-                    continue
-                labels = (x for x in call.layout(mask) or () if isinstance(x, Tokens))
-                mask_images = [s.name for x in labels for s in x.segments if s.grid]
-                if batch or any(s.name in mask_images for s in label.segments):
-                    return call.reject("a mask that is laid out otherwise")
-                positionals.append(Positional(mask.name, len(shape) + dim, label, batch, lead))
-    return Transfer((*q[:-1], None) if q is not None else None, positionals=tuple(positionals))
+        if layout[-1].positions:
+            raise Refused(f"tokens lie along the width of the {name}")
+        if layout[-2].is_product or layout[-2].keys:
+            raise Refused(f"tokens of the {name} share a dimension with something else")
+        call.mix("attention along", layout, [-1])
+    if not _same_tokens(k[-2], v[-2]):
+        raise Refused("keys and values come from different tokens")
+    lead = _meet_leads([q, k, v], call.shape[:-2])
+    outer = next((d for d, label in enumerate(lead) if label.positions), None)
+    if outer is not None and any(not x[outer - len(lead) - 2].positions for x in (q, k, v)):
+        raise Refused("queries, keys and values are batched over different tokens")
+    keys = k[-2].tokens
+    rows = (*lead, *((q[-2], Label((Keys(keys),))) if keys else (q[-2], plain(k[-2].size))))
+    if causal and (q[-2].tokens or keys):
+        raise Refused("causal attention depends on the order of the tokens")
+    if (q[-2].rows or k[-2].rows) and carries_positions((*lead, q[-2], k[-2])):
+        return Transfer((*lead, q[-2], v[-1]), needs_all_tokens="it mixes rows of the batch")
+    if mask is None:
+        return Transfer((*lead, q[-2], v[-1]))
+    meet_all([rows, call.layout(mask)], [label.size for label in rows])
+    if any(x and x.length >= UNKNOWN for x in (q[-2].tokens, keys)):
+        raise Refused("a mask over as many tokens as the data says")
+    positionals, needs_all = find_positionals(call, [mask], rows)
+    return Transfer((*lead, q[-2], v[-1]), positionals=positionals, needs_all_tokens=needs_all)
 
 
-def _share_tokens(a: Layout, b: Layout) -> bool:
-    """Whether two values hold tokens of one segment."""
-    names = [{s.name for s in tokens.segments} for x in (a, b) if (tokens := tokens_of(x))]
-    return len(names) == 2 and not names[0].isdisjoint(names[1])
+def _meet_leads(layouts: Sequence[Layout], shape: Sequence[int]) -> Layout:
+    """What the dimensions before the last two are; queries tell, if the tokens are not theirs."""
+    q, *rest = layouts
+    names = [
+        {s.name for x in each if x.positions for s in x.positions.segments} for each in layouts
+    ]
+    labels = meet_all([x[:-2] for x in layouts], shape)
+    for layout, own in zip(rest, names[1:], strict=True):
+        padded = (*(ONE,) * (len(q) - len(layout)), *layout)
+        pairs = zip(q[:-2], padded[:-2], strict=False)
+        if names[0] & own and any(a.rows and b.rows and a != b for a, b in pairs):
+            raise Refused("queries and keys are batched differently")
+    return labels
 
 
 def _same_tokens(key: Label, value: Label) -> bool:
     """Whether keys and values are of the same tokens; unknown ones joined to them have no name."""
-    if not isinstance(key, Tokens) or not isinstance(value, Tokens):
+    if key.tokens is None or value.tokens is None:
         return key == value
-    pairs = zip(key.segments, value.segments, strict=False)
-    return len(key.segments) == len(value.segments) and all(
-        a == b or (a.role == b.role == "other" and a.length == b.length) for a, b in pairs
+    a, b = key.tokens.segments, value.tokens.segments
+    return len(a) == len(b) and all(
+        x == y or (x.role == y.role == "other" and x.length == y.length)
+        for x, y in zip(a, b, strict=True)
     )
 
 
 @rule("matmul", "mm", "bmm")
-def matmul(call: Call) -> Outcome:
+def matmul(call: Call) -> Transfer:
     """Products: x @ weight treats every token alike, q @ k makes scores, scores @ v uses them."""
-    return _product(call, *call.node.args[:2])
+    return _multiply(call, call.arg(0), call.arg(1))
 
 
 @rule("baddbmm")
-def baddbmm(call: Call) -> Outcome:
+def baddbmm(call: Call) -> Transfer:
     """beta * input + alpha * (a @ b), as the older attention processors write it (beta is 0)."""
     if call.arg(3, "beta", 1) != 0:
-        return call.reject("a sum with a product over token axes")
-    return _product(call, *call.node.args[1:3])
+        raise Refused("a sum with a product over token axes")
+    return _multiply(call, call.arg(1), call.arg(2))
 
 
-def _product(call: Call, a: Any, b: Any) -> Outcome:
+def _multiply(call: Call, a: fx.Node, b: fx.Node) -> Transfer:
     left, right = call.layout(a), call.layout(b)
-    if left is None and right is None:
-        return NOTHING
-    if tokens_of(right) is None:
-        return _times_weight(call, a, b, left)
-    if left is None or right is None or left[:-2] != right[:-2]:
-        return call.reject("a matrix product over token axes")
-    rows, inner, columns = left[-2], (left[-1], right[-2]), right[-1]
-    if isinstance(left[-1], Keys) and isinstance(right[-2], Tokens):
-        if left[-1].segments != right[-2].segments or not left[-1].normal:
-            return call.reject("a sum over tokens without softmax")
-        return Transfer((*left[:-1], None))
-    if any(isinstance(label, Tokens) for label in inner):
-        return call.reject("a sum over tokens (linear attention)")
-    if not isinstance(columns, Tokens) or isinstance(columns, (Keys, Flat)):
-        return call.reject("a matrix product over token axes")
-    if isinstance(rows, (Keys, Flat)):
-        return call.reject("a matrix product over token axes")
-    return Transfer((*left[:-1], Keys(columns.segments)))
+    vector = len(left) == 1 or len(right) == 1
+    inner, other = left[-1], right[-1] if len(right) == 1 else right[-2]
+    rows, columns = left[-2:-1], right[-1:] if len(right) > 1 else ()
+    _check_sum(call, left, inner, right, other)
+    if vector and carries_positions(right):
+        raise Refused("a matrix product over token axes")
+    if any(label.tokens for label in rows):
+        columns = _label_keys(rows, columns)
+    outer = len(call.shape) - len(rows) - len(columns)
+    lead = meet_all([left[:-2], right[:-2]], call.shape[:outer])
+    labels = (*lead, *rows, *columns)
+    if sum(bool(x.tokens) for x in labels) > 1:
+        raise Refused("two token axes in one value")
+    # a matrix for each token, or row, of the other operand
+    more = ((a, (*lead, *left[-2:])), (b, (*lead, *right[-2:])))
+    found = [
+        find_positionals(call, [node], (*full[: len(lead)], *map(_plain, full[len(lead) :])))
+        for node, full in more
+        if len(full) > 2 and len(shape_of(node)) > 2
+    ]
+    positionals = tuple(p for group, _ in found for p in group)
+    return Transfer(labels, positionals=positionals, needs_all_tokens="".join(x for _, x in found))
 
 
-def _times_weight(call: Call, a: fx.Node, b: fx.Node, left: Layout | None) -> Outcome:
-    """x @ w: w is no token and may have a batch of its own."""
-    if left is None:
-        return NOTHING
-    if isinstance(left[-1], Tokens):
-        return call.reject("a matrix product over the token axis")
-    rank, shape = len(left), shape_of(b)
-    if len(shape) == 1:
-        return Transfer(left[:-1])
-    for d, label in enumerate(left[:-2]):
-        dim = d - rank + len(shape)
-        if isinstance(label, Tokens) and dim >= 0 and shape[dim] != 1:
-            return call.reject("every token has a matrix of its own")
-    if len(shape) > rank:
-        return call.reject("a batched matrix product across tokens")
-    return Transfer((*left[:-1], None))
+def _plain(label: Label) -> Label:
+    return plain(label.size)
+
+
+def _check_sum(call: Call, left: Layout, a: Label, right: Layout, b: Label) -> None:
+    """A product may sum over features, and over keys whose shares add up to 1."""
+    if a.keys and b.tokens and not (a.is_product or b.is_product):
+        if a.keys.tokens.segments != b.tokens.segments or not a.keys.normal:
+            raise Refused("a sum over tokens without softmax")
+        return
+    if a.tokens and b.tokens:
+        raise Refused("a sum over tokens (linear attention)")
+    if a.positions and b.is_plain and right and not carries_positions(right):
+        raise Refused("a matrix product over the token axis")
+    if a.positions or b.positions:
+        raise Refused("a matrix product over token axes")
+    held = carries_positions(left) or carries_positions(right)
+    if held and (a.rows or b.rows):
+        raise Refused("a matrix product over the batch of tokens")
+
+
+def _label_keys(rows: Layout, columns: Layout) -> Layout:
+    """What the columns of a product are: the keys of scores, if the right operand has tokens."""
+    both = (*rows, *columns)
+    if any(label.keys for label in both) or any(label.is_product for label in columns):
+        raise Refused("a matrix product over token axes")
+    if any(label.is_product for label in rows) and any(label.tokens for label in columns):
+        raise Refused("a matrix product over token axes")
+    return tuple(Label((Keys(x.tokens),)) if x.tokens else x for x in columns)
 
 
 @rule(*SOFTMAX)
-def softmax(call: Call) -> Outcome:
+def softmax(call: Call) -> Layout:
     """Over attention scores it makes shares of the keys; over features it keeps every axis."""
-    layout = call.layout(call.node.args[0])
-    if layout is None:
-        return NOTHING
+    layout = call.layout(call.arg(0))
     dim = call.arg(1, "dim") % len(layout)
-    label = layout[dim]
-    if isinstance(label, Keys):
-        return Transfer((*layout[:dim], Keys(label.segments, True), *layout[dim + 1 :]))
-    return call.reject_mixing("a reduction over", layout, [dim]) or Transfer(layout)
+    keys = layout[dim].keys
+    if keys and not layout[dim].is_product:
+        return (*layout[:dim], Label((Keys(keys.tokens, True),)), *layout[dim + 1 :])
+    call.mix("a reduction over", layout, [dim])
+    return layout

@@ -1,30 +1,25 @@
-"""What a transfer rule takes and returns, `Call` and `Outcome`, and the register of rules."""
+"""What a transfer rule takes and returns, `Call` and `Outcome`, and the register of rules.
+
+A rule gets a `Call` and returns the layout of the result, or a `Transfer` that says more, or raises
+`Refused`. It runs only where an operand has a label; an operand without one has a plain layout.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-import torch
 from torch import fx
 
+from toma_fx.analysis.factors import Refused
 from toma_fx.analysis.facts import Rejected, Transfer
-from toma_fx.analysis.labels import (
-    FRAMES,
-    Fact,
-    Layout,
-    Tokens,
-    is_batch,
-    layout_of,
-    layouts_of,
-    tokens_of,
-)
+from toma_fx.analysis.labels import Fact, Layout, layout_of, layouts_of, plain
 from toma_fx.errors import ConfigError, UnknownNameError
-from toma_fx.graph.nodes import op_name, shape_of
+from toma_fx.graph.nodes import argument, op_name, shape_of
 
 Outcome = Transfer | Rejected
-NOTHING = Transfer(None)
+Kind = Literal["rule", "no_rule"]
 
 
 @dataclass(frozen=True)
@@ -44,49 +39,65 @@ class Call:
         """Op name without overload, e.g. "aten.view"."""
         return op_name(self.node.target)
 
-    def arg(self, index: int, name: str, default: Any = None) -> Any:
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the result."""
+        return shape_of(self.node)
+
+    @property
+    def tensors(self) -> list[fx.Node]:
+        """Operands that are tensors, in order."""
+        return [n for n in self.node.all_input_nodes if hasattr(n.meta.get("val"), "shape")]
+
+    def arg(self, index: int, name: str = "", default: Any = None) -> Any:
         """Positional or keyword argument."""
-        if len(self.node.args) > index:
-            return self.node.args[index]
-        return self.node.kwargs.get(name, default)
+        return argument(self.node, index, name, default)
 
     def fact(self, operand: Any) -> Fact:
-        """Fact of an operand (None for literals)."""
+        """Fact of an operand; None if nothing is known."""
         return self.facts.get(operand.name) if isinstance(operand, fx.Node) else None
 
-    def layout(self, operand: Any) -> Layout | None:
+    def layout(self, operand: Any) -> Layout:
         """Layout of a tensor operand."""
-        return layout_of(self.fact(operand))
+        known = layout_of(self.fact(operand))
+        return known if known is not None else tuple(plain(s) for s in shape_of(operand))
 
-    def reject_mixing(self, what: str, layout: Layout, dims: Iterable[int]) -> Rejected | None:
-        """Refusal if `what`, which mixes or cuts along `dims`, would touch tokens, or their batch.
+    def mix(self, what: str, layout: Layout, dims: Iterable[int]) -> None:
+        """Check that the op may mix, or cut, along `dims`.
 
-        Each batch element merges by its own pattern, so token i of one no longer matches token i of
-        another.
+        Each row of a batch merges by its own pattern, so token i of one no longer matches token i
+        of another.
+
+        Raises:
+            Refused: they hold tokens, or rows of tokens.
         """
-        shape = shape_of(self.node.args[0])
-        for dim in dims:
-            if isinstance(layout[dim], Tokens):
-                return self.reject(f"{what} the token axis")
-            batched = is_batch(layout[dim]) or layout[dim] == FRAMES
-            if batched and shape[dim] != 1 and tokens_of(layout) is not None:
-                return self.reject(f"{what} the batch of tokens")
-        return None
+        held = carries_positions(layout)
+        for label in (layout[d] for d in dims):
+            if label.positions:
+                raise Refused(f"{what} the token axis")
+            if held and label.rows and label.size > 1:
+                raise Refused(f"{what} the batch of tokens")
 
-    def reject(self, reason: str, kind: Literal["rule", "no_rule"] = "rule") -> Rejected:
+    def reject(self, reason: str, kind: Kind = "rule") -> Rejected:
         """Refusal that blames this node."""
         return Rejected(self.name, f"{reason} ({self.node.target})", kind, self.op)
 
 
-Rule = Callable[[Call], Outcome]
+Rule = Callable[[Call], Layout | Transfer]
 RULES: dict[str, Rule] = {}
+SEEDS: set[Rule] = set()
+"""Rules that label results of operands without labels: a convolution knows where a picture is."""
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
+R = TypeVar("R", bound=Rule)
+
+
+def rule(*names: str, seeds: bool = False) -> Callable[[R], R]:
     """Register a transfer rule for ops; a name without a namespace is one of aten."""
 
-    def add(function: Rule) -> Rule:
+    def add(function: R) -> R:
         RULES.update({name if "." in name else f"aten.{name}": function for name in names})
+        SEEDS.update({function} if seeds else ())
         return function
 
     return add
@@ -106,6 +117,8 @@ def tokenwise(op: str | Callable[..., Any]) -> None:
         UnknownNameError: no operator of that name is registered with torch.
         ConfigError: the package has a rule of its own for it.
     """
+    import torch
+
     name = op if isinstance(op, str) else str(getattr(op, "overloadpacket", op)).replace(".", "::")
     space, _, leaf = name.partition("::")
     if not leaf or not hasattr(getattr(torch.ops, space), leaf):
@@ -121,25 +134,27 @@ def tokenwise(op: str | Callable[..., Any]) -> None:
     RULES[f"{space}.{leaf}"] = tokenwise_rule
 
 
-def tokenwise_rule(call: Call) -> Outcome:
+def tokenwise_rule(call: Call) -> Transfer:
     """Rule of ops on [..., C] that treat every token alike."""
     first, *others = call.node.all_input_nodes
-    layout = call.layout(first)
+    layout, shape = call.layout(first), shape_of(first)
     if any(carries_tokens(call.fact(other)) for other in others):
-        return call.reject("an argument of a token-wise op, besides the first, holds tokens")
-    if layout is None:
-        return NOTHING
-    if isinstance(layout[-1], Tokens):
-        return call.reject("a token-wise op over the token axis")
+        raise Refused("an argument of a token-wise op, besides the first, holds tokens")
+    call.mix("a token-wise op over", layout, [-1])
     values = call.node.meta["val"]
     several = isinstance(values, (tuple, list))
-    shape = shape_of(first)
-    if any(tuple(v.shape[:-1]) != shape[:-1] for v in (values if several else [values])):
-        return call.reject("declared token-wise, but its result has another shape")
-    fact = (*layout[:-1], None)
-    return Transfer((fact,) * len(values) if several else fact)
+    shapes = [tuple(v.shape) for v in (values if several else [values])]
+    if any(s[:-1] != shape[:-1] for s in shapes):
+        raise Refused("declared token-wise, but its result has another shape")
+    facts = tuple((*layout[:-1], plain(s[-1])) for s in shapes)
+    return Transfer(facts if several else facts[0])
+
+
+def carries_positions(layout: Layout) -> bool:
+    """Whether a layout has tokens, or keys of attention."""
+    return any(label.positions for label in layout)
 
 
 def carries_tokens(fact: Fact) -> bool:
     """Whether a value, or one of a tuple of values, has a token axis."""
-    return any(tokens_of(layout) is not None for layout in layouts_of(fact))
+    return any(carries_positions(layout) for layout in layouts_of(fact) if layout)

@@ -3,199 +3,164 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
 
-import torch
 from torch import fx
 
+from toma_fx.analysis.factors import FRAMES, HEIGHT, WIDTH, Keys, Refused
 from toma_fx.analysis.facts import Positional, Transfer
 from toma_fx.analysis.labels import (
-    BATCH,
-    FRAMES,
-    HEIGHT,
-    SPATIAL,
-    WIDTH,
-    Flat,
-    Keys,
+    ONE,
     Label,
     Layout,
-    Tokens,
-    is_batch,
-    layout_of,
-    token_dim,
-    tokens_of,
+    axis,
+    drop,
+    meet,
+    plain,
+    rows_of,
+    use_up,
 )
-from toma_fx.analysis.rules.base import NOTHING, Call, Outcome, carries_tokens, rule
+from toma_fx.analysis.rules.base import Call, carries_positions, carries_tokens, rule
 from toma_fx.graph.nodes import CASTS, CONVOLUTIONS, COPIES, REDUCTIONS, UNKNOWN, shape_of
 
 # -- element-wise ---------------------------------------------------------------------------------
 
 
 @rule("clip", "expand_as", "full_like", "zeros_like", "ones_like", "empty_like", "copy")
-def pointwise(call: Call) -> Outcome:
+def pointwise(call: Call) -> Transfer:
     """Element-wise ops keep every axis; operands broadcast from the right."""
-    operands = [n for n in call.node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
-    outcome = broadcast(call, operands, additive=call.op in ("aten.add", "aten.sub"))
-    layout = layout_of(outcome.fact) if isinstance(outcome, Transfer) else None
-    last = layout[-1] if layout else None
-    if isinstance(last, Keys) and last.normal and not _stays_average(call, operands):
-        assert isinstance(outcome, Transfer)
-        return replace(outcome, fact=(*(layout or ())[:-1], Keys(last.segments)))
-    return outcome
+    operands = call.tensors
+    transfer = broadcast(call, operands, additive=call.op in ("aten.add", "aten.sub"))
+    layout: Layout = transfer.fact  # type: ignore[assignment]
+    keys = layout[-1].keys if layout else None
+    if keys and keys.normal and not _stays_average(call, operands):
+        fact = (*layout[:-1], Label((Keys(keys.tokens),)))
+        return Transfer(fact, transfer.patches, transfer.positionals, transfer.needs_all_tokens)
+    return transfer
 
 
 def _stays_average(call: Call, operands: Sequence[fx.Node]) -> bool:
     """Whether shares of the keys stay shares: (1 - p) @ v counts the keys, (g * p) @ v does not."""
-    shares = [n for n in operands if isinstance((call.layout(n) or (None,))[-1], Keys)]
+    shares = [n for n in operands if any(label.keys for label in call.layout(n)[-1:])]
     if call.op in ("aten.add", "aten.sub"):  # differential attention
         return len(shares) == 2
     scaled = call.op == "aten.mul" or (call.op == "aten.div" and operands[0] in shares)
     return call.op in ("aten.where", "aten.masked_fill") or (scaled and len(shares) == 1)
 
 
-def broadcast(call: Call, operands: Sequence[fx.Node], *, additive: bool = False) -> Outcome:
-    """Labels of a broadcast result, with the operands that are positional to its token axis."""
-    out_shape = shape_of(call.node)
-    rank = len(out_shape)
-    labels: list[Label] = [None] * rank
-    rows_differ = False
-    for operand in operands:
-        layout, shape = call.layout(operand), shape_of(operand)
-        if layout is None:
-            continue
-        shift = rank - len(shape)
-        for d, label in enumerate(layout):
-            if label is None or (shape[d] == 1 and out_shape[d + shift] != 1):
+def broadcast(
+    call: Call,
+    operands: Sequence[fx.Node],
+    *,
+    additive: bool = False,
+    layouts: Sequence[Layout] | None = None,
+) -> Transfer:
+    """Labels of a broadcast result, with the operands that are positional to its token axis.
+
+    `layouts` are what the operands have in the result, if an op changes that before.
+    """
+    labels = meet_all(layouts or [call.layout(n) for n in operands], call.shape)
+    scores = any(label.keys for label in labels)
+    positionals, needs_all = find_positionals(call, operands, labels, additive and not scores)
+    return Transfer(labels, positionals=positionals, needs_all_tokens=needs_all)
+
+
+def meet_all(layouts: Sequence[Layout], shape: Sequence[int]) -> Layout:
+    """The layout of a value of `shape` that operands broadcast to.
+
+    It is about the tokens of the operand with a picture, if there is one. Those that hold the same
+    tokens must agree on what each dimension is; what the others are tells where theirs is plain.
+
+    Raises:
+        Refused: different tokens, or rows of tokens, meet.
+    """
+    ranks = [max((x.positions.rank for x in each if x.positions), default=-1) for each in layouts]
+    held = max(ranks, default=-1)
+    names = names_of(layouts[ranks.index(held)]) if held >= 0 else set[str]()
+    own = [not names.isdisjoint(names_of(each)) for each in layouts]
+    labels = [plain(size) for size in shape]
+    for strict, layout in sorted(zip(own, layouts, strict=True), key=lambda x: not x[0]):
+        for d, label in enumerate(layout, len(shape) - len(layout)):
+            if label.size == 1 != shape[d]:
                 continue
-            current = labels[d + shift]
-            if current is None or _has_priority(label, current):
-                labels[d + shift] = label
-            elif isinstance(label, Tokens) != isinstance(current, Tokens) and (
-                is_batch(label) or is_batch(current)
-            ):
-                return call.reject("a token axis meets a batch axis")
-            elif is_batch(label) and is_batch(current) and label != current:
-                rows_differ = True
-            elif isinstance(label, Tokens) and current in SPATIAL:
-                labels[d + shift] = label
-    scores = isinstance(labels[-1], Keys) if labels else False
-    if sum(isinstance(label, Tokens) for label in labels) > 1 + scores:
-        return call.reject("two token axes in one value")
-    if rows_differ and token_dim(tuple(labels)) is not None:
-        return call.reject("different rows of the batch meet")
-    if _loses_batch(call, operands, labels):
-        return call.reject("tokens whose batch elements may have been mixed")
+            try:
+                labels[d] = meet(labels[d], label)
+            except Refused:
+                if strict:
+                    raise
+    if held >= 0:
+        labels = [use_up(label, (HEIGHT, WIDTH)) for label in labels]
+        _check_rows([x for x, holds in zip(layouts, own, strict=True) if holds], labels)
+    return tuple(labels)
+
+
+def names_of(layout: Layout) -> set[str]:
+    """Names of the segments that a layout has."""
+    return {s.name for x in layout if x.positions for s in x.positions.segments}
+
+
+def _check_rows(layouts: Sequence[Layout], labels: Sequence[Label]) -> None:
+    """Each row of the batch has one place, the same in all that hold these tokens."""
+    if sum(bool(x.tokens) for x in labels) > 1 or sum(bool(x.keys) for x in labels) > 1:
+        raise Refused("two token axes in one value")
+    axes = rows_of(tuple(labels))
+    if len({(a.name, a.stride) for a in axes}) < len(axes):
+        raise Refused("different rows of the batch meet")
+    for layout in layouts:
+        rows = rows_of(layout)
+        if rows and rows != axes:
+            raise Refused("tokens whose batch elements may have been mixed")
+
+
+def find_positionals(
+    call: Call, operands: Sequence[fx.Node], labels: Layout, additive: bool = False
+) -> tuple[tuple[Positional, ...], str]:
+    """Operands that line up with a token axis of `labels` without carrying it themselves.
+
+    Returns:
+        The operands, and why the op must see all tokens, if it must.
+    """
     positionals, needs_all = [], ""
     for operand in operands:
+        own, shift = call.layout(operand), len(labels) - len(shape_of(operand))
         for dim, label in enumerate(labels):
-            if not isinstance(label, Tokens):
+            tokens = label.positions
+            if tokens is None or dim < shift or own[dim - shift].size == 1 != label.size:
                 continue
-            positional = _match_positional(
-                call, operand, tuple(labels), dim, additive and not scores
-            )
-            if positional is None:
+            mine = own[dim - shift].positions
+            if mine is not None and mine.segments == tokens.segments:
+                if mine.fixed != tokens.fixed:
+                    raise Refused("different rows of the batch meet")
                 continue
-            if _holds_tokens(call, operand, label):
-                return call.reject("the same tokens meet in another order")
-            if isinstance(label, Flat):
-                needs_all = "a table over positions in the batch"
-            elif label.length >= UNKNOWN:
+            names = {s for x in own if x.positions for s in x.positions.names}
+            if names & tokens.names:
+                raise Refused("the same tokens meet in another order")
+            if tokens.length >= UNKNOWN:
                 needs_all = "a table over as many tokens as the data says"
-            elif positional.batch or FRAMES in labels:
-                needs_all = "a table whose batch is not its first dimension"
-            elif BATCH not in labels and _is_content(positional.tokens):
-                needs_all = "a table over tokens whose batch is folded into another axis"
             else:
-                positionals.append(positional)
-    return Transfer(tuple(labels), positionals=tuple(positionals), needs_all_tokens=needs_all)
-
-
-def _holds_tokens(call: Call, operand: fx.Node, tokens: Tokens) -> bool:
-    """Whether an operand holds some of these tokens itself, laid out otherwise."""
-    names = {s.name for s in tokens.segments if s.grid}
-    labels = (x for x in call.layout(operand) or () if isinstance(x, Tokens))
-    return any(s.name in names for x in labels for s in x.segments)
-
-
-def _is_content(tokens: Tokens) -> bool:
-    return any(s.role in ("image", "sequence") for s in tokens.segments)
-
-
-def _loses_batch(call: Call, operands: Sequence[fx.Node], labels: Sequence[Label]) -> bool:
-    """Whether an operand carries the result's tokens but no longer its batch."""
-    at = next((d for d, label in enumerate(labels) if label == BATCH), None)
-    dim = token_dim(tuple(labels))
-    if at is None or dim is None or shape_of(call.node)[at] == 1:
-        return False
-    for operand in operands:
-        layout, shift = call.layout(operand), len(labels) - len(shape_of(operand))
-        if layout is None or dim < shift or layout[dim - shift] != labels[dim]:
-            continue
-        content = isinstance(label := labels[dim], Tokens) and _is_content(label)
-        label_there = layout[at - shift] if at >= shift else None
-        if content and label_there != BATCH:
-            return True
-    return False
-
-
-def _is_same(label: Label, tokens: Tokens) -> bool:
-    """Whether a label is about these tokens; scores before and after softmax are."""
-    if isinstance(label, Keys) and isinstance(tokens, Keys):
-        return label.segments == tokens.segments
-    return label == tokens
-
-
-def _has_priority(label: Label, other: Label) -> bool:
-    """Token content outranks position ids: the result of q * cos(ids) is about q's tokens."""
-
-    def rank(value: Label) -> int:
-        if not isinstance(value, Tokens):
-            return 0
-        return 1 + any(s.role in ("image", "sequence") for s in value.segments)
-
-    return rank(label) > rank(other) > 0
-
-
-def _match_positional(
-    call: Call, operand: fx.Node, labels: Layout, dim: int, additive: bool
-) -> Positional | None:
-    """How `operand` lines up with the token axis `dim` of `labels` without carrying it itself."""
-    tokens, shape = labels[dim], shape_of(operand)
-    assert isinstance(tokens, Tokens)
-    shift = len(labels) - len(shape)
-    operand_dim = dim - shift
-    if operand_dim < 0 or shape[operand_dim] == 1:
-        return None
-    layout = call.layout(operand)
-    if layout is not None and _is_same(layout[operand_dim], tokens):
-        return None
-    at = next((d for d, label in enumerate(labels) if label == BATCH), None)
-    batch = at - shift if at is not None and at >= shift else None
-    lead = 0 if at is None else max(0, shift - at)
-    return Positional(operand.name, operand_dim, tokens, batch, lead, additive)
+                positionals.append(Positional(operand.name, labels, dim, additive))
+    return tuple(positionals), needs_all
 
 
 # -- linear maps ----------------------------------------------------------------------------------
 
 
 @rule("linear")
-def linear(call: Call) -> Outcome:
+def linear(call: Call) -> Layout:
     """A linear map over the last dimension treats every token alike."""
-    layout = call.layout(call.node.args[0])
-    if layout is None:
-        return NOTHING
-    if isinstance(layout[-1], Tokens):
-        return call.reject("a linear map over the token axis")
-    return Transfer((*layout[:-1], None))
+    x, *weights = call.node.all_input_nodes
+    if any(carries_tokens(call.fact(weight)) for weight in weights):
+        raise Refused("a matrix product over token axes")
+    layout = call.layout(x)
+    call.mix("a linear map over", layout, [-1])
+    return (*layout[:-1], plain(call.shape[-1]))
 
 
-@rule(*CONVOLUTIONS, "conv_transpose2d")
-def convolution(call: Call) -> Outcome:
+@rule(*CONVOLUTIONS, "conv_transpose2d", seeds=True)
+def convolution(call: Call) -> Layout:
     """Convolutions work on a spatial grid; their output may be folded into tokens."""
-    if tokens_of(call.layout(call.node.args[0])) is not None:
-        return call.reject("a convolution over the token axis")
-    return _spatial(call)
+    if carries_positions(call.layout(call.arg(0))):
+        raise Refused("a convolution over the token axis")
+    return _label_picture(call)
 
 
 @rule(
@@ -210,96 +175,89 @@ def convolution(call: Call) -> Outcome:
     "adaptive_avg_pool2d",
     "pixel_shuffle",
     "pixel_unshuffle",
+    seeds=True,
 )
-def spatial(call: Call) -> Outcome:
+def spatial(call: Call) -> Layout:
     """Resampling of a spatial grid yields a spatial grid."""
-    if tokens_of(call.layout(call.node.args[0])) is not None:
-        return call.reject("spatial resampling of a token axis")
-    return _spatial(call)
+    if carries_positions(call.layout(call.arg(0))):
+        raise Refused("spatial resampling of a token axis")
+    return _label_picture(call)
 
 
-def _spatial(call: Call) -> Transfer:
-    rank = len(shape_of(call.node))
-    spatial_dims = {4: (HEIGHT, WIDTH), 5: (FRAMES, HEIGHT, WIDTH)}.get(rank)
-    return Transfer((BATCH, None, *spatial_dims)) if spatial_dims else NOTHING
+def _label_picture(call: Call) -> Layout:
+    """[batch, channels, (frames,) height, width]; what is known of the batch stays."""
+    shape = call.shape
+    names = {4: (HEIGHT, WIDTH), 5: (FRAMES, HEIGHT, WIDTH)}.get(len(shape))
+    if names is None:
+        return tuple(plain(size) for size in shape)
+    rows = call.layout(call.arg(0))[0]
+    batch = axis("batch", shape[0]) if rows.is_plain else rows
+    sides = (axis(*side) for side in zip(names, shape[2:], strict=True))
+    return (batch, plain(shape[1]), *sides)
 
 
 # -- norms and reductions -------------------------------------------------------------------------
 
 
 @rule("layer_norm", "rms_norm")
-def norm(call: Call) -> Outcome:
+def norm(call: Call) -> Layout:
     """Normalization over the last dimensions keeps the token axis."""
-    layout = call.layout(call.node.args[0])
-    if layout is None:
-        return NOTHING
-    sizes: Any = call.node.args[1]
-    count = len(sizes)
-    if any(isinstance(label, Tokens) for label in layout[len(layout) - count :]):
-        return call.reject("normalization over the token axis")
-    # what it mixes is no batch (or frames) of tokens any more
-    return Transfer((*layout[: len(layout) - count], *(None,) * count))
+    layout, count = call.layout(call.arg(0)), len(call.arg(1))
+    call.mix("normalization over", layout, range(-count, 0))
+    return (*layout[:-count], *map(plain, call.shape[-count:]))
 
 
 @rule("group_norm", "batch_norm", "instance_norm")
-def spatial_norm(call: Call) -> Outcome:
+def spatial_norm(call: Call) -> Layout | Transfer:
     """Statistics over positions: fine on a spatial grid, mixing on tokens."""
-    layout = call.layout(call.node.args[0])
-    if tokens_of(layout) is None:
-        return Transfer(layout)
-    if layout is not None and is_batch(layout[0]) and not isinstance(layout[1], Tokens):
-        return Transfer(layout, needs_all_tokens="normalization statistics over the token axis")
-    return call.reject("normalization statistics over the token axis")
+    layout = call.layout(call.arg(0))
+    if not carries_positions(layout) or (call.op == "aten.batch_norm" and not call.arg(5)):
+        return layout
+    if layout[0].positions or layout[1].positions or call.op == "aten.batch_norm":
+        raise Refused("normalization statistics over the token axis")
+    return Transfer(layout, needs_all_tokens="normalization statistics over the token axis")
 
 
 @rule("log_softmax", "cumsum", "flip")
-def scan(call: Call) -> Outcome:
+def scan(call: Call) -> Layout:
     """Ops along some dimensions that keep the shape."""
-    layout = call.layout(call.node.args[0])
-    if layout is None:
-        return NOTHING
-    dims = call.arg(1, "dim")
-    if not isinstance(dims, (list, tuple)):
-        dims = [dims]
-    return call.reject_mixing("a reduction over", layout, dims) or Transfer(layout)
+    layout, dims = call.layout(call.arg(0)), call.arg(1, "dim")
+    call.mix("a reduction over", layout, dims if isinstance(dims, (list, tuple)) else [dims])
+    return layout
 
 
 @rule(*REDUCTIONS)
-def reduction(call: Call) -> Outcome:
+def reduction(call: Call) -> Layout:
     """Reductions over other dimensions keep the token axis."""
-    layout = call.layout(call.node.args[0])
-    if layout is None:
-        return NOTHING
-    at = 2 if call.op == "aten.linalg_vector_norm" else 1
-    dims = call.arg(at, "dim")
-    every = range(len(layout))
-    if isinstance(dims, int):
-        dims = [dims]
-    reduced = (
-        set(every)
-        if not isinstance(dims, (list, tuple)) or not dims
-        else {d % len(layout) for d in dims}
-    )
-    refused = call.reject_mixing("a reduction over", layout, reduced)
-    if refused:
-        return refused
-    if len(shape_of(call.node)) == len(layout):
-        return Transfer(tuple(None if d in reduced else layout[d] for d in every))
-    return Transfer(tuple(layout[d] for d in every if d not in reduced))
+    layout = call.layout(call.arg(0))
+    dims = call.arg(2 if call.op == "aten.linalg_vector_norm" else 1, "dim")
+    dims = [dims] if isinstance(dims, int) else dims
+    reduced = {d % len(layout) for d in dims} if isinstance(dims, (list, tuple)) and dims else None
+    return reduce(call, layout, set(range(len(layout))) if reduced is None else reduced)
+
+
+def reduce(call: Call, layout: Layout, dims: set[int]) -> Layout:
+    """The layout after a reduction over `dims`, which may stay as dimensions of size 1."""
+    call.mix("a reduction over", layout, dims)
+    if len(call.shape) < len(layout):
+        return drop(layout, dims)
+    kept = (x if x.size == 1 else ONE for x in layout)
+    return tuple(one if d in dims else layout[d] for d, one in enumerate(kept))
 
 
 # -- ops that keep the shape ----------------------------------------------------------------------
 
 
 @rule(*COPIES, *CASTS)
-def copy(call: Call) -> Outcome:
+def copy(call: Call) -> Layout:
     """Copies and casts."""
-    return Transfer(call.fact(call.node.args[0]))
+    return call.layout(call.arg(0))
 
 
 @rule("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
-def dropout(call: Call) -> Outcome:
+def dropout(call: Call) -> Layout:
     """Dropout in training mode: other tokens draw other numbers. (A capture has no other.)"""
-    if carries_tokens(call.fact(call.node.args[0])):
-        return call.reject("active dropout")
-    return Transfer(call.fact(call.node.args[0]))
+    layout = call.layout(call.arg(0))
+    if carries_positions(layout):
+        raise Refused("active dropout")
+    return layout

@@ -1,40 +1,25 @@
-"""Rules of ops that move dimensions around: reshapes, cuts, joins, padding."""
+"""Rules of ops that move dimensions around: reshapes, transposes, repetitions, single indices."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-from toma_fx.analysis.facts import Patch, Rejected, Transfer
+from toma_fx.analysis.factors import AXES, Plain, Refused
+from toma_fx.analysis.facts import Patch, Transfer
 from toma_fx.analysis.labels import (
-    BATCH,
-    FRAMES,
-    HEIGHT,
-    SPATIAL,
-    WIDTH,
-    Batch,
-    Flat,
+    ONE,
     Label,
     Layout,
-    Row,
-    Segment,
-    Tokens,
-    is_batch,
+    drop,
+    fold,
+    plain,
+    split,
     tokens_of,
+    use_up,
 )
-from toma_fx.analysis.rules.base import NOTHING, Call, Outcome, rule
-from toma_fx.graph.nodes import RESHAPES, shape_of
-from toma_fx.methods.windows import Size
+from toma_fx.analysis.rules.base import Call, carries_positions, rule
+from toma_fx.graph.nodes import RESHAPES, UNKNOWN, shape_of
 
-FOLDS = (
-    [HEIGHT, WIDTH],
-    [FRAMES, HEIGHT, WIDTH],
-    # channels last: the input was read as [batch, frames, frames, height, width]
-    [FRAMES, FRAMES, HEIGHT],
-    [FRAMES, HEIGHT],
-)
-"""Dimensions that together enumerate the tokens of a picture or video."""
 ROWS_SEPARATED = "rows of the batch are taken apart"
 Groups = list[tuple[tuple[int, ...], tuple[int, ...]]]
 """Dimensions (before, after) of a reshape that depend on each other alone."""
@@ -74,283 +59,208 @@ def regroup(source: Sequence[int], target: Sequence[int]) -> Groups:
     return groups
 
 
-def _reshape(call: Call, layout: Layout, sizes_at: int | None) -> Outcome:
-    """Layout after a row-major reshape; `sizes_at`: argument that holds the literal sizes."""
-    source, target = shape_of(call.node.args[0]), shape_of(call.node)
-    labels: list[Label] = [None] * len(target)
-    sizes, needs_all = call.node.args[sizes_at] if sizes_at is not None else None, ""
-    for ins, outs in regroup(source, target):
-        group = _regroup_labels(call, layout, ins, [target[d] for d in outs])
-        if isinstance(group, Rejected):
-            return group
-        for d, label in zip(outs, group, strict=True):
+def make_patch(path: tuple[int, ...], label: Label) -> tuple[Patch, ...]:
+    """The patch of a literal that is the size of a dimension, if that holds tokens."""
+    positions = label.positions
+    if positions is None:
+        return ()
+    return (Patch(path, positions.segments, label.size // max(positions.length, 1)),)
+
+
+def _reshape(call: Call, literals: Mapping[int, tuple[int, ...]]) -> Transfer:
+    """A row-major reshape; `literals`: paths of the sizes of result dimensions among arguments."""
+    layout, target = call.layout(call.arg(0)), call.shape
+    labels = [ONE] * len(target)
+    gone: list[int] = []
+    for ins, outs in regroup(shape_of(call.arg(0)), target):
+        parts = _regroup([layout[d] for d in ins], [target[d] for d in outs], call.name)
+        gone += [] if outs else ins
+        for d, label in zip(outs, parts, strict=True):
             labels[d] = label
-        if len(outs) > 1 and isinstance(layout[ins[0]], Tokens) and tokens_of(tuple(group)) is None:
-            needs_all = "tokens are laid out as a spatial grid"
-    _keep_batch_of_one(layout, regroup(source, target), labels)
-    patches = []
-    for d, label in enumerate(labels):
-        literal = sizes[d] if isinstance(sizes, (list, tuple)) else -1
-        if isinstance(label, Tokens) and literal != -1 and isinstance(literal, int):
-            assert sizes_at is not None
-            patches.append(_make_patch((sizes_at, d), label))
-    return Transfer(tuple(labels), tuple(patches), needs_all_tokens=needs_all)
+    if any(layout[d].positions for d in gone):
+        raise Refused("a token axis of one token is dropped")
+    count = len(labels)
+    result = drop((*labels, *(layout[d] for d in gone)), range(count, count + len(gone)))
+    result = _use_up_sides(call.name, result)
+    patches = tuple(p for d, path in literals.items() for p in make_patch(path, result[d]))
+    return Transfer(result, patches, needs_all_tokens=_why_all(layout, result))
 
 
-def _keep_batch_of_one(layout: Layout, groups: Groups, labels: list[Label]) -> None:
-    """[1, N, C] -> [N, C] folds a batch of 1 with the tokens, and -> [1, N, C] takes it out."""
-    removed = any(not outs and layout[ins[0]] == BATCH for ins, outs in groups)
-    for d, label in enumerate(labels):
-        if removed and BATCH not in labels and type(label) is Tokens:
-            labels[d] = Flat(label.segments, 1)
-    for ins, outs in groups:
-        label = labels[outs[0] + 1] if not ins and outs[0] + 1 < len(labels) else None
-        if isinstance(label, Flat) and label.rows == 1:
-            labels[outs[0]], labels[outs[0] + 1] = BATCH, Tokens(label.segments)
+def _why_all(before: Layout, after: Layout) -> str:
+    """Why a reshape must see all tokens: those after it are others."""
+    old, new = tokens_of(before), tokens_of(after)
+    if old is None or (new is not None and old.segments == new.segments):
+        return ""
+    return "tokens are laid out as a spatial grid"
 
 
-def _make_patch(path: tuple[int, ...], label: Tokens) -> Patch:
-    return Patch(path, label.segments, label.rows if isinstance(label, Flat) else 1)
-
-
-def _regroup_labels(
-    call: Call, layout: Layout, ins: Sequence[int], target: Sequence[int]
-) -> Sequence[Label] | Rejected:
-    """The labels of the dimensions of sizes `target` that are made of the dimensions `ins`."""
-    inside, source = [layout[d] for d in ins], shape_of(call.node.args[0])
-    if not target:
+def _regroup(labels: Sequence[Label], sizes: Sequence[int], name: str) -> list[Label]:
+    """The labels of dimensions of these sizes that are made of those of `labels`."""
+    if len(labels) == 1 and len(sizes) == 1:
+        return list(labels)
+    if not sizes:
         return []
-    if len(target) == 1:
-        label = _fold(call, layout, ins)
-        return label if isinstance(label, Rejected) else [label]
-    if len(inside) == 1:
-        return _unfold(call, inside[0], source[ins[0]], target)
-    if any(isinstance(label, Tokens) for label in inside):
-        return call.reject("a reshape that folds the token axis with others")
-    first, rows = inside[0], source[ins[0]]
-    if is_batch(first) and first.times == 1 and not any(inside[1:]) and not target[0] % rows:
-        # heads out of the features and into the batch at once
-        return [Batch(first.span, target[0] // rows), *[None] * (len(target) - 1)]
-    return [None] * len(target)
+    if all(label.is_plain for label in labels):
+        return [plain(size) for size in sizes]
+    if any(size >= UNKNOWN for size in (*sizes, *(x.size for x in labels))):
+        raise Refused("a reshape that folds sizes which depend on the data")
+    if len(sizes) == 1:
+        return [fold(labels, name)]
+    return split(fold(labels), sizes, name)
 
 
-def _fold(call: Call, layout: Layout, ins: Sequence[int]) -> Label | Rejected:
-    """The label of one dimension made of several."""
-    inside, sizes = [layout[d] for d in ins], [shape_of(call.node.args[0])[d] for d in ins]
-    if len(inside) <= 1:
-        return inside[0] if inside else None
-    if inside in FOLDS:
-        return _image_tokens(call, sizes)
-    first, last, plain = inside[0], inside[-1], not any(inside[1:])
-    if len(inside) == 2 and type(last) is Tokens:
-        if first == FRAMES and (grid := _image_grid(last)) is not None:
-            return _image_tokens(call, (sizes[0], *grid))
-        if first == BATCH:
-            return Flat(last.segments, sizes[0])
-    if len(inside) == 2 and type(first) is Tokens and last == BATCH:
-        return Flat(first.segments, sizes[1], outer=True)
-    if any(isinstance(label, Tokens) for label in inside):
-        return call.reject("a reshape that folds the token axis with others")
-    if inside == [BATCH, FRAMES]:
-        return BATCH
-    if is_batch(first) and first.times == 1 and plain:
-        return Batch(first.span, math.prod(sizes[1:]))
-    if is_batch(first) and tokens_of(layout) is not None:
-        return call.reject("the batch of tokens is folded with another axis")
-    return first if first in SPATIAL and plain else None
-
-
-def _image_tokens(call: Call, grid: Sequence[int]) -> Tokens:
-    return Tokens((Segment(call.name, math.prod(grid), tuple(grid), "image"),))
-
-
-def _image_grid(tokens: Tokens) -> Size | None:
-    """(H, W) if the tokens are one image folded from a spatial grid."""
-    (only, *others) = tokens.segments
-    single = not others and only.role == "image" and only.grid is not None and len(only.grid) == 2
-    return only.grid if single else None
-
-
-def _unfold(
-    call: Call, label: Label, size: int, sizes: Sequence[int]
-) -> Sequence[Label] | Rejected:
-    """The labels of several dimensions made of one of `size`; the first is the outermost."""
-    rest = [None] * (len(sizes) - 1)
-    if isinstance(label, Flat):
-        tokens = Tokens(label.segments)
-        if not label.outer and list(sizes) == [label.rows, size // label.rows]:
-            return [BATCH, tokens]
-        if label.outer and list(sizes) == [size // label.rows, label.rows]:
-            return [tokens, BATCH]
-    if isinstance(label, Tokens):
-        if len(label.segments) == 1 and label.segments[0].grid == tuple(sizes):
-            return SPATIAL[-len(sizes) :]
-        return call.reject("a reshape that cuts the token axis")
-    if is_batch(label) and sizes[0] * label.times == size:
-        return [Batch(label.span), *rest]
-    if label == BATCH:
-        return [BATCH, FRAMES, *rest[1:]]
-    return [label if label in SPATIAL else None, *rest]
+def _use_up_sides(name: str, layout: Layout) -> Layout:
+    """What is left of the sides of a picture that became tokens here is plain: pixels."""
+    new = tokens_of(layout)
+    if new is None or new.segments[0].name != name:
+        return layout
+    sides = AXES[-len(new.segments[0].grid or ()) :]
+    return tuple(use_up(label, sides) for label in layout)
 
 
 @rule(*RESHAPES)
-def view(call: Call) -> Outcome:
+def view(call: Call) -> Transfer:
     """Reshapes: labels follow the groups of dimensions that stay together."""
-    layout = call.layout(call.node.args[0])
-    if layout is None:
-        return NOTHING
-    return _reshape(call, layout, 1)
-
-
-@rule("flatten", "unflatten")
-def flatten(call: Call) -> Outcome:
-    """Reshapes that name dimensions, not all sizes; their literals never hold a token axis."""
-    layout = call.layout(call.node.args[0])
-    return NOTHING if layout is None else _reshape(call, layout, None)
-
-
-@rule("expand")
-def expand(call: Call) -> Outcome:
-    """Broadcast to literal sizes."""
-    layout = call.layout(call.node.args[0])
-    if layout is None:
-        return NOTHING
-    sizes: Any = call.node.args[1]
-    source, shift = shape_of(call.node.args[0]), len(sizes) - len(layout)
-    labels: list[Label] = [None] * shift + list(layout)
-    patches = []
-    for d, label in enumerate(layout):
-        literal = sizes[d + shift]
-        if isinstance(label, Tokens) and source[d] != 1 and isinstance(literal, int):
-            if literal == -1:
-                continue
-            patches.append(_make_patch((1, d + shift), label))
-    return Transfer(tuple(labels), tuple(patches))
-
-
-@rule("repeat")
-def repeat(call: Call) -> Outcome:
-    """Tiling of other dimensions."""
-    layout = call.layout(call.node.args[0])
-    if layout is None:
-        return NOTHING
-    times: Any = call.node.args[1]
-    labels: list[Label] = [None] * (len(times) - len(layout)) + list(layout)
-    for d, label in enumerate(labels):
-        if times[d] != 1 and (isinstance(label, Tokens) or is_batch(label)):
-            return call.reject("repetition of the token axis or its batch")
-    return Transfer(tuple(labels))
-
-
-@rule("repeat_interleave")
-def repeat_interleave(call: Call) -> Outcome:
-    """Repetition of elements along another dimension; each row of a batch may become several."""
-    layout, dim = call.layout(call.node.args[0]), call.arg(2, "dim")
-    if layout is None:
-        return NOTHING
-    if dim is None:
-        return call.reject("repetition of the token axis")
-    label, times = layout[dim], call.arg(1, "repeats")
-    if is_batch(label) and isinstance(times, int):
-        rows = Batch(label.span, label.times * times)
-        return Transfer((*layout[:dim], rows, *layout[dim + 1 :]))
-    return call.reject_mixing("repetition of", layout, [dim]) or Transfer(layout)
-
-
-@rule("permute")
-def permute(call: Call) -> Outcome:
-    """Reordering of dimensions."""
-    layout = call.layout(call.node.args[0])
-    dims: Any = call.node.args[1]
-    return NOTHING if layout is None else Transfer(tuple(layout[d] for d in dims))
-
-
-@rule("transpose", "swapaxes", "swapdims", "t", "mT")
-def transpose(call: Call) -> Outcome:
-    """Swap of two dimensions."""
-    layout = call.layout(call.node.args[0])
-    if layout is None:
-        return NOTHING
-    args: Any = call.node.args
-    dims = {"aten.t": (0, 1), "aten.mT": (-2, -1)}.get(call.op)
-    a, b = dims if dims is not None else (args[1], args[2])
-    labels = list(layout)
-    if len(labels) > 1:
-        labels[a], labels[b] = labels[b], labels[a]
-    return Transfer(tuple(labels))
-
-
-@rule("unsqueeze")
-def unsqueeze(call: Call) -> Outcome:
-    """A new dimension of size 1."""
-    layout = call.layout(call.node.args[0])
-    if layout is None:
-        return NOTHING
-    dim: Any = call.node.args[1]
-    labels = list(layout)
-    labels.insert(dim % (len(layout) + 1), None)
-    return Transfer(tuple(labels))
-
-
-@rule("squeeze")
-def squeeze(call: Call) -> Outcome:
-    """Removal of dimensions of size 1."""
-    layout = call.layout(call.node.args[0])
-    if layout is None:
-        return NOTHING
-    shape = shape_of(call.node.args[0])
-    dims = call.arg(1, "dim", list(range(len(shape))))
-    dims = [dims] if isinstance(dims, int) else dims
-    removed = {d % len(shape) for d in dims if shape[d] == 1}
-    if any(isinstance(layout[d], Tokens) for d in removed):
-        return call.reject("a token axis of one token is dropped")
-    return Transfer(tuple(label for d, label in enumerate(layout) if d not in removed))
-
-
-@rule("select")
-def select(call: Call) -> Outcome:
-    """One index of another dimension."""
-    layout = call.layout(call.node.args[0])
-    if layout is None:
-        return NOTHING
-    dim, index = call.arg(1, "dim", 0) % len(layout), call.arg(2, "index")
-    if layout[dim] == BATCH and tokens_of(layout) is not None and isinstance(index, int):
-        return Transfer(_take_row(layout, dim, index), needs_all_tokens=ROWS_SEPARATED)
-    return call.reject_mixing("selection of one index of", layout, [dim]) or Transfer(
-        layout[:dim] + layout[dim + 1 :]
+    sizes = call.arg(1)
+    return _reshape(
+        call, {d: (1, d) for d, s in enumerate(sizes) if isinstance(s, int) and s != -1}
     )
 
 
-def _take_row(layout: Layout, dim: int, row: int) -> Layout:
-    """The layout of one row of a batch; the batch dimension goes."""
-    labels = [Row(x.segments, row) if type(x) is Tokens else x for x in layout]
-    return (*labels[:dim], *labels[dim + 1 :])
+@rule("flatten")
+def flatten(call: Call) -> Transfer:
+    """A reshape that names dimensions, no sizes."""
+    return _reshape(call, {})
+
+
+@rule("unflatten")
+def unflatten(call: Call) -> Transfer:
+    """A reshape of one dimension to literal sizes."""
+    dim, sizes = call.arg(1) % len(call.layout(call.arg(0))), call.arg(2)
+    literals = {dim + i: (2, i) for i, s in enumerate(sizes) if isinstance(s, int) and s != -1}
+    return _reshape(call, literals)
+
+
+@rule("expand")
+def expand(call: Call) -> Transfer:
+    """Broadcast to literal sizes."""
+    layout, sizes = call.layout(call.arg(0)), call.arg(1)
+    shift = len(sizes) - len(layout)
+    labels = [plain(size) for size in call.shape]
+    patches: tuple[Patch, ...] = ()
+    for d, label in enumerate(layout, shift):
+        if label.size != call.shape[d]:
+            continue
+        labels[d] = label
+        if isinstance(sizes[d], int) and sizes[d] != -1 and label.size != 1:
+            patches += make_patch((1, d), label)
+    return Transfer(tuple(labels), patches)
+
+
+@rule("repeat")
+def repeat(call: Call) -> Layout:
+    """Tiling: each dimension as often as told, one copy after the other."""
+    layout, times = call.layout(call.arg(0)), call.arg(1)
+    full = (*(ONE,) * (len(times) - len(layout)), *layout)
+    return tuple(
+        label if n == 1 else label.times(Plain(n), outer=True)
+        for label, n in zip(full, times, strict=True)
+    )
+
+
+@rule("repeat_interleave")
+def repeat_interleave(call: Call) -> Layout:
+    """Repetition of each index along a dimension."""
+    layout, times, dim = call.layout(call.arg(0)), call.arg(1, "repeats"), call.arg(2, "dim")
+    if dim is None or not isinstance(times, int):
+        raise Refused("repetition of the token axis")
+    dim %= len(layout)
+    label = layout[dim] if times == 1 else layout[dim].times(Plain(times), outer=False)
+    return (*layout[:dim], label, *layout[dim + 1 :])
+
+
+@rule("permute")
+def permute(call: Call) -> Layout:
+    """Reordering of dimensions."""
+    layout = call.layout(call.arg(0))
+    return tuple(layout[d] for d in call.arg(1))
+
+
+@rule("transpose", "swapaxes", "swapdims", "t", "mT")
+def transpose(call: Call) -> Layout:
+    """Swap of two dimensions."""
+    labels = list(call.layout(call.arg(0)))
+    a, b = {"aten.t": (0, 1), "aten.mT": (-2, -1)}.get(call.op) or (call.arg(1), call.arg(2))
+    if len(labels) > 1:
+        labels[a], labels[b] = labels[b], labels[a]
+    return tuple(labels)
+
+
+@rule("unsqueeze")
+def unsqueeze(call: Call) -> Layout:
+    """A new dimension of size 1."""
+    labels = list(call.layout(call.arg(0)))
+    labels.insert(call.arg(1) % (len(labels) + 1), ONE)
+    return tuple(labels)
+
+
+@rule("squeeze")
+def squeeze(call: Call) -> Layout:
+    """Removal of dimensions of size 1."""
+    layout = call.layout(call.arg(0))
+    dims = call.arg(1, "dim", list(range(len(layout))))
+    dims = [dims] if isinstance(dims, int) else dims
+    removed = {d % len(layout) for d in dims if layout[d].size == 1}
+    if any(layout[d].positions for d in removed):
+        raise Refused("a token axis of one token is dropped")
+    return drop(layout, removed)
+
+
+@rule("select")
+def select(call: Call) -> Layout | Transfer:
+    """One index of another dimension."""
+    layout, index = call.layout(call.arg(0)), call.arg(2, "index")
+    dim = call.arg(1, "dim", 0) % len(layout)
+    if isinstance(index, int) and _has_rows(layout, dim):
+        row = _take_row(layout, dim, index % layout[dim].size)
+        return Transfer(row, needs_all_tokens=ROWS_SEPARATED)
+    call.mix("selection of one index of", layout, [dim])
+    return drop(layout, [dim])
+
+
+def _has_rows(layout: Layout, dim: int) -> bool:
+    """Whether a dimension enumerates rows of tokens."""
+    only = layout[dim].factors
+    return carries_positions(layout) and len(only) == 1 and bool(layout[dim].rows)
+
+
+def _take_row(layout: Layout, dim: int, index: int) -> Layout:
+    row = layout[dim].cut(index, index + 1)
+    return drop((*layout[:dim], row, *layout[dim + 1 :]), [dim])
 
 
 @rule("unbind")
-def unbind(call: Call) -> Outcome:
+def unbind(call: Call) -> Transfer:
     """All indices of another dimension."""
-    layout = call.layout(call.node.args[0])
-    if layout is None:
-        return NOTHING
+    layout = call.layout(call.arg(0))
     dim = call.arg(1, "dim", 0) % len(layout)
-    size = shape_of(call.node.args[0])[dim]
-    if layout[dim] == BATCH and tokens_of(layout) is not None:
+    size = shape_of(call.arg(0))[dim]
+    if _has_rows(layout, dim):
         rows = tuple(_take_row(layout, dim, i) for i in range(size))
         return Transfer(rows, needs_all_tokens=ROWS_SEPARATED)
-    refused = call.reject_mixing("unbinding of", layout, [dim])
-    return refused or Transfer((layout[:dim] + layout[dim + 1 :],) * size)
+    call.mix("unbinding of", layout, [dim])
+    return Transfer((drop(layout, [dim]),) * size)
 
 
 @rule("view_as_complex")
-def view_as_complex(call: Call) -> Outcome:
+def view_as_complex(call: Call) -> Layout:
     """Pairs along the last dimension become one complex number."""
-    layout = call.layout(call.node.args[0])
-    return NOTHING if layout is None else Transfer(layout[:-1])
+    layout = call.layout(call.arg(0))
+    call.mix("complex numbers along", layout, [-1])
+    return layout[:-1]
 
 
 @rule("view_as_real")
-def view_as_real(call: Call) -> Outcome:
+def view_as_real(call: Call) -> Layout:
     """One complex number becomes a pair along a new last dimension."""
-    layout = call.layout(call.node.args[0])
-    return NOTHING if layout is None else Transfer((*layout, None))
+    return (*call.layout(call.arg(0)), plain(2))
