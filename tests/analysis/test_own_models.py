@@ -426,7 +426,28 @@ def test_attention_written_out_merges_as_the_fused_operator_does(kind: Any) -> N
     assert relative(outputs[1], written(**call)) > 1e-2
 
 
-@pytest.mark.parametrize("layout", ["BHWC", "no batch", "unfold", "one row"])
+class ChannelsLast(own.PackedDenoiser):
+    """Takes pictures [batch, height, width, channels]."""
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return super().forward(sample.flatten(1, 2), timestep)
+
+
+@torch.no_grad()
+def test_pictures_with_channels_last_merge() -> None:
+    model = lively(ChannelsLast((9, 15), width=32, depth=2))
+
+    def call(seed: int) -> dict[str, Tensor]:
+        return {"sample": randn(seed, 2, 9, 15, 16), "timestep": torch.full((2,), 800.0)}
+
+    traced = trace(Case("channels last", "", lambda: model, call))
+    plan = traced.plan(scope="sublayer")
+    assert [s.image.grid for s in plan.segments] == [(9, 15)] * 4
+    for scope in ("sublayer", "stack"):
+        permuted(traced, scope)
+
+
+@pytest.mark.parametrize("layout", ["no batch", "unfold", "one row"])
 def test_layouts_that_are_not_understood_are_refused(layout: str) -> None:
     """The page says so; none of them is passed over in silence."""
 
@@ -437,12 +458,10 @@ def test_layouts_that_are_not_understood_are_refused(layout: str) -> None:
             elif layout == "unfold":
                 tokens = F.unfold(sample, 2, stride=2).transpose(1, 2)
             else:
-                tokens = sample.flatten(*((2, 3) if layout == "one row" else (1, 2)))
-                tokens = tokens.transpose(1, 2) if layout == "one row" else tokens
+                tokens = sample.flatten(2, 3).transpose(1, 2)
             return super().forward(tokens, timestep[: len(tokens)])
 
     shapes = {
-        "BHWC": (2, 9, 15, 16),
         "no batch": (135, 16),
         "unfold": (2, 4, 18, 30),
         "one row": (2, 16, 1, 135),

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from tests import denoisers
 from toma_fx.analysis.dataflow import Flow
 from toma_fx.analysis.facts import Analysis, Branch
-from toma_fx.analysis.labels import BATCH, Segment, Tokens, tokens_of
+from toma_fx.analysis.factors import Segment
+from toma_fx.analysis.labels import axis, plain, tokens, tokens_of
 from toma_fx.analysis.propagate import analyze
 from toma_fx.analysis.rules.views import regroup
 from toma_fx.capture.grids import Raster, find_raster
@@ -189,8 +190,9 @@ def residual(inner: Callable[[Tiny, Tensor], Tensor]) -> Callable[[Tiny, Tensor]
 def test_packed_input_with_a_given_grid() -> None:
     found = find(lambda m, x: m.a(x))
     segment = Segment("x", N, GRID, "sequence", (GRID[0],))
-    assert found.analysis.facts["x"] == (BATCH, Tokens((segment,)), None)
-    assert found.analysis.facts[found.only("linear")] == (BATCH, Tokens((segment,)), None)
+    layout = (axis("batch", 2), tokens(segment), plain(C))
+    assert found.analysis.facts["x"] == layout
+    assert found.analysis.facts[found.only("linear")] == layout
 
 
 def test_packed_input_without_a_grid_has_no_image() -> None:
@@ -252,8 +254,8 @@ def test_two_images_in_one_sequence(width: int, names: list[str]) -> None:
     ids = two_images(width)
     x = torch.randn(2, len(ids), C, generator=torch.Generator().manual_seed(0))
     found = find(lambda m, x, ids: x + m.attention(x, x), grid=None, x=x, ids=ids)
-    label = found.analysis.facts["x"][1]
-    assert isinstance(label, Tokens)
+    label = tokens_of(found.flow.layout("x"))
+    assert label is not None
     assert [s.name for s in label.segments] == names
     assert found.kinds() == ["self" if width == 6 else "joint"]
     assert found.analysis.streams[0].segment.heights == ((4, 2) if width == 6 else (4,))
@@ -278,8 +280,8 @@ def test_rows_of_the_batch_are_cut_and_joined() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda m, x: torch.cat(x.chunk(2)[::-1]), "joined in another order"),
-        (lambda m, x: torch.cat([x.chunk(2)[0], x.chunk(2)[0]]), "joined in another order"),
+        (lambda m, x: torch.cat(x.chunk(2)[::-1]), "their rows in another order"),
+        (lambda m, x: torch.cat([x.chunk(2)[0], x.chunk(2)[0]]), "their rows in another order"),
         (lambda m, x: torch.cat([x, x]).chunk(2)[0], "batches of tokens are joined"),
         (lambda m, x: torch.cat([x[:2] * x[2:], x[2:]]), "different rows of the batch meet"),
     ],
@@ -454,9 +456,13 @@ REFUSED = {
         lambda m, x: m.a(x.reshape(2 * N, C)).view(4, N // 2, C).reshape(2, N, C),
         "cuts the token axis",
     ),
-    "fold with channels": (
-        lambda m, x: x.reshape(2, N * C).view(2, N, C) * x,
-        "folds the token axis with others",
+    "a fold with channels, cut elsewhere": (
+        lambda m, x: x.reshape(2, N * C).view(2, C, N).mT * x,
+        "cuts the token axis",
+    ),
+    "linear over a fold with channels": (
+        lambda m, x: F.rms_norm(x.reshape(2, N * C), (N * C,)).view(2, N, C) * x,
+        "normalization over the token axis",
     ),
     "windows": (
         lambda m, x: m.attention(*[x.view(2, 2, N // 2, C).flatten(0, 1)] * 2).view(2, N, C) * x,
@@ -474,9 +480,9 @@ REFUSED = {
         lambda m, x: torch.cat(x.chunk(2, 1)[::-1], 1),
         "equal pieces of the token axis",
     ),
-    "strides": (lambda m, x: x * x[:, ::2].repeat(1, 2, 1), "strided"),
+    "strides": (lambda m, x: x * x[:, ::2].repeat(1, 2, 1), "a stride over the token axis"),
     "selection": (lambda m, x: x * x[:, 3:4] + x[:, 0][:, None], "cut in two"),
-    "repetition": (lambda m, x: x * x.repeat(1, 2, 1)[:, :N], "repetition of the token axis"),
+    "repetition": (lambda m, x: x * x.repeat(1, 2, 1)[:, :N], "folded or narrowed token axis"),
     "negative padding": (
         lambda m, x: x * F.pad(F.pad(x, (0, 0, -1, 0)), (0, 0, 1, 0)),
         "padding of the token axis",
@@ -491,7 +497,7 @@ REFUSED = {
     ),
     "normalization over the batch": (
         lambda m, x: F.layer_norm(x.permute(1, 0, 2), (2, C)).permute(1, 0, 2) * x,
-        "batch elements may have been mixed",
+        "normalization over the batch of tokens",
     ),
     "twice in one sequence": (
         lambda m, x: m.attention(x, torch.cat([x, x], 1)),
@@ -607,9 +613,14 @@ def test_operands_that_line_up_are_positional() -> None:
     found = find(run, **inputs)
     transfers = found.analysis.transfers
     (table,) = transfers[found.only("mul")].positionals
-    assert (table.operand, table.dim, table.batch, table.lead) == ("table", 0, None, 2)
+    assert (table.operand, table.dim) == ("table", 2)
+    batch, tokens = axis("batch", 2), found.flow.layout("x")[1]
+    assert table.layout == (batch, plain(2), tokens, plain(C // 2))
     masks = transfers[found.only("scaled_dot_product_attention")].positionals
-    assert [(m.operand, m.dim, m.batch) for m in masks] == [("bias", 2, 0), ("bias", 3, 0)]
+    assert [(m.operand, m.dim, m.layout[0]) for m in masks] == [
+        ("bias", 2, batch),
+        ("bias", 3, batch),
+    ]
 
 
 def test_vectors_over_channels_are_not_positional() -> None:

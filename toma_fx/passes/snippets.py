@@ -224,24 +224,24 @@ def place_rows(positions: Tensor, layout: Layout, dim: int) -> Tensor:
     """Positions [rows, M] as an index of a value whose factors have a dimension each."""
     tokens = layout[dim].positions
     assert tokens is not None
-    inside, count = rows_of(layout), positions.shape[1]
-    axes = sort_axes((*inside, *tokens.fixed))
-    rows = prod(a.base for a in axes)
-    if positions.shape[0] == 1 != rows:
+    axes, count = sort_axes((*rows_of(layout), *tokens.fixed)), positions.shape[1]
+    if positions.shape[0] == 1 != (rows := prod(a.base for a in axes)):
         positions = positions.expand(rows, -1)
-    index = positions.reshape(*(a.base for a in axes), count)
-    for i, a in enumerate(axes):
-        index = index.narrow(i, a.start, a.size)
-    for i in reversed([i for i, a in enumerate(axes) if a in tokens.fixed]):
-        index = index.squeeze(i)
-    factors = [f for label in layout for f in (label.factors or (None,))]
-    order = [inside.index(f) for f in factors if isinstance(f, Axis)]
-    index = index.permute(*order, len(order))
-    at = sum(max(1, len(label.factors)) for label in layout[:dim])
-    at += next(i for i, f in enumerate(layout[dim].factors) if isinstance(f, (Tokens, Keys)))
-    # the token axis comes among the rows where it stands in the value
-    before = sum(isinstance(f, Axis) for f in factors[:at])
-    index = index.movedim(-1, before)
-    sizes = [a.size if isinstance(a, Axis) else 1 for a in factors]
-    sizes[at] = count
+    index = positions if len(axes) == 1 else positions.reshape([*(a.base for a in axes), count])
+    for i, a in reversed(list(enumerate(axes))):
+        if a in tokens.fixed:
+            index = index.select(i, a.start)
+        elif not a.is_whole:
+            index = index.narrow(i, a.start, a.size)
+    places = [a for a in axes if a not in tokens.fixed]
+    # the rows in the order of the value's dimensions, and the tokens where they stand among them
+    order, sizes = [], []
+    for d, label in enumerate(layout):
+        for factor in label.factors or (None,):
+            row = places.index(factor) if isinstance(factor, Axis) and factor in places else None
+            here = d == dim and isinstance(factor, (Tokens, Keys))
+            order += [len(places)] if here else [row] if row is not None else []
+            sizes.append(count if here else places[row].size if row is not None else 1)
+    if order != sorted(order):
+        index = index.permute(order)
     return index.reshape(sizes)
