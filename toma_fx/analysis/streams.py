@@ -68,6 +68,8 @@ def _find_segment_streams(segment: Segment, flow: Flow, sites: Mapping[str, Site
         ancestors[name] = mask
     chains: list[_Chain] = []
     for name in carriers:
+        if _extend_past_skip(name, flow, chains):
+            continue
         residual = _match_residual(name, flow, bits, ancestors, chains)
         if residual is None:
             _extend_past_addition(name, flow, bits, chains)
@@ -79,14 +81,20 @@ def _find_segment_streams(segment: Segment, flow: Flow, sites: Mapping[str, Site
         chains = _find_grid_update(segment, flow)
     return [
         Stream(
-            f"{segment.name}/{chain.values[0]}",
+            _name_stream(segment, chain, chains[:i]),
             segment,
             tuple(chain.values),
-            _make_branches(segment, flow, sites, chain.parts),
+            _make_branches(segment, flow, sites, chain),
             tuple(chain.additions),
         )
-        for chain in chains
+        for i, chain in enumerate(chains)
     ]
+
+
+def _name_stream(segment: Segment, chain: _Chain, others: list[_Chain]) -> str:
+    """A name of its own, though two heads of one trunk begin at one value."""
+    name, same = f"{segment.name}/{chain.first}", sum(c.first == chain.first for c in others)
+    return f"{name}/{same}" if same else name
 
 
 def _find_grid_update(segment: Segment, flow: Flow) -> list[_Chain]:
@@ -129,6 +137,11 @@ class _Chain:
     parts: list[tuple[str, str, str]] = field(default_factory=list)
     additions: list[tuple[int, str]] = field(default_factory=list)
 
+    @property
+    def first(self) -> str:
+        """The value that the stream begins with."""
+        return self.values[0]
+
     def rewind(self, value: str) -> bool:
         """Go back to an earlier value: what was added since is inside the branch to come.
 
@@ -155,6 +168,20 @@ def _extend_past_addition(
         if chain.values[-1] == flow.root(inside[0]):
             chain.values[-1] = name
             chain.additions.append((len(chain.parts), name))
+
+
+def _extend_past_skip(name: str, flow: Flow, chains: list[_Chain]) -> bool:
+    """Continue a stream behind the sum with an earlier value of its own: a long skip."""
+    operands = [flow.root(o) for o in flow.operands[name]]
+    if name not in flow.sums or not flow.is_embedding(name) or len(operands) != 2:
+        return False
+    for chain in chains:
+        for main, other in (operands, operands[::-1]):
+            if chain.values[-1] == main and other in chain.values[:-1]:
+                chain.values[-1] = name
+                chain.additions.append((len(chain.parts), name))
+                return True
+    return False
 
 
 def _match_residual(
@@ -197,18 +224,20 @@ def _make_branches(
     segment: Segment,
     flow: Flow,
     sites: Mapping[str, Site],
-    parts: list[tuple[str, str, str]],
+    chain: _Chain,
 ) -> tuple[Branch, ...]:
     branches: list[Branch] = []
     block = 0
-    for base, out, add in parts:
+    for i, (base, out, add) in enumerate(chain.parts):
         region = flow.region(segment.name, base, out)
         inner = _trim_prologue(segment.name, flow, base, region)
         inside = tuple(n for n in inner if n in flow.attention)
         # a branch may reuse what an earlier attention computed (an IP-Adapter its queries)
         inside = tuple(n for n in inside if all(n not in b.sites for b in branches)) or inside
         kinds = _classify_branch(segment.name, flow, inner, inside, sites)
-        if "attention" in kinds and any("attention" in b.kinds for b in branches):
+        # a branch from an earlier value than the last belongs to the block that begins there
+        begins = "attention" in kinds and any("attention" in b.kinds for b in branches)
+        if begins and base not in chain.values[:i]:
             block += 1
         entries = flow.entries(segment.name, inner)
         module = _common_module(flow, inner, inside)

@@ -127,11 +127,14 @@ class _Work:
         key, known = ("merge", segment.group), self.cache.setdefault(name, {})
         if key not in known:
             node, pattern = self.rewriter.current(name), self.patterns[segment.group]
-            dim = token_dim(self.task.flow.layout(name))
+            layout, span = self.task.flow.layout(name) or (), self.span(name, segment)
+            dim = token_dim(layout) or 0
             with self.rewriter.after(node, *pattern.nodes):
-                known[key] = splice_merge(
-                    self.rewriter, node, self.span(name, segment), pattern, dim=dim or 1
-                )
+                if node.meta["val"].is_floating_point():
+                    known[key] = splice_merge(self.rewriter, node, span, pattern, dim=dim)
+                else:  # there is nothing between yes and no
+                    table = Positional(name, layout, dim)
+                    known[key] = splice_gather(self.rewriter, node, table, span, pattern)
         return known[key]
 
     def affected(self, segment: MergeSegment) -> list[fx.Node]:

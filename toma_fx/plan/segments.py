@@ -100,6 +100,9 @@ def _make_segment(run: Run, part: Sequence[int], scope: str, flow: Flow) -> Merg
         exit_ = move_past_slice(flow, image.name, branches[-1].add)
         inner = flow.region(image.name, base, exit_)
         inner = _drop_shared_casts(flow, inner, base, exit_)
+        outside = next((n for b in branches for n in b.nodes if n not in inner), None)
+        if outside is not None:
+            return Rejected(outside, "the branch starts before the segment does", "use")
         inner = flow.include_readers(image.name, inner, exit_)
         entries = flow.entries(image.name, inner)
         leak = flow.find_leak(image.name, inner, exit_)
@@ -125,7 +128,11 @@ def _make_segment(run: Run, part: Sequence[int], scope: str, flow: Flow) -> Merg
         inner=inner,
         exit=exit_,
         base=base,
-        additions=tuple(n for i, n in stream.additions if part[0] < i <= part[-1]),
+        additions=tuple(
+            n
+            for i, n in stream.additions
+            if part[0] < i <= part[-1] and not set(inner).issuperset(flow.operands[n])
+        ),
         setting=run.setting,
         group=_group_of(run, part[0]),
     )
