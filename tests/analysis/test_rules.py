@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from tests import denoisers
 from toma_fx.analysis.dataflow import Flow
-from toma_fx.analysis.facts import Analysis, Branch
 from toma_fx.analysis.factors import Segment
+from toma_fx.analysis.facts import Analysis, Branch
 from toma_fx.analysis.labels import axis, plain, tokens, tokens_of
 from toma_fx.analysis.propagate import analyze
 from toma_fx.analysis.rules.views import regroup
@@ -448,8 +448,8 @@ REFUSED = {
         lambda m, x: F.alpha_dropout(x, 0.5, True),
         "active dropout",
     ),
-    "roll": (lambda m, x: x + x.roll(1, 1), "no transfer rule for aten.roll"),
-    "flip": (lambda m, x: x + x.flip(1), "reduction over the token axis"),
+    "roll": (lambda m, x: x + x.roll(1, 1), "an op along the token axis"),
+    "flip": (lambda m, x: x + x.flip(1), "an op along the token axis"),
     "sort": (lambda m, x: x + x.sort(1)[0], "no transfer rule for aten.sort"),
     "index": (lambda m, x: x + x[:, torch.arange(N)], "no transfer rule for aten.index"),
     "fold with the batch, cut elsewhere": (
@@ -511,9 +511,13 @@ REFUSED = {
         lambda m, x: (x @ x.transpose(1, 2)).softmax(-2) @ x,
         "a reduction over the token axis",
     ),
-    "linear attention": (
-        lambda m, x: x @ (x.transpose(1, 2) @ x),
-        "a sum over tokens (linear attention)",
+    "linear attention of other rows": (
+        lambda m, x: x @ torch.stack([y.mT @ y for y in x.unbind(0)][::-1]),
+        "rows of the batch are taken apart",
+    ),
+    "a product over keys": (
+        lambda m, x: (x @ x.mT) @ (x @ x.mT) @ x,
+        "a matrix product over token axes",
     ),
     "normalization over tokens": (
         lambda m, x: F.layer_norm(x.transpose(1, 2), (N,)).transpose(1, 2) * x,

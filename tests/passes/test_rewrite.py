@@ -118,7 +118,7 @@ def test_graph_before_and_after() -> None:
     ("leak", "reason"),
     [
         ("mean", "a reduction over the token axis"),
-        ("roll", "no transfer rule for aten.roll"),
+        ("roll", "an op along the token axis"),
         ("causal", "causal attention depends on the order of the tokens"),
         ("output", "is an output of the model"),
     ],

@@ -494,10 +494,10 @@ SANA: dict[str, Any] = {
     "patch_size": 1,
 }
 SANA_WHY = (
-    "2 blocks, one add each for linear attention (a sum over tokens, no softmax: stays), cross "
-    "attention, and an MLP with a 3x3 convolution (stays)."
+    "2 blocks, one add each for linear attention (a sum over tokens, no softmax), cross attention, "
+    "and an MLP with a 3x3 convolution (stays)."
 )
-SANA_COUNTS: dict[str, Any] = {"sites": {"cross": 2}, "attention": 2, "mlp": 0}
+SANA_COUNTS: dict[str, Any] = {"sites": {"cross": 2, "linear": 2}, "attention": 4, "mlp": 0}
 
 
 def sana(**changes: Any) -> nn.Module:

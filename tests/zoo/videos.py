@@ -1182,12 +1182,13 @@ FRAME_CASES = (
         build=seeded(lambda: SanaVideoTransformer3DModel(**SANA)),
         inputs=sana_inputs,
         grids=(GRID,),
-        sites={"cross": 2},
-        attention=2,
+        sites={"cross": 2, "linear": 2},
+        attention=4,
         mlp=0,
         why=(
-            "2 blocks: cross-attention merges. Self-attention is linear (sums over tokens), the "
-            "feed-forward has convolutions between tokens and frames: both stay."
+            "2 blocks: linear attention (sums over tokens, turned by rotary tables, which their "
+            "normalization sees unturned) and cross-attention merge. The feed-forward has "
+            "convolutions between tokens and frames: it stays."
         ),
     ),
 )

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from toma_fx.analysis.factors import HEIGHT, Axis, Segment
-from toma_fx.analysis.facts import Rejected
+from toma_fx.analysis.facts import Rejected, Transfer
 from toma_fx.analysis.labels import (
     Fact,
     Label,
@@ -48,7 +48,8 @@ class Flow:
         shapes: static shape of each tensor. modules: module path of each.
         facts, refusals: from the analysis. aliases: {node: source} for nodes that return the
             image tokens of their source unchanged. pointwise: element-wise ops. sums: plain a + b.
-        attention: fused attention, and the softmax of one that is written out.
+        attention: fused attention, the softmax of one that is written out, and the sums over
+            tokens of linear attention. sums_of_tokens: products and sums over them.
         needs_all_tokens: refusals of nodes that must see all tokens.
     """
 
@@ -63,6 +64,7 @@ class Flow:
     pointwise: frozenset[str]
     sums: frozenset[str]
     attention: frozenset[str]
+    sums_of_tokens: frozenset[str]
     linears: frozenset[str]
     needs_all_tokens: Mapping[str, Rejected]
 
@@ -154,12 +156,20 @@ class Flow:
         return name
 
     def region(self, segment: str, start: str, end: str) -> tuple[str, ...]:
-        """Carriers of `segment` after `start` and up to `end`: those on a path between the two."""
+        """Carriers of `segment` after `start` and up to `end`: those on a path between the two.
+
+        Sums over its tokens, and what is made of them, are on such a path too: in linear attention
+        queries meet a product of keys and values.
+        """
         first, last = self.position[start], self.position[end]
-        after = {start}
+        after, sums = {start}, set[str]()
         for name in self.order[first + 1 : last + 1]:
-            if self.carries(name, segment) and not after.isdisjoint(self.operands[name]):
+            operands = self.operands[name]
+            carrying = self.carries(name, segment)
+            summing = name in self.sums_of_tokens or not sums.isdisjoint(operands)
+            if (carrying or summing) and not after.isdisjoint(operands):
                 after.add(name)
+                sums.update(() if carrying else (name,))
         before = {end}
         for name in reversed(self.order[first + 1 : last + 1]):
             if name in before:
@@ -237,10 +247,24 @@ class Flow:
                 if user not in inside and (
                     self.carries(user, segment) or self.ops[user] not in READERS
                 ):
-                    return Rejected(user, f"uses {name} outside the branch", "use")
+                    ended = self._find_end(user, segment)
+                    return ended or Rejected(user, f"uses {name} outside the branch", "use")
                 if self.ops[user] == "output":
                     return Rejected(name, "is an output of the model", "use")
         return None
+
+    def _find_end(self, name: str, segment: str) -> Rejected | None:
+        """The refusal that ends the tokens of `segment` on every way from a node, if there is one.
+
+        What is refused there has no tokens, so that the node seems to lie outside the branch.
+        """
+        front, seen, found = [name], {name}, None
+        while front:
+            users = {u for f in front for u in self.users[f]} - seen
+            found = found or next((self.refusals[u] for u in users if u in self.refusals), None)
+            seen |= users
+            front = [u for u in users if self.carries(u, segment)]
+        return found if not any(self.ops[n] == "output" for n in seen) else None
 
 
 def is_batch(label: Label) -> bool:
@@ -266,10 +290,13 @@ def is_embedding(layout: Layout | None, *, image: bool = False) -> bool:
 def make_flow(
     nodes: list[fx.Node],
     facts: Mapping[str, Fact],
+    transfers: Mapping[str, Transfer],
     refusals: Mapping[str, Rejected],
     needs_all_tokens: Mapping[str, Rejected],
 ) -> Flow:
     """The plain-data view of analyzed nodes."""
+    summed = frozenset(name for name, transfer in transfers.items() if transfer.counted)
+    products = {n.name for n in nodes if n.name in summed and op_name(n.target) in PRODUCTS}
     tensors = [n for n in nodes if isinstance(n.meta.get("val"), torch.Tensor)]
     flow = Flow(
         order=tuple(n.name for n in nodes),
@@ -284,7 +311,8 @@ def make_flow(
             n.name for n in nodes if torch.Tag.pointwise in getattr(n.target, "tags", ())
         ),
         sums=frozenset(n.name for n in nodes if _is_sum(n)),
-        attention=frozenset(n.name for n in nodes if _is_attention(n, facts)),
+        attention=frozenset(n.name for n in nodes if _is_attention(n, facts)) | products,
+        sums_of_tokens=summed,
         linears=frozenset(n.name for n in nodes if _is_linear(n, facts)),
         needs_all_tokens=needs_all_tokens,
     )

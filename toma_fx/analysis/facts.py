@@ -55,15 +55,21 @@ class Positional:
 
 @dataclass(frozen=True)
 class Transfer:
-    """What a rule derives: the fact of the output, literals to patch, positional operands.
+    """What a rule derives.
 
-    `needs_all_tokens` says why the op must see all tokens, if it must: labels go on behind it,
-    merging doesn't reach across it.
+    Attributes:
+        fact: of the output. patches: literals that are token counts. positionals: operands that
+            line up with tokens.
+        counted: operands that are summed over their tokens, of which each merged one counts as
+            often as the tokens it stands for (linear attention).
+        needs_all_tokens: why the op must see all tokens, if it must: labels go on behind it,
+            merging doesn't reach across it.
     """
 
     fact: Fact
     patches: tuple[Patch, ...] = ()
     positionals: tuple[Positional, ...] = ()
+    counted: tuple[Positional, ...] = ()
     needs_all_tokens: str = ""
 
 
@@ -95,7 +101,8 @@ class Site:
 
     Attributes:
         node: graph node. module: module path.
-        kind: "self", "joint", "cross", "temporal", "text" or "unknown".
+        kind: "self", "joint", "cross", "temporal", "text", "linear" (a sum over tokens without
+            softmax) or "unknown".
         query, key: token labels of q and k, printed.
         segment: the image segment that its queries carry ("" if none).
         operands: nodes of queries, keys and values; none if the attention is written out.

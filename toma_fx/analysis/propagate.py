@@ -65,7 +65,7 @@ def analyze(captured: Captured, grid: Size | None = None) -> tuple[Analysis, Flo
         for n in nodes
         if (t := transfers.get(n.name)) and t.needs_all_tokens
     }
-    flow = make_flow(nodes, facts, refusals, needs_all_tokens)
+    flow = make_flow(nodes, facts, transfers, refusals, needs_all_tokens)
     lost = _find_lost(flow)
     sites = tuple(_classify_site(n, flow, lost) for n in nodes if n.name in flow.attention)
     streams = find_streams(flow, sites)
@@ -178,7 +178,7 @@ def _propagate(
             continue
         if outcome.fact is not None:
             facts[node.name] = outcome.fact
-        if outcome.patches or outcome.positionals or outcome.needs_all_tokens:
+        if outcome != Transfer(outcome.fact):
             transfers[node.name] = outcome
     return facts, transfers, refusals
 
@@ -250,6 +250,8 @@ def _find_lost(flow: Flow) -> set[str]:
 
 def _classify_site(node: fx.Node, flow: Flow, lost: set[str]) -> Site:
     """Classify one attention by the tokens of its queries and keys."""
+    if node.name in flow.sums_of_tokens:
+        return _classify_sum(node, flow)
     layout, keys = _score_layouts(node, flow)
     rows = layout[-2] if layout is not None else ONE
     q = rows.tokens or tokens_of(layout)
@@ -273,6 +275,15 @@ def _classify_site(node: fx.Node, flow: Flow, lost: set[str]) -> Site:
     return Site(
         node.name, module_path(node), kind, str(q or ""), str(k or ""), segment, operands, masked
     )
+
+
+def _classify_sum(node: fx.Node, flow: Flow) -> Site:
+    """The sum over tokens of attention without softmax."""
+    operands = (tokens_of(flow.layout(o)) for o in flow.operands[node.name])
+    found = next(x for x in operands if x)
+    segment = next((s.name for s in found.segments if s.grid), "")
+    kind = "linear" if segment else "text"
+    return Site(node.name, module_path(node), kind, str(found), str(found), segment)
 
 
 def _score_layouts(node: fx.Node, flow: Flow) -> tuple[Layout | None, Layout | None]:

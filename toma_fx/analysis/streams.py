@@ -281,6 +281,8 @@ def _classify_branch(
         kinds = {"other"}
     reached: set[str] = set()
     inside = (*inside, *(p for n in inside for p in flow.attention_products(n)))
+    sums = {n for n in inner if not flow.carries(n, segment)}
+    inside = (*inside, *(n for n in inner if not sums.isdisjoint(flow.operands[n])))
     for name in inner:
         outside = [o for o in flow.operands[name] if o not in inner]
         from_outside = any(flow.carries(o, segment) for o in outside)

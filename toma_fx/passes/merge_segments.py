@@ -27,7 +27,7 @@ from typing import ClassVar, Self
 from torch import Tensor, fx
 
 from toma_fx.analysis.dataflow import Flow
-from toma_fx.analysis.facts import Analysis, Patch, Positional
+from toma_fx.analysis.facts import Analysis, Patch, Positional, Transfer
 from toma_fx.analysis.labels import token_dim, tokens_of
 from toma_fx.graph.rewriter import Rewriter
 from toma_fx.passes.job import Job
@@ -37,6 +37,7 @@ from toma_fx.passes.snippets import (
     Span,
     span_at,
     span_of,
+    splice_counts,
     splice_gather,
     splice_merge,
     splice_unmerge,
@@ -94,12 +95,12 @@ class _Work:
         inner, keys = [self.nodes[n] for n in segment.inner], segment.scope == "keys"
         inside = set(segment.inner)
         sites = [self.nodes[n] for n in segment.sites] if keys else []
+        addends = {name: self.addend(name, inside) for name in segment.additions}
         for name in segment.entries:
             merged, old = self.merge_entry(name, segment), self.rewriter.current(name)
             readers = [n for n in inner if old in n.all_input_nodes]
             for node in (*readers, *(n for n in sites if old in n.args[1:3])):
                 self.rewriter.replace_input(node, old, merged)
-        addends = {name: self.addend(name, inside) for name in segment.additions}
         for node in self.affected(segment):
             self.patch_node(node, segment)
             self.rewriter.retype(node)
@@ -162,6 +163,21 @@ class _Work:
             new = self.merge_operand(old, positional, segment)
             self.rewriter.replace_input(node, old, new)
             current[positional.operand] = new
+        self.count_merged(node, transfer, segment)
+
+    def count_merged(self, node: fx.Node, transfer: Transfer, segment: MergeSegment) -> None:
+        """Let each merged token count as often as the tokens it stands for in a sum over them."""
+        pattern = self.patterns[segment.group]
+        for counted in transfer.counted:
+            if all(s.name != segment.image.name for s in counted.tokens.segments):
+                continue
+            old, span = (
+                self.rewriter.current(counted.operand),
+                span_of(counted.tokens, segment.image),
+            )
+            with self.rewriter.after(old, *pattern.nodes):
+                new = splice_counts(self.rewriter, old, counted, span, pattern)
+            self.rewriter.replace_input(node, old, new)
 
     def weigh_keys(self, segment: MergeSegment) -> None:
         """Let attention weigh the segment's keys by the number of tokens they stand for."""

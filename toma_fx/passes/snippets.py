@@ -193,6 +193,27 @@ def splice_gather(
     return rewriter.splice(key, gather, [operand, *pattern.nodes], as_call=setting.dynamic)[0]
 
 
+def splice_counts(
+    rewriter: Rewriter,
+    operand: fx.Node,
+    counted: Positional,
+    span: Span,
+    pattern: PatternNodes,
+) -> fx.Node:
+    """An operand that is summed over its tokens, each times the number of those it stands for."""
+    setting, layout, dim = pattern.setting, counted.layout, counted.dim
+
+    def weigh(x: Tensor, *parts: Tensor) -> Tensor:
+        sizes = setting.sizes(pattern.named(parts)).to(x.device)
+        sizes = torch.nn.functional.pad(sizes, (span.before, span.after), value=1.0)
+        opened, _ = open_factors(x, layout, dim)
+        weighed = opened * place_rows(sizes, layout, dim).to(x.dtype)
+        return close_factors(weighed, layout)
+
+    key = ("counts", layout, dim, span, setting)
+    return rewriter.splice(key, weigh, [operand, *pattern.nodes], as_call=setting.dynamic)[0]
+
+
 def open_factors(x: Tensor, layout: Layout, dim: int) -> tuple[Tensor, int]:
     """`x` with a dimension for each factor of its layout, and which one `dim`'s tokens have.
 

@@ -28,3 +28,10 @@ def refuse_key_sizes(
             reason = "proportional=True: its first dimension is not the batch"
             return Rejected(site.node, reason, "layout")
     return None
+
+
+def refuse_sums(branch: Branch, setting: Setting, flow: Flow) -> str | None:
+    """Why a branch that sums over tokens without softmax can't be merged; None if it can."""
+    if type(setting).sizes is not Setting.sizes or flow.sums_of_tokens.isdisjoint(branch.nodes):
+        return None
+    return "it sums over tokens, and the method does not say how many tokens a merged one is of"

@@ -19,7 +19,7 @@ from toma_fx.methods.base import MethodConfig
 from toma_fx.methods.cache import CacheConfig
 from toma_fx.methods.setting import Place, Setting
 from toma_fx.plan.cached import Runs, cached_runs, plan_cache
-from toma_fx.plan.key_sizes import refuse_key_sizes
+from toma_fx.plan.key_sizes import refuse_key_sizes, refuse_sums
 from toma_fx.plan.places import places_of
 from toma_fx.plan.plan import KeptUpdate, MergePlan, MergeSegment, PatternGroup, Rejection
 from toma_fx.plan.reasons import hint_no_sites, reject_branch, reject_rest
@@ -155,6 +155,8 @@ def _choose_settings(
     rejections: list[Rejection] = []
     for i, branch in enumerate(stream.branches):
         setting = _choose_setting(branch, places[stream.name, i], stream.segment.length, config)
+        if isinstance(setting, Setting):
+            setting = refuse_sums(branch, setting, flow) or setting
         if config.proportional and isinstance(setting, Setting):
             setting = refuse_key_sizes(branch, setting, sites, flow) or setting
         if not isinstance(setting, Setting):

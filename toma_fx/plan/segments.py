@@ -167,7 +167,7 @@ def _make_keys_segment(run: Run, index: int, site: Site, flow: Flow) -> MergeSeg
     stream = run.stream
     image, branch = stream.segment.name, stream.branches[index]
     if site.kind not in ("self", "joint"):
-        reason = f"its keys are no image tokens ({site.kind} attention)"
+        reason = f"its keys are no image tokens under a softmax ({site.kind} attention)"
         return Rejected(site.node, reason, "content")
     if not site.operands:
         return Rejected(site.node, "attention is written out, not one fused operator", "content")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 
 import torch
 from torch import fx
@@ -57,7 +58,7 @@ def _check(call: Call, transfer: Transfer) -> Transfer:
         fact = known if any(known) else None
     elif fact is not None:
         fact = _check_layout(fact, values)  # type: ignore[arg-type]
-    return Transfer(fact, transfer.patches, transfer.positionals, transfer.needs_all_tokens)
+    return replace(transfer, fact=fact)
 
 
 def _check_layout(layout: Layout | None, value: torch.Tensor) -> Layout | None:

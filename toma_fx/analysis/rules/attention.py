@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from torch import fx
 
 from toma_fx.analysis.factors import Keys, Refused
-from toma_fx.analysis.facts import Transfer
+from toma_fx.analysis.facts import Positional, Transfer
 from toma_fx.analysis.labels import ONE, Label, Layout, plain
 from toma_fx.analysis.rules.base import Call, carries_positions, rule
-from toma_fx.analysis.rules.compute import find_positionals, meet_all
+from toma_fx.analysis.rules.compute import count_tokens, find_positionals, meet_all
 from toma_fx.graph.nodes import SOFTMAX, UNKNOWN, shape_of
+
+COUNTED = ("aten.matmul", "aten.mm", "aten.bmm")
+"""Products (a, b) whose operand b can be weighed."""
 
 
 @rule("scaled_dot_product_attention")
@@ -91,7 +94,7 @@ def _multiply(call: Call, a: fx.Node, b: fx.Node) -> Transfer:
     vector = len(left) == 1 or len(right) == 1
     inner, other = left[-1], right[-1] if len(right) == 1 else right[-2]
     rows, columns = left[-2:-1], right[-1:] if len(right) > 1 else ()
-    _check_sum(call, left, inner, right, other)
+    counted = _check_sum(call, left, inner, right, other)
     if vector and carries_positions(right):
         raise Refused("a matrix product over token axes")
     if any(label.tokens for label in rows):
@@ -109,21 +112,31 @@ def _multiply(call: Call, a: fx.Node, b: fx.Node) -> Transfer:
         if len(full) > 2 and len(shape_of(node)) > 2
     ]
     positionals = tuple(p for group, _ in found for p in group)
-    return Transfer(labels, positionals=positionals, needs_all_tokens="".join(x for _, x in found))
+    needs_all = "".join(x for _, x in found)
+    return Transfer(labels, positionals=positionals, counted=counted, needs_all_tokens=needs_all)
 
 
 def _plain(label: Label) -> Label:
     return plain(label.size)
 
 
-def _check_sum(call: Call, left: Layout, a: Label, right: Layout, b: Label) -> None:
-    """A product may sum over features, and over keys whose shares add up to 1."""
+def _check_sum(
+    call: Call, left: Layout, a: Label, right: Layout, b: Label
+) -> tuple[Positional, ...]:
+    """A product may sum over features, and over keys whose shares add up to 1.
+
+    Without softmax a merged token counts as often as the tokens it stands for: linear attention.
+    """
     if a.keys and b.tokens and not (a.is_product or b.is_product):
         if a.keys.tokens.segments != b.tokens.segments or not a.keys.normal:
             raise Refused("a sum over tokens without softmax")
-        return
+        return ()
     if a.tokens and b.tokens:
-        raise Refused("a sum over tokens (linear attention)")
+        same = a.tokens.segments == b.tokens.segments and a.tokens.fixed == b.tokens.fixed
+        counted = count_tokens(call.arg(1), right, len(right) - 2) if len(right) > 1 else None
+        if call.op not in COUNTED or not same or a.is_product or counted is None:
+            raise Refused("a sum over tokens of a kind that can't be weighed")
+        return (counted,)
     if a.positions and b.is_plain and right and not carries_positions(right):
         raise Refused("a matrix product over the token axis")
     if a.positions or b.positions:
@@ -131,6 +144,7 @@ def _check_sum(call: Call, left: Layout, a: Label, right: Layout, b: Label) -> N
     held = carries_positions(left) or carries_positions(right)
     if held and (a.rows or b.rows):
         raise Refused("a matrix product over the batch of tokens")
+    return ()
 
 
 def _label_keys(rows: Layout, columns: Layout) -> Layout:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import fx
 
@@ -34,7 +35,7 @@ def pointwise(call: Call) -> Transfer:
     keys = layout[-1].keys if layout else None
     if keys and keys.normal and not _stays_average(call, operands):
         fact = (*layout[:-1], Label((Keys(keys.tokens),)))
-        return Transfer(fact, transfer.patches, transfer.positionals, transfer.needs_all_tokens)
+        return replace(transfer, fact=fact)
     return transfer
 
 
@@ -218,31 +219,40 @@ def spatial_norm(call: Call) -> Layout | Transfer:
     return Transfer(layout, needs_all_tokens="normalization statistics over the token axis")
 
 
-@rule("log_softmax", "cumsum", "flip")
+@rule("log_softmax", "cumsum", "flip", "roll")
 def scan(call: Call) -> Layout:
     """Ops along some dimensions that keep the shape."""
-    layout, dims = call.layout(call.arg(0)), call.arg(1, "dim")
-    call.mix("a reduction over", layout, dims if isinstance(dims, (list, tuple)) else [dims])
+    layout = call.layout(call.arg(0))
+    dims = call.arg(2, "dims", []) if call.op == "aten.roll" else call.arg(1, "dim")
+    dims = list(dims) if isinstance(dims, (list, tuple)) else [dims]
+    call.mix("an op along", layout, dims or range(len(layout)))
     return layout
 
 
 @rule(*REDUCTIONS)
-def reduction(call: Call) -> Layout:
-    """Reductions over other dimensions keep the token axis."""
+def reduction(call: Call) -> Transfer:
+    """Reductions over other dimensions keep the token axis; a sum over tokens counts them."""
     layout = call.layout(call.arg(0))
     dims = call.arg(2 if call.op == "aten.linalg_vector_norm" else 1, "dim")
     dims = [dims] if isinstance(dims, int) else dims
-    reduced = {d % len(layout) for d in dims} if isinstance(dims, (list, tuple)) and dims else None
-    return reduce(call, layout, set(range(len(layout))) if reduced is None else reduced)
-
-
-def reduce(call: Call, layout: Layout, dims: set[int]) -> Layout:
-    """The layout after a reduction over `dims`, which may stay as dimensions of size 1."""
-    call.mix("a reduction over", layout, dims)
+    every = not isinstance(dims, (list, tuple)) or not dims
+    reduced = set(range(len(layout))) if every else {d % len(layout) for d in dims}
+    counted = [count_tokens(call.arg(0), layout, d) for d in reduced if call.op == "aten.sum"]
+    counted = [c for c in counted if c]
+    call.mix("a reduction over", layout, reduced - {c.dim for c in counted if c})
+    kept = [x if x.size == 1 and not x.positions else ONE for x in layout]
+    result = tuple(kept[d] if d in reduced else label for d, label in enumerate(layout))
     if len(call.shape) < len(layout):
-        return drop(layout, dims)
-    kept = (x if x.size == 1 else ONE for x in layout)
-    return tuple(one if d in dims else layout[d] for d, one in enumerate(kept))
+        result = drop(result, reduced)
+    return Transfer(result, counted=tuple(c for c in counted if c))
+
+
+def count_tokens(operand: fx.Node, layout: Layout, dim: int) -> Positional | None:
+    """How often each token of an operand counts in a sum over them; None if there are none."""
+    label = layout[dim]
+    if label.tokens is None or label.is_product or label.tokens.length >= UNKNOWN:
+        return None
+    return Positional(operand.name, layout, dim)
 
 
 # -- ops that keep the shape ----------------------------------------------------------------------

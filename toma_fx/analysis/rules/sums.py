@@ -6,6 +6,7 @@ from toma_fx.analysis.factors import Keys, Refused
 from toma_fx.analysis.facts import Positional, Transfer
 from toma_fx.analysis.labels import Label, Layout, meet, rows_of
 from toma_fx.analysis.rules.base import Call, carries_positions, rule
+from toma_fx.analysis.rules.compute import count_tokens
 from toma_fx.graph.nodes import UNKNOWN
 
 
@@ -32,12 +33,22 @@ def einsum(call: Call) -> Transfer:
                 continue
             labels[letter] = meet(known, label)
     held = any(carries_positions(x) for x in layouts)
+    counted: list[Positional] = []
     for letter, label in labels.items():
-        summed = held and letter not in output and letter not in shares
-        if summed and (label.positions or label.rows):
+        if not held or letter in output or letter in shares:
+            continue
+        # the last operand that is summed over tokens weighs them
+        last = max(i for i, word in enumerate(words) if letter in word)
+        weight = count_tokens(operands[last], layouts[last], words[last].index(letter))
+        if weight is not None and weight.tokens == label.tokens:
+            counted.append(weight)
+        elif label.positions or label.rows:
             raise Refused("a sum over the token axis or its batch")
-    result = _label_scores(words, output, labels)
-    return Transfer(result, positionals=_find_tables(call, words, layouts, labels))
+    result, tables = (
+        _label_scores(words, output, labels),
+        _find_tables(call, words, layouts, labels),
+    )
+    return Transfer(result, positionals=tables, counted=tuple(counted))
 
 
 def _are_shares(keys: Label, values: Label) -> bool:

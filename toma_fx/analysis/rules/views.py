@@ -186,6 +186,17 @@ def permute(call: Call) -> Layout:
     return tuple(layout[d] for d in call.arg(1))
 
 
+@rule("movedim", "moveaxis")
+def movedim(call: Call) -> Layout:
+    """Dimensions move to other places; the rest keeps its order."""
+    layout = call.layout(call.arg(0))
+    pairs = [x if isinstance(x, (list, tuple)) else [x] for x in (call.arg(1), call.arg(2))]
+    source, target = ([d % len(layout) for d in dims] for dims in pairs)
+    rest = iter(d for d in range(len(layout)) if d not in source)
+    moved = dict(zip(target, source, strict=True))
+    return tuple(layout[moved[d] if d in moved else next(rest)] for d in range(len(layout)))
+
+
 @rule("transpose", "swapaxes", "swapdims", "t", "mT")
 def transpose(call: Call) -> Layout:
     """Swap of two dimensions."""
