@@ -124,7 +124,7 @@ class Found:
     def reasons(self) -> list[str]:
         """Why token flow ended, or can't be merged across."""
         refusals = (*self.analysis.refusals.values(), *self.flow.needs_all_tokens.values())
-        return [refusal.reason for refusal in refusals]
+        return [str(refusal) for refusal in refusals]
 
     def kinds(self) -> list[str]:
         return [site.kind for site in self.analysis.sites]
@@ -556,7 +556,11 @@ def test_the_rejection_of_a_leak_names_the_refused_op() -> None:
     assert rejected is not None
     assert rejected.node == found.only("mean")
     assert rejected == found.analysis.refusals[found.only("mean")]
-    assert "aten.mean" in rejected.reason
+    assert (rejected.op, rejected.kind, rejected.module) == ("aten.mean", "rule", "")
+    assert rejected.dim == "[x 24 (4x6)]"
+    assert rejected.line.startswith("test_rules.py:")
+    assert "outside the branch" in rejected.advice
+    assert str(rejected) == "mean: a reduction over the token axis (aten.mean)"
 
 
 @pytest.mark.parametrize(

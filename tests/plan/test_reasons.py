@@ -17,7 +17,7 @@ def hint(op: str) -> str:
 
 
 def test_the_hint_for_a_custom_operator_needs_no_wording() -> None:
-    assert hint("own.gemm").startswith("reworded; toma_fx.tokenwise(...)")
+    assert hint("own.gemm").startswith("n: reworded for own.gemm; toma_fx.tokenwise(...)")
     assert "tokenwise" not in hint("aten.cummax"), "users can't declare operators of torch"
     assert "tokenwise" not in hint("gemm"), "nor functions that are no operators"
 
@@ -30,4 +30,4 @@ def test_an_update_is_not_rejected_twice_for_one_refusal() -> None:
     analysis, flow = (replace(x, refusals=reworded) for x in (found.analysis, found.flow))
     rejections = make_plan(analysis, flow, ToMAConfig(min_tokens=1)).rejections
     assert [r.cause for r in rejections] == [name], rejections
-    assert rejections[0].reason.endswith(f"; {name}: reworded")
+    assert rejections[0].reason.endswith(f"; {name}: reworded for aten.{name}")

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from toma_fx.analysis.factors import HEIGHT, Axis, Segment
-from toma_fx.analysis.facts import Rejected, Transfer
+from toma_fx.analysis.facts import Kind, Rejected, Transfer
 from toma_fx.analysis.labels import (
     Fact,
     Label,
@@ -36,6 +36,7 @@ from toma_fx.graph.nodes import (
     module_path,
     op_name,
     shape_of,
+    source_line,
 )
 
 
@@ -45,7 +46,7 @@ class Flow:
 
     Attributes:
         order: node names in graph order. operands: inputs of each. ops: op name of each.
-        shapes: static shape of each tensor. modules: module path of each.
+        shapes: static shape of each tensor. modules: module path of each. lines: of Python.
         facts, refusals: from the analysis. aliases: {node: source} for nodes that return the
             image tokens of their source unchanged. pointwise: element-wise ops. sums: plain a + b.
         attention: fused attention, the softmax of one that is written out, and the sums over
@@ -58,6 +59,7 @@ class Flow:
     ops: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
     modules: Mapping[str, str]
+    lines: Mapping[str, str]
     facts: Mapping[str, Fact]
     refusals: Mapping[str, Rejected]
     aliases: Mapping[str, str]
@@ -85,6 +87,10 @@ class Flow:
     def in_order(self, names: Iterable[str]) -> tuple[str, ...]:
         """Nodes in graph order."""
         return tuple(sorted(names, key=self.position.__getitem__))
+
+    def reject(self, name: str, reason: str, kind: Kind) -> Rejected:
+        """Refusal that blames a node, but no operator."""
+        return Rejected(name, reason, kind, "", "", self.modules[name], self.lines[name])
 
     def layout(self, name: str) -> Layout | None:
         """Layout of a tensor-valued node."""
@@ -248,9 +254,9 @@ class Flow:
                     self.carries(user, segment) or self.ops[user] not in READERS
                 ):
                     ended = self._find_end(user, segment)
-                    return ended or Rejected(user, f"uses {name} outside the branch", "use")
+                    return ended or self.reject(user, f"uses {name} outside the branch", "use")
                 if self.ops[user] == "output":
-                    return Rejected(name, "is an output of the model", "use")
+                    return self.reject(name, "is an output of the model", "use")
         return None
 
     def _find_end(self, name: str, segment: str) -> Rejected | None:
@@ -296,7 +302,8 @@ def make_flow(
 ) -> Flow:
     """The plain-data view of analyzed nodes."""
     summed = frozenset(name for name, transfer in transfers.items() if transfer.counted)
-    products = {n.name for n in nodes if n.name in summed and op_name(n.target) in PRODUCTS}
+    images = {name for name in summed if any(c.tokens.names for c in transfers[name].counted)}
+    products = {n.name for n in nodes if n.name in images and op_name(n.target) in PRODUCTS}
     tensors = [n for n in nodes if isinstance(n.meta.get("val"), torch.Tensor)]
     flow = Flow(
         order=tuple(n.name for n in nodes),
@@ -304,6 +311,7 @@ def make_flow(
         ops={n.name: op_name(n.target) if n.op == "call_function" else n.op for n in nodes},
         shapes={n.name: shape_of(n) for n in tensors},
         modules={n.name: module_path(n) for n in nodes},
+        lines={n.name: source_line(n) for n in nodes},
         facts=facts,
         refusals=refusals,
         aliases={},

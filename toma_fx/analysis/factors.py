@@ -21,12 +21,12 @@ class Refused(Exception):
     """Raised by a rule, or what it calls: tokens can't be followed, or merged, across an operator.
 
     Attributes:
-        reason: for people.
+        reason: what is the matter. dim: what the dimension that is to blame enumerates.
     """
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, dim: object = "") -> None:
         super().__init__(reason)
-        self.reason = reason
+        self.reason, self.dim = reason, str(dim)
 
 
 @dataclass(frozen=True)

@@ -73,26 +73,52 @@ class Transfer:
     needs_all_tokens: str = ""
 
 
+Kind = Literal["no_rule", "rule", "needs_all_tokens", "use", "layout", "content"]
+ADVICE: Mapping[Kind, str] = {
+    "no_rule": (
+        "toma_fx.tokenwise(op) declares that it treats every token alike; else it needs a rule "
+        "(CONTRIBUTING, A new operator)"
+    ),
+    "rule": "merging stops there: what must see all tokens, or rows, belongs outside the branch",
+    "needs_all_tokens": "a smaller scope= unmerges before it",
+    "use": "a smaller scope= unmerges before the other use",
+    "layout": "a stream [batch, tokens, channels] merges",
+    "content": "attention and MLPs merge, by branches=",
+}
+"""What would make it merge, by what refuses."""
+
+
 @dataclass(frozen=True)
 class Rejected:
     """A "no" with its reason and the node to blame.
 
     Attributes:
-        node: graph node. reason: for people.
+        node: graph node. reason: what is the matter, without names.
         kind: what refuses: "no_rule", there is none for the op; "rule", the rule of the op;
             "needs_all_tokens", the op must see all tokens; "use", the value is used elsewhere;
             "layout", tokens are on a dimension where they can't merge; "content", the branch or
             attention is of a kind that can't.
-        op: op name, such as "aten.view", if an op refuses.
+        op: op name, such as "aten.view", if an op refuses. dim: what the dimension that is to
+            blame enumerates. module: path of the module. line: of Python.
     """
 
     node: str
     reason: str
-    kind: Literal["no_rule", "rule", "needs_all_tokens", "use", "layout", "content"]
+    kind: Kind
     op: str = ""
+    dim: str = ""
+    module: str = ""
+    line: str = ""
+
+    @property
+    def advice(self) -> str:
+        """What would make it merge."""
+        return ADVICE[self.kind]
 
     def __str__(self) -> str:
-        return f"{self.node}: {self.reason}"
+        if self.kind == "no_rule":
+            return f"{self.node}: {self.reason} for {self.op}"
+        return f"{self.node}: {self.reason}{f' ({self.op})' if self.op else ''}"
 
 
 @dataclass(frozen=True)

@@ -34,10 +34,11 @@ from toma_fx.analysis.labels import (
     tokens_of,
 )
 from toma_fx.analysis.rules.apply import apply_rule
+from toma_fx.analysis.rules.base import reject
 from toma_fx.analysis.streams import find_streams
 from toma_fx.capture.grids import Raster, ids_dim
 from toma_fx.capture.model import Captured
-from toma_fx.graph.nodes import ATTENTION, LATENTS, int_size, module_path, op_name
+from toma_fx.graph.nodes import ATTENTION, LATENTS, int_size, module_path
 from toma_fx.methods.windows import Size
 
 
@@ -61,7 +62,7 @@ def analyze(captured: Captured, grid: Size | None = None) -> tuple[Analysis, Flo
     assert best is not None
     facts, transfers, refusals, rasters = best.facts, best.transfers, best.refusals, best.rasters
     needs_all_tokens = {
-        n.name: Rejected(n.name, t.needs_all_tokens, "needs_all_tokens", op_name(n.target))
+        n.name: reject(n, t.needs_all_tokens, "needs_all_tokens")
         for n in nodes
         if (t := transfers.get(n.name)) and t.needs_all_tokens
     }
@@ -280,10 +281,9 @@ def _classify_site(node: fx.Node, flow: Flow, lost: set[str]) -> Site:
 def _classify_sum(node: fx.Node, flow: Flow) -> Site:
     """The sum over tokens of attention without softmax."""
     operands = (tokens_of(flow.layout(o)) for o in flow.operands[node.name])
-    found = next(x for x in operands if x)
-    segment = next((s.name for s in found.segments if s.grid), "")
-    kind = "linear" if segment else "text"
-    return Site(node.name, module_path(node), kind, str(found), str(found), segment)
+    found = next(x for x in operands if x and x.names)
+    segment = next(s.name for s in found.segments if s.grid)
+    return Site(node.name, module_path(node), "linear", str(found), str(found), segment)
 
 
 def _score_layouts(node: fx.Node, flow: Flow) -> tuple[Layout | None, Layout | None]:

@@ -316,8 +316,8 @@ def _check_branch(
 ) -> Rejected | None:
     """Why the branch can't be merged, or None."""
     if not inner or "other" in kinds:
-        return Rejected(out, "holds neither attention nor MLP", "content")
+        return flow.reject(out, "holds neither attention nor MLP", "content")
     for name in (*entries, out):
         if not flow.is_embedding(name):
-            return Rejected(name, "is not laid out [batch, tokens, channels]", "layout")
+            return flow.reject(name, "is not laid out [batch, tokens, channels]", "layout")
     return None

@@ -66,6 +66,18 @@ def module_path(node: fx.Node) -> str:
     return str(entries[-1][0]) if entries else ""
 
 
+def source_line(node: fx.Node) -> str:
+    """The line of Python that a node is from, outside of torch: "model.py:12 x = f(x)"; or ""."""
+    frames = str(node.meta.get("stack_trace") or "").strip().split("File ")[1:]
+    own = [frame for frame in frames if "/torch/" not in frame.partition(",")[0]]
+    if not own:
+        return ""
+    place, _, code = own[-1].strip().partition("\n")
+    path, _, rest = place.partition(", line ")
+    number = rest.partition(",")[0]
+    return f"{path.strip(chr(34)).rpartition('/')[2]}:{number} {code.strip()}".strip()
+
+
 def op_name(target: Any) -> str:
     """ "aten.view" for `torch.ops.aten.view.default`; the name of a plain function otherwise."""
     if is_operator(target):

@@ -203,7 +203,11 @@ def _find_leaking(flow: Flow, cuts: Sequence[_Cut]) -> dict[str, Rejection]:
         name, user = next((p for p in pairs if p[0] != cut.update.node), (heavy[0], heavy[0]))
         reason = f"{user} uses {name}, so that everything before it has to be computed"
         refused[cut.update.node] = Rejection(
-            cut.update.node, cut.update.modules[-1], "cache", reason, user
+            cut.update.node,
+            cut.update.modules[-1],
+            "cache",
+            reason,
+            flow.reject(user, reason, "use"),
         )
     return refused
 

@@ -22,11 +22,11 @@ def refuse_key_sizes(
     for site in attending:
         if not site.operands:
             reason = "proportional=True: attention is written out, not one fused operator"
-            return Rejected(site.node, reason, "content")
+            return flow.reject(site.node, reason, "content")
         layout = flow.layout(site.operands[0]) or ()
         if not layout or not is_batch(layout[0]):
             reason = "proportional=True: its first dimension is not the batch"
-            return Rejected(site.node, reason, "layout")
+            return flow.reject(site.node, reason, "layout")
     return None
 
 

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from toma_fx.analysis.factors import Segment
+from toma_fx.analysis.facts import Rejected
 from toma_fx.methods.base import MethodConfig
 from toma_fx.methods.cache import Fitted
 from toma_fx.methods.setting import Setting
@@ -132,14 +133,19 @@ class Rejection:
 
     Attributes:
         node: attention, or output of the branch. module: module path. kind: of the attention or
-            the branch. reason: for people. cause: node whose refusal it is, if an op is to blame.
+            the branch. reason: for people. refusal: of the node that is to blame, if one is.
     """
 
     node: str
     module: str
     kind: str
     reason: str
-    cause: str = ""
+    refusal: Rejected | None = None
+
+    @property
+    def cause(self) -> str:
+        """The node that is to blame; "" if none is."""
+        return self.refusal.node if self.refusal else ""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ def hint_no_sites(analysis: Analysis, config: MethodConfig) -> str:
     if tokens and max(tokens) < config.min_tokens:
         return f"lower min_tokens= (the model has at most {max(tokens)} image tokens here)"
     if custom is not None:
-        return f"{custom.reason}; toma_fx.tokenwise(...) declares that it treats every token alike"
+        return f"{custom}; toma_fx.tokenwise(...) declares that it treats every token alike"
     if config.grid is not None and not analysis.rasters:
         grid = f"{size_text(config.grid)} = {math.prod(config.grid)} tokens"
         return f"grid= ({grid}) must fit exactly one packed input ({packed or 'there is none'})"
@@ -34,16 +34,13 @@ def hint_no_sites(analysis: Analysis, config: MethodConfig) -> str:
 def reject_branch(branch: Branch, reason: str | Rejected) -> Rejection:
     """The rejection of a branch for a reason of its own, or that of one of its nodes."""
     node, kind = (*branch.sites, branch.out)[0], "+".join(branch.kinds)
-    return Rejection(node, branch.module, kind, str(reason), _cause(reason))
+    refusal = reason if isinstance(reason, Rejected) else None
+    return Rejection(node, branch.module, kind, str(reason), refusal)
 
 
 def reject_site(site: Site, refusal: Rejected) -> Rejection:
     """The rejection of an attention."""
-    return Rejection(site.node, site.module, site.kind, str(refusal), refusal.node)
-
-
-def _cause(reason: str | Rejected) -> str:
-    return reason.node if isinstance(reason, Rejected) else ""
+    return Rejection(site.node, site.module, site.kind, str(refusal), refusal)
 
 
 _SITE_REASONS = {
@@ -63,7 +60,7 @@ def reject_rest(
     for site in analysis.sites:
         if site.node in known:
             continue
-        cause = ""
+        refusal = None
         if site.node in branches:
             reason = f"left alone with {branches[site.node].sites[0]} of the same branch"
         else:
@@ -72,8 +69,8 @@ def reject_rest(
                 reason += " laid out [batch, tokens, channels]: the tokens come first"
             refusal = _nearest_refusal(flow, site.node, back=site.kind == "unknown")
             if refusal is not None:
-                reason, cause = f"{reason}; {refusal}", refusal.node
-        out.append(Rejection(site.node, site.module, site.kind, reason, cause))
+                reason = f"{reason}; {refusal}"
+        out.append(Rejection(site.node, site.module, site.kind, reason, refusal))
     causes = {r.cause for r in (*rejections, *out)}
     return out + [r for r in _reject_lost_updates(flow) if r.cause not in causes]
 
@@ -99,7 +96,7 @@ def _reject_lost_updates(flow: Flow) -> list[Rejection]:
         elif name in flow.sums and flow.is_embedding(name):
             for update in (o for o in operands if o in lost):
                 refusal, module = lost[update], flow.modules[update]
-                out.append(Rejection(update, module, "other", str(refusal), refusal.node))
+                out.append(Rejection(update, module, "other", str(refusal), refusal))
     return out
 
 

@@ -102,7 +102,7 @@ def _make_segment(run: Run, part: Sequence[int], scope: str, flow: Flow) -> Merg
         inner = _drop_shared_casts(flow, inner, base, exit_)
         outside = next((n for b in branches for n in b.nodes if n not in inner), None)
         if outside is not None:
-            return Rejected(outside, "the branch starts before the segment does", "use")
+            return flow.reject(outside, "the branch starts before the segment does", "use")
         inner = flow.include_readers(image.name, inner, exit_)
         entries = flow.entries(image.name, inner)
         leak = flow.find_leak(image.name, inner, exit_)
@@ -111,10 +111,10 @@ def _make_segment(run: Run, part: Sequence[int], scope: str, flow: Flow) -> Merg
         base = next((e for e in entries if flow.root(e) == flow.root(base)), base)
         odd = next((e for e in entries if not flow.is_embedding(e)), None)
         if odd is not None:
-            return Rejected(odd, "is not laid out [batch, tokens, channels]", "layout")
+            return flow.reject(odd, "is not laid out [batch, tokens, channels]", "layout")
         if base not in entries or not flow.is_embedding(base) or not flow.is_embedding(exit_):
             reason = "the stream does not enter the segment as [batch, tokens, channels]"
-            return Rejected(base, reason, "layout")
+            return flow.reject(base, reason, "layout")
     return MergeSegment(
         name=f"{stream.name}/{scope}{part[0]}",
         stream=stream.name,
@@ -168,24 +168,24 @@ def _make_keys_segment(run: Run, index: int, site: Site, flow: Flow) -> MergeSeg
     image, branch = stream.segment.name, stream.branches[index]
     if site.kind not in ("self", "joint"):
         reason = f"its keys are no image tokens under a softmax ({site.kind} attention)"
-        return Rejected(site.node, reason, "content")
+        return flow.reject(site.node, reason, "content")
     if not site.operands:
-        return Rejected(site.node, "attention is written out, not one fused operator", "content")
+        return flow.reject(site.node, "attention is written out, not one fused operator", "content")
     if site.masked:
-        return Rejected(site.node, "its mask is laid out for all keys", "content")
+        return flow.reject(site.node, "its mask is laid out for all keys", "content")
     query, *keys = site.operands
     inner = flow.find_exclusive_inputs(image, keys, site.node, branch.nodes)
     direct = {k for k in keys if k not in inner}
     entries = flow.in_order({*flow.entries(image, inner), *direct})
     if query in direct:
-        return Rejected(site.node, "its keys are its queries", "content")
+        return flow.reject(site.node, "its keys are its queries", "content")
     partial = next((n for n in inner if n in flow.needs_all_tokens), None)
     if partial is not None:
         return flow.needs_all_tokens[partial]
     odd = next((e for e in entries if not flow.is_batch_of_tokens(e)), None)
     if odd is not None:
         reason = "is not laid out with the batch first and one axis of tokens"
-        return Rejected(odd, reason, "layout")
+        return flow.reject(odd, reason, "layout")
     return MergeSegment(
         name=f"{stream.name}/keys/{site.node}",
         stream=stream.name,

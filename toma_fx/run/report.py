@@ -143,8 +143,11 @@ class Report(Printable):
             for name in ("module", "kind", "reason"):
                 reasons.add_column(name, overflow="fold")
             for r in self.rejections:
-                reasons.add_row(r.module or r.node, r.kind, r.reason)
+                where = f" [{r.refusal.line}]" if r.refusal and r.refusal.line else ""
+                reasons.add_row(r.module or r.node, r.kind, Text(f"{r.reason}{where}"))
             parts.append(reasons)
+            advice = dict.fromkeys(r.refusal.advice for r in self.rejections if r.refusal)
+            parts += [Text(f"  {line}") for line in advice]
         return parts
 
     def _cached_parts(self) -> list[Any]:

@@ -17,7 +17,7 @@ import toma_fx.analysis.rules.views  # noqa: F401
 from toma_fx.analysis.factors import HEIGHT, Refused
 from toma_fx.analysis.facts import Transfer
 from toma_fx.analysis.labels import Fact, Layout, is_tuple_fact, layouts_of, names_axis
-from toma_fx.analysis.rules.base import RULES, SEEDS, Call, Outcome, Rule, carries_tokens
+from toma_fx.analysis.rules.base import RULES, SEEDS, Call, Outcome, Rule, carries_tokens, reject
 from toma_fx.analysis.rules.compute import pointwise
 from toma_fx.graph.nodes import UNKNOWN, int_size
 
@@ -34,13 +34,13 @@ def apply_rule(node: fx.Node, facts: dict[str, Fact]) -> Outcome:
         return NOTHING
     if rule is None:
         lost = any(_may_hold_tokens(fact) for fact in operands)
-        return call.reject(f"no transfer rule for {call.op}", "no_rule") if lost else NOTHING
+        return reject(node, "no transfer rule", "no_rule") if lost else NOTHING
     try:
         result = rule(call)
         transfer = result if isinstance(result, Transfer) else Transfer(result)
         return _check(call, transfer)
     except Refused as refusal:
-        return call.reject(refusal.reason)
+        return reject(node, refusal.reason, dim=refusal.dim)
 
 
 def _find_rule(call: Call) -> Rule | None:

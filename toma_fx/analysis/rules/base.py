@@ -8,18 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from torch import fx
 
 from toma_fx.analysis.factors import Refused
-from toma_fx.analysis.facts import Rejected, Transfer
+from toma_fx.analysis.facts import Kind, Rejected, Transfer
 from toma_fx.analysis.labels import Fact, Layout, layout_of, layouts_of, plain
 from toma_fx.errors import ConfigError, UnknownNameError
-from toma_fx.graph.nodes import argument, op_name, shape_of
+from toma_fx.graph.nodes import argument, module_path, op_name, shape_of, source_line
 
 Outcome = Transfer | Rejected
-Kind = Literal["rule", "no_rule"]
 
 
 @dataclass(frozen=True)
@@ -74,13 +73,15 @@ class Call:
         held = carries_positions(layout)
         for label in (layout[d] for d in dims):
             if label.positions:
-                raise Refused(f"{what} the token axis")
+                raise Refused(f"{what} the token axis", label)
             if held and label.rows and label.size > 1:
-                raise Refused(f"{what} the batch of tokens")
+                raise Refused(f"{what} the batch of tokens", label)
 
-    def reject(self, reason: str, kind: Kind = "rule") -> Rejected:
-        """Refusal that blames this node."""
-        return Rejected(self.name, f"{reason} ({self.node.target})", kind, self.op)
+
+def reject(node: fx.Node, reason: str, kind: Kind = "rule", dim: str = "") -> Rejected:
+    """Refusal that blames a node."""
+    op, module = op_name(node.target), module_path(node)
+    return Rejected(node.name, reason, kind, op, dim, module, source_line(node))
 
 
 Rule = Callable[[Call], Layout | Transfer]
