@@ -1,4 +1,8 @@
-"""Floating-point operations of graph nodes, counted from static shapes (a multiply-add is two)."""
+"""Floating-point operations of graph nodes, counted from shapes (a multiply-add is two).
+
+A size that depends on the data counts as the largest that it may be: a text of which a mask cuts
+the padding off, as its length with padding.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from typing import Any
 
 from torch import fx
 
-from toma_fx.graph.nodes import ATTENTION, CONVOLUTIONS, PACKED, WEIGHTED, op_name, shape_of
+from toma_fx.graph.nodes import ATTENTION, CONVOLUTIONS, PACKED, WEIGHTED, op_name
 
 _SUMMED = dict.fromkeys((*WEIGHTED, *PACKED, "aten.matmul", "aten.mm", "aten.bmm"), 0) | {
     "aten.addmm": 1, "aten.baddbmm": 1,
@@ -15,6 +19,18 @@ _SUMMED = dict.fromkeys((*WEIGHTED, *PACKED, "aten.matmul", "aten.mm", "aten.bmm
 """Products that sum over the last dimension of one of their arguments, and which one."""
 _ELLIPSIS = "01234567"
 """What stands for the dimensions of "..." in an einsum, the last of them last."""
+
+
+def shape_of(node: Any) -> tuple[int, ...]:
+    """The shape of a node's value, data-dependent sizes at their upper bounds."""
+    return tuple(map(_largest, node.meta["val"].shape))
+
+
+def _largest(size: Any) -> int:
+    if isinstance(size, int):
+        return size
+    bounds = size.node.shape_env.bound_sympy(size.node.expr)
+    return int(bounds.upper if bounds.upper.is_finite else bounds.lower)
 
 
 def node_flops(node: fx.Node) -> int:

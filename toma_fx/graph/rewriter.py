@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,7 +19,14 @@ from toma_fx.compat import tree_leaves, writes_in_place
 from toma_fx.errors import RewriteError
 from toma_fx.graph.nodes import is_dead, op_name
 from toma_fx.graph.templates import Opaque, Templates, trace_snippet
-from toma_fx.graph.verify import describe, fake_result, output_values, strides_of
+from toma_fx.graph.verify import (
+    describe,
+    fake_mode_of,
+    fake_result,
+    faking,
+    output_values,
+    strides_of,
+)
 
 ModuleStack = Mapping[str, tuple[str, Any]]
 """`nn_module_stack` of a node: (path, class) of each module around it, outermost first."""
@@ -84,9 +91,7 @@ class Rewriter:
         self._pass = ""
         self._cursor: fx.Node | None = None
         self._owner: fx.Node | None = None
-        values = (n.meta.get("val") for n in self.graph.nodes)
-        modes = (v.fake_mode for v in values if hasattr(v, "fake_mode"))
-        self.mode: Any = next(modes, nullcontext())
+        self._mode = fake_mode_of(self.graph)
 
     @contextmanager
     def running(self, name: str) -> Iterator[None]:
@@ -97,7 +102,7 @@ class Rewriter:
 
     @contextmanager
     def after(self, *nodes: fx.Node) -> Iterator[None]:
-        """Insert new nodes after the last of `nodes` in graph order."""
+        """Insert new nodes after the last of `nodes` in graph order, and after all inputs."""
         previous = self._cursor, self._owner
         self._cursor = self._owner = max(nodes)
         yield
@@ -145,7 +150,7 @@ class Rewriter:
         if node.name != name:
             self.graph.erase_node(node)
             raise RewriteError("a node of that name exists", where=self._pass, got=name)
-        with self.mode:
+        with faking(self._mode):
             node.meta["val"] = like()
         self.inputs.append(name)
         self._record("add input", node)
@@ -204,7 +209,7 @@ class Rewriter:
         """What `function` gives for a fake tensor like `like`; kept by `key` and shape."""
         known = (key, (tuple(like.shape), like.dtype, like.device))
         if known not in self._fakes:
-            with torch.no_grad(), self.mode:
+            with torch.no_grad(), faking(self._mode):
                 self._fakes[known] = function(
                     torch.empty(like.shape, dtype=like.dtype, device=like.device)
                 )
@@ -213,6 +218,8 @@ class Rewriter:
     def _insert(self, target: Any, args: Any, kwargs: Any) -> fx.Node:
         if self._cursor is None or self._owner is None:
             raise RewriteError("no place to insert", where=self._pass)
+        if self._cursor.op == "placeholder":  # inputs come first, those added later, too
+            self._cursor = self.graph.find_nodes(op="placeholder")[-1]
         with self.graph.inserting_after(self._cursor):
             node = self.graph.call_function(target, args, kwargs)
         stack = self._owner.meta.get("nn_module_stack")
@@ -301,7 +308,7 @@ class Rewriter:
     def retype(self, node: fx.Node) -> None:
         """Recompute the fake value of a node from its inputs."""
         try:
-            with self.mode:
+            with faking(self._mode):
                 node.meta["val"] = fake_result(node)
         except Exception as error:  # any operator of torch may run here
             raise RewriteError(
@@ -330,7 +337,7 @@ class Rewriter:
 
     def _rerun(self, node: fx.Node) -> Any:
         """The value of a node on its inputs as they are now; None if it does not run."""
-        with self.mode:
+        with faking(self._mode):
             try:
                 return fake_result(node)
             except Exception:  # any operator of torch may run here

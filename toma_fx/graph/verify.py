@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
+from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any
 
@@ -11,6 +12,30 @@ from torch import fx
 
 from toma_fx.compat import tree_leaves
 from toma_fx.errors import VerifyError
+
+
+def fake_mode_of(graph: fx.Graph) -> Any:
+    """The mode that the fake values of a graph are of; None if it has none."""
+    values = (node.meta.get("val") for node in graph.nodes)
+    return next((v.fake_mode for v in values if hasattr(v, "fake_mode")), None)
+
+
+@contextmanager
+def faking(mode: Any) -> Iterator[None]:
+    """Run calls on fake values of a mode, or of None.
+
+    Running a node again gives a size that depends on the data a new name. Nothing may wait for it:
+    torch's tracer would miss it in the outputs of the graph that is traced next.
+    """
+    if mode is None:
+        yield
+        return
+    with mode:
+        if mode.shape_env is None:
+            yield
+        else:
+            with mode.shape_env.ignore_fresh_unbacked_symbols():
+                yield
 
 
 def fake_result(node: fx.Node) -> Any:
@@ -104,12 +129,10 @@ def verify(
 
 
 def _reexecute(graph: fx.Graph, stage: str, changed: Set[fx.Node] | None) -> None:
-    mode = next(
-        (v.fake_mode for n in graph.nodes if hasattr(v := n.meta.get("val"), "fake_mode")), None
-    )
+    mode = fake_mode_of(graph)
     if mode is None:
         return
-    with mode:
+    with faking(mode):
         for node in graph.nodes:
             if node.op != "call_function":
                 continue
