@@ -156,8 +156,8 @@ class NoCacheSites(NoMergeSites):
     expected_sites = "at least one stretch of blocks that a kept update can stand for"
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: object, known: Iterable[str]) -> str:
     """ "did you mean" text for an unknown name: the three nearest known ones, or all of them."""
     options = sorted(set(known))
-    close = difflib.get_close_matches(name, options, n=3, cutoff=0.4)
+    close = difflib.get_close_matches(str(name), options, n=3, cutoff=0.4)
     return "nearest: " + ", ".join(close) if close else "known: " + ", ".join(options[:20])

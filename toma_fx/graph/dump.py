@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 
 from torch import fx
 
@@ -33,7 +34,14 @@ def dumping(folder: str | Path | None) -> Iterator[None]:
     """Dump the graphs of all passes that run inside into `folder`; None leaves it to the variable.
 
     It holds for this thread (or task) alone.
+
+    Raises:
+        ConfigError: no path.
     """
+    if not isinstance(folder, (str, os.PathLike, NoneType)):
+        raise ConfigError(
+            "dump= is no folder", where="dump", expected="a path", got=type(folder).__name__
+        )
     token = _folder.set(folder)
     try:
         yield

@@ -17,7 +17,14 @@ from typing import Any, ClassVar, Literal, Self, get_args
 from toma_fx.errors import ConfigError, DynamicError, TileError
 from toma_fx.methods.cache import CacheConfig
 from toma_fx.methods.cached_steps import CachedSteps
-from toma_fx.methods.checks import check_choice, is_count, is_number, is_size
+from toma_fx.methods.checks import (
+    check_choice,
+    check_fields,
+    freeze_sequences,
+    is_count,
+    is_number,
+    is_size,
+)
 from toma_fx.methods.paths import ByPath, Overrides
 from toma_fx.methods.phases import Phases, freeze_phases, split_amount
 from toma_fx.methods.setting import Place, Setting
@@ -104,19 +111,16 @@ class MethodConfig(ByPath, ABC):
 
     def __post_init__(self) -> None:
         split_amount(self, "ratio")
-        for name in ("branches", "include", "exclude"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
-        for field in dataclasses.fields(self):
-            if isinstance(getattr(self, field.name), list):
-                object.__setattr__(self, field.name, tuple(getattr(self, field.name)))
+        freeze_sequences(self, "branches", "include", "exclude")
         object.__setattr__(self, "cache", CacheConfig.of(self.cache))
-        self.check()
+        check_fields(self, self.check)
         object.__setattr__(self, "overrides", self._freeze_overrides())
         object.__setattr__(self, "phases", freeze_phases(self, self.phases))
 
     def check(self) -> None:
         """Check every field; a method with fields of its own extends it.
+
+        Annotations are checked, too: that a field is an int need not be said here.
 
         Raises:
             ConfigError: a value outside its domain.

@@ -10,7 +10,13 @@ from typing import Any, ClassVar, Literal, get_args
 
 from toma_fx.errors import ConfigError, UnknownNameError, nearest
 from toma_fx.methods.cached_steps import POLICIES, SHARES, CachedSteps, is_step_count
-from toma_fx.methods.checks import check_choice, is_count, is_number
+from toma_fx.methods.checks import (
+    check_choice,
+    check_fields,
+    freeze_sequences,
+    is_count,
+    is_number,
+)
 from toma_fx.methods.paths import ByPath, Overrides
 
 CacheScope = Literal["auto", "stack", "block", "deep", "shallow"]
@@ -18,6 +24,8 @@ CacheScope = Literal["auto", "stack", "block", "deep", "shallow"]
 below its finest level, or below its last layers; "auto" is "deep" for a UNet, "stack" for others.
 """
 ORDERS = (0, 1, 2)
+MOST_STEPS = 1_000_000
+"""Steps of a generation; there is a flag for each."""
 Fitted = tuple[tuple[float, tuple[float, ...]], ...]
 """((timestep, weights of the kept updates, the newest first), ...)"""
 
@@ -86,14 +94,13 @@ class CacheConfig(ByPath):
     prefix: ClassVar[str] = "cache."
 
     def __post_init__(self) -> None:
-        for name in ("include", "exclude"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
-        if isinstance(self.steps_mask, list):
-            object.__setattr__(self, "steps_mask", tuple(self.steps_mask))
-        self._check()
-        self._freeze_fitted()
+        freeze_sequences(self, "include", "exclude")
+        if isinstance(self.steps_mask, tuple):
+            flags = tuple(int(x) if isinstance(x, bool) else x for x in self.steps_mask)
+            object.__setattr__(self, "steps_mask", flags)
+        check_fields(self, self._check, self.prefix)
         object.__setattr__(self, "overrides", self._freeze_overrides())
+        self._freeze_fitted()
         self._check_order()
         if self.steps is not None:
             self.cached_steps.flags()  # what does not fit the number of steps is refused now
@@ -179,9 +186,8 @@ class CacheConfig(ByPath):
         self.require(self.order in ORDERS and is_count(self.order, 0), "order", "0, 1 or 2")
         for name in ("max_continuous_cached_steps", "steps"):
             value = getattr(self, name)
-            self.require(
-                value is None or is_count(value), name, "a whole number of at least 1, or None"
-            )
+            valid = value is None or (is_count(value) and value <= MOST_STEPS)
+            self.require(valid, name, f"a whole number from 1 to {MOST_STEPS}, or None")
         positive = is_number(self.threshold) and (self.threshold or 0) > 0
         self.require(self.threshold is None or positive, "threshold", "a number over 0, or None")
         for name in ("warmup_steps", "last_steps"):

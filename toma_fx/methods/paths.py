@@ -8,8 +8,11 @@ from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Self
 
 from toma_fx.errors import ConfigError, UnknownNameError, nearest
+from toma_fx.methods.checks import fits, shorten
 
-Overrides = Mapping[str, Mapping[str, Any]] | tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]
+Fields = Mapping[str, Any] | tuple[tuple[str, Any], ...]
+"""{field: value}, or the same as pairs."""
+Overrides = Mapping[str, Mapping[str, Any]] | tuple[tuple[str, Fields], ...]
 """{module path pattern: {field: value}}, or the same as nested tuples."""
 
 
@@ -48,7 +51,7 @@ class ByPath:
     ) -> None:
         """Raise `error` about the field `name` unless its value is `valid`."""
         if not valid:
-            got, where = repr(getattr(self, name)), f"{self.prefix}{name}"
+            got, where = shorten(getattr(self, name)), f"{self.prefix}{name}"
             raise error(f"{name} is out of range", where=where, expected=expected, got=got)
 
     def _with(self, fields: Mapping[str, Any]) -> Self:
@@ -64,7 +67,7 @@ class ByPath:
     def _freeze_overrides(self) -> tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]:
         """Overrides as nested tuples, each validated by building the configuration it leads to."""
         form = "{module path pattern: {field: value}}"
-        self.require(_is_overrides(self.overrides), "overrides", form)
+        self.require(fits(self.overrides, Overrides), "overrides", form)
         frozen = []
         for pattern, values in self._overrides():
             for name in dict(values):
@@ -78,13 +81,3 @@ class ByPath:
             self._with(dict(values))
             frozen.append((pattern, tuple(sorted(dict(values).items()))))
         return tuple(frozen)
-
-
-def _is_overrides(value: Any) -> bool:
-    """Whether a value has the form of overrides: a mapping of mappings, or frozen tuples."""
-    if isinstance(value, Mapping):
-        return all(isinstance(k, str) and isinstance(v, Mapping) for k, v in value.items())
-    return isinstance(value, tuple) and all(
-        isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], (tuple, Mapping))
-        for pair in value
-    )

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
 from toma_fx.errors import ConfigError, UnknownNameError, nearest
 from toma_fx.methods.cached_steps import is_step_count
+from toma_fx.methods.checks import fits, shorten
+from toma_fx.methods.paths import Fields
 
-Phases = tuple[tuple[int | float, Mapping[str, Any] | tuple[tuple[str, Any], ...]], ...]
+Phases = tuple[tuple[int | float, Fields], ...]
 """((begin, {field: value}), ...), or the same as nested tuples."""
 FIXED = frozenset({"first_step", "last_step", "grid", "cache", "phases"})
 """Fields that hold for a whole generation."""
@@ -31,7 +32,7 @@ def split_amount(config: Any, name: str) -> None:
             f"{name} over the steps is not of its form",
             where=name,
             expected="((0, value), (begin, value), ...), and no phases= beside it",
-            got=repr(pairs) if not config.phases else f"{pairs}, phases={config.phases}",
+            got=shorten(pairs) + (f", phases={shorten(config.phases)}" if config.phases else ""),
         )
     (_, first), *rest = pairs
     object.__setattr__(config, name, first)
@@ -46,7 +47,8 @@ def freeze_phases(config: Any, phases: Any) -> Phases:
         UnknownNameError: no such field, or one that holds for a whole generation.
     """
     form = "((begin, {field: value}), ...)"
-    _require(isinstance(phases, (tuple, list)) and all(map(_is_phase, phases)), phases, form)
+    valid = fits(phases, Phases) and all(is_step_count(begin) for begin, _ in phases)
+    _require(valid, phases, form)
     begins = [begin for begin, _ in phases]
     kinds = {type(begin) for begin in begins}
     ordered = len(kinds) < 2 and all(a < b for a, b in pairwise([0, *begins]))
@@ -68,16 +70,8 @@ def freeze_phases(config: Any, phases: Any) -> Phases:
     return tuple(frozen)
 
 
-def _is_phase(value: Any) -> bool:
-    if not isinstance(value, (tuple, list)) or len(value) != 2 or not is_step_count(value[0]):
-        return False
-    return isinstance(value[1], Mapping) or (
-        isinstance(value[1], tuple) and all(isinstance(p, tuple) and len(p) == 2 for p in value[1])
-    )
-
-
 def _require(valid: bool, phases: Any, expected: str) -> None:
     if not valid:
         raise ConfigError(
-            "phases is not of its form", where="phases", expected=expected, got=repr(phases)
+            "phases is not of its form", where="phases", expected=expected, got=shorten(phases)
         )

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 import toma_fx.methods.ops  # noqa: F401 - registers the operator
 from toma_fx.errors import TileError
 from toma_fx.methods.base import BRANCHES, MethodConfig, Scope, Share
-from toma_fx.methods.checks import is_count, is_number, is_size
+from toma_fx.methods.checks import LARGEST, is_count, is_number, is_size
 from toma_fx.methods.facility import facility_location
 from toma_fx.methods.setting import Pattern, Place, Setting
 from toma_fx.methods.windows import (
@@ -217,8 +217,9 @@ class ToMAConfig(MethodConfig):
         self.check_ratio()
         self.check_choice("window", get_args(Window))
         self.check_choice("inverse", get_args(Inverse))
-        positive = is_number(self.scale) and self.scale > 0
-        self.require(positive, "scale", "a positive number")
+        # a cosine that is rounded up may exceed 1
+        positive = is_number(self.scale) and 0 < self.scale <= LARGEST / 2
+        self.require(positive, "scale", "a positive number, at most half the largest of float32")
         self.check_count("weights_every")
         sized = not self.proportional or self.inverse == "transpose"
         self.require(sized, "proportional", "False with inverse='pinv', which has no group sizes")
