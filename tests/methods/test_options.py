@@ -15,6 +15,7 @@ from tests.methods.test_methods import inputs, model
 from toma_fx.errors import ConfigError, TomaError
 from toma_fx.methods.checks import LARGEST, fits
 from toma_fx.methods.config import METHODS, make_config
+from toma_fx.methods.toma import MOST_SCALE
 
 if TYPE_CHECKING:
     from collections import Counter
@@ -83,16 +84,19 @@ def test_dumps_of_any_kind(value: Any) -> None:
         toma_fx.explain(model(), inputs(), dump=value)
 
 
-def test_the_largest_numbers_give_finite_outputs() -> None:
-    """A cosine is at most 1, rounded up."""
-    tokens = torch.randn(2, 64, 8)
-    for scale in (1e38, LARGEST / 2):
-        config = toma_fx.ToMAConfig(scale=scale, tile=4)
-        setting = config.setting(toma_fx.Place((8, 8), (8, 8)))
-        assert not isinstance(setting, str)
-        assert all(
-            x.isfinite().all() for x in setting.weights(tokens, {"idx": setting.select(tokens)[0]})
-        )
+@pytest.mark.parametrize("inverse", ["transpose", "pinv"])
+@pytest.mark.parametrize("noise", [0.0, 1e-7, 1e-3, 1.0])
+def test_the_sharpest_weights_are_finite(inverse: Any, noise: float) -> None:
+    """Also of equal tokens, whose cosines differ by rounding."""
+    config = toma_fx.ToMAConfig(scale=MOST_SCALE, tile=4, inverse=inverse)
+    setting = config.setting(toma_fx.Place((32, 32), (32, 32)))
+    assert not isinstance(setting, str)
+    for channels in (8, 1024):
+        tokens = torch.randn(2, 1, channels) + noise * torch.randn(2, 1024, channels)
+        weights = setting.weights(tokens, {"idx": setting.select(tokens)[0]})
+        assert all(x.isfinite().all() for x in weights)
+    with pytest.raises(ConfigError, match="scale"):
+        toma_fx.ToMAConfig(scale=2 * MOST_SCALE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from toma_fx.errors import TileError
 from toma_fx.methods.facility import facility_location
-from toma_fx.methods.toma import UNROLL, ToMA, ToMAConfig, cosine_similarity, resolve_tile
+from toma_fx.methods.toma import (
+    UNROLL,
+    ToMA,
+    ToMAConfig,
+    cosine_similarity,
+    pseudo_inverse,
+    resolve_tile,
+    ridge_of,
+)
 from toma_fx.methods.windows import (
     dividing_tile,
     from_windows,
@@ -169,6 +177,42 @@ def test_pseudo_inverse_returns_merged_tokens_exactly() -> None:
     assert not torch.allclose(back, y, atol=1e-2)
     dense = torch.linalg.pinv(pattern["merge"].double())
     assert torch.allclose(pattern["unmerge"].double(), dense, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [20.0, 1000.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_pseudo_inverse_of_well_conditioned_windows(scale: float, dtype: torch.dtype) -> None:
+    merge = pattern_of(ToMA((8, 8), (4, 4), 8, scale), torch.randn(4, 64, 32))["merge"]
+    exact = torch.linalg.pinv(merge.double())
+    assert torch.linalg.cond(merge.double()).max() < 10
+    tolerance = max(1e-5, torch.finfo(dtype).eps)
+    assert torch.allclose(pseudo_inverse(merge, dtype).double(), exact, atol=tolerance)
+
+
+@pytest.mark.parametrize("scale", [20.0, 1000.0])
+@pytest.mark.parametrize("noise", [0.0, 1e-7, 1e-3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_pseudo_inverse_of_a_flat_window(scale: float, noise: float, dtype: torch.dtype) -> None:
+    """Rows of the merge matrix are nearly equal: nothing is blown up, and other windows are as if
+    it were not there."""
+    x = torch.randn(2, 8, 8, 16)
+    flat = x.clone()
+    flat[:, :4, :4] = x[:, :1, :1] + noise * torch.randn(2, 4, 4, 16)
+    x, flat = (each.flatten(1, 2).to(dtype) for each in (x, flat))
+    setting = ToMA((8, 8), (4, 4), 8, scale, "pinv")
+    pattern = pattern_of(setting, flat)
+    assert all(part.isfinite().all() for part in pattern.values())
+    merge = pattern_of(replace(setting, inverse="transpose"), flat.float())["merge"]
+    gram = merge @ merge.mT
+    ridge = ridge_of(dtype) * gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+    norm = torch.linalg.matrix_norm(pattern["unmerge"].float(), 2)
+    assert (norm <= 0.8 / ridge.sqrt() * 1.02).all()
+    back = round_trip(setting, flat).float()
+    tolerance = 5e-3 if dtype is torch.float32 else 0.1
+    windows = to_windows(back - flat.float(), setting.grid, setting.tile)[:, 0]
+    assert windows.abs().max() < tolerance
+    for name, part in pattern_of(setting, x).items():
+        assert torch.equal(part[:, 1:], pattern[name][:, 1:])
 
 
 def test_merge_rows_sum_to_one_and_unmerge_shares_sum_to_one() -> None:

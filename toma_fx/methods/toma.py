@@ -21,7 +21,7 @@ from torch.nn import functional as F
 import toma_fx.methods.ops  # noqa: F401 - registers the operator
 from toma_fx.errors import TileError
 from toma_fx.methods.base import BRANCHES, MethodConfig, Scope, Share
-from toma_fx.methods.checks import LARGEST, is_count, is_number, is_size
+from toma_fx.methods.checks import is_count, is_number, is_size
 from toma_fx.methods.facility import facility_location
 from toma_fx.methods.setting import Pattern, Place, Setting
 from toma_fx.methods.windows import (
@@ -40,6 +40,9 @@ UNROLL = 4
 """Destinations a window up to which the greedy loop is unrolled into the graph."""
 WINDOW_TOKENS = 16
 """Tokens a window when the configuration does not say."""
+MOST_SCALE = 1e7
+"""Cosines of equal tokens differ by rounding, some 1e-6: sharpened more than this, a destination
+might get no weight at all, not even its own, and its mean would be 0 / 0."""
 Window = Literal["tile", "stripe", "global"]
 Inverse = Literal["transpose", "pinv"]
 
@@ -121,7 +124,7 @@ class ToMA(Setting):
 
         A[d, i] = softmax over d of scale * cos(x[d], x[i]); merge is A with rows normalized to sum
         1, unmerge is A transposed. With `inverse="pinv"` unmerge is the pseudo-inverse of the merge
-        matrix, the least-squares inverse that the transpose approximates.
+        matrix, the least-squares inverse that the transpose approximates; see `pseudo_inverse`.
 
         Returns:
             `merge` [B, T, keep, n] and `unmerge` [B, T, n, keep] in the dtype of `x`, computed in
@@ -131,12 +134,8 @@ class ToMA(Setting):
         destinations = torch.take_along_dim(unit, chosen["idx"].unsqueeze(-1), dim=-2)
         share = torch.softmax(self.scale * (destinations @ unit.transpose(-1, -2)), dim=-2)
         merge = share / share.sum(-1, keepdim=True)
-        if self.inverse == "pinv":
-            gram = merge @ merge.transpose(-1, -2)
-            # solve_ex never raises, so that NaN tokens come out as NaN, as in the original
-            unmerge = torch.linalg.solve_ex(gram, merge)[0].transpose(-1, -2)
-        else:
-            unmerge = share.transpose(-1, -2)
+        transposed = share.transpose(-1, -2)
+        unmerge = pseudo_inverse(merge, x.dtype) if self.inverse == "pinv" else transposed
         return merge.to(x.dtype), unmerge.to(x.dtype).contiguous()
 
     def merge(self, x: Tensor, pattern: Pattern) -> Tensor:
@@ -157,6 +156,36 @@ class ToMA(Setting):
         A token's shares sum to 1, so that the sizes of a window sum to its tokens.
         """
         return pattern["unmerge"].sum(-2, dtype=torch.float32).flatten(1)
+
+
+def ridge_of(dtype: torch.dtype) -> float:
+    """Share of the mean square of singular values that is taken for nothing: 1e-4, or in bfloat16
+    what rounding makes of them."""
+    return max(1e-4, (10 * torch.finfo(dtype).eps) ** 2)
+
+
+def pseudo_inverse(merge: Tensor, dtype: torch.dtype) -> Tensor:
+    """The pseudo-inverse of merge matrices, also of tokens that are nearly equal.
+
+    The rows of equal tokens are equal, and those of nearly equal ones nearly: M M^T has no inverse,
+    or a huge one. Iterated Tikhonov regularization with r = `ridge_of(dtype)` * mean(s^2), s being
+    the singular values of M, replaces 1 / s by (1 - (r / (s^2 + r))^2) / s: the same where s is not
+    small, but nowhere more than 0.8 / sqrt(r), by which the rounding of merged tokens grows.
+
+    Args:
+        merge: [..., k, n] float32. dtype: of the tokens.
+
+    Returns:
+        [..., n, k] float32.
+    """
+    gram = merge @ merge.transpose(-1, -2)
+    one = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    mean = (gram * one).sum((-2, -1), keepdim=True) / gram.shape[-1]
+    ridge = ridge_of(dtype) * mean
+    # solve_ex never raises, so that NaN tokens come out as NaN, as in the original
+    first = torch.linalg.solve_ex(gram + ridge * one, merge)[0]
+    second: Tensor = torch.linalg.solve_ex(gram + ridge * one, merge + ridge * first)[0]
+    return second.transpose(-1, -2)
 
 
 def cosine_similarity(x: Tensor) -> Tensor:
@@ -217,9 +246,8 @@ class ToMAConfig(MethodConfig):
         self.check_ratio()
         self.check_choice("window", get_args(Window))
         self.check_choice("inverse", get_args(Inverse))
-        # a cosine that is rounded up may exceed 1
-        positive = is_number(self.scale) and 0 < self.scale <= LARGEST / 2
-        self.require(positive, "scale", "a positive number, at most half the largest of float32")
+        positive = is_number(self.scale) and 0 < self.scale <= MOST_SCALE
+        self.require(positive, "scale", f"a positive number, at most {MOST_SCALE:g}")
         self.check_count("weights_every")
         sized = not self.proportional or self.inverse == "transpose"
         self.require(sized, "proportional", "False with inverse='pinv', which has no group sizes")
