@@ -116,6 +116,35 @@ def test_a_graph_without_inputs() -> None:
     assert torch.equal(second, torch.arange(6.0) + 1)
 
 
+def test_what_comes_after_an_input_comes_after_all_inputs() -> None:
+    """Also after those that are added later."""
+    rewriter = rewriter_of(lambda x, y: x + y, X, X)
+    x = rewriter.index()[rewriter.inputs[0]]
+    with rewriter.after(x):
+        late = rewriter.add_input("late", lambda: torch.empty(2, 6))
+        (total,) = rewriter.splice("sum", lambda a, b: a + b, [x, late])
+    rewriter.add_outputs([total])
+    rewriter.graph_module.recompile()
+    verify(rewriter.graph_module, rewriter.inputs, rewriter.outputs, "test")
+    assert torch.equal(rewriter.graph_module(X, X, -X)[1], torch.zeros(2, 6))
+
+
+def test_sizes_that_depend_on_the_data_leave_nothing_pending() -> None:
+    """Run again, they have another name; a snippet that is traced later knows nothing of them."""
+    rewriter = rewriter_of(lambda x: (x.nonzero().sum(0), x * 2), X)
+    (found,) = rewriter.calls("aten.nonzero")
+    (twice,) = rewriter.calls("aten.mul")
+    rewriter.retype(found)
+    verify(rewriter.graph_module, rewriter.inputs, rewriter.outputs, "test")
+    with rewriter.after(twice):
+        (halved,) = rewriter.splice("half", lambda x: x / 2, [twice])
+        with pytest.raises(RewriteError, match="length depends on the data"):
+            rewriter.splice("half", lambda x: x / 2, [found])
+    rewriter.add_outputs([halved])
+    rewriter.graph_module.recompile()
+    assert torch.equal(rewriter.graph_module(X)[2], X)
+
+
 @pytest.mark.parametrize("write", [lambda x: x.add_(1), lambda x: x.clone().mul_(2)])
 def test_a_snippet_that_writes_in_place_is_refused(write: Any) -> None:
     """Other readers of what it writes into would see the change."""

@@ -181,6 +181,7 @@ class Rewriter:
         if as_call:
             return self._call(Opaque(function), tuple(inputs))
         fakes = [n.meta["val"] for n in inputs]
+        retyping = None in strides_of(fakes)  # what is traced has other strides
         traced = trace_snippet(self._templates, key, function, fakes, self._pass)
         mapping: dict[fx.Node, Any] = dict(
             zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True)
@@ -194,6 +195,8 @@ class Rewriter:
             args, kwargs = fx.map_arg((node.args, node.kwargs), mapping.__getitem__)
             mapping[node] = self._insert(node.target, args, kwargs)
             mapping[node].meta["val"] = node.meta["val"]
+            if retyping:
+                self.retype(mapping[node])
         results: Any = traced.graph.output_node().args[0]
         return [mapping[n] for n in (results if isinstance(results, (tuple, list)) else [results])]
 
