@@ -126,6 +126,9 @@ def fold(labels: Sequence[Label], name: str = "") -> Label:
 
     Height and width, with or without frames before them, become the image tokens `name`, and so do
     frames and the tokens of each frame.
+
+    Raises:
+        Refused: two of them have tokens, or keys.
     """
     shape = [x for x in labels if x.factors]
     if name and len(shape) > 1 and (grid := _find_grid(shape)):
@@ -142,6 +145,8 @@ def fold(labels: Sequence[Label], name: str = "") -> Label:
             out[-1] = joined
         else:
             out.append(factor)
+    if sum(isinstance(f, (Tokens, Keys)) for f in out) > 1:
+        raise Refused("two token axes are folded into one dimension")
     return Label(tuple(out))
 
 
