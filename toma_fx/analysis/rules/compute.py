@@ -212,9 +212,13 @@ def norm(call: Call) -> Layout:
 def spatial_norm(call: Call) -> Layout | Transfer:
     """Statistics over positions: fine on a spatial grid, mixing on tokens."""
     layout = call.layout(call.arg(0))
-    if not carries_positions(layout) or (call.op == "aten.batch_norm" and not call.arg(5)):
+    if not carries_positions(layout):
         return layout
-    if layout[0].positions or layout[1].positions or call.op == "aten.batch_norm":
+    if any(label.positions for label in layout[1:2]):
+        raise Refused("tokens lie along the channels of a normalization")
+    if call.op == "aten.batch_norm" and not call.arg(5):
+        return layout
+    if layout[0].positions or call.op == "aten.batch_norm":
         raise Refused("normalization statistics over the token axis")
     return Transfer(layout, needs_all_tokens="normalization statistics over the token axis")
 
