@@ -86,7 +86,12 @@ def baddbmm(call: Call) -> Transfer:
     """beta * input + alpha * (a @ b), as the older attention processors write it (beta is 0)."""
     if call.arg(3, "beta", 1) != 0:
         raise Refused("a sum with a product over token axes")
-    return _multiply(call, call.arg(1), call.arg(2))
+    transfer = _multiply(call, call.arg(1), call.arg(2))
+    unread = reversed(shape_of(call.arg(0)))
+    result: Layout = transfer.fact  # type: ignore[assignment]
+    if any(x.positions and size != 1 for x, size in zip(result[::-1], unread, strict=False)):
+        raise Refused("an operand that is not read has the size of the tokens")
+    return transfer
 
 
 def _multiply(call: Call, a: fx.Node, b: fx.Node) -> Transfer:
