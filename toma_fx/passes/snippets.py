@@ -234,10 +234,16 @@ def open_factors(x: Tensor, layout: Layout, dim: int) -> tuple[Tensor, int]:
 
 
 def close_factors(x: Tensor, layout: Layout) -> Tensor:
-    """Inverse of `open_factors`."""
+    """Inverse of `open_factors`; where some factors of a dimension broadcast, and some don't, all
+    are written out."""
     for d, label in enumerate(layout):
-        if len(label.factors) > 1:
-            x = x.flatten(d, d + len(label.factors) - 1)
+        count = len(label.factors)
+        if count > 1:
+            if any(size > 1 for size in x.shape[d : d + count]):
+                places = [isinstance(f, (Tokens, Keys)) for f in label.factors]
+                sizes = [-1 if t else f.size for f, t in zip(label.factors, places, strict=True)]
+                x = x.expand(*x.shape[:d], *sizes, *x.shape[d + count :])
+            x = x.flatten(d, d + count - 1)
     return x
 
 
