@@ -16,9 +16,9 @@ import toma_fx.analysis.rules.sums
 import toma_fx.analysis.rules.views  # noqa: F401
 from toma_fx.analysis.factors import HEIGHT, Refused
 from toma_fx.analysis.facts import Transfer
-from toma_fx.analysis.labels import Fact, Layout, is_tuple_fact, layouts_of, names_axis
+from toma_fx.analysis.labels import Fact, Layout, is_tuple_fact, layouts_of, names_axis, rows_of
 from toma_fx.analysis.rules.base import RULES, SEEDS, Call, Outcome, Rule, carries_tokens, reject
-from toma_fx.analysis.rules.compute import pointwise
+from toma_fx.analysis.rules.compute import pictures_of, pointwise
 from toma_fx.graph.nodes import UNKNOWN, int_size
 
 NOTHING = Transfer(None)
@@ -58,7 +58,32 @@ def _check(call: Call, transfer: Transfer) -> Transfer:
         fact = known if any(known) else None
     elif fact is not None:
         fact = _check_layout(fact, values)  # type: ignore[arg-type]
+    for layout in layouts_of(fact):
+        _check_rows(call, layout or ())
     return replace(transfer, fact=fact)
+
+
+def _check_rows(call: Call, layout: Layout) -> None:
+    """Tokens of a picture are of as many rows as before: no rule may lose one of a few, or a digit.
+
+    Raises:
+        Refused: it isn't known which rows they are of, or rows of two operands lie in two places.
+    """
+    for name in pictures_of(layout):
+        after = _count_rows(layout, name)
+        for operand in call.tensors:
+            before = _count_rows(call.layout(operand), name)
+            if before and before != after:
+                raise Refused("rows of the batch of tokens are not told apart")
+
+
+def _count_rows(layout: Layout, picture: str) -> dict[str, int]:
+    """How many rows there are of a picture's tokens, along each axis that numbers them."""
+    held = [x.positions for x in layout if x.positions and picture in x.positions.names]
+    counts: dict[str, int] = {}
+    for a in (*rows_of(layout), *held[0].fixed) if held else ():
+        counts[a.name] = counts.get(a.name, 1) * a.base
+    return counts
 
 
 def _check_layout(layout: Layout | None, value: torch.Tensor) -> Layout | None:

@@ -10,7 +10,13 @@ from toma_fx.analysis.factors import Keys, Refused
 from toma_fx.analysis.facts import Positional, Transfer
 from toma_fx.analysis.labels import ONE, Label, Layout, plain
 from toma_fx.analysis.rules.base import Call, carries_positions, rule
-from toma_fx.analysis.rules.compute import count_tokens, find_positionals, meet_all
+from toma_fx.analysis.rules.compute import (
+    check_rows,
+    count_tokens,
+    find_positionals,
+    meet_all,
+    pictures_of,
+)
 from toma_fx.graph.nodes import SOFTMAX, UNKNOWN, shape_of
 
 COUNTED = ("aten.matmul", "aten.mm", "aten.bmm")
@@ -31,6 +37,7 @@ def attention(call: Call) -> Transfer:
     if not _same_tokens(k[-2], v[-2]):
         raise Refused("keys and values come from different tokens")
     lead = _meet_leads([q, k, v], call.shape[:-2])
+    check_rows([x for x in (q, k, v) if pictures_of(x) & pictures_of(q)], (*lead, q[-2]))
     outer = next((d for d, label in enumerate(lead) if label.positions), None)
     if outer is not None and any(not x[outer - len(lead) - 2].positions for x in (q, k, v)):
         raise Refused("queries, keys and values are batched over different tokens")
@@ -105,8 +112,10 @@ def _multiply(call: Call, a: fx.Node, b: fx.Node) -> Transfer:
     if any(label.tokens for label in rows):
         columns = _label_keys(rows, columns)
     outer = len(call.shape) - len(rows) - len(columns)
-    lead = meet_all([left[:-2], right[:-2]], call.shape[:outer])
+    held = [x for x in (left, right) if pictures_of(x)]
+    lead = meet_all([left[:-2], right[:-2]], call.shape[:outer], strict=len(held) == 2)
     labels = (*lead, *rows, *columns)
+    check_rows(held, labels)
     if sum(bool(x.tokens) for x in labels) > 1:
         raise Refused("two token axes in one value")
     # a matrix for each token, or row, of the other operand

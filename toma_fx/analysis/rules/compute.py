@@ -65,11 +65,12 @@ def broadcast(
     return Transfer(labels, positionals=positionals, needs_all_tokens=needs_all)
 
 
-def meet_all(layouts: Sequence[Layout], shape: Sequence[int]) -> Layout:
+def meet_all(layouts: Sequence[Layout], shape: Sequence[int], *, strict: bool = False) -> Layout:
     """The layout of a value of `shape` that operands broadcast to.
 
     It is about the tokens of the operand with a picture, if there is one. Those that hold the same
-    tokens must agree on what each dimension is; what the others are tells where theirs is plain.
+    tokens, or if it is `strict` all, must agree on what each dimension is; what the others are
+    tells where theirs is plain.
 
     Raises:
         Refused: different tokens, or rows of tokens, meet.
@@ -79,18 +80,18 @@ def meet_all(layouts: Sequence[Layout], shape: Sequence[int]) -> Layout:
     names = names_of(layouts[ranks.index(held)]) if held >= 0 else set[str]()
     own = [not names.isdisjoint(names_of(each)) for each in layouts]
     labels = [plain(size) for size in shape]
-    for strict, layout in sorted(zip(own, layouts, strict=True), key=lambda x: not x[0]):
+    for holds, layout in sorted(zip(own, layouts, strict=True), key=lambda x: not x[0]):
         for d, label in enumerate(layout, len(shape) - len(layout)):
             if label.size == 1 != shape[d]:
                 continue
             try:
                 labels[d] = meet(labels[d], label)
             except Refused:
-                if strict:
+                if strict or holds:
                     raise
     if held >= 0:
         labels = [use_up(label, (HEIGHT, WIDTH)) for label in labels]
-        _check_rows([x for x, holds in zip(layouts, own, strict=True) if holds], labels)
+        check_rows([x for x, holds in zip(layouts, own, strict=True) if holds], labels)
     return tuple(labels)
 
 
@@ -99,7 +100,12 @@ def names_of(layout: Layout) -> set[str]:
     return {s.name for x in layout if x.positions for s in x.positions.segments}
 
 
-def _check_rows(layouts: Sequence[Layout], labels: Sequence[Label]) -> None:
+def pictures_of(layout: Layout) -> frozenset[str]:
+    """Names of the pictures that a layout has tokens, or keys, of."""
+    return frozenset(name for x in layout if x.positions for name in x.positions.names)
+
+
+def check_rows(layouts: Sequence[Layout], labels: Sequence[Label]) -> None:
     """Each row of the batch has one place, the same in all that hold these tokens."""
     if sum(bool(x.tokens) for x in labels) > 1 or sum(bool(x.keys) for x in labels) > 1:
         raise Refused("two token axes in one value")
@@ -132,8 +138,9 @@ def find_positionals(
                 if mine.fixed != tokens.fixed:
                     raise Refused("different rows of the batch meet")
                 continue
-            names = {s for x in own if x.positions for s in x.positions.names}
-            if names & tokens.names:
+            names = pictures_of(own) & tokens.names
+            lost = mine.names & pictures_of(labels) if mine else None
+            if names or lost:
                 raise Refused("the same tokens meet in another order")
             if tokens.length >= UNKNOWN:
                 needs_all = "a table over as many tokens as the data says"
