@@ -92,6 +92,12 @@ class Label:
             raise Refused("a range that ends within a row or a token")
         return Label((first.cut(start // inner, stop // inner), *self.factors[1:]))
 
+    def without_shares(self) -> Label:
+        """The label with keys of any weights, not of shares."""
+        if not (self.keys and self.keys.normal):
+            return self
+        return Label(tuple(Keys(f.tokens) if isinstance(f, Keys) else f for f in self.factors))
+
     def times(self, factor: Plain, *, outer: bool) -> Label:
         """The label of a dimension that repeats."""
         return fold([Label((factor,)), self] if outer else [self, Label((factor,))])

@@ -17,11 +17,25 @@ import toma_fx.analysis.rules.views  # noqa: F401
 from toma_fx.analysis.factors import HEIGHT, Refused
 from toma_fx.analysis.facts import Transfer
 from toma_fx.analysis.labels import Fact, Layout, is_tuple_fact, layouts_of, names_axis, rows_of
+from toma_fx.analysis.rules.attention import softmax
 from toma_fx.analysis.rules.base import RULES, SEEDS, Call, Outcome, Rule, carries_tokens, reject
 from toma_fx.analysis.rules.compute import pictures_of, pointwise
-from toma_fx.graph.nodes import UNKNOWN, int_size
+from toma_fx.graph.nodes import CASTS, COPIES, JOINS, PRODUCTS, RESHAPES, UNKNOWN, int_size
 
 NOTHING = Transfer(None)
+DECIDES_SHARES = {pointwise, softmax}
+"""Rules that know whether shares of keys are shares in their result."""
+LINEAR = (
+    COPIES | CASTS | RESHAPES | PRODUCTS
+    | {
+        "aten.chunk", "aten.expand", "aten.flatten", "aten.mT", "aten.mean", "aten.narrow",
+        "aten.permute", "aten.repeat", "aten.repeat_interleave", "aten.select", "aten.slice",
+        "aten.split", "aten.split_with_sizes", "aten.squeeze", "aten.sum", "aten.swapaxes",
+        "aten.swapdims", "aten.t", "aten.transpose", "aten.unbind", "aten.unflatten",
+        "aten.unsqueeze",
+    }
+)  # fmt: skip
+"""Ops that make shares of shares; joins do if all that they join are some."""
 
 
 def apply_rule(node: fx.Node, facts: dict[str, Fact]) -> Outcome:
@@ -38,6 +52,8 @@ def apply_rule(node: fx.Node, facts: dict[str, Fact]) -> Outcome:
     try:
         result = rule(call)
         transfer = result if isinstance(result, Transfer) else Transfer(result)
+        if rule not in DECIDES_SHARES and not _keeps_shares(call):
+            transfer = replace(transfer, fact=_forget_shares(transfer.fact))
         return _check(call, transfer)
     except Refused as refusal:
         return reject(node, refusal.reason, dim=refusal.dim)
@@ -94,6 +110,23 @@ def _check_layout(layout: Layout | None, value: torch.Tensor) -> Layout | None:
     if len(layout) != len(sizes) or any(a != b for a, b in pairs):
         raise Refused(f"its rule gives {', '.join(map(str, layout))} for a value of {sizes}")
     return layout
+
+
+def _keeps_shares(call: Call) -> bool:
+    """Whether the result has shares of keys as its operands have."""
+    operands: list[fx.Node] = []
+    fx.map_arg(call.node.args, lambda n: operands.append(n))  # one may be used twice
+    layouts = [call.layout(n) for n in operands]
+    shares = [any(label.keys and label.keys.normal for label in x) for x in layouts]
+    if call.op in JOINS or call.op == "aten.stack":
+        return all(shares)
+    return call.op in LINEAR and sum(any(label.keys for label in x) for x in layouts) < 2
+
+
+def _forget_shares(fact: Fact) -> Fact:
+    """The fact with keys whose weights are any numbers."""
+    several = tuple(x and tuple(y.without_shares() for y in x) for x in layouts_of(fact))
+    return several if is_tuple_fact(fact) else several[0]
 
 
 def _may_hold_tokens(fact: Fact) -> bool:

@@ -180,4 +180,4 @@ def softmax(call: Call) -> Layout:
     if keys and not layout[dim].is_product:
         return (*layout[:dim], Label((Keys(keys.tokens, True),)), *layout[dim + 1 :])
     call.mix("a reduction over", layout, [dim])
-    return layout
+    return tuple(label.without_shares() for label in layout)

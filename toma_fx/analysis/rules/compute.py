@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import fx
 
-from toma_fx.analysis.factors import FRAMES, HEIGHT, WIDTH, Keys, Refused
+from toma_fx.analysis.factors import FRAMES, HEIGHT, WIDTH, Refused
 from toma_fx.analysis.facts import Positional, Transfer
 from toma_fx.analysis.labels import (
     ONE,
@@ -21,7 +21,7 @@ from toma_fx.analysis.labels import (
     use_up,
 )
 from toma_fx.analysis.rules.base import Call, carries_positions, carries_tokens, rule
-from toma_fx.graph.nodes import CASTS, CONVOLUTIONS, COPIES, REDUCTIONS, UNKNOWN, shape_of
+from toma_fx.graph.nodes import CASTS, CONVOLUTIONS, COPIES, REDUCTIONS, UNKNOWN, op_name, shape_of
 
 # -- element-wise ---------------------------------------------------------------------------------
 
@@ -32,20 +32,33 @@ def pointwise(call: Call) -> Transfer:
     operands = call.tensors
     transfer = broadcast(call, operands, additive=call.op in ("aten.add", "aten.sub"))
     layout: Layout = transfer.fact  # type: ignore[assignment]
-    keys = layout[-1].keys if layout else None
-    if keys and keys.normal and not _stays_average(call, operands):
-        fact = (*layout[:-1], Label((Keys(keys.tokens),)))
-        return replace(transfer, fact=fact)
+    if any(x.keys and x.keys.normal for x in layout) and not _stays_average(call):
+        return replace(transfer, fact=tuple(label.without_shares() for label in layout))
     return transfer
 
 
-def _stays_average(call: Call, operands: Sequence[fx.Node]) -> bool:
+def _stays_average(call: Call) -> bool:
     """Whether shares of the keys stay shares: (1 - p) @ v counts the keys, (g * p) @ v does not."""
-    shares = [n for n in operands if any(label.keys for label in call.layout(n)[-1:])]
+    operands = [n for n in call.node.args if isinstance(n, fx.Node)]  # one may be used twice
+    shares = [n for n in operands if any(label.keys for label in call.layout(n))]
     if call.op in ("aten.add", "aten.sub"):  # differential attention
         return len(shares) == 2
-    scaled = call.op == "aten.mul" or (call.op == "aten.div" and operands[0] in shares)
-    return call.op in ("aten.where", "aten.masked_fill") or (scaled and len(shares) == 1)
+    if call.op in ("aten.where", "aten.masked_fill"):  # some are dropped
+        parts = call.node.args[1:3] if call.op == "aten.where" else call.node.args[0::2]
+        return all(x in shares or _is_zero(x) for x in parts)
+    if len(shares) != 1 or call.node.kwargs.get("rounding_mode"):
+        return False
+    return call.op == "aten.mul" or (call.op == "aten.div" and operands[0] in shares)
+
+
+def _is_zero(value: object) -> bool:
+    """Whether an argument is zero, or a node that makes zeros."""
+    if not isinstance(value, fx.Node):
+        return isinstance(value, (int, float)) and value == 0
+    op, first = op_name(value.target), value.args[0] if value.args else None
+    return op in ("aten.zeros", "aten.zeros_like") or (
+        op == "aten.scalar_tensor" and _is_zero(first)
+    )
 
 
 def broadcast(
