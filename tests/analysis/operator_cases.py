@@ -195,9 +195,13 @@ def softmax(d: Draw, op: Any) -> None:
         d.call(op.int, x, dim)
 
 
-@cases("cumsum", "flip")
+@cases("cumsum", "flip", "roll")
 def scan(d: Draw, op: Any) -> None:
     x, layout = d.main()
+    if op is A.roll:
+        dims = d.dims(layout)
+        d.call(op, x, *([[1] * len(dims), dims] if d.chance(0.9) else [[1]]))
+        return
     d.call(op, x, d.dims(layout) if op is A.flip else d.dim(layout))
 
 
@@ -278,6 +282,18 @@ def permute(d: Draw, op: Any) -> None:
     x, layout = d.main()
     dims = d.rng.sample(range(len(layout)), len(layout))
     d.call(op, x, [k - len(layout) if d.chance(0.3) else k for k in dims])
+
+
+@cases("movedim", "moveaxis")
+def movedim(d: Draw, op: Any) -> None:
+    x, layout = d.main()
+    count = d.rng.randint(1, len(layout))
+    places = [d.rng.sample(range(len(layout)), count) for _ in range(2)]
+    source, target = ([k - len(layout) if d.chance(0.3) else k for k in each] for each in places)
+    if count == 1 and d.chance(0.5):
+        d.call(op.int, x, source[0], target[0])
+    else:
+        d.call(op.intlist, x, source, target)
 
 
 @cases("transpose", "swapaxes", "swapdims", "mT", "t")

@@ -161,6 +161,9 @@ def check_twins(
         few[name] = reindex(weigh_keys(few[name], layout, target, 2), layout, target, first)
     for p in tables:
         few[p.operand] = gather_table(few[p.operand], p, target, first)
+    for c in transfer.counted:  # a sum counts each token as often as it stands for others
+        if target in c.tokens.segments:
+            few[c.operand] = _double(few[c.operand], c, target, kept)
     args = case.args
     for patch in transfer.patches:
         args = with_literal(args, patch.path, patch.value({}))
@@ -173,6 +176,15 @@ def check_twins(
     ]
     _compare(case, compute(case, few, args), expected, f"one of two twins, {args}")
     return True
+
+
+def _double(x: Tensor, counted: Positional, target: Segment, kept: int) -> Tensor:
+    """An operand of which `kept` tokens of a segment are left, these times two."""
+    segments = counted.tokens.segments
+    at = sum(s.length for s in segments[: segments.index(target)])
+    factor = torch.ones(x.shape[counted.dim], dtype=x.dtype)
+    factor[at : at + kept] = 2
+    return x * factor.view([-1 if d == counted.dim else 1 for d in range(x.dim())])
 
 
 def _allows_twins(case: Case, layouts: Any, target: Segment, over_keys: list[Positional]) -> bool:

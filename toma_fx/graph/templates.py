@@ -63,7 +63,7 @@ def trace_snippet(
                 hint='scope="stack" or "block" merges outside of it, where it is no part of the '
                 "residual stream; exclude= leaves the module alone",
             )
-    like = tuple((tuple(f.shape), *strides_of(f), f.dtype, f.device) for f in fakes)
+    like: Any = tuple((tuple(f.shape), *strides_of(f), f.dtype, f.device) for f in fakes)
     if (key, like) not in templates:
         mode: Any = next(f.fake_mode for f in fakes if hasattr(f, "fake_mode"))
         try:
