@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from toma_fx.analysis.factors import Segment
 from toma_fx.analysis.facts import Analysis, Branch
 from toma_fx.analysis.labels import axis, plain, tokens, tokens_of
 from toma_fx.analysis.propagate import analyze
+from toma_fx.analysis.rules import base
 from toma_fx.analysis.rules.views import regroup
 from toma_fx.capture.grids import Raster, find_raster
 from toma_fx.capture.model import Captured, capture
@@ -719,3 +721,31 @@ def test_written_out_attention_around_copies_casts_and_reshapes(op: str) -> None
     crossed = find(attend, x=image(), y=text())
     (branch,) = crossed.branches()
     assert (crossed.kinds(), branch.kinds, branch.rejected) == (["cross"], ("cross",), None)
+
+
+# -- a rule of one's own --------------------------------------------------------------------------
+
+
+def test_the_rule_of_a_new_operator_is_ten_lines_in_one_place() -> None:
+    """CONTRIBUTING shows it; before, its branch is refused for the lack of it."""
+
+    def run(m: Tiny, x: Tensor) -> Tensor:
+        return x + m.c(F.glu(torch.cat([m.a(m.norm(x)), m.b(m.norm(x))], -1)))
+
+    page = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
+    code = page.partition('```python\n@rule("glu")')[2].partition("```")[0]
+    code = f'@rule("glu"){code}'
+    assert len(code.strip().splitlines()) <= 10
+    (branch,) = find(run).branches() or [None]
+    assert branch is None or branch.rejected is not None
+    assert any("no transfer rule for aten.glu" in r for r in find(run).reasons())
+    before = dict(base.RULES)
+    try:
+        exec(code, {name: getattr(base, name) for name in ("rule", "Call", "Layout", "plain")})
+        (branch,) = find(run).branches()
+        assert (branch.kinds, branch.rejected) == (("mlp",), None)
+        along = find(lambda m, x: x + F.glu(torch.cat([x, x.sin()], 1), 1))
+        assert not along.branches() or along.branches()[0].rejected is not None
+    finally:
+        base.RULES.clear()
+        base.RULES.update(before)

@@ -18,24 +18,22 @@ from toma_fx.analysis.factors import HEIGHT, Refused
 from toma_fx.analysis.facts import Transfer
 from toma_fx.analysis.labels import Fact, Layout, is_tuple_fact, layouts_of, names_axis, rows_of
 from toma_fx.analysis.rules.attention import softmax
-from toma_fx.analysis.rules.base import RULES, SEEDS, Call, Outcome, Rule, carries_tokens, reject
+from toma_fx.analysis.rules.base import (
+    LINEAR,
+    RULES,
+    SEEDS,
+    Call,
+    Outcome,
+    Rule,
+    carries_tokens,
+    reject,
+)
 from toma_fx.analysis.rules.compute import pictures_of, pointwise
-from toma_fx.graph.nodes import CASTS, COPIES, JOINS, PRODUCTS, RESHAPES, UNKNOWN, int_size
+from toma_fx.graph.nodes import JOINS, UNKNOWN, int_size
 
 NOTHING = Transfer(None)
 DECIDES_SHARES = {pointwise, softmax}
 """Rules that know whether shares of keys are shares in their result."""
-LINEAR = (
-    COPIES | CASTS | RESHAPES | PRODUCTS
-    | {
-        "aten.chunk", "aten.expand", "aten.flatten", "aten.mT", "aten.mean", "aten.narrow",
-        "aten.permute", "aten.repeat", "aten.repeat_interleave", "aten.select", "aten.slice",
-        "aten.split", "aten.split_with_sizes", "aten.squeeze", "aten.sum", "aten.swapaxes",
-        "aten.swapdims", "aten.t", "aten.transpose", "aten.unbind", "aten.unflatten",
-        "aten.unsqueeze",
-    }
-)  # fmt: skip
-"""Ops that make shares of shares; joins do if all that they join are some."""
 
 
 def apply_rule(node: fx.Node, facts: dict[str, Fact]) -> Outcome:

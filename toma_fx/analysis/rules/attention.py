@@ -82,13 +82,13 @@ def _same_tokens(key: Label, value: Label) -> bool:
     )
 
 
-@rule("matmul", "mm", "bmm")
+@rule("matmul", "mm", "bmm", linear=True)
 def matmul(call: Call) -> Transfer:
     """Products: x @ weight treats every token alike, q @ k makes scores, scores @ v uses them."""
     return _multiply(call, call.arg(0), call.arg(1))
 
 
-@rule("baddbmm")
+@rule("baddbmm", linear=True)
 def baddbmm(call: Call) -> Transfer:
     """beta * input + alpha * (a @ b), as the older attention processors write it (beta is 0)."""
     if call.arg(3, "beta", 1) != 0:

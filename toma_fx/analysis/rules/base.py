@@ -93,11 +93,22 @@ SEEDS: set[Rule] = set()
 R = TypeVar("R", bound=Rule)
 
 
-def rule(*names: str, seeds: bool = False) -> Callable[[R], R]:
-    """Register a transfer rule for ops; a name without a namespace is one of aten."""
+LINEAR: set[str] = set()
+"""Ops of which a share of the keys is a share in the result: they move it, or sum it up."""
+
+
+def rule(*names: str, seeds: bool = False, linear: bool = False) -> Callable[[R], R]:
+    """Register a transfer rule for ops; a name without a namespace is one of aten.
+
+    Args:
+        seeds: whether the rule runs although no operand has a label.
+        linear: whether shares of the keys stay shares: the op moves values, or sums them up.
+    """
 
     def add(function: R) -> R:
-        RULES.update({name if "." in name else f"aten.{name}": function for name in names})
+        ops = [name if "." in name else f"aten.{name}" for name in names]
+        RULES.update(dict.fromkeys(ops, function))
+        LINEAR.update(ops if linear else ())
         SEEDS.update({function} if seeds else ())
         return function
 

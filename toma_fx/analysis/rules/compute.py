@@ -253,7 +253,8 @@ def scan(call: Call) -> Layout:
     return layout
 
 
-@rule(*REDUCTIONS)
+@rule("sum", "mean", linear=True)
+@rule(*REDUCTIONS - {"aten.sum", "aten.mean"})
 def reduction(call: Call) -> Transfer:
     """Reductions over other dimensions keep the token axis; a sum over tokens counts them."""
     layout = call.layout(call.arg(0))
@@ -282,7 +283,7 @@ def count_tokens(operand: fx.Node, layout: Layout, dim: int) -> Positional | Non
 # -- ops that keep the shape ----------------------------------------------------------------------
 
 
-@rule(*COPIES, *CASTS)
+@rule(*COPIES, *CASTS, linear=True)
 def copy(call: Call) -> Layout:
     """Copies and casts."""
     return call.layout(call.arg(0))

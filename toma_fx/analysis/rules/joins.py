@@ -35,7 +35,7 @@ def _cut(call: Call, what: str, layout: Layout, dim: int, start: int, stop: int)
     return (*layout[:dim], piece, *layout[dim + 1 :])
 
 
-@rule("chunk", "split")
+@rule("chunk", "split", linear=True)
 def chunk(call: Call) -> Transfer:
     """Equal pieces along another dimension."""
     layout = call.layout(call.arg(0))
@@ -53,7 +53,7 @@ def _split(call: Call, layout: Layout, dim: int, sizes: Sequence[int]) -> tuple[
     return tuple(_cut(call, "pieces of", layout, dim, end - size, end) for size, end in pairs)
 
 
-@rule("split_with_sizes")
+@rule("split_with_sizes", linear=True)
 def split_with_sizes(call: Call) -> Transfer:
     """Pieces of literal sizes: along the token axis this separates text from image."""
     layout, literals = call.layout(call.arg(0)), call.arg(1)
@@ -74,7 +74,7 @@ def split_with_sizes(call: Call) -> Transfer:
     return Transfer(tuple(facts), tuple(patches))
 
 
-@rule("slice", "narrow")
+@rule("slice", "narrow", linear=True)
 def slice_(call: Call) -> Layout | Transfer:
     """A range of one dimension."""
     layout = call.layout(call.arg(0))

@@ -10,7 +10,7 @@ from toma_fx.analysis.rules.compute import count_tokens
 from toma_fx.graph.nodes import UNKNOWN
 
 
-@rule("einsum")
+@rule("einsum", linear=True)
 def einsum(call: Call) -> Transfer:
     """Each letter keeps its axis; tokens and their rows stay unsummed.
 

@@ -118,7 +118,7 @@ def _use_up_sides(name: str, layout: Layout) -> Layout:
     return tuple(use_up(label, sides) for label in layout)
 
 
-@rule(*RESHAPES)
+@rule(*RESHAPES, linear=True)
 def view(call: Call) -> Transfer:
     """Reshapes: labels follow the groups of dimensions that stay together."""
     sizes = call.arg(1)
@@ -127,13 +127,13 @@ def view(call: Call) -> Transfer:
     )
 
 
-@rule("flatten")
+@rule("flatten", linear=True)
 def flatten(call: Call) -> Transfer:
     """A reshape that names dimensions, no sizes."""
     return _reshape(call, {})
 
 
-@rule("unflatten")
+@rule("unflatten", linear=True)
 def unflatten(call: Call) -> Transfer:
     """A reshape of one dimension to literal sizes."""
     dim, sizes = call.arg(1) % len(call.layout(call.arg(0))), call.arg(2)
@@ -141,7 +141,7 @@ def unflatten(call: Call) -> Transfer:
     return _reshape(call, literals)
 
 
-@rule("expand")
+@rule("expand", linear=True)
 def expand(call: Call) -> Transfer:
     """Broadcast to literal sizes."""
     layout, sizes = call.layout(call.arg(0)), call.arg(1)
@@ -157,7 +157,7 @@ def expand(call: Call) -> Transfer:
     return Transfer(tuple(labels), patches)
 
 
-@rule("repeat")
+@rule("repeat", linear=True)
 def repeat(call: Call) -> Layout:
     """Tiling: each dimension as often as told, one copy after the other."""
     layout, times = call.layout(call.arg(0)), call.arg(1)
@@ -168,7 +168,7 @@ def repeat(call: Call) -> Layout:
     )
 
 
-@rule("repeat_interleave")
+@rule("repeat_interleave", linear=True)
 def repeat_interleave(call: Call) -> Layout:
     """Repetition of each index along a dimension."""
     layout, times, dim = call.layout(call.arg(0)), call.arg(1, "repeats"), call.arg(2, "dim")
@@ -179,14 +179,14 @@ def repeat_interleave(call: Call) -> Layout:
     return (*layout[:dim], label, *layout[dim + 1 :])
 
 
-@rule("permute")
+@rule("permute", linear=True)
 def permute(call: Call) -> Layout:
     """Reordering of dimensions."""
     layout = call.layout(call.arg(0))
     return tuple(layout[d] for d in call.arg(1))
 
 
-@rule("movedim", "moveaxis")
+@rule("movedim", "moveaxis", linear=True)
 def movedim(call: Call) -> Layout:
     """Dimensions move to other places; the rest keeps its order."""
     layout = call.layout(call.arg(0))
@@ -197,7 +197,7 @@ def movedim(call: Call) -> Layout:
     return tuple(layout[moved[d] if d in moved else next(rest)] for d in range(len(layout)))
 
 
-@rule("transpose", "swapaxes", "swapdims", "t", "mT")
+@rule("transpose", "swapaxes", "swapdims", "t", "mT", linear=True)
 def transpose(call: Call) -> Layout:
     """Swap of two dimensions."""
     labels = list(call.layout(call.arg(0)))
@@ -207,7 +207,7 @@ def transpose(call: Call) -> Layout:
     return tuple(labels)
 
 
-@rule("unsqueeze")
+@rule("unsqueeze", linear=True)
 def unsqueeze(call: Call) -> Layout:
     """A new dimension of size 1."""
     labels = list(call.layout(call.arg(0)))
@@ -215,7 +215,7 @@ def unsqueeze(call: Call) -> Layout:
     return tuple(labels)
 
 
-@rule("squeeze")
+@rule("squeeze", linear=True)
 def squeeze(call: Call) -> Layout:
     """Removal of dimensions of size 1."""
     layout = call.layout(call.arg(0))
@@ -227,7 +227,7 @@ def squeeze(call: Call) -> Layout:
     return drop(layout, removed)
 
 
-@rule("select")
+@rule("select", linear=True)
 def select(call: Call) -> Layout | Transfer:
     """One index of another dimension."""
     layout, index = call.layout(call.arg(0)), call.arg(2, "index")
@@ -250,7 +250,7 @@ def _take_row(layout: Layout, dim: int, index: int) -> Layout:
     return drop((*layout[:dim], row, *layout[dim + 1 :]), [dim])
 
 
-@rule("unbind")
+@rule("unbind", linear=True)
 def unbind(call: Call) -> Transfer:
     """All indices of another dimension."""
     layout = call.layout(call.arg(0))
