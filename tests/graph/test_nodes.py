@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import toma_fx.analysis.rules.apply  # noqa: F401  (registers the rules)
 from tests.graphs import graph_of
 from toma_fx.analysis.rules.base import RULES
 from toma_fx.analysis.streams import PROLOGUE, UNFOLD
 from toma_fx.graph import nodes
-from toma_fx.graph.flops import graph_flops, node_flops
+from toma_fx.graph.flops import _COUNTED, _MULTIPLIES, find_uncounted, graph_flops, node_flops
 from toma_fx.graph.rewriter import Rewriter
 
 CLASSES = {name: value for name, value in vars(nodes).items() if name.isupper()}
@@ -66,6 +66,11 @@ COUNTED: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "baddbmm": (lambda x, a, b: torch.baddbmm(x, a, b, beta=0), (torch.zeros(2, 3, 5), X, Y)),
     "conv1d": (F.conv1d, (torch.randn(2, 4, 9), torch.randn(6, 2, 3), None, 1, 1, 1, 2)),
     "conv2d": (F.conv2d, (PICTURE, torch.randn(8, 4, 3, 3))),
+    "conv_transpose1d": (F.conv_transpose1d, (torch.randn(2, 4, 9), torch.randn(4, 3, 2), None, 2)),
+    "convolution": (
+        aten.convolution,
+        (PICTURE, torch.randn(4, 3, 2, 2), None, [2, 2], [0, 0], [1, 1], True, [0, 0], 1),
+    ),
     "conv_transpose2d": (F.conv_transpose2d, (PICTURE, torch.randn(4, 3, 2, 2), None, 2)),
     "einsum": (lambda a, b: torch.einsum("bid,bdj->bij", a, b), (X, Y)),
 }  # fmt: skip
@@ -108,6 +113,26 @@ def test_flops_of_products_that_torch_does_not_count() -> None:
     x, scales = torch.randn(32, 8).bfloat16(), torch.ones(16).bfloat16()
     packed = graph_of(aten._weight_int8pack_mm, x, b.mT.contiguous(), scales)
     assert graph_flops(packed.graph) == 2 * 32 * 8 * 16
+
+
+@torch.no_grad()
+def test_products_that_are_not_counted_are_named() -> None:
+    """By torch's own list, or by their name; what multiplies no matrices is not."""
+
+    def run(x: Tensor, y: Tensor) -> Tensor:
+        a, b, c = (
+            F.bilinear(x, x, torch.ones(5, 4, 4)),
+            x @ y,
+            F.interpolate(PICTURE, scale_factor=2),
+        )
+        return a.sum() + b.norm() + c.sum() + F.group_norm(PICTURE, 2).sum()
+
+    graph = graph_of(run, X, Y).graph
+    assert find_uncounted(graph) == ("aten.bilinear",)
+    for op in flop_registry:
+        name = str(op)
+        if "backward" not in name and name.startswith("aten."):
+            assert name in _COUNTED or _MULTIPLIES.search(name), name
 
 
 @pytest.mark.parametrize("equation", EINSUMS)

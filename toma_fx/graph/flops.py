@@ -6,6 +6,7 @@ the padding off, as its length with padding.
 
 from __future__ import annotations
 
+import re
 from math import prod
 from typing import Any
 
@@ -13,10 +14,17 @@ from torch import fx
 
 from toma_fx.graph.nodes import ATTENTION, CONVOLUTIONS, PACKED, WEIGHTED, op_name
 
-_SUMMED = dict.fromkeys((*WEIGHTED, *PACKED, "aten.matmul", "aten.mm", "aten.bmm"), 0) | {
-    "aten.addmm": 1, "aten.baddbmm": 1,
+_SUMMED = {
+    **dict.fromkeys((*WEIGHTED, *PACKED), 0),
+    "aten.matmul": 0, "aten.mm": 0, "aten.bmm": 0, "aten.mv": 0, "aten.dot": 0,
+    "aten.addmm": 1, "aten.baddbmm": 1, "aten.addmv": 1,
 }  # fmt: skip
 """Products that sum over the last dimension of one of their arguments, and which one."""
+_TRANSPOSED = {f"aten.conv_transpose{n}d" for n in (1, 2, 3)}
+_COUNTED = {*_SUMMED, *CONVOLUTIONS, *_TRANSPOSED, "aten.einsum", ATTENTION}
+_MULTIPLIES = re.compile(
+    r"(^|[._])(\w*mm|\w*mv|matmul|linear|bilinear|conv(_transpose)?\dd|\w*convolution|\w*attention\w*)(_|$)"
+)
 _ELLIPSIS = "01234567"
 """What stands for the dimensions of "..." in an einsum, the last of them last."""
 
@@ -42,10 +50,9 @@ def node_flops(node: fx.Node) -> int:
         return 2 * prod(shape_of(node)) * shape_of(args[_SUMMED[op]])[-1]
     if op == "aten.einsum":
         return _einsum_flops(node)
-    if op in CONVOLUTIONS:
-        return 2 * prod(shape_of(node)) * prod(shape_of(args[1])[1:])
-    if op == "aten.conv_transpose2d":
-        return 2 * prod(shape_of(args[0])) * prod(shape_of(args[1])[1:])
+    if op in CONVOLUTIONS or op in _TRANSPOSED:
+        backward = op in _TRANSPOSED or (op == "aten.convolution" and args[6])
+        return 2 * prod(shape_of(args[0] if backward else node)) * prod(shape_of(args[1])[1:])
     if op == ATTENTION:
         query, keys = shape_of(args[0]), shape_of(args[1])[-2]
         return 2 * prod(query) * keys + 2 * prod(shape_of(node)) * keys
@@ -77,6 +84,15 @@ def _einsum_flops(node: fx.Node) -> int:
         total += 2 * prod(sizes[x] for x in used)
         left = used & later
     return total
+
+
+def find_uncounted(graph: fx.Graph) -> tuple[str, ...]:
+    """Operators of a graph that multiply matrices by their name, but whose FLOPs aren't counted.
+
+    An operator of torch's own count, or named after a product, a convolution or attention.
+    """
+    names = dict.fromkeys(op_name(n.target) for n in graph.nodes if n.op == "call_function")
+    return tuple(name for name in names if _MULTIPLIES.search(name) and name not in _COUNTED)
 
 
 def graph_flops(graph: fx.Graph, names: Any = None) -> int:

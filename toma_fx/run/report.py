@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from toma_fx.graph.flops import graph_flops
+from toma_fx.graph.flops import find_uncounted, graph_flops
 from toma_fx.methods.cached_steps import Length, count_steps
 from toma_fx.methods.kinds import REFRESH, kind_in
 from toma_fx.methods.windows import Size, size_text
@@ -80,6 +80,7 @@ class Report(Printable):
         cached: what a cached step does not compute. flops_cached: of a cached step, or their mean;
             None without a cache. steps: of a generation that is looked at. computed: of these,
             those that compute. phases: the first step of each, of these.
+        uncounted: operators that multiply matrices but whose FLOPs aren't known.
     """
 
     rows: tuple[Row, ...]
@@ -92,6 +93,7 @@ class Report(Printable):
     steps: int = 0
     computed: int = 0
     phases: tuple[int, ...] = (0,)
+    uncounted: tuple[str, ...] = ()
 
     @property
     def ideal_speedup(self) -> float:
@@ -135,6 +137,8 @@ class Report(Printable):
             f"whole model {self.flops_before / 1e9:.3f} -> {self.flops_after / 1e9:.3f} GFLOP "
             f"a step, ideal speed-up {self.ideal_speedup:.2f}x"
         )
+        if self.uncounted:
+            total += f"; the FLOPs of {', '.join(self.uncounted)} are not counted"
         parts: list[Any] = [table, Text(total)] if self.rows else [Text(total)]
         if self.flops_cached is not None:
             parts += self._cached_parts()
@@ -193,6 +197,7 @@ def make_report(specialization: Specialization) -> Report:
         steps=0 if schedule.caching is None else steps,
         computed=0 if schedule.caching is None else sum(schedule.caching.flags(steps)),
         phases=tuple(count_steps(p.begin, steps, "phases") for p in schedule.phases),
+        uncounted=find_uncounted(specialization.captured.graph_module.graph),
     )
 
 
