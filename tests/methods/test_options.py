@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import pytest
 import torch
 
@@ -133,6 +134,11 @@ def test_an_annotation_that_cannot_be_read_checks_nothing() -> None:
     assert LooseConfig(counts=5).counts == 5  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="tiles"):
         LooseConfig(tiles=2.5)  # type: ignore[arg-type]
+
+
+def test_masks_of_other_whole_numbers() -> None:
+    for flags in ([True, True, False], (1, 1, 0), list(np.array([1, 1, 0]))):
+        assert toma_fx.CacheConfig(steps_mask=flags).steps_mask == (1, 1, 0)
 
 
 @pytest.mark.parametrize(

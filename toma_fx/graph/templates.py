@@ -63,13 +63,13 @@ def trace_snippet(
                 hint='scope="stack" or "block" merges outside of it, where it is no part of the '
                 "residual stream; exclude= leaves the module alone",
             )
-    like: Any = tuple((tuple(f.shape), *strides_of(f), f.dtype, f.device) for f in fakes)
+    like = tuple((tuple(f.shape), strides_of(f)[0], f.dtype, f.device) for f in fakes)
     if (key, like) not in templates:
         mode: Any = next(f.fake_mode for f in fakes if hasattr(f, "fake_mode"))
         try:
             with torch.no_grad(), mode:
                 # spliced nodes share fake values, and tracing takes one value for one input
-                own = [_empty_like(*each) for each in like]
+                own = [_empty_like(s, t, d, v) for s, t, d, v in like]
                 templates[key, like] = make_fx(function, pre_dispatch=True)(*own)
         except Exception as error:  # a method's functions are anybody's code
             raise RewriteError(

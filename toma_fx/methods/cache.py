@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, ClassVar, Literal, get_args
 
 from toma_fx.errors import ConfigError, UnknownNameError, nearest
@@ -96,7 +97,7 @@ class CacheConfig(ByPath):
     def __post_init__(self) -> None:
         freeze_sequences(self, "include", "exclude")
         if isinstance(self.steps_mask, tuple):
-            flags = tuple(int(x) if isinstance(x, bool) else x for x in self.steps_mask)
+            flags = tuple(int(x) if isinstance(x, Integral) else x for x in self.steps_mask)
             object.__setattr__(self, "steps_mask", flags)
         check_fields(self, self._check, self.prefix)
         object.__setattr__(self, "overrides", self._freeze_overrides())
