@@ -15,7 +15,7 @@ from toma_fx.errors import RewriteError, VerifyError
 from toma_fx.graph.nodes import module_path
 from toma_fx.graph.passes import EraseInputs
 from toma_fx.graph.rewriter import Rewriter
-from toma_fx.graph.verify import output_values, verify
+from toma_fx.graph.verify import agree, output_values, verify
 
 X = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
 aten = torch.ops.aten
@@ -304,3 +304,12 @@ def test_a_graph_that_calls_a_graph_is_verified() -> None:
     assert rewriter.calls("wrap_with_autocast")
     verify(rewriter.graph_module, rewriter.inputs, rewriter.outputs, "test")
     assert "bfloat16" in text(rewriter.graph_module)
+
+
+def test_a_size_that_only_one_run_knows_is_not_stale() -> None:
+    """Torch learns sizes from assertions about the first run, not about later ones."""
+    assert agree("(1, ?, 40) torch.float32 cpu", "(1, 444, 40) torch.float32 cpu")
+    assert agree("?", "444")
+    assert not agree("(1, ?, 40) torch.float32 cpu", "(1, 444, 41) torch.float32 cpu")
+    assert not agree("(1, ?) torch.float32 cpu", "(1, 444, 40) torch.float32 cpu")
+    assert not agree("(1, ?) torch.float32 cpu", "(1, 4) torch.float16 cpu")
