@@ -226,7 +226,7 @@ def draw_world(rng: random.Random) -> World:
     """A world; in half of them all sizes are 2, or 4."""
     frames = rng.choice([1, 1, 1, 2])
     if rng.random() < 0.5:
-        size, grid = rng.choice([(2, (1, 2)), (2, (2, 1)), (4, (2, 2)), (4, (1, 4))])
+        size, grid = rng.choice([(2, (1, 2)), (4, (4, 1)), (4, (2, 2)), (4, (1, 4))])
         frames = rng.choice([1, 1, size])
         return World(size, frames, grid, size, size, rng.choice([1, size]))
     grid = rng.choice([(1, 2), (2, 2), (2, 3), (3, 2), (2, 4)])

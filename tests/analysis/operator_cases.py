@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -224,8 +225,34 @@ def regroup_sizes(d: Draw, sizes: list[int]) -> list[int]:
     return out
 
 
+def fold_picture(d: Draw) -> tuple[Layout, int, int]:
+    """A picture or video, its patches perhaps split off, and the dimensions that become tokens."""
+    w = d.world
+    names = ("frames", "height", "width")[d.pick(0, 1, 1) :]
+    shape = [d.pick(2, 3), *w.grid][-len(names) :]
+    sides, inner = [axis(*side) for side in zip(names, shape, strict=True)], list[Label]()
+    if d.chance(0.4):
+        pairs = [axis(n, 2 * s).factors[0].split(s) for n, s in zip(names, shape, strict=True)]
+        sides, inner = (
+            [Label(a) if a[0].size > 1 else ONE for a, _ in pairs],
+            [Label(b) for _, b in pairs],
+        )
+    before, after = [axis("batch", w.batch)], [*inner, plain(w.channels)]
+    if d.chance(0.3):
+        before, after = [*before, *after], []
+    if len(names) == 2 and w.frames > 1:
+        before.insert(d.pick(0, len(before)), axis("frames", w.frames))
+    return (*before, *sides, *after), len(before), len(before) + len(sides)
+
+
 @cases("view", "reshape", "_unsafe_view", "view_copy")
 def view(d: Draw, op: Any) -> None:
+    if d.chance(0.15):
+        picture, start, stop = fold_picture(d)
+        sizes = [label.size for label in picture]
+        rest = d.pick(sizes[stop:], [prod(sizes[stop:])])
+        d.call(op, d.value(picture), [*sizes[:start], prod(sizes[start:stop]), *rest])
+        return
     x, layout = d.main()
     sizes = regroup_sizes(d, [label.size for label in layout])
     if d.chance(0.2):  # of any factors
@@ -237,6 +264,10 @@ def view(d: Draw, op: Any) -> None:
 
 @cases("flatten")
 def flatten(d: Draw, op: Any) -> None:
+    if d.chance(0.2):
+        picture, start, stop = fold_picture(d)
+        d.call(op.using_ints, d.value(picture), start, stop - 1)
+        return
     x, layout = d.main()
     start = d.rng.randrange(len(layout))
     stop = d.rng.randrange(start, len(layout))

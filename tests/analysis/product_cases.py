@@ -96,7 +96,8 @@ def attention(d: Draw, op: Any) -> None:
         q = tuple(d.shuffle(list(q)))
     back = _maybe(d, front)
     keys = (*back, k, width)
-    values = (*(back if d.chance(0.9) else _maybe(d, front)), k, out)
+    own = k if d.chance(0.9) else d.pick(of(d.image), of(d.other), plain(k.size))
+    values = (*(back if d.chance(0.9) else _maybe(d, front)), own, out)
     arguments: list[Any] = [d.value(q), d.value(keys), d.value(values)]
     if d.chance(0.4):
         shape: list[Any] = [
@@ -135,7 +136,7 @@ def einsum(d: Draw, op: Any) -> None:
     words, operands = [left, right], list[Ref]()
     for i, word in enumerate(words):
         labels = tuple(letters[x] for x in word)
-        if i and d.chance(0.3):
+        if i and d.chance(0.7 if "k" not in word else 0.2):
             labels = tuple(plain(x.size) for x in labels)
         operands.append(d.value(labels))
     equation = f"{left},{right}->{out}".replace("s", "k")

@@ -19,6 +19,7 @@ from tests.analysis.draws import Case, Draw, draw_world
 from tests.analysis.operator_cases import GENERATORS
 from tests.analysis.token_oracles import (
     Tensors,
+    check_fold,
     check_order,
     check_rows,
     check_twins,
@@ -32,6 +33,7 @@ from tests.analysis.tokens_of_rows import has_segment
 from toma_fx.analysis.facts import Rejected
 from toma_fx.analysis.rules.base import RULES, carries_positions
 from toma_fx.analysis.rules.views import ROWS_SEPARATED
+from toma_fx.graph.nodes import RESHAPES
 
 CUDA_ALONE = {"aten._weight_int4pack_mm": "aten._weight_int4pack_mm_for_cpu"}
 """Operators that no CPU can run, and one that has their rule."""
@@ -48,6 +50,9 @@ ORDERLESS = (ROWS_SEPARATED, "rows are made a batch", "normalization statistics 
 """Reasons to need all tokens with which another order of them is fine."""
 PICTURES = ("conv", "_pool", "pixel_", "upsample_")
 """In names of operators on pictures: no tokens pass, but rows of the batch do."""
+
+RESHAPED = RESHAPES | {"aten.flatten"}
+"""Operators that may make tokens of a picture."""
 
 
 def draw_case(op: str, seed: int) -> tuple[Case, Draw, Tensors]:
@@ -80,6 +85,9 @@ def check(op: str, seed: int) -> str:
             return "accepted" if check_rows(case, transfer, outputs) else "nothing known"
         if transfer.needs_all_tokens and not transfer.needs_all_tokens.startswith(ORDERLESS):
             return "needs all tokens"
+        if not any(carries_positions(x) for x in case.layouts.values()):
+            folded = op in RESHAPED and check_fold(case, transfer, outputs, seed)
+            return "accepted" if folded else "nothing known"
         layouts, tested = result_layouts(transfer, outputs), False
         for target in (draw.image, draw.other):
             held = any(has_segment(x, target.name) for x in case.layouts.values())

@@ -10,9 +10,9 @@ from torch import Tensor, fx
 
 from tests.analysis.draws import Case, Ref
 from tests.analysis.tokens_of_rows import gather_table, has_segment, reindex, weigh_keys
-from toma_fx.analysis.factors import Keys, Segment
+from toma_fx.analysis.factors import AXES, FRAMES, Keys, Segment
 from toma_fx.analysis.facts import Positional, Rejected, Transfer
-from toma_fx.analysis.labels import Fact, Layout, layouts_of, rows_of
+from toma_fx.analysis.labels import Fact, Layout, layouts_of, rows_of, token_dim, tokens
 from toma_fx.analysis.rules.apply import apply_rule
 from toma_fx.graph.nodes import ATTENTION, SOFTMAX, op_name
 from toma_fx.passes.snippets import close_factors, open_factors, place_rows
@@ -87,6 +87,31 @@ def check_order(
         for out, layout in zip(outputs, result_layouts(transfer, outputs), strict=True)
     ]
     _compare(case, compute(case, values), expected, "another order of tokens")
+
+
+def check_fold(case: Case, transfer: Transfer, outputs: Tensors, seed: int) -> bool:
+    """Pixels of a picture that become tokens, in another order; returns whether any do."""
+    (layout,), ((name, sides),) = result_layouts(transfer, outputs), case.layouts.items()
+    dim = token_dim(layout)
+    if layout is None or dim is None:
+        return False
+    (segment,) = layout[dim].tokens.segments  # type: ignore[union-attr]
+    axes = AXES[-len(segment.grid or ()) :]
+    dims: list[int] = []
+    for axis in axes:  # of the digits of a side, the first
+        strides = {i: a.stride for i, x in enumerate(sides) for a in x.axes if a.name == axis}
+        dims += [max(strides, key=lambda i: strides[i])] if strides else []
+    values, w = dict(case.values), case.world
+    counts = (w.batch, w.frames if FRAMES not in axes else 1)
+    table = _order(*counts, segment, seed)
+    last = list(range(-len(dims), 0))
+    x = values[name].movedim(dims, last)
+    rest = tuple(label for i, label in enumerate(sides) if i not in dims)
+    pixels = reindex(x.flatten(-len(dims)), (*rest, tokens(segment)), segment, table)
+    values[name] = pixels.reshape(x.shape).movedim(last, dims)
+    expected = [reindex(outputs[0], layout, segment, table)]
+    _compare(case, compute(case, values), expected, "another order of pixels")
+    return True
 
 
 def check_rows(case: Case, transfer: Transfer, outputs: Tensors) -> bool:
@@ -200,8 +225,8 @@ def _allows_twins(case: Case, layouts: Any, target: Segment, over_keys: list[Pos
         return False
     if op == ATTENTION:
         label = case.layouts.get(case.args[1].name, (None,))[-2:][0]
-        tokens = label.tokens if label else None
-        if tokens and target in tokens.segments and len(tokens.segments) > 1:
+        found = label.tokens if label else None
+        if found and target in found.segments and len(found.segments) > 1:
             return False
     forgotten = shares and any(not k.normal for k in after)
     return not forgotten and not any(p.layout[p.dim].is_product for p in over_keys)
