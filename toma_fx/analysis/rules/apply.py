@@ -107,6 +107,8 @@ def _check_layout(layout: Layout | None, value: torch.Tensor) -> Layout | None:
     pairs = [p for p in zip((x.size for x in layout), sizes, strict=False) if max(p) < UNKNOWN]
     if len(layout) != len(sizes) or any(a != b for a, b in pairs):
         raise Refused(f"its rule gives {', '.join(map(str, layout))} for a value of {sizes}")
+    if sum(bool(x.tokens) for x in layout) > 1:
+        raise Refused("two token axes in one value")
     return layout
 
 

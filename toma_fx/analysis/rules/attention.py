@@ -113,7 +113,7 @@ def _multiply(call: Call, a: fx.Node, b: fx.Node) -> Transfer:
         columns = _label_keys(rows, columns)
     outer = len(call.shape) - len(rows) - len(columns)
     held = [x for x in (left, right) if pictures_of(x)]
-    lead = meet_all([left[:-2], right[:-2]], call.shape[:outer], strict=len(held) == 2)
+    lead = meet_all([left[:-2], right[:-2]], call.shape[:outer], strict=bool(held))
     labels = (*lead, *rows, *columns)
     check_rows(held, labels)
     if sum(bool(x.tokens) for x in labels) > 1:
