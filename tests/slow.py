@@ -78,6 +78,7 @@ SLOW = (
     Slow("export/test_cached.py::test_fitted_weights[aoti]", INDUCTOR),
     # analysis
     Slow("analysis/test_properties.py::test_right_or_refused[40]", MORE),
+    Slow("analysis/test_random_modules.py::*[2000]", "2,000 random models"),
     Slow("analysis/test_operators.py::test_right_or_refused[90-*]", "10,000 random calls"),
     Slow("analysis/test_variants.py::test_torchao[unet-*]", WHOLE),
     Slow("analysis/test_variants.py::test_torchao[flux-int8 activations]", MORE),

@@ -129,10 +129,10 @@ class Flow:
         return is_embedding(self.layout(name))
 
     def is_batch_of_tokens(self, name: str) -> bool:
-        """Whether the batch comes first and just one dimension after it enumerates tokens."""
+        """Whether the batch comes first and just one dimension after it enumerates known tokens."""
         first, *rest = self.layout(name) or (Label(),)
         plain = [x for x in rest if x.positions]
-        alone = [x.tokens is not None and len(x.factors) == 1 for x in plain]
+        alone = [x.tokens is not None and len(x.factors) == 1 and x.size < UNKNOWN for x in plain]
         return is_batch(first) and alone == [True] and not any(x.rows for x in rest)
 
     def is_spatial(self, name: str) -> bool:
