@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
-
-import torch
-from torch import fx
 
 from toma_fx.analysis.factors import HEIGHT, Axis, Segment
-from toma_fx.analysis.facts import Kind, Rejected, Transfer
+from toma_fx.analysis.facts import Kind, Rejected
 from toma_fx.analysis.labels import (
     Fact,
     Label,
@@ -21,22 +17,12 @@ from toma_fx.analysis.labels import (
     names_axis,
     sort_axes,
 )
-from toma_fx.analysis.rules.base import RULES, carries_tokens, tokenwise_rule
 from toma_fx.graph.nodes import (
-    ATTENTION,
-    CASTS,
-    COPIES,
-    JOINS,
     PRODUCTS,
     READERS,
     SCALES,
     SOFTMAX,
     UNKNOWN,
-    WEIGHTED,
-    module_path,
-    op_name,
-    shape_of,
-    source_line,
 )
 
 
@@ -48,7 +34,8 @@ class Flow:
         order: node names in graph order. operands: inputs of each. ops: op name of each.
         shapes: static shape of each tensor. modules: module path of each. lines: of Python.
         facts, refusals: from the analysis. aliases: {node: source} for nodes that return the
-            image tokens of their source unchanged. pointwise: element-wise ops. sums: plain a + b.
+            image tokens of their source unchanged; scaled: for those that scale them.
+            pointwise: element-wise ops. sums: plain a + b.
         attention: fused attention, the softmax of one that is written out, and the sums over
             tokens of linear attention. sums_of_tokens: products and sums over them.
         needs_all_tokens: refusals of nodes that must see all tokens.
@@ -63,6 +50,7 @@ class Flow:
     facts: Mapping[str, Fact]
     refusals: Mapping[str, Rejected]
     aliases: Mapping[str, str]
+    scaled: Mapping[str, str]
     pointwise: frozenset[str]
     sums: frozenset[str]
     attention: frozenset[str]
@@ -254,7 +242,8 @@ class Flow:
                     self.carries(user, segment) or self.ops[user] not in READERS
                 ):
                     ended = self._find_end(user, segment)
-                    return ended or self.reject(user, f"uses {name} outside the branch", "use")
+                    where = f"; {ended}" if ended else " outside the branch"
+                    return self.reject(user, f"uses {name}{where}", "use")
                 if self.ops[user] == "output":
                     return self.reject(name, "is an output of the model", "use")
         return None
@@ -291,110 +280,3 @@ def is_embedding(layout: Layout | None, *, image: bool = False) -> bool:
     if tokens is None or tokens.fixed or len(layout[1].factors) > 1 or tokens.length >= UNKNOWN:
         return False
     return not image or bool(tokens.names)
-
-
-def make_flow(
-    nodes: list[fx.Node],
-    facts: Mapping[str, Fact],
-    transfers: Mapping[str, Transfer],
-    refusals: Mapping[str, Rejected],
-    needs_all_tokens: Mapping[str, Rejected],
-) -> Flow:
-    """The plain-data view of analyzed nodes."""
-    summed = frozenset(name for name, transfer in transfers.items() if transfer.counted)
-    images = {name for name in summed if any(c.tokens.names for c in transfers[name].counted)}
-    products = {n.name for n in nodes if n.name in images and op_name(n.target) in PRODUCTS}
-    tensors = [n for n in nodes if isinstance(n.meta.get("val"), torch.Tensor)]
-    flow = Flow(
-        order=tuple(n.name for n in nodes),
-        operands={n.name: tuple(i.name for i in n.all_input_nodes) for n in nodes},
-        ops={n.name: op_name(n.target) if n.op == "call_function" else n.op for n in nodes},
-        shapes={n.name: shape_of(n) for n in tensors},
-        modules={n.name: module_path(n) for n in nodes},
-        lines={n.name: source_line(n) for n in nodes},
-        facts=facts,
-        refusals=refusals,
-        aliases={},
-        pointwise=frozenset(
-            n.name for n in nodes if torch.Tag.pointwise in getattr(n.target, "tags", ())
-        ),
-        sums=frozenset(n.name for n in nodes if _is_sum(n)),
-        attention=frozenset(n.name for n in nodes if _is_attention(n, facts)) | products,
-        sums_of_tokens=summed,
-        linears=frozenset(n.name for n in nodes if _is_linear(n, facts)),
-        needs_all_tokens=needs_all_tokens,
-    )
-    aliases = {n.name: source for n in nodes if (source := _alias_source(n, flow)) is not None}
-    return replace(flow, aliases=aliases)
-
-
-def _is_attention(node: fx.Node, facts: Mapping[str, Fact]) -> bool:
-    op = op_name(node.target) if node.op == "call_function" else ""
-    layout = layout_of(facts.get(node.name)) or ()
-    if op not in SOFTMAX or len(layout) < 3:
-        return op == ATTENTION
-    return bool(layout[-1].keys) or (bool(layout[-2].tokens) and _is_product(node))
-
-
-def _is_product(node: fx.Node) -> bool:
-    """Whether a softmax is over x @ y, y with a batch: keys that hold no tokens known here."""
-    source = node.args[0]
-    while isinstance(source, fx.Node) and op_name(source.target) in SCALES:
-        source = source.args[0]
-    if not isinstance(source, fx.Node) or op_name(source.target) not in PRODUCTS:
-        return False
-    return len(shape_of(source.all_input_nodes[-1])) > 2
-
-
-def _is_linear(node: fx.Node, facts: Mapping[str, Fact]) -> bool:
-    """Whether a node is a linear map of every token: a product with a weight, or declared so."""
-    if node.op != "call_function":
-        return False
-    op = op_name(node.target)
-    if op in WEIGHTED or RULES.get(op) is tokenwise_rule:
-        return True
-    operands: Any = node.args[:2]
-    return op in ("aten.mm", "aten.matmul") and not carries_tokens(facts.get(operands[1].name))
-
-
-def _is_sum(node: fx.Node) -> bool:
-    """Whether a node is a + b of two tensors, neither scaled."""
-    if node.op != "call_function" or op_name(node.target) != "aten.add":
-        return False
-    return len(node.all_input_nodes) == 2 and node.kwargs.get("alpha") in (None, 1)
-
-
-def _alias_source(node: fx.Node, flow: Flow) -> str | None:
-    """The operand whose image tokens the node returns unchanged, as [batch, tokens, channels]."""
-    op, name = flow.ops[node.name], node.name
-    images = {s.name for s in flow.segments(name) if s.grid}
-    if not images or not flow.is_embedding(name):
-        return None
-    if op == "getitem":
-        split = node.args[0]
-        assert isinstance(split, fx.Node)
-        source = str(split.args[0])
-        return source if flow.ops[split.name] == "aten.split_with_sizes" else None
-    carrying = [
-        o for o in flow.operands[name] if not images.isdisjoint(s.name for s in flow.segments(o))
-    ]
-    if len(carrying) != 1 or not flow.is_embedding(carrying[0]):
-        return None
-    same_channels = flow.shapes[name][2] == flow.shapes[carrying[0]][2]
-    if op in COPIES or (op in {"aten.slice", *JOINS} and same_channels):
-        return carrying[0]
-    if op in ("aten.clip", "aten.clamp"):
-        return carrying[0] if _only_clips_infinities(node) else None
-    # a stream may be added to in another precision than its branches compute in
-    return carrying[0] if op in CASTS and node.meta["val"].is_floating_point() else None
-
-
-def _only_clips_infinities(node: fx.Node) -> bool:
-    """clip(x, -65504, 65504) in half precision (Flux): the identity on finite values."""
-    limit = torch.finfo(node.meta["val"].dtype).max
-    low, high = (*node.args[1:3], None, None)[:2]
-    return (
-        isinstance(low, (int, float))
-        and isinstance(high, (int, float))
-        and (low <= -limit and high >= limit)
-    )

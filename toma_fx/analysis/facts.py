@@ -157,7 +157,7 @@ class Branch:
         entries: normalized values that enter the branch (where a sublayer merges).
         nodes: nodes between entries and `out`, in graph order.
         rejected: why the branch can't be merged, if it can't. leak: a use of its inner values by
-            others, for which it can't be merged by itself.
+            others, for which it can't be merged by itself. alone: why it can merge by itself only.
     """
 
     x: str
@@ -171,6 +171,7 @@ class Branch:
     nodes: tuple[str, ...]
     rejected: Rejected | None = None
     leak: Rejected | None = None
+    alone: Rejected | None = None
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Literal
 
 from torch import fx
 
-from toma_fx.analysis.dataflow import Flow, is_embedding, make_flow
+from toma_fx.analysis.dataflow import Flow, is_embedding
 from toma_fx.analysis.factors import BATCH, FRAMES, HEIGHT, WIDTH, Segment, Tokens
 from toma_fx.analysis.facts import Analysis, Rejected, Site, Transfer
 from toma_fx.analysis.labels import (
@@ -33,6 +33,7 @@ from toma_fx.analysis.labels import (
     tokens,
     tokens_of,
 )
+from toma_fx.analysis.make_flow import make_flow
 from toma_fx.analysis.rules.apply import apply_rule
 from toma_fx.analysis.rules.base import reject
 from toma_fx.analysis.streams import find_streams

@@ -199,6 +199,7 @@ def _match_residual(
         return None
     for main, out in (operands, operands[::-1]):
         root = flow.root(main)
+        root = flow.root(flow.scaled.get(root, root))
         if root not in bits:  # text that follows an image into a joint sequence
             continue
         chain = next((c for c in chains if c.values[-1] == root), None)
@@ -245,8 +246,13 @@ def _make_branches(
         leak = flow.find_leak(segment.name, inner, out)
         if leak is not None and leak.node in flow.refusals:
             problem, leak = problem or leak, None
+        alone = None
+        if add and any(flow.root(o) in flow.scaled for o in flow.operands[add] if o != out):
+            alone = flow.reject(add, "the stream is scaled where the branch is added", "use")
         branches.append(
-            Branch(base, out, add, kinds, module, inside, block, entries, inner, problem, leak)
+            Branch(
+                base, out, add, kinds, module, inside, block, entries, inner, problem, leak, alone
+            )
         )
     return tuple(branches)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from toma_fx.analysis.dataflow import Flow
-from toma_fx.analysis.facts import Rejected, Site, Stream
+from toma_fx.analysis.facts import Branch, Rejected, Site, Stream
 from toma_fx.methods.setting import Setting
 from toma_fx.plan.plan import MergeSegment, Rejection
 from toma_fx.plan.reasons import reject_branch, reject_site
@@ -42,7 +42,7 @@ def split_run(run: Run, scope: str, flow: Flow) -> Found:
         if isinstance(segment, MergeSegment):
             segments.append(segment)
             continue
-        around = [list(g) for _, g in groupby(part, lambda i: branches[i].leak is None)]
+        around = [list(g) for _, g in groupby(part, lambda i: _is_free(branches[i]))]
         smaller = _SMALLER.get(scope, scope)
         if scope == "stack" and len(around) > 1:
             smaller, pieces = scope, around
@@ -58,6 +58,11 @@ def split_run(run: Run, scope: str, flow: Flow) -> Found:
             segments += more
             rejections += refused
     return segments, rejections
+
+
+def _is_free(branch: Branch) -> bool:
+    """Whether a branch can merge with others in one segment."""
+    return branch.leak is None and branch.alone is None
 
 
 def _split_indices(stream: Stream, run: Sequence[int], scope: str) -> list[list[int]]:
@@ -94,6 +99,8 @@ def _make_segment(run: Run, part: Sequence[int], scope: str, flow: Flow) -> Merg
             return branches[0].leak
         base, exit_, inner = "", branches[0].out, branches[0].nodes
         entries = branches[0].entries
+    elif alone := next((b.alone for b in branches if b.alone), None):
+        return alone
     else:
         # the base is where the segment before it would end, so that neighbors share one node
         base = move_past_slice(flow, image.name, stream.values[part[0]])

@@ -116,7 +116,7 @@ def _keeps_shares(call: Call) -> bool:
     """Whether the result has shares of keys as its operands have."""
     operands: list[fx.Node] = []
     fx.map_arg(call.node.args, lambda n: operands.append(n))  # one may be used twice
-    layouts = [call.layout(n) for n in operands]
+    layouts = [call.layout(n) for n in operands if n in call.tensors]
     shares = [any(label.keys and label.keys.normal for label in x) for x in layouts]
     if call.op in JOINS or call.op == "aten.stack":
         return all(shares)
