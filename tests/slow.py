@@ -58,7 +58,7 @@ SLOW = (
     Slow(
         "run/test_caching.py::test_equals_an_eager_implementation[*]",
         MORE,
-        quick=("sdxl-deep-1", "flux-stack-2", "flux-block-1", "sdxl-stack-0"),
+        quick=("sdxl-deep-2", "flux-stack-2", "flux-block-1"),
     ),
     Slow(
         "run/test_caching.py::test_a_frozen_input_gives_the_computed_step[*]",
@@ -78,6 +78,10 @@ SLOW = (
     Slow("export/test_cached.py::test_fitted_weights[aoti]", INDUCTOR),
     # analysis
     Slow("analysis/test_properties.py::test_right_or_refused[40]", MORE),
+    Slow("analysis/test_twins.py::test_streams_*[*tomesd*]", MORE),
+    Slow("analysis/test_twins.py::test_streams_*[*toma-block]", MORE),
+    Slow("run/test_phases.py::test_updates_are_kept_from_one_phase_to_the_next[deep]", MORE),
+    Slow("run/test_interrupts.py::test_at_every_line_of_a_step[denoiser-KeyboardInterrupt]", MORE),
     Slow("analysis/test_random_modules.py::*[2000]", "2,000 random models"),
     Slow("analysis/test_operators.py::test_right_or_refused[90-*]", "10,000 random calls"),
     Slow("analysis/test_variants.py::test_torchao[unet-*]", WHOLE),
@@ -309,7 +313,7 @@ SLOW = (
         "zoo/test_zoo.py::test_denoiser[*]",
         WHOLE,
         quick=(  # mechanisms of their own, of models that are quick to trace
-            "sd15", "ddpm", "sd35_medium", "aura_flow", "flux_kontext", "wan", "hunyuan_video_15",
+            "ddpm", "sana", "sd35_medium", "aura_flow", "flux_kontext", "wan", "hunyuan_video_15",
         ),
     ),
     # measure

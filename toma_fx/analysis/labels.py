@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise
 from math import prod
 
@@ -43,7 +43,7 @@ class Label:
 
     factors: Factors = ()
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Size of the dimension."""
         return prod(f.size for f in self.factors)
@@ -58,27 +58,27 @@ class Label:
         """The keys of attention among the factors."""
         return next((f for f in self.factors if isinstance(f, Keys)), None)
 
-    @property
+    @cached_property
     def positions(self) -> Tokens | None:
         """Tokens or keys."""
         return self.tokens or (self.keys.tokens if self.keys else None)
 
-    @property
+    @cached_property
     def axes(self) -> tuple[Axis, ...]:
         """Axes of the input among the factors."""
         return tuple(f for f in self.factors if isinstance(f, Axis))
 
-    @property
+    @cached_property
     def rows(self) -> tuple[Axis, ...]:
         """Axes that number rows of tokens."""
         return tuple(a for a in self.axes if a.name in (BATCH, FRAMES))
 
-    @property
+    @cached_property
     def is_plain(self) -> bool:
         """Whether the dimension enumerates neither positions nor rows."""
         return all(isinstance(f, Plain) for f in self.factors)
 
-    @property
+    @cached_property
     def is_product(self) -> bool:
         """Whether tokens, or keys, share the dimension with something else."""
         return self.positions is not None and len(self.factors) > 1
@@ -112,11 +112,13 @@ Fact = Layout | tuple[Layout | None, ...] | None
 ONE = Label()
 
 
+@cache
 def plain(size: int) -> Label:
     """The label of a dimension of features."""
     return Label((Plain(size),)) if size != 1 else ONE
 
 
+@cache
 def axis(name: str, size: int) -> Label:
     """The label of a dimension that enumerates an axis of the input."""
     return Label((Axis.whole(name, size),)) if size != 1 else ONE
@@ -306,7 +308,7 @@ def _fix(label: Label, axes: tuple[Axis, ...]) -> Label:
 
 def is_tuple_fact(fact: Fact) -> bool:
     """Whether a fact describes a tuple of tensors and at least one of their layouts is known."""
-    return bool(fact) and any(isinstance(f, tuple) for f in fact or ())
+    return bool(fact) and next((isinstance(f, tuple) for f in fact or () if f is not None), False)
 
 
 def layout_of(fact: Fact) -> Layout | None:

@@ -191,7 +191,7 @@ def _make_keys_segment(run: Run, index: int, site: Site, flow: Flow) -> MergeSeg
         return flow.needs_all_tokens[partial]
     odd = next((e for e in entries if not flow.is_batch_of_tokens(e)), None)
     if odd is not None:
-        reason = "is not laid out with the batch first and one axis of tokens"
+        reason = "is not laid out with the batch first and one axis of tokens whose number is known"
         return flow.reject(odd, reason, "layout")
     return MergeSegment(
         name=f"{stream.name}/keys/{site.node}",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 from torch import fx
@@ -33,17 +34,17 @@ class Call:
         """Node name."""
         return self.node.name
 
-    @property
+    @cached_property
     def op(self) -> str:
         """Op name without overload, e.g. "aten.view"."""
         return op_name(self.node.target)
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         """Shape of the result."""
         return shape_of(self.node)
 
-    @property
+    @cached_property
     def tensors(self) -> list[fx.Node]:
         """Operands that are tensors, in order."""
         return [n for n in self.node.all_input_nodes if hasattr(n.meta.get("val"), "shape")]
