@@ -149,6 +149,12 @@ def folded(m: Model, n: Tensor) -> Tensor:
     return unfold(sdpa(fold(m.q(n)), fold(m.k(n)), fold(m.v(n))))
 
 
+def table_on_folded_heads(m: Model, n: Tensor) -> Tensor:
+    """What is added, and what multiplies, to batch and heads in one dimension."""
+    table = torch.ones(N, C // 2) * 0.3
+    return unfold((fold(m.q(n)) + table) * (1 + table) + fold(m.v(n)).sin())
+
+
 def folded_written_out(m: Model, n: Tensor) -> Tensor:
     scores = torch.bmm(fold(m.q(n)), fold(m.k(n)).transpose(1, 2))
     return unfold(torch.bmm(scores.softmax(-1), fold(m.v(n))))
@@ -182,6 +188,15 @@ def linear_attention_by_einsum(m: Model, n: Tensor) -> Tensor:
     return unfold(torch.einsum("bnd,bde->bne", q, weights) / normalizer[..., None])
 
 
+def einsum_with_a_size_of_one(m: Model, n: Tensor) -> Tensor:
+    return m.down(torch.einsum("bnc,bnd->bnd", m.q(n), torch.ones(1, 1, 2 * C)) * m.up(n))
+
+
+def counts_of_positive_tokens(m: Model, n: Tensor) -> Tensor:
+    """In whole numbers a merged token can't count 1.5 times: these are of all tokens."""
+    return m.mlp(n) / ((m.q(n) > 0).sum(1, keepdim=True) + 1)
+
+
 def linear_attention_with_ones(m: Model, n: Tensor) -> Tensor:
     """As Sana writes it: a row of ones beside the values sums the keys."""
     q, k, v = m.q(n).relu().mT, m.k(n).relu(), F.pad(m.v(n).mT, (0, 0, 0, 1), value=1.0)
@@ -192,8 +207,9 @@ def linear_attention_with_ones(m: Model, n: Tensor) -> Tensor:
 MERGED = {
     f.__name__: f
     for f in (
-        folded, folded_written_out, all_in_one_row, tokens_and_channels, gate, linear_attention,
-        linear_attention_by_einsum, linear_attention_with_ones,
+        folded, folded_written_out, table_on_folded_heads, all_in_one_row, tokens_and_channels,
+        gate, linear_attention, linear_attention_by_einsum, linear_attention_with_ones,
+        einsum_with_a_size_of_one, counts_of_positive_tokens,
     )
 }  # fmt: skip
 

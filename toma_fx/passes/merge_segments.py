@@ -26,7 +26,7 @@ from typing import ClassVar, Self
 
 from torch import Tensor, fx
 
-from toma_fx.analysis.dataflow import Flow
+from toma_fx.analysis.dataflow import Flow, is_embedding
 from toma_fx.analysis.facts import Analysis, Patch, Positional, Transfer
 from toma_fx.analysis.labels import token_dim, tokens_of
 from toma_fx.graph.rewriter import Rewriter
@@ -221,7 +221,7 @@ class _Work:
         span = span_of(positional.tokens, segment.image)
         value = operand.meta["val"]
         content = positional.additive and value.is_floating_point() and pattern.setting.linear
-        content = content and len(positional.layout) == 3 and positional.dim == 1
+        content = content and is_embedding(positional.layout)
         lead = len(positional.layout) - value.dim()
         rows = ",".join(map(str, positional.layout))
         key = ("content" if content else "gather", rows, str(positional.dim), segment.group)

@@ -277,6 +277,8 @@ def count_tokens(operand: fx.Node, layout: Layout, dim: int) -> Positional | Non
     label = layout[dim]
     if label.tokens is None or label.is_product or label.tokens.length >= UNKNOWN:
         return None
+    if not operand.meta["val"].is_floating_point():  # a merged token may count 1.5 times
+        return None
     return Positional(operand.name, layout, dim)
 
 

@@ -12,6 +12,7 @@ from toma_fx.analysis.facts import Patch, Transfer
 from toma_fx.analysis.labels import (
     Label,
     Layout,
+    axis,
     join,
     plain,
     rows_of,
@@ -279,12 +280,18 @@ def pad(call: Call) -> Layout:
         alone = label.tokens if not label.is_product else None
         if alone is None or before < 0 or after < 0 or copied or alone.fixed:
             call.mix("padding of", layout, [d])
-            labels[d] = plain(call.shape[d])
+            labels[d] = _pad_side(label, call.shape[d])
             continue
         around = [Segment(f"{call.name}/{n}", w) for n, w in (("a", before), ("b", after)) if w]
         front = around[:1] if before else []
         labels[d] = tokens(*front, *alone.segments, *around[len(front) :])
     return tuple(labels)
+
+
+def _pad_side(label: Label, size: int) -> Label:
+    """A picture with a margin, or without one, is a picture."""
+    (only,) = label.factors if len(label.factors) == 1 else (None,)
+    return axis(only.name, size) if isinstance(only, Axis) and only.is_whole else plain(size)
 
 
 @rule("outer")

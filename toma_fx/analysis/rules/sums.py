@@ -12,9 +12,9 @@ from toma_fx.graph.nodes import UNKNOWN
 
 @rule("einsum", linear=True)
 def einsum(call: Call) -> Transfer:
-    """Each letter keeps its axis; tokens and their rows stay unsummed.
+    """Each letter keeps its axis; rows of tokens stay unsummed.
 
-    But keys whose shares add up to 1 may be summed: that is what attention does.
+    Keys whose shares add up to 1 may be summed, as attention does, and tokens that are counted.
     """
     equation, operands = str(call.arg(0)).replace(" ", ""), call.tensors
     inputs, arrow, output = equation.partition("->")
@@ -44,11 +44,9 @@ def einsum(call: Call) -> Transfer:
             counted.append(weight)
         elif label.positions or label.rows:
             raise Refused("a sum over the token axis or its batch")
-    result, tables = (
-        _label_scores(words, output, labels),
-        _find_tables(call, words, layouts, labels),
-    )
-    return Transfer(result, positionals=tables, counted=tuple(counted))
+    tables = _find_tables(call, words, layouts, labels)
+    scores = _label_scores(words, output, labels)
+    return Transfer(scores, positionals=tables, counted=tuple(counted))
 
 
 def _are_shares(keys: Label, values: Label) -> bool:
@@ -84,7 +82,7 @@ def _find_tables(
         rows = rows_of(tuple(labels.values()))
         for dim, (label, own) in enumerate(zip(full, layout, strict=True)):
             found = label.tokens
-            if found is None or own.positions:
+            if found is None or own.positions or own.size == 1 != label.size:
                 if own.positions and found and own.positions.segments != found.segments:
                     raise Refused(f"different tokens meet in {word[dim]!r}")
                 continue
