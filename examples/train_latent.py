@@ -21,9 +21,9 @@ t * noise, target velocity noise - latents. Training goes from a quarter of the 
 the layout of a picture is learned cheaply, to all of it. Authors and licenses of the
 photographs: photographs.md.
 
-No weights are shipped: after 105 minutes of latent-flux and 64 of latent-sdxl on two cores, subjects
-and colors can be told, held-out combinations too, but edges are rough. What latent-sdxl learns below
-full size is lost to it (it has no positions): train it with `--shares 0 0 1`.
+No weights are shipped: after 105 minutes of latent-flux and 64 of latent-sdxl on two cores,
+subjects and colors of latent-flux can be told, held-out combinations too, but edges are rough. What
+latent-sdxl learns below full size is lost to it (it has no positions): `--shares 0 0 1`.
 """
 
 from __future__ import annotations
