@@ -223,7 +223,7 @@ class _Work:
         content = positional.additive and value.is_floating_point() and pattern.setting.linear
         content = content and is_embedding(positional.layout)
         lead = len(positional.layout) - value.dim()
-        rows = ",".join(map(str, positional.layout))
+        rows = repr(positional.layout)
         key = ("content" if content else "gather", rows, str(positional.dim), segment.group)
         known = self.cache.setdefault(operand.name, {})
         if key not in known:
