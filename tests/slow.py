@@ -79,6 +79,16 @@ SLOW = (
     # analysis
     Slow("analysis/test_properties.py::test_right_or_refused[40]", MORE),
     Slow("analysis/test_twins.py::test_streams_*[*tomesd*]", MORE),
+    Slow("analysis/test_twins.py::test_branches_*[*-1]", MORE, quick=("folded-1",)),
+    Slow("analysis/test_variants.py::test_torchao[flux-float8 activations]", MORE),
+    Slow("analysis/test_variants.py::test_half_precision_*[unet-torch.float16]", MORE),
+    Slow("analysis/test_own_models.py::test_both_pass_*[*-grid1]", MORE),
+    Slow("capture/test_companions.py::test_companion[FreeU*-before]", MORE),
+    Slow("capture/test_companions.py::test_companion[FreeU*-through]", MORE),
+    Slow("run/test_data_dependent.py::test_all_masks_*[options2]", MORE),
+    Slow("run/test_data_dependent.py::test_all_masks_*[options3]", MORE),
+    Slow("passes/test_input_streams.py::test_requests_*[by block]", MORE),
+    Slow("passes/test_input_streams.py::test_requests_*[lagged and cached]", MORE),
     Slow("analysis/test_twins.py::test_streams_*[*toma-block]", MORE),
     Slow("run/test_phases.py::test_updates_are_kept_from_one_phase_to_the_next[deep]", MORE),
     Slow("run/test_interrupts.py::test_at_every_line_of_a_step[denoiser-KeyboardInterrupt]", MORE),
@@ -162,8 +172,11 @@ SLOW = (
     Slow("methods/test_tomesd.py::test_onnx_gives_the_same[*]", ONNX),
     Slow("methods/test_toma.py::test_compiled_and_eager_choose_the_same_tokens", INDUCTOR),
     Slow("methods/test_key_sizes.py::test_whole_models_equal_*[sublayer]", MORE),
-    Slow("methods/test_methods.py::test_compiled_without_recompilation[grid]", MORE),
-    Slow("methods/test_methods.py::test_compiled_without_recompilation[random]", MORE),
+    Slow(
+        "methods/test_methods.py::test_compiled_without_recompilation[*]",
+        MORE,
+        quick=("toma", "tomesd", "retom", "todo", "salient"),
+    ),
     Slow("methods/test_methods.py::test_example_of_an_own_method_runs", SUBPROCESS),
     Slow("methods/test_methods.py::test_whole_models_through_inductor[*]", INDUCTOR),
     # models
@@ -181,12 +194,12 @@ SLOW = (
     Slow(
         "pipelines/test_matrix.py::test_stack[*]",
         PIPELINE,
-        quick=("sdxl", "flux_true_cfg", "flux_kontext"),
+        quick=("sdxl", "flux_true_cfg"),
     ),
     Slow(
         "pipelines/test_matrix.py::test_other_scopes[*]",
         PIPELINE,
-        quick=("flux_ip_adapter-*", "flux_controlnet-sublayer"),
+        quick=("flux_ip_adapter-block", "flux_controlnet-sublayer"),
     ),
     Slow(
         "pipelines/test_matrix.py::test_lora_of_the_pipeline[*]",
@@ -201,7 +214,7 @@ SLOW = (
     Slow(
         "pipelines/test_matrix.py::test_offload_copies_inference_mode_and_components[*]",
         PIPELINE,
-        quick=("sdxl", "flux_true_cfg"),
+        quick=("sdxl",),
     ),
     Slow(
         "pipelines/test_matrix.py::test_sequential_offload_says_what_to_do_instead[sdxl]", PIPELINE
@@ -232,7 +245,7 @@ SLOW = (
     Slow(
         "pipelines/test_methods_reference.py::test_todo_on_sdxl[*]",
         MORE,
-        quick=("factor0-*", "factor1-*"),
+        quick=("factor0-*",),
     ),
     Slow("pipelines/test_methods_reference.py::test_todo_on_flux[3-nearest]", MORE),
     Slow(
