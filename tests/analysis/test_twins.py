@@ -53,7 +53,7 @@ def check(branch: Callable[..., Tensor], rows: int, *, mlp: bool = True, **optio
     """Merging half of the tokens gives the original output; what merges, and what does not."""
     torch.manual_seed(0)
     model, x = Model(branch, mlp).eval(), twins(rows)
-    for scope in ("sublayer", "block", "stack"):
+    for scope in ("sublayer", "stack"):
         merged = toma_fx.optimize(model, **OPTIONS, scope=scope, **options)
         expected, got = model(x), merged(x)
         error = float((got - expected).abs().max() / expected.abs().max())
