@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from toma_fx.analysis.dataflow import Flow
 from toma_fx.analysis.factors import Axis, Keys, Segment, Tokens
 from toma_fx.analysis.facts import Positional
-from toma_fx.analysis.labels import Layout, rows_of, sort_axes, tokens_of
+from toma_fx.analysis.labels import Label, Layout, rows_of, sort_axes, tokens_of
 from toma_fx.errors import RewriteError
 from toma_fx.graph.rewriter import Rewriter
 from toma_fx.methods.setting import Pattern, Setting
@@ -221,15 +221,12 @@ def open_factors(x: Tensor, layout: Layout, dim: int) -> tuple[Tensor, int]:
     """
     at, d = 0, 0
     for i, label in enumerate(layout):
-        factors = label.factors or (None,)
-        places = [isinstance(f, (Tokens, Keys)) for f in factors]
+        sizes = _factor_sizes(label)
         if i == dim:
-            at = d + places.index(True)
-        if len(factors) > 1:
-            one = x.shape[d] == 1
-            sizes = [-1 if t else f.size for f, t in zip(label.factors, places, strict=True)]
-            x = x.unflatten(d, [1] * len(sizes) if one else sizes)
-        d += len(factors)
+            at = d + sizes.index(-1)
+        if len(sizes) > 1:
+            x = x.unflatten(d, [1] * len(sizes) if x.shape[d] == 1 else sizes)
+        d += len(sizes)
     return x, at
 
 
@@ -237,14 +234,19 @@ def close_factors(x: Tensor, layout: Layout) -> Tensor:
     """Inverse of `open_factors`; where some factors of a dimension broadcast, and some don't, all
     are written out."""
     for d, label in enumerate(layout):
-        count = len(label.factors)
+        sizes = _factor_sizes(label)
+        count = len(sizes)
         if count > 1:
             if any(size > 1 for size in x.shape[d : d + count]):
-                places = [isinstance(f, (Tokens, Keys)) for f in label.factors]
-                sizes = [-1 if t else f.size for f, t in zip(label.factors, places, strict=True)]
                 x = x.expand(*x.shape[:d], *sizes, *x.shape[d + count :])
             x = x.flatten(d, d + count - 1)
     return x
+
+
+def _factor_sizes(label: Label) -> list[int]:
+    """Sizes of the factors of a dimension, -1 for tokens, of which fewer may be left."""
+    factors = label.factors
+    return [-1 if isinstance(f, (Tokens, Keys)) else f.size for f in factors] or [1]
 
 
 def place_rows(positions: Tensor, layout: Layout, dim: int) -> Tensor:

@@ -15,6 +15,7 @@ from toma_fx.analysis.rules.compute import (
     count_tokens,
     find_positionals,
     meet_all,
+    names_of,
     pictures_of,
 )
 from toma_fx.graph.nodes import SOFTMAX, UNKNOWN, shape_of
@@ -59,9 +60,7 @@ def attention(call: Call) -> Transfer:
 def _meet_leads(layouts: Sequence[Layout], shape: Sequence[int]) -> Layout:
     """What the dimensions before the last two are; queries tell, if the tokens are not theirs."""
     q, *rest = layouts
-    names = [
-        {s.name for x in each if x.positions for s in x.positions.segments} for each in layouts
-    ]
+    names = [names_of(each) for each in layouts]
     labels = meet_all([x[:-2] for x in layouts], shape)
     for layout, own in zip(rest, names[1:], strict=True):
         padded = (*(ONE,) * (len(q) - len(layout)), *layout)
