@@ -326,6 +326,7 @@ SLOW = (
         quick=("pixart_sigma", "sd3", "wan"),
     ),
     Slow("zoo/test_references.py::test_block[*]", WHOLE),
+    Slow("zoo/test_linear_references.py::test_linear_attention[*]", MORE, quick=("sana-sublayer",)),
     Slow("zoo/test_references.py::test_tables_matter[*]", WHOLE),
     Slow("zoo/test_references.py::test_reuse[*]", WHOLE),
     Slow("zoo/test_references.py::test_mask_over_the_image[*]", WHOLE),

@@ -11,6 +11,7 @@ import torch
 from tests.zoo import CASES
 from tests.zoo.base import Case
 from tests.zoo.check import Found, check
+from tests.zoo.linear_references import LINEAR
 from tests.zoo.references import FAMILIES
 
 HEADER = """# Denoisers
@@ -30,9 +31,9 @@ it (`tests/zoo/`). For each, on inputs it was not captured with,
 
 *crop*: keeping only a corner of the picture equals the model on that corner, where its positions
 allow that. *eager*: with merging on, the program equals an eager implementation written for that
-family (`tests/zoo/references.py`). Grids are height x width, or frames x height x width, in tokens
-of the tiny configuration. What is not listed has not been tested; the analysis knows no model by
-name.
+family (`tests/zoo/references.py`, `tests/zoo/linear_references.py`). Grids are height x width, or
+frames x height x width, in tokens of the tiny configuration. What is not listed has not been
+tested; the analysis knows no model by name.
 
 """
 
@@ -58,7 +59,7 @@ def row(case: Case, kind: str) -> str:
     sites = ", ".join(f"{n} {name}" for name, n in sorted(case.sites.items()))
     grids = ", ".join(size_text(g) for g in dict.fromkeys(case.grids))
     oracles = ["crop"] if case.crop else []
-    oracles += ["eager"] if case.name in FAMILIES else []
+    oracles += ["eager"] if case.name in {*FAMILIES, *LINEAR} else []
     cells = (case.title, f"`{kind}`", sites, case.attention, case.mlp, grids, ", ".join(oracles))
     return f"| {' | '.join(map(str, cells))} |"
 
