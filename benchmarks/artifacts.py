@@ -34,7 +34,7 @@ from denoiser import Variant, random_model, step_inputs, summary, time_in_turn
 
 import toma_fx
 from toma_fx.cli.run import arguments_for
-from toma_fx.export.artifact import Stage
+from toma_fx.export.building import Stage
 from toma_fx.models import tiny
 from toma_fx.models.named import example
 from toma_fx.run.report import make_report

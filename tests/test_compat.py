@@ -515,7 +515,8 @@ def test_programs_compiled_ahead(tmp_path: Path) -> None:
     assert files
     assert all(isinstance(f, str) for f in files)
     assert constants.keys() == {"weight", "bias"}
-    compat.package_programs(tmp_path / "programs.pt2", {"reuse": files})
+    with (tmp_path / "programs.pt2").open("wb") as file:
+        compat.package_programs(file, {"reuse": files})
     runner = compat.load_programs(tmp_path / "programs.pt2", -1)["reuse"]
     assert set(runner.get_constant_fqns()) == constants.keys()
     runner.load_constants(constants, check_full_update=True, user_managed=True)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
 from importlib import import_module, metadata
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from toma_fx.errors import CompatError
 
@@ -328,10 +328,10 @@ def compile_ahead(
     return [f for f in files if not isinstance(f, kind)], flat
 
 
-def package_programs(path: Path, files: Mapping[str, Sequence[str]]) -> None:
+def package_programs(file: BinaryIO, files: Mapping[str, Sequence[str]]) -> None:
     """Write a package of programs by name, from what `compile_ahead` gave for each."""
     package = _lookup("torch._inductor.package.package", "package_aoti")
-    package(str(path), {name: list(each) for name, each in files.items()})
+    package(file, {name: list(each) for name, each in files.items()})
 
 
 def load_programs(path: Path, device_index: int) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from toma_fx.cli.main import main
 from toma_fx.cli.run import arguments_for
 from toma_fx.cli.text import bytes_text
 from toma_fx.errors import ModelTypeError
-from toma_fx.export.artifact import verify_artifact
 from toma_fx.export.manifest import Manifest
+from toma_fx.export.reading import verify_artifact
 from toma_fx.models import tiny
 from toma_fx.models.named import example, license_of
 

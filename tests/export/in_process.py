@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toma_fx.export.artifact import Build, verify_artifact
+from toma_fx.export.building import Build
 from toma_fx.export.denoiser import ArtifactDenoiser
 from toma_fx.export.manifest import Device, Manifest, ProgramSpec, TargetSpec
 from toma_fx.export.programs import Programs
+from toma_fx.export.reading import verify_artifact
 from toma_fx.export.targets import Lowered, Runtime, Target
 
 

@@ -25,10 +25,10 @@ from tests.denoisers import relative
 from tests.export.cpp import run_example
 from tests.methods.test_methods import inputs, model, static
 from toma_fx.errors import ArtifactError, UnknownNameError
-from toma_fx.export.artifact import file_spec, verify_artifact
 from toma_fx.export.builder import export
 from toma_fx.export.loader import load
 from toma_fx.export.programs import export_programs
+from toma_fx.export.reading import file_spec, verify_artifact
 from toma_fx.export.to_aoti import runtime
 from toma_fx.export.to_aoti.files import PACKAGE, WEIGHTS
 from toma_fx.export.to_aoti.target import AOTITarget

@@ -126,7 +126,7 @@ def test_an_interrupted_build_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
     def opened(folder: Path, *args: Any) -> Any:
         if at[0] == "open":
             raise KeyboardInterrupt
-        assert {p.name for p in folder.iterdir()} == {PACKAGE, WEIGHTS, "stages.json"}
+        assert {p.name for p in folder.iterdir()} == {PACKAGE, WEIGHTS}
         raise SystemExit
 
     monkeypatch.setattr(lower, "compile_program", compile)

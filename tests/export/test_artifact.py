@@ -15,9 +15,9 @@ from tests.denoisers import relative
 from tests.export.in_process import InProcess, opened
 from tests.methods.test_methods import inputs, model
 from toma_fx.errors import ArtifactError, SignatureError
-from toma_fx.export.artifact import verify_artifact
 from toma_fx.export.builder import export
 from toma_fx.export.loader import load
+from toma_fx.export.reading import verify_artifact
 from toma_fx.run.schedule import Schedule, due
 
 pytestmark = pytest.mark.usefixtures("exported_once")

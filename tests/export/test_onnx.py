@@ -26,10 +26,10 @@ from toma_fx.errors import (
     TomaError,
     UnknownNameError,
 )
-from toma_fx.export.artifact import verify_artifact
 from toma_fx.export.builder import export
 from toma_fx.export.loader import load
 from toma_fx.export.manifest import Manifest
+from toma_fx.export.reading import verify_artifact
 from toma_fx.export.to_onnx import lower
 from toma_fx.export.to_onnx.runtime import ORTRuntime
 from toma_fx.export.to_onnx.target import DEFAULT_OPSET, ONNXTarget

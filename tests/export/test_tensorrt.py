@@ -34,8 +34,8 @@ from toma_fx.errors import (
     UnknownNameError,
 )
 from toma_fx.export import tensorrt, tensorrt_coverage
-from toma_fx.export.artifact import verify_artifact
 from toma_fx.export.programs import Programs
+from toma_fx.export.reading import verify_artifact
 from toma_fx.export.to_tensorrt import lower, runtime, target
 from toma_fx.export.to_tensorrt.target import TensorRTTarget
 

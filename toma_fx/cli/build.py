@@ -14,8 +14,9 @@ from toma_fx.api import optimize
 from toma_fx.cli.options import target_options
 from toma_fx.cli.text import bytes_text
 from toma_fx.errors import BuildError, ConfigError
-from toma_fx.export.artifact import OnStage, Stage, check_output, report_stage
 from toma_fx.export.builder import export
+from toma_fx.export.building import OnStage, Stage, report_stage
+from toma_fx.export.destination import check_output
 from toma_fx.export.to_tensorrt.dry_run import tensorrt_coverage
 from toma_fx.models.named import example, license_of
 

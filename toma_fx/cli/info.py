@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from toma_fx.cli.text import bytes_text
-from toma_fx.export.artifact import read_manifest, verify_artifact
 from toma_fx.export.manifest import Manifest, TensorSpec
+from toma_fx.export.reading import read_manifest, verify_artifact
 from toma_fx.methods.kinds import merges
 from toma_fx.run.schedule import Schedule
 

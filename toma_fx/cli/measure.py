@@ -20,10 +20,10 @@ from rich.progress import (
 )
 
 from toma_fx.errors import ConfigError, ModelTypeError
+from toma_fx.files import write_file
 from toma_fx.measure.bench import bench
 from toma_fx.measure.processes import rank_and_count
 from toma_fx.measure.quality import quality
-from toma_fx.measure.records import write
 from toma_fx.measure.scores import METRICS, PLAIN, metric_of
 from toma_fx.models.named import load_embedded
 
@@ -105,7 +105,7 @@ def measure_speed(args: argparse.Namespace, options: dict[str, Any], console: Co
         return
     console.print(result)
     if args.json is not None:
-        write(args.json, result.to_json() + "\n")
+        write_file(args.json, result.to_json() + "\n")
 
 
 def _metrics(texts: list[str]) -> dict[str, str | None]:

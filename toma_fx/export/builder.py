@@ -17,7 +17,8 @@ from torch import Tensor
 
 from toma_fx.capture.parity import perturb, relative_difference, tolerance
 from toma_fx.errors import BuildError
-from toma_fx.export.artifact import OnStage, building, check_output, ignore, report_stage
+from toma_fx.export.building import OnStage, building, ignore, report_stage
+from toma_fx.export.destination import check_output
 from toma_fx.export.manifest import (
     VERSION,
     ArtifactInput,
@@ -83,13 +84,13 @@ def export(
         DynamicError, ModelTypeError, SignatureError: see `export_programs`.
     """
     target = make_target(target, options)
-    check_output(Path(out), overwrite)
+    out = check_output(out, overwrite)
     target.check_installed()
     with report_stage("export", report):
         programs = export_programs(optimized, inputs)
     target.check(programs)
     key = _key(programs, target)
-    with building(Path(out), key, overwrite=overwrite, report=report) as work, torch.no_grad():
+    with building(out, key, overwrite=overwrite, report=report) as work, torch.no_grad():
         lowered = target.lower(programs, work)
         manifest = manifest_of(programs, lowered, license)
         with report_stage("compare with the process", report):

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from toma_fx.errors import ArtifactError
-from toma_fx.export.artifact import building, read_manifest, verify_artifact
+from toma_fx.export.building import building
 from toma_fx.export.denoiser import ArtifactDenoiser
 from toma_fx.export.manifest import Manifest
+from toma_fx.export.reading import read_manifest, verify_artifact
 from toma_fx.export.registry import TARGETS, target_class
 from toma_fx.export.targets import Runtime
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # `toma-fx --help` reads the options of targets without torch
     import torch
     from torch import Tensor
 
-    from toma_fx.export.artifact import Build
+    from toma_fx.export.building import Build
     from toma_fx.export.manifest import Device, Manifest, ProgramSpec, TargetSpec
     from toma_fx.export.programs import Programs
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from toma_fx.files import write_file
 from toma_fx.measure.chart import COLORS, Point, scatter
 from toma_fx.measure.configs import ORIGINAL
-from toma_fx.measure.records import Records, write
+from toma_fx.measure.records import Records
 from toma_fx.measure.results import ConfigResult, Quality, interval_text, speed_cells
 from toma_fx.measure.scores import METRICS
 from toma_fx.measure.subjects import Case
@@ -73,7 +74,7 @@ def write_page(
         _facts(result, plots),
     ]
     title = escape(f"Quality of {result.model}")
-    write(
+    write_file(
         path,
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from toma_fx.capture.fingerprint import Fingerprint
 from toma_fx.errors import TomaError
+from toma_fx.files import write_file
 from toma_fx.measure.configs import ORIGINAL, config_json, name_configs
 from toma_fx.measure.environment import environment
 from toma_fx.measure.gates import Gate, parse_gate
@@ -32,7 +33,7 @@ from toma_fx.measure.page import write_page
 from toma_fx.measure.plots import write_plots
 from toma_fx.measure.processes import Processes, joined
 from toma_fx.measure.prompts import read_cases
-from toma_fx.measure.records import Record, Records, write
+from toma_fx.measure.records import Record, Records
 from toma_fx.measure.results import (
     Quality,
     Scores,
@@ -111,7 +112,7 @@ def quality(
 
 def _write(run: _Run, result: Quality, shown: int) -> None:
     folder = run.records.folder
-    write(folder / "report.json", result.to_json() + "\n")
+    write_file(folder / "report.json", result.to_json() + "\n")
     plots = write_plots(result, run.scores, folder)
     write_page(result, run.records, run.cases, plots, folder / "index.html", shown)
 
@@ -272,7 +273,7 @@ class _Run:
             own = Times(self.first.get(name, times[name].first_s), times[name].seconds)
             self.speeds[name] = Speed.of(times[ORIGINAL], own, work[name])
         speeds = {name: asdict(speed) for name, speed in self.speeds.items()}
-        write(path, json.dumps({"rounds": rounds, "speeds": speeds}, indent=2) + "\n")
+        write_file(path, json.dumps({"rounds": rounds, "speeds": speeds}, indent=2) + "\n")
 
     # -- result ---------------------------------------------------------------------------------
 

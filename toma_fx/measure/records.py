@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from toma_fx.errors import ResultsError
+from toma_fx.files import write_file
 from toma_fx.methods.checks import is_count, is_number
 
 RUN, IMAGES = "run.json", "images.jsonl"
@@ -112,7 +114,7 @@ class Records:
         self.read()
         order = {name: i for i, name in enumerate(self.names)}
         ordered = sorted(self.known.values(), key=lambda r: (r.index, order[r.config]))
-        write(self.folder / IMAGES, "".join(record.line() for record in ordered))
+        write_file(self.folder / IMAGES, "".join(record.line() for record in ordered))
         for path in self.folder.glob("images-*.jsonl"):
             path.unlink()
 
@@ -130,10 +132,9 @@ class Records:
 
         path = self.picture(index, config)
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
         pixels = (picture * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-        Image.fromarray(pixels).save(part, format="PNG")
-        os.replace(part, path)
+        Image.fromarray(pixels).save(data := BytesIO(), format="PNG")
+        write_file(path, data.getvalue())
 
     def load_picture(self, index: int, config: str) -> Tensor | None:
         """A kept picture [3, H, W] in [0, 1]; None if it is not there or damaged."""
@@ -170,7 +171,7 @@ def open_folder(folder: Path, settings: Mapping[str, Any]) -> None:
         )
     folder.mkdir(parents=True, exist_ok=True)
     content = {"fingerprint": fingerprint(settings), "settings": settings}
-    write(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_file(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def _check_run(path: Path, settings: Mapping[str, Any]) -> None:
@@ -222,13 +223,6 @@ def fingerprint(settings: Mapping[str, Any]) -> str:
     """Digest of settings."""
     text = json.dumps(settings, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file, all or nothing."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 def _brief(settings: Mapping[str, Any]) -> str:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from toma_fx.errors import RecipeError
+from toma_fx.files import write_file
 from toma_fx.methods.base import MethodConfig
 from toma_fx.methods.config import METHODS, make_config
 
@@ -108,15 +107,7 @@ class Recipe:
             text = yaml.safe_dump(data, sort_keys=False)
         else:
             text = json.dumps(data, indent=2) + "\n"
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            Path(name).chmod(0o644)
-            Path(name).replace(path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        write_file(path, text)
 
     @classmethod
     def load(cls, path: str | Path, methods: tuple[type[MethodConfig], ...] = ()) -> Self:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -41,7 +42,9 @@ def join_parts(folder: Path, parts: Mapping[str, str]) -> None:
         with ZipFile(folder / part) as archive:
             archive.extractall(folder / PARTS / kind)
             files[kind] = [str(folder / PARTS / kind / name) for name in archive.namelist()]
-    package_programs(folder / PACKAGE, files)
+    package = BytesIO()  # torch's writer of files ends the process when the disk is full
+    package_programs(package, files)
+    (folder / PACKAGE).write_bytes(package.getbuffer())
 
 
 def weights_of(programs: Programs) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ import torch
 
 from toma_fx.compat import compile_ahead, inductor_modes
 from toma_fx.errors import BuildError
-from toma_fx.export.artifact import Build
+from toma_fx.export.building import Build
 from toma_fx.export.machine import architecture, processor
 from toma_fx.export.manifest import Device, ProgramSpec, TargetSpec
 from toma_fx.export.programs import Exported, Programs

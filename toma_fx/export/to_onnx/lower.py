@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from toma_fx.errors import BuildError
-from toma_fx.export.artifact import Build
+from toma_fx.export.building import Build
 from toma_fx.export.manifest import Device, ProgramSpec, TargetSpec
 from toma_fx.export.packages import quiet_exporter, version_of
 from toma_fx.export.programs import Exported, Programs

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, get_args
 
-from toma_fx.export.artifact import Build, ignore
+from toma_fx.export.building import Build, ignore
 from toma_fx.export.packages import import_onnx
 from toma_fx.export.programs import export_programs
 from toma_fx.export.to_onnx.names import file_of

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from toma_fx.errors import BuildError
-from toma_fx.export.artifact import Build
+from toma_fx.export.building import Build
 from toma_fx.export.machine import compute_capability
 from toma_fx.export.manifest import Device, ProgramSpec, TargetSpec
 from toma_fx.export.packages import import_tensorrt

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from toma_fx.export.artifact import Build
+    from toma_fx.export.building import Build
     from toma_fx.export.manifest import Manifest
     from toma_fx.export.programs import Programs
 
