@@ -17,7 +17,6 @@ from toma_fx.capture.canonical import (
     DropUnusedAddend,
     EraseAssertions,
     EraseDropout,
-    FoldSlices,
     InlineAutocast,
     JoinPadding,
     JoinWrites,
@@ -26,6 +25,7 @@ from toma_fx.capture.canonical import (
     SkipCopies,
 )
 from toma_fx.capture.model import capture
+from toma_fx.capture.pieces import FoldSlices, JoinPieces
 from toma_fx.errors import VerifyError
 from toma_fx.graph.passes import EraseDead, Pass
 from toma_fx.graph.rewriter import Rewriter
@@ -46,6 +46,12 @@ class Rewrite:
     inputs: tuple[Tensor, ...]
     before: str
     after: str
+
+
+def modulated_in_pieces(x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """The first tokens by one vector, the others by another; one shift for all."""
+    n = torch.cat([x[:, :1] * (1 + u[None]) + v, x[:, 1:] * (1 + v[None]) + v], 1)
+    return torch.cat([x[:, :1] + n[:, :1] * u[None, None], x[:, 1:] + n[:, 1:] * v[None, None]], 1)
 
 
 def without_autocast(x: Tensor) -> Tensor:
@@ -336,6 +342,55 @@ view: float32[12] = aten.reshape(transpose, [12])
 add: float32[12] = aten.add.Tensor(view, 1)
 return (add)""",
     ),
+    "pieces": Rewrite(
+        (ShareShapeOps(), JoinPieces(), EraseDead()),
+        modulated_in_pieces,
+        (X.view(1, 4, 3), X[0, :3], X[1, :3]),
+        """\
+slice_1: float32[1, 1, 3] = aten.slice.Tensor(x_0, 1, 0, 1)
+unsqueeze: float32[1, 3] = aten.unsqueeze(x_1, 0)
+add: float32[1, 3] = aten.add.Tensor(unsqueeze, 1)
+mul: float32[1, 1, 3] = aten.mul.Tensor(slice_1, add)
+add_1: float32[1, 1, 3] = aten.add.Tensor(mul, x_2)
+slice_2: float32[1, 3, 3] = aten.slice.Tensor(x_0, 1, 1, 9223372036854775807)
+unsqueeze_1: float32[1, 3] = aten.unsqueeze(x_2, 0)
+add_2: float32[1, 3] = aten.add.Tensor(unsqueeze_1, 1)
+mul_1: float32[1, 3, 3] = aten.mul.Tensor(slice_2, add_2)
+add_3: float32[1, 3, 3] = aten.add.Tensor(mul_1, x_2)
+cat: float32[1, 4, 3] = aten.cat([add_1, add_3], 1)
+slice_3: float32[1, 1, 3] = aten.slice.Tensor(x_0, 1, 0, 1)
+slice_4: float32[1, 1, 3] = aten.slice.Tensor(cat, 1, 0, 1)
+unsqueeze_2: float32[1, 3] = aten.unsqueeze(x_1, 0)
+unsqueeze_3: float32[1, 1, 3] = aten.unsqueeze(unsqueeze_2, 1)
+mul_2: float32[1, 1, 3] = aten.mul.Tensor(slice_4, unsqueeze_3)
+add_4: float32[1, 1, 3] = aten.add.Tensor(slice_3, mul_2)
+slice_5: float32[1, 3, 3] = aten.slice.Tensor(x_0, 1, 1, 9223372036854775807)
+slice_6: float32[1, 3, 3] = aten.slice.Tensor(cat, 1, 1, 9223372036854775807)
+unsqueeze_4: float32[1, 3] = aten.unsqueeze(x_2, 0)
+unsqueeze_5: float32[1, 1, 3] = aten.unsqueeze(unsqueeze_4, 1)
+mul_3: float32[1, 3, 3] = aten.mul.Tensor(slice_6, unsqueeze_5)
+add_5: float32[1, 3, 3] = aten.add.Tensor(slice_5, mul_3)
+cat_1: float32[1, 4, 3] = aten.cat([add_4, add_5], 1)
+return (cat_1)""",
+        """\
+unsqueeze: float32[1, 3] = aten.unsqueeze(x_1, 0)
+add: float32[1, 3] = aten.add.Tensor(unsqueeze, 1)
+unsqueeze_1: float32[1, 3] = aten.unsqueeze(x_2, 0)
+add_2: float32[1, 3] = aten.add.Tensor(unsqueeze_1, 1)
+expand_default: float32[1, 3] = aten.expand(add, [1, 3])
+expand_default_1: float32[3, 3] = aten.expand(add_2, [3, 3])
+cat_default: float32[4, 3] = aten.cat([expand_default, expand_default_1], -2)
+mul_tensor: float32[1, 4, 3] = aten.mul.Tensor(x_0, cat_default)
+add_tensor: float32[1, 4, 3] = aten.add.Tensor(mul_tensor, x_2)
+unsqueeze_3: float32[1, 1, 3] = aten.unsqueeze(unsqueeze, 1)
+unsqueeze_5: float32[1, 1, 3] = aten.unsqueeze(unsqueeze_1, 1)
+expand_default_2: float32[1, 1, 3] = aten.expand(unsqueeze_3, [1, 1, 3])
+expand_default_3: float32[1, 3, 3] = aten.expand(unsqueeze_5, [1, 3, 3])
+cat_default_1: float32[1, 4, 3] = aten.cat([expand_default_2, expand_default_3], -2)
+mul_tensor_1: float32[1, 4, 3] = aten.mul.Tensor(add_tensor, cat_default_1)
+add_tensor_1: float32[1, 4, 3] = aten.add.Tensor(x_0, mul_tensor_1)
+return (add_tensor_1)""",
+    ),
 }
 
 
@@ -351,6 +406,9 @@ def test_graph_before_and_after(name: str) -> None:
     for got, want in zip(after(*case.inputs), graph_module(*case.inputs), strict=True):
         assert got.dtype == want.dtype
         assert torch.equal(got, want)
+
+
+PIECES = X.view(1, 4, 3)
 
 
 def with_autocast(x: Tensor) -> Tensor:
@@ -387,6 +445,11 @@ def padded_in_front(x: Tensor, mask: Tensor) -> Tensor:
     return F.pad(x[:, :n], (6 - n, 0))
 
 
+def used_piece(x: Tensor) -> tuple[Tensor, Tensor]:
+    first = x[:, :1] * 2
+    return torch.cat([first, x[:, 1:] * 2], 1), first
+
+
 TWINS: dict[str, tuple[str, Pass, Callable[..., Any], tuple[Tensor, ...]]] = {
     "autocast on": ("wrap_with_autocast", InlineAutocast(), with_autocast, (X,)),
     "autocast on inside": ("wrap_with_autocast", InlineAutocast(), autocast_inside, (X,)),
@@ -417,6 +480,33 @@ TWINS: dict[str, tuple[str, Pass, Callable[..., Any], tuple[Tensor, ...]]] = {
     ),
     "slices of a part": (
         "aten.cat", FoldSlices(), lambda x: torch.cat([x[:, :2], x[:, 2:4]], 1), (X,)
+    ),
+    "pieces of features": (
+        "aten.cat", JoinPieces(), lambda x: torch.cat([x[:, :2] * 2, x[:, 2:] * 2], 1), (X,)
+    ),
+    "pieces by different factors": (
+        "aten.cat", JoinPieces(), lambda x: torch.cat([x[:, :1] * 2, x[:, 1:] * 3], 1), (PIECES,)
+    ),
+    "pieces by different ops": (
+        "aten.cat", JoinPieces(), lambda x: torch.cat([x[:, :1] * 2, x[:, 1:] / 2], 1), (PIECES,)
+    ),
+    "pieces by an op that may round otherwise": (
+        "aten.cat",
+        JoinPieces(),
+        lambda x: torch.cat([x[:, :1].exp(), x[:, 1:].exp()], 1),
+        (PIECES,),
+    ),
+    "pieces in another order": (
+        "aten.cat", JoinPieces(), lambda x: torch.cat([x[:, 1:] * 2, x[:, :1] * 2], 1), (PIECES,)
+    ),
+    "a piece that is used": (
+        "aten.cat", JoinPieces(), used_piece, (PIECES,)
+    ),
+    "pieces of two types": (
+        "aten.cat",
+        JoinPieces(),
+        lambda x, y: torch.cat([x[:, :1] * y[0], x[:, 1:] * y[0].double()], 1),
+        (PIECES, X[:, :3]),
     ),
 }  # fmt: skip
 

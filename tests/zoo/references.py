@@ -249,6 +249,16 @@ def hunyuan_tables(arguments: Arguments, at: Places) -> Arguments:
     }
 
 
+def first_frame_tables(arguments: Arguments, at: Places) -> Arguments:
+    """As `hunyuan_tables`; the first tokens that are left are those of the first frame.
+
+    No window reaches from it into the next, and the windows are in order.
+    """
+    left = int((at.index < arguments["num_tokens"]).sum())
+    assert (at.index[:left] < arguments["num_tokens"]).all()
+    return {**hunyuan_tables(arguments, at), "num_tokens": left}
+
+
 def allegro_tables(arguments: Arguments, at: Places) -> Arguments:
     """Where each token looks up time, row and column in tables of these."""
     axes, places = arguments["image_rotary_emb"]
@@ -330,6 +340,7 @@ REFERENCES: Mapping[str, Reference] = {
     "ltx": Blocks(VIDEO, rotary(dim=1)),
     "ltx_condition": Blocks(VIDEO, modulated_ltx_tables),
     "hunyuan_video": Blocks(VIDEO, hunyuan_tables, DOUBLE_SINGLE),
+    "hunyuan_video_i2v": Blocks(VIDEO, first_frame_tables, DOUBLE_SINGLE),
     "motif": Blocks(VIDEO, hunyuan_tables, DOUBLE_SINGLE),
     "allegro": Blocks(VIDEO, allegro_tables),
     "easyanimate": Blocks(VIDEO, rotary()),

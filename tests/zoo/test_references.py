@@ -23,7 +23,10 @@ TOLERANCE = 1e-5
 """Largest difference, relative to the largest value of an output."""
 VISIBLE = 1e-3
 """What merging must change at least, so that equal outputs say something."""
-BLOCKS = ("chroma", "cogvideox_5b", "cosmos", "flux2", "motif", "pixart_sigma", "wan_ti2v")
+BLOCKS = (
+    "chroma", "cogvideox_5b", "cosmos", "flux2", "hunyuan_video_i2v", "motif", "pixart_sigma",
+    "wan_ti2v",
+)  # fmt: skip
 """Some families, for scope "block" too."""
 SCALE = 2.0
 """Soft weights: at the default scale nearly every token goes to one destination, where scopes

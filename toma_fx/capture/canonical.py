@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
+from toma_fx.capture.pieces import FoldSlices, JoinPieces
 from toma_fx.compat import writes_in_place
-from toma_fx.graph.nodes import DROPOUTS, JOINS, RESHAPES, argument, is_inactive_dropout, op_name
+from toma_fx.graph.nodes import DROPOUTS, RESHAPES, argument, is_inactive_dropout, op_name
 from toma_fx.graph.passes import EraseDead, Pass, run_passes
 from toma_fx.graph.rewriter import Rewriter
 from toma_fx.graph.specs import CAPTURED
@@ -276,32 +277,6 @@ class ShareShapeOps:
         return node.args
 
 
-@dataclass(frozen=True)
-class FoldSlices:
-    """cat([x[:a], x[a:]], dim)  becomes  x"""
-
-    name: ClassVar[str] = "fold_slices"
-
-    def apply(self, rewriter: Rewriter) -> None:
-        """Replace joins of slices that begin where the one before ends, and leave nothing out."""
-        for node in rewriter.calls(*JOINS):
-            parts: Any = node.args[0]
-            if not all(op_name(p.target) == "aten.slice" for p in parts):
-                continue
-            source = parts[0].args[0]
-            value, at = source.meta["val"], 0
-            dim = argument(node, 1, "dim", 0) % value.dim()
-            for part in parts:
-                args = part.args
-                aligned = args[0] is source and len(args) == 4 and args[1] % value.dim() == dim
-                if not aligned or args[2] != at:
-                    break
-                at = args[3]
-            else:
-                if isinstance(at, int) and at >= value.shape[dim]:
-                    rewriter.replace(node, source)
-
-
 PASSES: tuple[Pass, ...] = (
     FlattenSignature(),
     InlineAutocast(),
@@ -314,6 +289,7 @@ PASSES: tuple[Pass, ...] = (
     DropUnusedAddend(),
     EraseDead(),
     ShareShapeOps(),
+    JoinPieces(),
     FoldSlices(),
     EraseDead(),
 )
