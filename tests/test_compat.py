@@ -1,6 +1,6 @@
 """Every private name that the package uses still means what it did.
 
-One test each. When an upgrade fails one of them, its function in `toma_fx/compat.py` is the place
+One test each. When an upgrade fails one of them, its function in `toma_fx/compat/` is the place
 to mend.
 """
 
@@ -26,7 +26,7 @@ from diffusers.models.attention_dispatch import attention_backend
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from toma_fx import compat
+from toma_fx.compat import compilers, libraries, lookup, pytorch
 from toma_fx.errors import CompatError, TomaError
 
 ROOT = Path(__file__).parent.parent
@@ -65,23 +65,23 @@ def dynamo_graph(model: nn.Module, *args: Any, read: Any) -> list[Any]:
 
 def test_a_missing_name_says_which_and_in_which_version() -> None:
     with pytest.raises(CompatError) as error:
-        compat._lookup("torch._dynamo", "teleport")
+        lookup.lookup("torch._dynamo", "teleport")
     assert isinstance(error.value, TomaError)
     assert "torch._dynamo.teleport" in error.value.what
     assert error.value.where == f"torch {metadata.version('torch')}"
     (tested,) = (r for r in metadata.requires("toma-fx") or () if re.match("torch[<>=]", r))
     assert error.value.expected.endswith(tested)
-    assert "compat.py" in error.value.hint
+    assert "toma_fx/compat/" in error.value.hint
 
 
 def test_a_missing_module_is_a_missing_name() -> None:
     with pytest.raises(CompatError, match=r"torch\._teleport\.beam"):
-        compat._lookup("torch._teleport", "beam")
+        lookup.lookup("torch._teleport", "beam")
 
 
 def test_a_missing_attribute_names_its_owner() -> None:
     with pytest.raises(CompatError, match=r"no Linear\._teleport"):
-        compat._attribute("torch", nn.Linear(1, 1), "_teleport")
+        lookup.attribute("torch", nn.Linear(1, 1), "_teleport")
 
 
 # -- dictionaries ---------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def test_a_missing_attribute_names_its_owner() -> None:
 
 @pytest.mark.parametrize("make", [dict, OrderedDict, lambda a: vars(SimpleNamespace(a=a))])
 def test_every_write_to_a_dictionary_has_a_version(make: Any) -> None:
-    version, table = compat.dict_version(), make(a=1)
+    version, table = pytorch.dict_version(), make(a=1)
     writes: list[Callable[[], Any]] = [
         lambda: table.update(a=2),
         lambda: table.__setitem__("a", True),
@@ -109,7 +109,7 @@ def test_every_write_to_a_dictionary_has_a_version(make: Any) -> None:
 
 def test_attributes_that_are_set_have_a_version() -> None:
     """In a loop, too, where the interpreter has ways of its own to set them."""
-    version, module = compat.dict_version(), Toy()
+    version, module = pytorch.dict_version(), Toy()
     plain = SimpleNamespace(scale=0.0)
     for owner in (module.linear, plain):
         seen = [version(vars(owner))]
@@ -119,7 +119,7 @@ def test_attributes_that_are_set_have_a_version() -> None:
         del owner.eps
         seen.append(version(vars(owner)))
         assert all(later > before for before, later in pairwise(seen))
-    tables = [*compat.module_tables(module.linear), *compat.hook_tables(module.linear)]
+    tables = [*pytorch.module_tables(module.linear), *pytorch.hook_tables(module.linear)]
     before = [version(table) for table in tables]
     module.linear.weight = nn.Parameter(torch.zeros(2, 2))
     module.linear.register_buffer("shift", torch.zeros(2))
@@ -139,25 +139,25 @@ def nested() -> Any:
 
 
 def test_leaves_are_those_of_containers_and_of_outputs_of_diffusers() -> None:
-    leaves, _ = compat.tree_flatten(nested())
+    leaves, _ = pytorch.tree_flatten(nested())
     assert leaves[:3] == [1, 2, None]
     assert torch.equal(leaves[3], torch.ones(1))
-    assert len(leaves) == len(compat.tree_leaves(nested())) == 4
+    assert len(leaves) == len(pytorch.tree_leaves(nested())) == 4
 
 
 def test_unflatten_is_the_inverse() -> None:
-    leaves, structure = compat.tree_flatten(nested())
-    again = compat.tree_unflatten(leaves, structure)
+    leaves, structure = pytorch.tree_flatten(nested())
+    again = pytorch.tree_unflatten(leaves, structure)
     assert again["a"] == [1, (2, None)]
     assert type(again["b"]) is type(nested()["b"])
 
 
 def test_map_keeps_the_structure() -> None:
-    assert compat.tree_map(lambda x: x + 1, {"a": [1, (2,)]}) == {"a": [2, (3,)]}
+    assert pytorch.tree_map(lambda x: x + 1, {"a": [1, (2,)]}) == {"a": [2, (3,)]}
 
 
 def test_paths_are_keys_and_indices() -> None:
-    paths = compat.tree_paths(((7,), {"x": {"ids": [8]}, "y": None}))
+    paths = pytorch.tree_paths(((7,), {"x": {"ids": [8]}, "y": None}))
     assert paths == [(("0", "0"), 7), (("1", "x", "ids", "0"), 8), (("1", "y"), None)]
 
 
@@ -168,22 +168,22 @@ def test_fake_tensors_have_no_data() -> None:
     program = torch.export.export(Toy().eval(), (torch.ones(1, 2),), strict=False)
     values = [n.meta["val"] for n in program.graph.nodes if n.op == "call_function"]
     assert values
-    assert all(compat.is_fake(v) for v in values)
-    assert not compat.is_fake(torch.ones(1))
-    assert not compat.is_fake(torch.ones(1, device="meta"))
-    assert not compat.is_fake(None)
+    assert all(pytorch.is_fake(v) for v in values)
+    assert not pytorch.is_fake(torch.ones(1))
+    assert not pytorch.is_fake(torch.ones(1, device="meta"))
+    assert not pytorch.is_fake(None)
 
 
 def test_fake_tensors_forget_the_real_ones() -> None:
     model = Toy().eval()
     program = torch.export.export(model, (torch.ones(1, 2),), strict=False)
     assert weakref.getweakrefcount(model.scale) == 1
-    compat.forget_tensors(n.meta.get("val") for n in program.graph.nodes)
+    pytorch.forget_tensors(n.meta.get("val") for n in program.graph.nodes)
     assert weakref.getweakrefcount(model.scale) == 0
     mode = FakeTensorMode()
     mode.from_tensor(model.scale)
     assert weakref.getweakrefcount(model.scale) == 1
-    compat.forget_tensors([1, None, mode])
+    pytorch.forget_tensors([1, None, mode])
     assert weakref.getweakrefcount(model.scale) == 0
 
 
@@ -191,28 +191,28 @@ def test_inner_tensors_of_a_quantized_weight() -> None:
     torchao = pytest.importorskip("torchao.quantization")
     model = nn.Linear(64, 64).eval()
     torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
-    inner = compat.inner_tensors(model.weight)
+    inner = pytorch.inner_tensors(model.weight)
     assert any(x.dtype == torch.int8 and x.numel() == 64 * 64 for x in inner if x is not None)
-    assert compat.inner_tensors(torch.ones(1)) == []
+    assert pytorch.inner_tensors(torch.ones(1)) == []
 
 
 def test_operators_are_overloads() -> None:
-    assert compat.is_operator(torch.ops.aten.add.Tensor)
+    assert pytorch.is_operator(torch.ops.aten.add.Tensor)
     assert torch.ops.aten.add.Tensor.name() == "aten::add.Tensor"
-    assert not compat.is_operator(torch.ops.aten.add)
-    assert not compat.is_operator(torch.add)
+    assert not pytorch.is_operator(torch.ops.aten.add)
+    assert not pytorch.is_operator(torch.add)
 
 
 def test_higher_order_operators_take_graphs() -> None:
-    assert compat.is_higher_order(torch.ops.higher_order.cond)
-    assert not compat.is_higher_order(torch.ops.aten.add.Tensor)
+    assert pytorch.is_higher_order(torch.ops.higher_order.cond)
+    assert not pytorch.is_higher_order(torch.ops.aten.add.Tensor)
 
 
 def test_operators_that_write() -> None:
-    assert compat.writes_in_place(torch.ops.aten.add_.Tensor)
-    assert compat.writes_in_place(torch.ops.aten.add.out)
-    assert not compat.writes_in_place(torch.ops.aten.add.Tensor)
-    assert not compat.writes_in_place(torch.add)
+    assert pytorch.writes_in_place(torch.ops.aten.add_.Tensor)
+    assert pytorch.writes_in_place(torch.ops.aten.add.out)
+    assert not pytorch.writes_in_place(torch.ops.aten.add.Tensor)
+    assert not pytorch.writes_in_place(torch.add)
 
 
 def test_gradient_switch_is_what_dynamo_calls() -> None:
@@ -224,7 +224,7 @@ def test_gradient_switch_is_what_dynamo_calls() -> None:
     targets = dynamo_graph(
         Switching(), torch.ones(1), read=lambda gm, _: [n.target for n in gm.graph.nodes]
     )
-    assert compat.gradient_switch() in targets
+    assert pytorch.gradient_switch() in targets
 
 
 def test_tensor_constructors_are_what_dynamo_calls() -> None:
@@ -237,12 +237,12 @@ def test_tensor_constructors_are_what_dynamo_calls() -> None:
 
     with torch._dynamo.config.patch(specialize_int=False, assume_static_by_default=False):
         found = dynamo_graph(Making(), torch.ones(3), 5, read=targets)
-    assert set(found) & set(compat.tensor_constructors())
+    assert set(found) & set(pytorch.tensor_constructors())
 
 
 def test_decompositions_of_the_table_and_of_composite_operators() -> None:
     asked = torch.ops.aten.native_layer_norm.default
-    chosen = compat.decompositions([asked])
+    chosen = pytorch.decompositions([asked])
     assert asked in chosen
     assert torch.ops.aten.linear.default in chosen  # composite
     assert torch.ops.aten.native_group_norm.default not in chosen  # not asked for
@@ -256,7 +256,7 @@ def test_decompositions_of_the_table_and_of_composite_operators() -> None:
 
 def test_tables_are_the_modules_own() -> None:
     model = Toy()
-    children, parameters, buffers = compat.module_tables(model)
+    children, parameters, buffers = pytorch.module_tables(model)
     assert list(children) == ["linear"]
     assert list(parameters) == ["scale", "missing"]
     buffers["shift"] = torch.ones(2)
@@ -265,7 +265,7 @@ def test_tables_are_the_modules_own() -> None:
 
 def test_shared_tables_follow_the_model() -> None:
     model, view = Toy(), nn.Module()
-    compat.share_tables(view, model)
+    pytorch.share_tables(view, model)
     model.extra = nn.Linear(1, 1)
     assert view.extra is model.extra
     assert view.state_dict().keys() == model.state_dict().keys()
@@ -273,7 +273,7 @@ def test_shared_tables_follow_the_model() -> None:
 
 def test_hook_tables_are_the_modules_own() -> None:
     model = Toy()
-    after, before = compat.hook_tables(model)
+    after, before = pytorch.hook_tables(model)
     assert not after
     assert not before
     model.register_forward_hook(print)
@@ -286,21 +286,39 @@ def test_module_fields_are_no_attributes_of_the_model() -> None:
     model = Toy()
     model.flag = 3
     model.compile(backend="eager")
-    assert vars(model).keys() - compat.module_fields() == {"flag", "training"}
+    assert vars(model).keys() - pytorch.module_fields() == {"flag", "training"}
 
 
 def test_apply_reaches_every_tensor() -> None:
     model = Toy()
-    compat.apply_to_tensors(model, lambda x: x.double())
+    pytorch.apply_to_tensors(model, lambda x: x.double())
     assert {x.dtype for x in model.state_dict().values()} == {torch.float64}
 
 
 def test_graph_sources_grow_with_every_graph_module() -> None:
-    before = dict(compat.graph_sources())
+    before = dict(pytorch.graph_sources())
     fx.symbolic_trace(Toy())
-    added = {k: v for k, v in compat.graph_sources().items() if k not in before}
+    added = {k: v for k, v in pytorch.graph_sources().items() if k not in before}
     assert len(added) == 1
     assert "def forward" in next(iter(added.values()))
+
+
+def test_lazy_graph_modules_write_their_code_when_asked() -> None:
+    before = {*pytorch.graph_sources()}
+    with pytorch.lazy_graph_modules():
+        traced = fx.symbolic_trace(Toy())
+    module = pytorch.make_graph_module(traced, traced.graph, "Named")
+    assert {*pytorch.graph_sources()} == before
+    assert type(module).__name__ == "Named"
+    pytorch.write_code(module)
+    assert len({*pytorch.graph_sources()} - before) == 1
+    compiled: Any = torch.compile(module, backend="eager", fullgraph=True)
+    x = torch.rand(1, 2)
+    assert torch.equal(compiled(x), module(x))
+    (node,) = (n for n in module.graph.nodes if n.op == "output")
+    node.args = (next(iter(module.graph.nodes)),)
+    pytorch.write_code(module)
+    assert module(x) is x, "of the graph as it is now"
 
 
 # -- Dynamo ---------------------------------------------------------------------------------------
@@ -308,19 +326,19 @@ def test_graph_sources_grow_with_every_graph_module() -> None:
 
 def test_compiled_modules_are_recognized() -> None:
     model, in_place = Toy(), Toy()
-    assert not compat.is_compiled(model)
+    assert not compilers.is_compiled(model)
     compiled: Any = torch.compile(model, backend="eager")
     in_place.compile(backend="eager")
-    assert compat.is_compiled(compiled)
-    assert compat.is_compiled(in_place)
-    assert compat.compiled_original(compiled) is model
-    assert compat.compiled_original(model) is model
-    assert compat.compiled_original(in_place) is in_place
+    assert compilers.is_compiled(compiled)
+    assert compilers.is_compiled(in_place)
+    assert compilers.compiled_original(compiled) is model
+    assert compilers.compiled_original(model) is model
+    assert compilers.compiled_original(in_place) is in_place
 
 
 def test_compile_lock_keeps_dynamo_out() -> None:
     compiled = torch.compile(lambda x: x + 1, backend="eager")
-    with compat.compile_lock():
+    with compilers.compile_lock():
         thread = threading.Thread(target=compiled, args=(torch.ones(1),))
         thread.start()
         thread.join(timeout=0.5)
@@ -341,7 +359,7 @@ def test_disabled_functions_and_what_they_call_are_not_compiled() -> None:
     def inner(compiling: list[bool]) -> None:
         compiling.append(torch.compiler.is_compiling())
 
-    @compat.disable_dynamo
+    @compilers.disable_dynamo
     def disabled(x: Tensor, compiling: list[bool]) -> Tensor:
         inner(compiling)
         return x + 1
@@ -362,7 +380,7 @@ def test_skipped_frames_run_as_they_are_and_their_calls_are_compiled() -> None:
         compiling.append(torch.compiler.is_compiling())
         return inner(x, compiling)
 
-    compat.skip_frame(skipped)
+    compilers.skip_frame(skipped)
     assert traced_by_dynamo(skipped) == [False, True]
 
 
@@ -375,7 +393,7 @@ def test_compiled_functions_run_while_tracing() -> None:
 
     with pytest.raises(RuntimeError, match="symbolically trace"):
         fx.symbolic_trace(Calling())
-    with compat.allow_calls_while_tracing():
+    with compilers.allow_calls_while_tracing():
         fx.symbolic_trace(Calling())
 
 
@@ -383,7 +401,7 @@ def test_no_tracing_context_inside() -> None:
     current = torch._guards.TracingContext.try_get
 
     def read(gm: fx.GraphModule, _: Any) -> tuple[bool, bool]:
-        with compat.without_tracing_context():
+        with compilers.without_tracing_context():
             inside = current() is None
         return current() is None, inside
 
@@ -394,10 +412,10 @@ def test_the_variables_of_the_call_that_is_compiled() -> None:
     model = Toy()
 
     def read(gm: fx.GraphModule, _: Any) -> list[Any]:
-        names = [compat.input_source(n).name for n in gm.graph.find_nodes(op="placeholder")]
-        return [eval(name, compat.compiled_scope()) for name in names]
+        names = [compilers.input_source(n).name for n in gm.graph.find_nodes(op="placeholder")]
+        return [eval(name, compilers.compiled_scope()) for name in names]
 
-    assert compat.compiled_scope() is None
+    assert compilers.compiled_scope() is None
     x = torch.ones(1, 2)
     found = dynamo_graph(model, x, read=read)
     assert {id(value) for value in found} == {id(x), *map(id, model.parameters()), id(model.shift)}
@@ -405,8 +423,8 @@ def test_the_variables_of_the_call_that_is_compiled() -> None:
 
 def test_inputs_of_a_graph_and_where_they_come_from() -> None:
     def read(gm: fx.GraphModule, _: Any) -> dict[str, bool]:
-        sources = [compat.input_source(n) for n in gm.graph.find_nodes(op="placeholder")]
-        return {s.name: compat.is_module_source(s) for s in sources}
+        sources = [compilers.input_source(n) for n in gm.graph.find_nodes(op="placeholder")]
+        return {s.name: compilers.is_module_source(s) for s in sources}
 
     found = dynamo_graph(Toy(), torch.ones(1, 2), read=read)
     assert found["L['x']"] is False
@@ -424,35 +442,35 @@ def test_examples_are_real_while_dynamo_compiles() -> None:
 
     def read(gm: fx.GraphModule, inputs: Any) -> list[Any]:
         nodes = gm.graph.find_nodes(op="placeholder")
-        return [compat.example_of(n, fake) for n, fake in zip(nodes, inputs, strict=True)]
+        return [compilers.example_of(n, fake) for n, fake in zip(nodes, inputs, strict=True)]
 
     with torch._dynamo.config.patch(assume_static_by_default=False):
         found = dynamo_graph(Sized(), given, 7, read=read)
     assert any(x is given for x in found if isinstance(x, Tensor))
     assert {x for x in found if type(x) is int} == {3, 7}
-    assert compat.example_of(fx.Graph().placeholder("x"), 5) == 5
+    assert compilers.example_of(fx.Graph().placeholder("x"), 5) == 5
 
 
 def test_floats_are_passed_as_tensors() -> None:
     def read(gm: fx.GraphModule, _: Any) -> list[bool]:
-        return [compat.is_wrapped_number(n) for n in gm.graph.find_nodes(op="placeholder")]
+        return [compilers.is_wrapped_number(n) for n in gm.graph.find_nodes(op="placeholder")]
 
     with torch._dynamo.config.patch(specialize_float=False, assume_static_by_default=False):
         found = dynamo_graph(Toy(), torch.ones(1, 2), 0.5, read=read)
     assert sorted(found) == [False] * (len(found) - 1) + [True]
-    assert compat.is_wrapped_number(fx.Graph().placeholder("x")) is False
+    assert compilers.is_wrapped_number(fx.Graph().placeholder("x")) is False
 
 
 def test_marks_of_a_static_address_reach_the_graph() -> None:
     x = torch.ones(1, 2)
-    compat.mark_static_address(x)
+    compilers.mark_static_address(x)
 
     def read(gm: fx.GraphModule, _: Any) -> dict[str, Any]:
-        notes = [compat.input_notes(n) for n in gm.graph.find_nodes(op="placeholder")]
+        notes = [compilers.input_notes(n) for n in gm.graph.find_nodes(op="placeholder")]
         return {source.name: marks for source, marks in notes}
 
     marks = dynamo_graph(Toy(), x, read=read)["L['x']"]
-    _, expected = compat.static_notes("pattern")
+    _, expected = compilers.static_notes("pattern")
     assert expected
     assert expected.items() <= marks.items()
 
@@ -471,9 +489,9 @@ def test_notes_tell_inductor_what_is_static(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("torch._functorch.aot_autograd._try_get_metadata_from_dynamo", spying)
     graph_module = fx.symbolic_trace(lambda x, y: (x + y,))
     graph_module.meta["dynamo_compile_id"] = None  # as graphs of Dynamo have it
-    fresh = (compat.static_notes("fresh")[0], {})
-    compat.note_inputs(graph_module, [fresh, compat.static_notes("pattern")])
-    program = compat.compile_graph(graph_module, [torch.ones(2), torch.ones(2)], {})
+    fresh = (compilers.static_notes("fresh")[0], {})
+    compilers.note_inputs(graph_module, [fresh, compilers.static_notes("pattern")])
+    program = compilers.compile_graph(graph_module, [torch.ones(2), torch.ones(2)], {})
     assert torch.equal(program(torch.ones(2), torch.ones(2))[0], torch.full((2,), 2.0))
     assert any(1 in static for _, static in seen)
     assert not any(0 in static for _, static in seen)
@@ -483,14 +501,14 @@ def test_notes_tell_inductor_what_is_static(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_inductor_options_are_fields_of_its_configuration() -> None:
-    assert {"max_autotune", "freezing", "triton.cudagraphs"} <= set(compat.inductor_options())
+    assert {"max_autotune", "freezing", "triton.cudagraphs"} <= set(compilers.inductor_options())
 
 
 def test_modes_change_fields_of_the_configuration() -> None:
-    modes = compat.inductor_modes()
+    modes = compilers.inductor_modes()
     assert {"default", "reduce-overhead", "max-autotune"} <= modes.keys()
     assert modes["reduce-overhead"] == {"triton.cudagraphs": True}
-    known = set(compat.inductor_options())
+    known = set(compilers.inductor_options())
     assert all(known >= changes.keys() for changes in modes.values())
 
 
@@ -498,8 +516,8 @@ def test_a_compiled_graph_obeys_the_options() -> None:
     graph_module = fx.symbolic_trace(lambda x: (x.sin() + 1,))
     x = torch.ones(3)
     with pytest.raises(AttributeError, match="teleport"):
-        compat.compile_graph(graph_module, [x], {"teleport": True})
-    assert torch.allclose(compat.compile_graph(graph_module, [x], {})(x)[0], x.sin() + 1)
+        compilers.compile_graph(graph_module, [x], {"teleport": True})
+    assert torch.allclose(compilers.compile_graph(graph_module, [x], {})(x)[0], x.sin() + 1)
 
 
 def test_programs_compiled_ahead(tmp_path: Path) -> None:
@@ -511,13 +529,13 @@ def test_programs_compiled_ahead(tmp_path: Path) -> None:
         "aot_inductor.package_constants_on_disk_format": "pickle_weights",
     }
     program = torch.export.export(model, (x,), strict=False)
-    files, constants = compat.compile_ahead(program.module(), (x,), options)
+    files, constants = compilers.compile_ahead(program.module(), (x,), options)
     assert files
     assert all(isinstance(f, str) for f in files)
     assert constants.keys() == {"weight", "bias"}
     with (tmp_path / "programs.pt2").open("wb") as file:
-        compat.package_programs(file, {"reuse": files})
-    runner = compat.load_programs(tmp_path / "programs.pt2", -1)["reuse"]
+        compilers.package_programs(file, {"reuse": files})
+    runner = compilers.load_programs(tmp_path / "programs.pt2", -1)["reuse"]
     assert set(runner.get_constant_fqns()) == constants.keys()
     runner.load_constants(constants, check_full_update=True, user_managed=True)
     with torch.no_grad():
@@ -528,9 +546,9 @@ def test_a_cpp_compiler_is_found_or_missed() -> None:
     from torch._inductor import config
 
     with config.patch({"cpp.cxx": ("no-such-compiler",)}):
-        assert compat.has_cpp_compiler() is False
+        assert compilers.has_cpp_compiler() is False
     with config.patch({"cpp.cxx": (sys.executable,)}):  # anything that knows --version
-        assert compat.has_cpp_compiler() is True
+        assert compilers.has_cpp_compiler() is True
 
 
 # -- diffusers, accelerate, peft ------------------------------------------------------------------
@@ -547,11 +565,14 @@ def test_hooks_of_diffusers_are_found() -> None:
     from diffusers.hooks import HookRegistry, ModelHook
 
     model, hook = Toy(), ModelHook()
-    assert compat.diffusers_hooks(model) == {}
+    assert libraries.diffusers_hooks(model) == {}
     HookRegistry.check_if_exists_or_initialize(model).register_hook(hook, "mine")
-    assert compat.diffusers_hooks(model) == {"mine": hook}
-    assert vars(model).keys() - compat.module_fields() - {"training"} == {compat.HOOKS, "forward"}
-    assert compat.HOOKS in compat.WRAPPING
+    assert libraries.diffusers_hooks(model) == {"mine": hook}
+    assert vars(model).keys() - pytorch.module_fields() - {"training"} == {
+        libraries.HOOKS,
+        "forward",
+    }
+    assert libraries.HOOKS in libraries.WRAPPING
 
 
 def test_hooks_of_accelerate_are_found() -> None:
@@ -559,46 +580,46 @@ def test_hooks_of_accelerate_are_found() -> None:
 
     model, hook = Toy(), ModelHook()
     original = model.forward
-    assert compat.accelerate_hook(model) is None
+    assert libraries.accelerate_hook(model) is None
     add_hook_to_module(model, hook)
-    assert compat.accelerate_hook(model) is hook
-    assert vars(model)[compat.ORIGINAL_FORWARD] == original
-    added = vars(model).keys() - compat.module_fields() - {"training"}
-    assert added == compat.WRAPPING - {compat.HOOKS}
+    assert libraries.accelerate_hook(model) is hook
+    assert vars(model)[libraries.ORIGINAL_FORWARD] == original
+    added = vars(model).keys() - pytorch.module_fields() - {"training"}
+    assert added == libraries.WRAPPING - {libraries.HOOKS}
 
 
 def test_processors_and_their_backends() -> None:
     from diffusers.models.attention_processor import AttnProcessor2_0
     from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
-    assert compat.attention_backend(AttnProcessor2_0()) == "native"
+    assert libraries.attention_backend(AttnProcessor2_0()) == "native"
     processor = FluxAttnProcessor()
-    assert compat.attention_backend(processor) is None
+    assert libraries.attention_backend(processor) is None
     processor._attention_backend = "_native_math"
-    assert compat.attention_backend(processor) == "_native_math"
+    assert libraries.attention_backend(processor) == "_native_math"
 
 
 def test_models_set_the_backend_of_their_processors(denoiser: Any) -> None:
     with attention_backend("native"):  # puts the global one back, which is set too
         denoiser.set_attention_backend("_native_math")
-    found = {compat.attention_backend(p) for p in denoiser.attn_processors.values()}
+    found = {libraries.attention_backend(p) for p in denoiser.attn_processors.values()}
     assert found == {"_native_math"}
 
 
 def test_the_global_backend_is_that_of_the_context() -> None:
-    assert compat.active_attention_backend() == "native"
+    assert libraries.active_attention_backend() == "native"
     with attention_backend("_native_math"):
-        assert compat.active_attention_backend() == "_native_math"
-    assert compat.active_attention_backend() == "native"
+        assert libraries.active_attention_backend() == "_native_math"
+    assert libraries.active_attention_backend() == "native"
 
 
 def test_parallel_config_is_on_every_model(denoiser: Any) -> None:
     """Set by `enable_parallelism`, which needs several processes."""
     assert type(denoiser)._parallel_config is None
-    assert compat.parallel_config(denoiser) is None
+    assert libraries.parallel_config(denoiser) is None
     assert "_parallel_config" in type(denoiser).enable_parallelism.__code__.co_names
     denoiser._parallel_config = "split"
-    assert compat.parallel_config(denoiser) == "split"
+    assert libraries.parallel_config(denoiser) == "split"
 
 
 def test_stateful_caches_are_reset(denoiser: Any) -> None:
@@ -614,8 +635,8 @@ def test_stateful_caches_are_reset(denoiser: Any) -> None:
 
     reset: list[nn.Module] = []
     HookRegistry.check_if_exists_or_initialize(denoiser).register_hook(Stateful(), "mine")
-    compat.reset_stateful_cache(denoiser)
-    compat.reset_stateful_cache(Toy())
+    libraries.reset_stateful_cache(denoiser)
+    libraries.reset_stateful_cache(Toy())
     assert reset == [denoiser]
     assert "_reset_stateful_cache" in DiffusionPipeline.maybe_free_model_hooks.__code__.co_consts
 
@@ -627,7 +648,7 @@ def test_history_is_what_adapters_leave_on_the_root(denoiser: Any) -> None:
     before = set(vars(model))
     model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
     model.fuse_lora()
-    assert set(vars(model)) - before <= compat.HISTORY
+    assert set(vars(model)) - before <= libraries.HISTORY
     assert {"_hf_peft_config_loaded", "peft_config"} <= set(vars(model))
     assert hasattr(model, "_cache_config")
 
@@ -639,7 +660,7 @@ def test_switches_of_a_tuner_layer_are_read_by_its_properties(denoiser: Any) -> 
     model = denoiser
     model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), "style")
     layer = next(m for m in model.modules() if isinstance(m, BaseTunerLayer))
-    assert vars(layer).keys() >= compat.ADAPTER_SWITCHES
+    assert vars(layer).keys() >= libraries.ADAPTER_SWITCHES
     assert list(layer.active_adapters) == ["style"]
     model.disable_adapters()
     assert layer.disable_adapters is True
@@ -715,10 +736,11 @@ TAKEN = {
 """Private attributes of torch's objects: on `self` alone they may be the package's own."""
 
 
-def test_private_names_are_used_in_one_file() -> None:
+def test_private_names_are_used_in_one_folder() -> None:
     files = sorted((ROOT / "toma_fx").rglob("*.py"))
     trees = {str(f.relative_to(ROOT)): ast.parse(f.read_text()) for f in files}
-    in_compat = private_names(trees.pop("toma_fx/compat.py"))
+    compat = [path for path in trees if path.startswith("toma_fx/compat/")]
+    in_compat = set[str]().union(*(private_names(trees.pop(path)) for path in compat))
     assert in_compat >= {"_dynamo", "_inductor", "_dynamo_source", "_hf_hook", "_active_backend"}
     own = own_names(trees.values()) - in_compat
     used = {path: private_names(tree, own) - ALLOWED.keys() for path, tree in trees.items()}

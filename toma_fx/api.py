@@ -12,7 +12,8 @@ from torch import nn
 from toma_fx.capture.architecture import architecture_of
 from toma_fx.capture.guard import ModelGuard
 from toma_fx.capture.model import check_model
-from toma_fx.compat import accelerate_hook, is_compiled
+from toma_fx.compat.compilers import is_compiled
+from toma_fx.compat.libraries import accelerate_hook
 from toma_fx.errors import ConfigError, ModelTypeError
 from toma_fx.graph.dump import dumping
 from toma_fx.methods.base import MethodConfig

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import toma_fx
 from tests import denoisers
-from toma_fx import compat
+from toma_fx.compat import pytorch
 from toma_fx.errors import CaptureError
 from toma_fx.export import export_programs
 
@@ -136,7 +136,7 @@ def moved(model: nn.Module) -> None:
     """As between devices: every weight's memory is another afterwards."""
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False)):
-            if compat.inner_tensors(p):
+            if pytorch.inner_tensors(p):
                 torch.utils.swap_tensors(p, nn.Parameter(p.detach().clone(), requires_grad=False))
             else:
                 getattr(module, name).data = p.detach().clone()

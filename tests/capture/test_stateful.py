@@ -16,7 +16,7 @@ import toma_fx
 from tests.methods.test_methods import inputs, model
 from toma_fx.capture.model import capture
 from toma_fx.capture.parity import Expected
-from toma_fx.compat import is_fake
+from toma_fx.compat.pytorch import is_fake
 from toma_fx.errors import StatefulModelError
 
 CALLS = 0

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from toma_fx.compat import HISTORY, HOOKS, ORIGINAL_FORWARD, WRAPPING, module_fields
+from toma_fx.compat.libraries import HISTORY, HOOKS, ORIGINAL_FORWARD, WRAPPING
+from toma_fx.compat.pytorch import module_fields
 
 ATOMS = frozenset({NoneType, bool, int, float, complex, str, bytes})
 """Types of values that never change and whose `repr` tells them apart."""

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from toma_fx.capture.pieces import FoldSlices, JoinPieces
-from toma_fx.compat import writes_in_place
+from toma_fx.compat.pytorch import make_graph_module, writes_in_place
 from toma_fx.graph.nodes import DROPOUTS, RESHAPES, argument, is_inactive_dropout, op_name
 from toma_fx.graph.passes import EraseDead, Pass, run_passes
 from toma_fx.graph.rewriter import Rewriter
@@ -31,7 +31,7 @@ def flat_graph(program: ExportedProgram, name: str) -> fx.GraphModule:
             not hold.
     """
     exported: Any = functional(program).module(check_guards=False)
-    graph_module = fx.GraphModule(exported, exported.graph, name)
+    graph_module = make_graph_module(exported, exported.graph, name)
     run_passes(Rewriter(graph_module), PASSES, "capture", after=CAPTURED)
     return graph_module
 

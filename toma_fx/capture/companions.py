@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from toma_fx.compat import (
+from toma_fx.compat.libraries import (
     accelerate_hook,
     active_attention_backend,
     attention_backend,

@@ -23,17 +23,15 @@ from toma_fx.capture.canonical import flat_graph
 from toma_fx.capture.grids import find_raster
 from toma_fx.capture.model import Captured, InputSpec, resolve_lazy
 from toma_fx.capture.references import without_weak_references
-from toma_fx.compat import (
-    CONTENTS,
+from toma_fx.compat.compilers import (
     compiled_scope,
     example_of,
-    gradient_switch,
     input_source,
     is_module_source,
     is_wrapped_number,
-    tensor_constructors,
     without_tracing_context,
 )
+from toma_fx.compat.pytorch import CONTENTS, gradient_switch, tensor_constructors
 from toma_fx.errors import CaptureError, TomaError
 from toma_fx.graph.rewriter import ModuleStack, Rewriter
 

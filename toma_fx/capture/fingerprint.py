@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from toma_fx.capture.state_key import Opaque, state_key
-from toma_fx.compat import inner_tensors
+from toma_fx.compat.pytorch import inner_tensors
 
 CHANGED = "the model had changed, or was gone, before it was read"
 SAMPLES = 256

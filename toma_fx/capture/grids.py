@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toma_fx.compat import is_fake
+from toma_fx.compat.pytorch import is_fake
 from toma_fx.methods.windows import Size
 
 

@@ -34,7 +34,7 @@ from toma_fx.capture.attributes import (
 from toma_fx.capture.companions import Companions
 from toma_fx.capture.fingerprint import CHANGED, Fingerprint
 from toma_fx.capture.state_key import state_key
-from toma_fx.compat import dict_version, hook_tables, module_tables
+from toma_fx.compat.pytorch import dict_version, hook_tables, module_tables
 
 
 class ModelGuard:

@@ -19,7 +19,8 @@ from torch import Tensor, fx, nn
 from toma_fx.capture.canonical import flat_graph
 from toma_fx.capture.grids import Raster, find_raster, size_hints
 from toma_fx.capture.references import without_weak_references
-from toma_fx.compat import ORIGINAL_FORWARD, WRAPPING, tree_flatten, tree_paths
+from toma_fx.compat.libraries import ORIGINAL_FORWARD, WRAPPING
+from toma_fx.compat.pytorch import lazy_graph_modules, tree_flatten, tree_paths
 from toma_fx.errors import (
     CaptureError,
     ModelTypeError,
@@ -27,9 +28,10 @@ from toma_fx.errors import (
     TomaError,
     TrainingModeError,
 )
+from toma_fx.graph.collection import no_collection
 
 if TYPE_CHECKING:
-    from toma_fx.compat import TreeSpec
+    from toma_fx.compat.pytorch import TreeSpec
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ def check_model(model: Any) -> None:
         )
 
 
+@no_collection()
 def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Captured:
     """Trace one call of `model`; the model is not changed.
 
@@ -131,7 +134,7 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     check_model(model)
     kwargs, plain = dict(sorted(kwargs.items())), unwrap(model)
     try:
-        with torch.no_grad(), without_weak_references() as graphs:
+        with torch.no_grad(), lazy_graph_modules(), without_weak_references() as graphs:
             program = torch.export.export(plain, tuple(args), kwargs, strict=False)
             graphs.append(program.graph)
             graph_module = flat_graph(program, type(model).__name__)

@@ -20,7 +20,7 @@ from toma_fx.capture.dynamo import Argument
 from toma_fx.capture.grids import find_raster
 from toma_fx.capture.model import Captured, flatten_call, unwrap
 from toma_fx.capture.stateful import PythonState, stateful_error
-from toma_fx.compat import is_fake, tree_leaves, tree_map
+from toma_fx.compat.pytorch import is_fake, tree_leaves, tree_map
 from toma_fx.errors import CaptureError, ParityError
 from toma_fx.graph.nodes import module_path
 

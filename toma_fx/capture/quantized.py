@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from toma_fx.compat import inner_tensors
+from toma_fx.compat.pytorch import inner_tensors
 
 _TAKEN_APART = re.compile(r"(?:.+\.)?parametrizations\.\w+\.original(\d*)")
 

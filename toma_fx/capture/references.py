@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 from torch import fx
 
-from toma_fx.compat import forget_tensors
+from toma_fx.compat.pytorch import forget_tensors
 
 
 @contextmanager

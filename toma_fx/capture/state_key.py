@@ -16,7 +16,8 @@ from toma_fx.capture.attributes import (
     is_helper,
     tracked_attributes,
 )
-from toma_fx.compat import ADAPTER_SWITCHES, NOTES, hook_tables, module_tables
+from toma_fx.compat.libraries import ADAPTER_SWITCHES, NOTES
+from toma_fx.compat.pytorch import hook_tables, module_tables
 from toma_fx.errors import AdapterError
 
 Adapters = tuple[set[str], tuple[str, ...]]

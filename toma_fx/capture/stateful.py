@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from toma_fx.capture.attributes import ATOMS, as_bytes, is_helper, tracked_attributes
-from toma_fx.compat import hook_tables
+from toma_fx.compat.pytorch import hook_tables
 from toma_fx.errors import StatefulModelError
 
 DEPTH = 4

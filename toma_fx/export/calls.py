@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from toma_fx.capture.grids import Raster
-from toma_fx.compat import inner_tensors
+from toma_fx.compat.pytorch import inner_tensors
 from toma_fx.errors import SignatureError
 from toma_fx.export.manifest import ArtifactInput, Manifest, TensorSpec, raster_spec
 

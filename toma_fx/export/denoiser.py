@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from toma_fx.analysis.roles import Roles
 from toma_fx.capture.grids import Raster
-from toma_fx.compat import ORIGINAL_FORWARD
+from toma_fx.compat.libraries import ORIGINAL_FORWARD
 from toma_fx.errors import ArtifactError
 from toma_fx.export.calls import ArtifactCall, check_positions, match_call
 from toma_fx.export.manifest import Manifest, ProgramSpec

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from toma_fx.capture.references import without_weak_references
-from toma_fx.compat import tree_paths
+from toma_fx.compat.pytorch import tree_paths
 from toma_fx.errors import ModelTypeError
 from toma_fx.export.selection import ExpandSelection
 from toma_fx.graph.passes import EraseInputs, run_passes

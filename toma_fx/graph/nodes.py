@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from toma_fx.compat import is_operator
+from toma_fx.compat.pytorch import is_operator
 
 UNKNOWN = 2**40
 """Sizes from here on stand for what depends on the data (text without its padding, say)."""

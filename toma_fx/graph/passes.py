@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import ClassVar, Protocol
 
+from toma_fx.compat.pytorch import write_code
 from toma_fx.errors import RewriteError, TomaError, VerifyError
 from toma_fx.graph.dump import Dump
 from toma_fx.graph.rewriter import Rewriter
@@ -105,7 +106,7 @@ def run_passes(
         done.append(step.name)
     if after is not None:
         after.check(rewriter.graph, f"{title}, after its passes")
-    graph_module.recompile()
+    write_code(graph_module)
 
 
 def _run(rewriter: Rewriter, step: Pass, stage: str) -> None:

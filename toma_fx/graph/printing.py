@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from toma_fx.compat import is_operator
+from toma_fx.compat.pytorch import is_operator
 from toma_fx.graph.nodes import module_path, op_name
 
 

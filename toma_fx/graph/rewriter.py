@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from toma_fx.compat import tree_leaves, writes_in_place
+from toma_fx.compat.pytorch import make_graph_module, tree_leaves, writes_in_place
 from toma_fx.errors import RewriteError
 from toma_fx.graph.nodes import is_dead, op_name
 from toma_fx.graph.templates import Opaque, Templates, trace_snippet
@@ -40,7 +40,7 @@ def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
         raise RewriteError("node names changed in a copy", where="copy_graph")
     for new, old in zip(graph.nodes, graph_module.graph.nodes, strict=True):
         new.meta = dict(old.meta)
-    return fx.GraphModule(graph_module, graph, graph_module.__class__.__name__)
+    return make_graph_module(graph_module, graph, graph_module.__class__.__name__)
 
 
 def _check_snippet(node: fx.Node, where: str) -> None:

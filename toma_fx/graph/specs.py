@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from toma_fx.compat import is_higher_order, is_operator, writes_in_place
+from toma_fx.compat.pytorch import is_higher_order, is_operator, writes_in_place
 from toma_fx.errors import VerifyError
 from toma_fx.graph.nodes import is_dead, is_inactive_dropout, op_name
 from toma_fx.graph.templates import Opaque

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from toma_fx.compat import tree_leaves
+from toma_fx.compat.pytorch import tree_leaves
 from toma_fx.errors import VerifyError
 
 

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from toma_fx.compat import is_fake
+from toma_fx.compat.pytorch import is_fake
 from toma_fx.methods.cells import CellConfig
 from toma_fx.methods.checks import check_choice, is_number
 from toma_fx.methods.setting import Pattern, Place

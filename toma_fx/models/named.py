@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from toma_fx.compat import tree_map
+from toma_fx.compat.pytorch import tree_map
 from toma_fx.errors import ModelTypeError, UnknownNameError, nearest
 from toma_fx.models import latent, tiny
 from toma_fx.models.embedded import EmbeddedModel

@@ -11,6 +11,7 @@ from toma_fx.analysis.dataflow import Flow
 from toma_fx.analysis.facts import Analysis
 from toma_fx.capture.model import Captured
 from toma_fx.errors import RewriteError
+from toma_fx.graph.collection import no_collection
 from toma_fx.graph.flops import graph_flops
 from toma_fx.graph.passes import run_passes
 from toma_fx.graph.rewriter import Rewriter, copy_graph
@@ -45,6 +46,7 @@ class Program:
         return graph_flops(self.graph_module.graph)
 
 
+@no_collection()
 def rewrite(
     captured: Captured,
     analysis: Analysis,

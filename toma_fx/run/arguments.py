@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toma_fx.compat import tree_leaves, tree_map, tree_paths
+from toma_fx.compat.pytorch import tree_leaves, tree_map, tree_paths
 from toma_fx.errors import SignatureError
 
 _TAKEN = (Tensor, bool, int, float, str, NoneType, Enum, torch.ScriptObject)

@@ -29,7 +29,7 @@ from toma_fx.capture.dynamo import (
 from toma_fx.capture.grids import Raster
 from toma_fx.capture.guard import ModelGuard
 from toma_fx.capture.parity import check_replay
-from toma_fx.compat import (
+from toma_fx.compat.compilers import (
     compile_graph,
     inductor_modes,
     inductor_options,

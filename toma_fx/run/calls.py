@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toma_fx.compat import tree_paths
+from toma_fx.compat.pytorch import tree_paths
 from toma_fx.errors import ConfigError, SignatureError
 from toma_fx.graph.nodes import TIMESTEPS
 

@@ -23,13 +23,9 @@ from toma_fx.capture.companions import check_wrapping
 from toma_fx.capture.grids import Raster, find_raster
 from toma_fx.capture.guard import ModelGuard
 from toma_fx.capture.model import check_model, flatten_call
-from toma_fx.compat import (
-    compile_lock,
-    compiled_original,
-    reset_stateful_cache,
-    skip_frame,
-    tree_unflatten,
-)
+from toma_fx.compat.compilers import compile_lock, compiled_original, skip_frame
+from toma_fx.compat.libraries import reset_stateful_cache
+from toma_fx.compat.pytorch import tree_unflatten
 from toma_fx.errors import AdapterError, CaptureError, StatefulModelError
 from toma_fx.methods.base import MethodConfig
 from toma_fx.methods.planning import merging, plan_key

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from toma_fx.compat import mark_static_address
+from toma_fx.compat.compilers import mark_static_address
 from toma_fx.errors import SharedStateError
 from toma_fx.run.marks import Likeness, Mark
 from toma_fx.run.schedule import aging

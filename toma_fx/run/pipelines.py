@@ -13,7 +13,8 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from toma_fx.compat import STEPS_MADE, compiled_original
+from toma_fx.compat.compilers import compiled_original
+from toma_fx.compat.libraries import STEPS_MADE
 from toma_fx.run.generation import PASSES, Marks
 from toma_fx.run.stepper import Stepper
 from toma_fx.run.told import Run, Timestep

@@ -23,12 +23,8 @@ from toma_fx.analysis.roles import Roles, find_roles
 from toma_fx.capture.model import Captured, capture, check_model
 from toma_fx.capture.parity import Expected
 from toma_fx.capture.quantized import Parts
-from toma_fx.compat import (
-    allow_calls_while_tracing,
-    compile_lock,
-    disable_dynamo,
-    graph_sources,
-)
+from toma_fx.compat.compilers import allow_calls_while_tracing, compile_lock, disable_dynamo
+from toma_fx.compat.pytorch import graph_sources
 from toma_fx.errors import UnknownNameError, nearest
 from toma_fx.graph.flops import graph_flops
 from toma_fx.graph.templates import Templates

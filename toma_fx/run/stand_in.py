@@ -7,14 +7,8 @@ from typing import Any, Self
 from torch import nn
 
 from toma_fx.capture.guard import ModelGuard
-from toma_fx.compat import (
-    WRAPPING,
-    accelerate_hook,
-    apply_to_tensors,
-    diffusers_hooks,
-    hook_tables,
-    share_tables,
-)
+from toma_fx.compat.libraries import WRAPPING, accelerate_hook, diffusers_hooks
+from toma_fx.compat.pytorch import apply_to_tensors, hook_tables, share_tables
 from toma_fx.errors import CompanionError
 
 

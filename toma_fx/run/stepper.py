@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from toma_fx.capture.grids import Raster
-from toma_fx.compat import disable_dynamo, skip_frame
+from toma_fx.compat.compilers import disable_dynamo, skip_frame
 from toma_fx.errors import GenerationError, TomaError
 from toma_fx.methods.cached_steps import UNKNOWN_LENGTH, Length
 from toma_fx.methods.kinds import is_cached, merges

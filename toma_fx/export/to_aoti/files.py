@@ -12,7 +12,7 @@ from zipfile import ZipFile
 import torch
 from torch import Tensor
 
-from toma_fx.compat import package_programs
+from toma_fx.compat.compilers import package_programs
 from toma_fx.errors import BuildError
 from toma_fx.export.programs import Programs
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from toma_fx.compat import compile_ahead, inductor_modes
+from toma_fx.compat.compilers import compile_ahead, inductor_modes
 from toma_fx.errors import BuildError
 from toma_fx.export.building import Build
 from toma_fx.export.machine import architecture, processor

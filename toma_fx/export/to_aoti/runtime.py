@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toma_fx.compat import load_programs
+from toma_fx.compat.compilers import load_programs
 from toma_fx.errors import ArtifactError
 from toma_fx.export.manifest import Manifest
 from toma_fx.export.targets import Runtime, aligned

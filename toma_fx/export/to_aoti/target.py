@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from toma_fx.compat import has_cpp_compiler, inductor_options
+from toma_fx.compat.compilers import has_cpp_compiler, inductor_options
 from toma_fx.errors import BuildError, ConfigError, UnknownNameError, nearest
 from toma_fx.export.targets import Lowered, Runtime, Target, check_options
 

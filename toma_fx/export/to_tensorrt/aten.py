@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from toma_fx import compat
+from toma_fx.compat import pytorch
 from toma_fx.export.to_tensorrt.coverage import (
     Coverage,
     Location,
@@ -68,7 +68,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     decompositions for. Names that this version of torch does not have are left out.
     """
     names = load_table("torch_tensorrt")["decomposed"]
-    chosen = compat.decompositions([op for n in names["by_torch"] for op in _overloads(n)])
+    chosen = pytorch.decompositions([op for n in names["by_torch"] for op in _overloads(n)])
     kept = {op for key in ("kept", "attention", "own") for n in names[key] for op in _overloads(n)}
     return {op: function for op, function in chosen.items() if op not in kept}
 
@@ -89,9 +89,9 @@ def table_name(node: fx.Node) -> str:
     target: Any = node.target
     if node.op != "call_function":
         return ""
-    if compat.is_operator(target):
+    if pytorch.is_operator(target):
         return str(target)
-    if compat.is_higher_order(target):
+    if pytorch.is_higher_order(target):
         return f"higher_order.{target.name()}"
     return f"{target.__module__.removeprefix('_')}.{target.__name__}"
 
@@ -112,7 +112,7 @@ def _live(program: ExportedProgram) -> set[fx.Node]:
             tags = getattr(node.target, "tags", ())
             needed = any(other in live for other in node.all_input_nodes)
             needed |= torch.Tag.nondeterministic_seeded in tags
-            needed |= compat.is_higher_order(node.target)
+            needed |= pytorch.is_higher_order(node.target)
         if needed:
             live.add(node)
     return live
@@ -245,7 +245,7 @@ def _each_node(describe: Callable[[fx.Node], str]) -> Find:
 
 def _control_flow(node: fx.Node) -> str:
     target: Any = node.target
-    return f"{target.name()} has no converter" if compat.is_higher_order(target) else ""
+    return f"{target.name()} has no converter" if pytorch.is_higher_order(target) else ""
 
 
 def _unconverted(node: fx.Node) -> str:
