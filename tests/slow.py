@@ -323,6 +323,16 @@ SLOW = (
         WHOLE,
         quick=("small_flux-*.float16",),
     ),
+    Slow(
+        "passes/test_leading_tokens.py::test_steps_are_those_with_the_batch_first[*]",
+        MORE,
+        quick=("stack", "keys", "tofu", "cached blocks"),
+    ),
+    Slow(
+        "passes/test_leading_tokens.py::test_requests_at_different_steps_share_a_batch[*]",
+        MORE,
+        quick=("cached",),
+    ),
     # zoo
     Slow(
         "zoo/test_references.py::test_stack[*]",

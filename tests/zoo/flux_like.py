@@ -716,6 +716,15 @@ def ernie_inputs(seed: int) -> Inputs:
     }
 
 
+def crop_whole_tokens(inputs: Inputs) -> Inputs:
+    """The corner of latents [..., H, W], a token each."""
+    return {**inputs, "hidden_states": corner_of_tokens(inputs["hidden_states"])}
+
+
+def corner_of_tokens(x: Tensor) -> Tensor:
+    return x[..., : CORNER[0], : CORNER[1]]
+
+
 def ideogram() -> nn.Module:
     return Ideogram4Transformer2DModel(
         in_channels=CHANNELS,
@@ -1215,8 +1224,13 @@ CASES: tuple[Case, ...] = (
         "ERNIE-Image",
         seeded(ernie),
         ernie_inputs,
-        refused=("NoMergeSites", "the tokens come first"),
-        why="The stream is laid out [tokens, batch, channels].",
+        grids=((H, W),),
+        sites={"joint": 2},
+        attention=2,
+        mlp=2,
+        why="2 blocks: joint attention over [image | text], and an MLP on both. The stream "
+        "is laid out [tokens, batch, channels].",
+        crop=Crop(CORNER, crop_whole_tokens, corner_of_tokens),
     ),
     Case(
         "ideogram4",

@@ -309,6 +309,38 @@ def merge_frames(
     Walk(Blocks(grid), settings, {}, key, len(blocks)).wrap(blocks)
 
 
+def ernie(model: nn.Module, inputs: Inputs, settings: Settings) -> list[Tensor]:
+    """Blocks on [image | text] with the tokens before the batch."""
+    model = copy.deepcopy(model)
+    blocks, count = list(model.get_submodule("layers").children()), math.prod(PICTURE)
+
+    def run(
+        walk: Walk, number: int, x: Tensor, rotary: Tensor, temb: list[Tensor], mask: Tensor
+    ) -> Tensor:
+        if settings.scope == "block" or number == 0:
+            text = x[count:]
+            x = walk.enter(x[:count].transpose(0, 1), None, refresh=number == 0)
+            x = torch.cat([x.transpose(0, 1), text])
+        at = Places(walk.kept.destinations[0], count)
+        block = blocks[number]
+        tables = at(rotary, 1), at(temb, 0), at(mask, 3)
+        y = type(block).forward(block, x, *tables)
+        if settings.scope == "stack" and number < len(blocks) - 1:
+            return y
+        left = walk.entered.shape[1]
+        image = walk.leave(y[:left].transpose(0, 1))
+        return torch.cat([image.transpose(0, 1), y[left:]])
+
+    outputs = []
+    for b in range(len(inputs["hidden_states"])):
+        walk = Walk(Blocks(PICTURE), settings, {}, b, len(blocks))
+        for number, block in enumerate(blocks):
+            block.forward = partial(run, walk, number)
+        own = {name: element(name, value, b) for name, value in inputs.items()}
+        outputs.append(model(**own)[0])
+    return [torch.cat(outputs)]
+
+
 PICTURE, VIDEO = (images.H, images.W), videos.GRID
 PAIR = (images.H + 8, images.W)
 """A picture and another of 8 rows below it: no window crosses, as windows have 2 rows at most."""
@@ -346,6 +378,7 @@ REFERENCES: Mapping[str, Reference] = {
     "easyanimate": Blocks(VIDEO, rotary()),
     "cosmos": Blocks(VIDEO, rotary(), added=cosmos_positions),
     "cosmos2": Blocks(VIDEO, cosmos2_tables),
+    "ernie_image": ernie,
     "animatediff": animatediff,
     "latte": latte,
 }

@@ -24,8 +24,8 @@ TOLERANCE = 1e-5
 VISIBLE = 1e-3
 """What merging must change at least, so that equal outputs say something."""
 BLOCKS = (
-    "chroma", "cogvideox_5b", "cosmos", "flux2", "hunyuan_video_i2v", "motif", "pixart_sigma",
-    "wan_ti2v",
+    "chroma", "cogvideox_5b", "cosmos", "ernie_image", "flux2", "hunyuan_video_i2v", "motif",
+    "pixart_sigma", "wan_ti2v",
 )  # fmt: skip
 """Some families, for scope "block" too."""
 SCALE = 2.0

@@ -113,8 +113,20 @@ class Flow:
         return self._segments_by_node.get(name, ())
 
     def is_embedding(self, name: str) -> bool:
-        """Whether the value is laid out [batch, tokens, channels], with a known token count."""
+        """Whether the value is laid out [batch, tokens, channels], with a known token count.
+
+        So is one with the tokens before the batch.
+        """
         return is_embedding(self.layout(name))
+
+    def leads_with_tokens(self, name: str) -> bool:
+        """Whether the value is laid out [tokens, batch, channels]."""
+        return leads_with_tokens(self.layout(name))
+
+    def row_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a value, with the batch before the tokens."""
+        first, *rest = self.shapes[name]
+        return (rest[0], first, *rest[1:]) if self.leads_with_tokens(name) else (first, *rest)
 
     def is_batch_of_tokens(self, name: str) -> bool:
         """Whether the batch comes first and just one dimension after it enumerates known tokens."""
@@ -268,15 +280,25 @@ def is_batch(label: Label) -> bool:
     return whole and label.factors == sort_axes(label.axes)
 
 
+def leads_with_tokens(layout: Layout | None) -> bool:
+    """Whether a value is laid out [tokens, batch, channels]."""
+    return layout is not None and len(layout) == 3 and layout[0].tokens is not None
+
+
 def is_embedding(layout: Layout | None, *, image: bool = False) -> bool:
     """Whether a value is laid out [batch, tokens, channels], with a known number of tokens.
+
+    So is one with the tokens before the batch.
 
     Args:
         image: whether an image must be among the tokens.
     """
-    if layout is None or len(layout) != 3 or not layout[2].is_plain or not is_batch(layout[0]):
+    if layout is None or len(layout) != 3:
         return False
-    tokens = layout[1].tokens
-    if tokens is None or tokens.fixed or len(layout[1].factors) > 1 or tokens.length >= UNKNOWN:
+    batch, sequence = layout[:2] if not leads_with_tokens(layout) else layout[1::-1]
+    if not is_batch(batch) or not layout[2].is_plain:
+        return False
+    tokens = sequence.tokens
+    if tokens is None or tokens.fixed or len(sequence.factors) > 1 or tokens.length >= UNKNOWN:
         return False
     return not image or bool(tokens.names)

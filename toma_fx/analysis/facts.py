@@ -82,7 +82,7 @@ ADVICE: Mapping[Kind, str] = {
     "rule": "merging stops there: what must see all tokens, or rows, belongs outside the branch",
     "needs_all_tokens": "a smaller scope= unmerges before it",
     "use": "a smaller scope= unmerges before the other use",
-    "layout": "a stream [batch, tokens, channels] merges",
+    "layout": "a stream [batch, tokens, channels], or [tokens, batch, channels], merges",
     "content": "attention and MLPs merge, by branches=",
 }
 """What would make it merge, by what refuses."""

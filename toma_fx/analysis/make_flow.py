@@ -137,7 +137,9 @@ def _scaled_source(node: fx.Node, flow: Flow) -> str | None:
     divides = flow.ops[name] == "aten.div" and str(node.args[0]) != source
     same = flow.is_embedding(source) and flow.shapes[source] == flow.shapes[name]
     # a table over tokens turns them rather than scales them
-    tables = any(flow.shapes[o][-2:-1] not in ((), (1,)) for o in others)
+    dim = 0 if flow.leads_with_tokens(name) else 1
+    wide = (flow.shapes[o] for o in others if len(flow.shapes[o]) >= 3 - dim)
+    tables = any(shape[dim - 3] != 1 for shape in wide)
     return source if same and not (held or divides or tables) else None
 
 

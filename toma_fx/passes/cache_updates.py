@@ -11,6 +11,7 @@ Timesteps are kept beside the updates, so that the graph itself knows how far ap
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Self
@@ -18,11 +19,10 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, fx
 
-from toma_fx.analysis.labels import tokens_of
 from toma_fx.graph.rewriter import Rewriter
 from toma_fx.methods.cache import Fitted
 from toma_fx.passes.job import Job
-from toma_fx.passes.snippets import Span, span_of
+from toma_fx.passes.snippets import Span, span_at
 from toma_fx.plan.plan import CachePlan, KeptUpdate
 
 USED_ROWS = "update_used"
@@ -31,37 +31,44 @@ USED_ROWS = "update_used"
 
 @dataclass(frozen=True)
 class _Place:
-    """Where an update is, and where the image lies in both its ends (none: they are alike)."""
+    """Where an update is, and where the image lies in both its ends (none: they are alike).
+
+    What is kept has the batch first, though in both ends the tokens may be `leading`.
+    """
 
     update: KeptUpdate
     base: Span | None
     end: Span | None
+    leading: bool = False
 
     @classmethod
     def of(cls, update: KeptUpdate, job: Job) -> Self:
-        same = update.base and job.flow.shapes[update.base] == update.shape
+        leading = job.flow.leads_with_tokens(update.node)
+        same = update.base and job.flow.row_shape(update.base) == update.shape
         if not update.base or same or update.image is None:
-            return cls(update, None, None)
-        spans = []
-        for name in (update.base, update.node):
-            label = tokens_of(job.flow.layout(name))
-            assert label is not None
-            spans.append(span_of(label, update.image))
-        return cls(update, *spans)
+            return cls(update, None, None, leading)
+        base, end = (span_at(n, update.image, job.flow) for n in (update.base, update.node))
+        return cls(update, base, end, leading)
 
     def nodes(self, rewriter: Rewriter) -> tuple[fx.Node, fx.Node | None]:
         """What now stands for x_b and x_a."""
         base = self.update.base
         return rewriter.current(self.update.node), rewriter.current(base) if base else None
 
+    def rows(self, x: Tensor) -> Tensor:
+        """The value of an end with the batch first, and back."""
+        return x.transpose(0, 1) if self.leading else x
+
     def subtract(self, end: Tensor, base: Tensor) -> Tensor:
-        """x_b - x_a, of the image alone where x_a lacks the rest."""
+        """x_b - x_a, of the image alone where x_a lacks the rest; the batch first."""
         if self.base is None or self.end is None:
-            return end - base
-        return self.end.with_image(end, self.end.image(end) - self.base.image(base))
+            return self.rows(end - base)
+        change = self.end.image(end) - self.base.image(base)
+        return self.rows(self.end.with_image(end, change))
 
     def add(self, update: Tensor, base: Tensor) -> Tensor:
-        """x_a + u."""
+        """x_a + u, of u with the batch first."""
+        update = self.rows(update)
         if self.base is None or self.end is None:
             return base + update
         return self.end.with_image(update, self.base.image(base) + self.end.image(update))
@@ -99,18 +106,15 @@ class KeepUpdates:
     def apply(self, rewriter: Rewriter) -> None:
         """Rewrite the graph."""
         used = self._add_mask(rewriter) if self.mixed else None
-        kept = _Kept(self.cache, rewriter, takes=self.mixed)
+        kept = _Kept(self.cache, self.places, rewriter, takes=self.mixed)
         outputs = []
         for place in self.places:
             node, base = place.nodes(rewriter)
             readers = list(node.users)
-            if base is None:
-                outputs.append(node)
-            else:
-                outputs.append(_subtract(rewriter, place, node, base))
+            outputs.append(_find_update(rewriter, place, node, base))
             if used is not None:
                 with rewriter.after(node, *kept.inputs(place)):
-                    new = _choose_rows(rewriter, used, kept.value(place, base), node)
+                    new = _choose_rows(rewriter, place, used, kept.value(place, base), node)
                 for reader in readers:
                     rewriter.replace_input(reader, node, new)
                 rewriter.stand_in(place.update.node, new)
@@ -147,7 +151,7 @@ class UseUpdates:
 
     def apply(self, rewriter: Rewriter) -> None:
         """Rewrite the graph."""
-        kept = _Kept(self.cache, rewriter, takes=True)
+        kept = _Kept(self.cache, self.places, rewriter, takes=True)
         for place in self.places:
             node, base = place.nodes(rewriter)
             with rewriter.after(*([] if base is None else [base]), *kept.inputs(place)):
@@ -159,15 +163,18 @@ class UseUpdates:
 class _Kept:
     """The kept tensors of a program as nodes, and what they say of the present step."""
 
-    def __init__(self, cache: CachePlan, rewriter: Rewriter, *, takes: bool) -> None:
+    def __init__(
+        self, cache: CachePlan, places: Sequence[_Place], rewriter: Rewriter, *, takes: bool
+    ) -> None:
         self._cache, self._rewriter = cache, rewriter
         self._inputs: dict[str, fx.Node] = {}
         self._factors: dict[int, list[fx.Node]] = {}
         self._weights: list[fx.Node] = []
         device = _device(cache, rewriter)
-        likes = {name: u.node for u in cache.updates for name in u.tensors} if takes else {}
-        for name, node in likes.items():
-            like = partial(_empty_like, rewriter.current(node).meta["val"])
+        likes = {name: p for p in places for name in p.update.tensors} if takes else {}
+        for name, place in likes.items():
+            value = rewriter.current(place.update.node).meta["val"]
+            like = partial(_empty_like, value, place.update.shape)
             self._inputs[name] = rewriter.add_input(name, like)
         time = partial(torch.empty, cache.batch, dtype=torch.float32, device=device)
         for name in cache.times if takes else ():
@@ -217,7 +224,7 @@ class _Kept:
         def value(*nodes: Tensor) -> Tensor:
             tensors = nodes[numbers : numbers + kept]
             update = (combine if fitted else extrapolate)(nodes[:numbers], tensors)
-            return place.add(update, nodes[-1]) if base is not None else update
+            return place.add(update, nodes[-1]) if base is not None else place.rows(update)
 
         nodes = [*self.inputs(place), *([] if base is None else [base])]
         return self._rewriter.splice(("kept", place, base is None), value, nodes)[0]
@@ -228,24 +235,35 @@ def _device(cache: CachePlan, rewriter: Rewriter) -> torch.device:
     return device
 
 
-def _empty_like(x: Tensor) -> Tensor:
-    return torch.empty(tuple(x.shape), dtype=x.dtype, device=x.device)
+def _empty_like(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(shape, dtype=x.dtype, device=x.device)
 
 
-def _subtract(rewriter: Rewriter, place: _Place, node: fx.Node, base: fx.Node) -> fx.Node:
-    """u = x_b - x_a."""
+def _find_update(rewriter: Rewriter, place: _Place, node: fx.Node, base: fx.Node | None) -> fx.Node:
+    """u = x_b - x_a, or x_b itself; the batch first."""
+    if base is None:
+        if not place.leading:
+            return node
+        with rewriter.after(node):
+            return rewriter.splice("rows", lambda x: x.transpose(0, 1).contiguous(), [node])[0]
     with rewriter.after(node, base):
         key = ("difference", place)
         return rewriter.splice(key, lambda x, y: place.subtract(x, y), [node, base])[0]
 
 
-def _choose_rows(rewriter: Rewriter, used: fx.Node, kept: fx.Node, computed: fx.Node) -> fx.Node:
+def _choose_rows(
+    rewriter: Rewriter, place: _Place, used: fx.Node, kept: fx.Node, computed: fx.Node
+) -> fx.Node:
     """What is kept in the rows of the mask, what was computed in the others."""
 
     def choose(used: Tensor, kept: Tensor, computed: Tensor) -> Tensor:
-        return torch.where(_rows(used, computed), kept, computed)
+        rows = torch.where(
+            _rows(used, place.rows(computed)), place.rows(kept), place.rows(computed)
+        )
+        return place.rows(rows)
 
-    return rewriter.splice("choose_rows", choose, [used, kept, computed])[0]
+    key = ("choose_rows", place.leading)
+    return rewriter.splice(key, choose, [used, kept, computed])[0]
 
 
 def _rows(values: Tensor, like: Tensor) -> Tensor:

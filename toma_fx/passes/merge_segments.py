@@ -229,7 +229,9 @@ class _Work:
         if key not in known:
             with self.rewriter.after(operand, *pattern.nodes):
                 if content:
-                    new = splice_merge(self.rewriter, operand, span, pattern, lead=lead > 0)
+                    new = splice_merge(
+                        self.rewriter, operand, span, pattern, dim=positional.dim, lead=lead > 0
+                    )
                 else:
                     new = splice_gather(self.rewriter, operand, positional, span, pattern)
             known[key] = new

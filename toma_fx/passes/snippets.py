@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -33,19 +33,35 @@ class PatternNodes:
 
 @dataclass(frozen=True)
 class Span:
-    """Where the image lies in a sequence: `before` tokens, the image, `after` tokens."""
+    """Where the image lies in a sequence: `before` tokens, the image, `after` tokens.
+
+    `leading` says that the tokens come before the batch.
+    """
 
     before: int
     after: int
+    leading: bool = False
 
-    def image(self, x: Tensor, dim: int = 1) -> Tensor:
+    def rows(self, x: Tensor) -> Tensor:
+        """[batch, tokens, channels] of a sequence, and back."""
+        return x.transpose(0, 1) if self.leading else x
+
+    def image(self, x: Tensor) -> Tensor:
+        """The image part of a sequence, [batch, tokens, channels]."""
+        return self.part(self.rows(x), 1)
+
+    def with_image(self, x: Tensor, image: Tensor) -> Tensor:
+        """A sequence with its image part replaced by `image` [batch, tokens, channels]."""
+        return self.rows(self.with_part(self.rows(x), image, 1))
+
+    def part(self, x: Tensor, dim: int) -> Tensor:
         """The image part of `x` along `dim`."""
         if not self.before and not self.after:
             return x
         return x.narrow(dim, self.before, x.shape[dim] - self.before - self.after)
 
-    def with_image(self, x: Tensor, image: Tensor, dim: int = 1) -> Tensor:
-        """`x` with its image part replaced by `image`."""
+    def with_part(self, x: Tensor, image: Tensor, dim: int) -> Tensor:
+        """`x` with its image part along `dim` replaced by `image`."""
         if not self.before and not self.after:
             return image
         head = [x.narrow(dim, 0, self.before)] if self.before else []
@@ -70,11 +86,11 @@ def span_at(name: str, image: Segment, flow: Flow) -> Span:
     label = tokens_of(flow.layout(name))
     if label is None:
         raise RewriteError("no token axis", where=image.name, got=name)
-    return span_of(label, image)
+    return replace(span_of(label, image), leading=flow.leads_with_tokens(name))
 
 
 def splice_image(rewriter: Rewriter, node: fx.Node, span: Span) -> fx.Node:
-    """The image tokens of a sequence, at the cursor."""
+    """The image tokens of a sequence, the batch first, at the cursor."""
     if span == Span(0, 0):
         return node
     return rewriter.splice(("image", span), lambda x: span.image(x), [node])[0]
@@ -91,20 +107,20 @@ def splice_merge(
 ) -> fx.Node:
     """A sequence with its image tokens merged: [B, a + N + b, C] -> [B, a + M + b, C].
 
-    `dim` is the dimension of the tokens, the batch being the first. `lead` says that it isn't: all
-    batch elements share a sequence [N, C].
+    `dim` is the dimension of the tokens; the batch is the first of the others. `lead` says that it
+    isn't: all batch elements share a sequence [N, C].
     """
     setting = pattern.setting
 
     def merge(x: Tensor, *parts: Tensor) -> Tensor:
         if lead:
             x = x.unsqueeze(0)
-        if parts and x.shape[0] == 1 != parts[0].shape[0]:
-            x = x.expand(parts[0].shape[0], *x.shape[1:])
         rows = x if dim == 1 else x.movedim(dim, 1)
+        if parts and rows.shape[0] == 1 != parts[0].shape[0]:
+            rows = rows.expand(parts[0].shape[0], *rows.shape[1:])
         flat = rows if rows.dim() == 3 else rows.flatten(2)
-        image = setting.merge(span.image(flat), pattern.named(parts))
-        out = span.with_image(flat, image)
+        image = setting.merge(span.part(flat, 1), pattern.named(parts))
+        out = span.with_part(flat, image, 1)
         out = out if rows.dim() == 3 else out.unflatten(2, rows.shape[2:])
         return out if dim == 1 else out.movedim(1, dim)
 
@@ -142,8 +158,9 @@ def splice_update(
 
     def image_of(x: Tensor, span: Span) -> Tensor:
         # what has no token axis is added to every token alike
+        x = span.rows(x) if x.dim() == 3 else x
         has_tokens = x.dim() > 1 and x.shape[-2] > 1
-        return span.image(x, x.dim() - 2) if has_tokens else x
+        return span.part(x, x.dim() - 2) if has_tokens else x
 
     setting, count = pattern.setting, 2 * len(additions)
 
@@ -185,8 +202,8 @@ def splice_gather(
         index = place_rows(positions, layout, dim)
         shape = [max(pair) for pair in zip(table.shape, index.shape, strict=True)]
         table = table.expand([*shape[:at], table.shape[at], *shape[at + 1 :]])
-        image = torch.take_along_dim(span.image(table, at), index, at)
-        out = span.with_image(table, image, at)
+        image = torch.take_along_dim(span.part(table, at), index, at)
+        out = span.with_part(table, image, at)
         return close_factors(out, layout)
 
     key = ("gather", lead, layout, dim, span, setting)

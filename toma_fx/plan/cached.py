@@ -138,7 +138,9 @@ def _cut_streams(
         whole = replace(config, scope="stack", overrides=())
         texts = find_text_streams(flow, analysis.sites)
         cuts += [_make_cut(t, run, flow, config) for t in texts for run in _split(t, whole)]
-    cuts = sorted({c.update.node: c for c in cuts}.values(), key=lambda c: _place(flow, c))
+    # where text and image end in one value, that of the image reaches further back
+    by_node = {c.update.node: c for c in reversed(cuts)}
+    cuts = sorted(by_node.values(), key=lambda c: _place(flow, c))
     merged = {n: s for s in segments for n in s.inner if n != s.exit}
     refused = {
         c.update.node: Rejection(
@@ -167,20 +169,22 @@ def _make_cut(stream: Stream, run: Sequence[int], flow: Flow, config: CacheConfi
     modules = tuple(b.module for b in branches)
     if not branches[-1].add:
         out = branches[-1].out
-        update = KeptUpdate("", out, "", image, modules, flow.shapes[out], order)
+        update = KeptUpdate("", out, "", image, modules, flow.row_shape(out), order)
         return _Cut(update, branches[-1].nodes)
     base = move_past_slice(flow, image.name, stream.values[run[0]])
     node = move_past_slice(flow, image.name, branches[-1].add)
     inner = flow.region(image.name, base, node)
     if not _may_subtract(flow, base, node, image):
         base = ""
-    return _Cut(KeptUpdate("", node, base, image, modules, flow.shapes[node], order), inner)
+    return _Cut(KeptUpdate("", node, base, image, modules, flow.row_shape(node), order), inner)
 
 
 def _may_subtract(flow: Flow, base: str, node: str, image: Segment) -> bool:
     """Whether both are [batch, tokens, channels] with all of an image, so that their difference
     tells what was added to it."""
-    a, b = flow.shapes[base], flow.shapes[node]
+    a, b = flow.row_shape(base), flow.row_shape(node)
+    if flow.leads_with_tokens(base) != flow.leads_with_tokens(node):
+        return False
     return a == b or (
         flow.is_embedding(base)
         and flow.is_embedding(node)

@@ -82,7 +82,7 @@ class KeptUpdate:
         base: the value x_a that it updates; "" keeps x_b itself.
         image: whose tokens are updated, where x_a lacks tokens of x_b (text joined later); of
             those, x_b itself is kept.
-        modules: paths of the stretch. shape: of x_b. order: of the extrapolation.
+        modules: paths of the stretch. shape: of x_b, the batch first. order: of the extrapolation.
     """
 
     name: str

@@ -222,7 +222,7 @@ def _group_segments(
         if setting.feature == "output":
             last = max((segments[i] for i in indices), key=lambda s: flow.position[s.inner[-1]])
             output = _find_output(last, streams[last.stream])
-        batch, image = flow.shapes[feature][0], leader.image
+        batch, image = flow.row_shape(feature)[0], leader.image
         groups.append(PatternGroup(name, leader.name, feature, image, batch, setting, output))
         for i in indices:
             renamed[i] = dataclasses.replace(segments[i], group=name)

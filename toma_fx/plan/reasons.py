@@ -65,20 +65,12 @@ def reject_rest(
             reason = f"left alone with {branches[site.node].sites[0]} of the same branch"
         else:
             reason = _SITE_REASONS.get(site.kind, "not part of a residual branch")
-            if site.segment and _tokens_first(flow, site.segment):
-                reason += " laid out [batch, tokens, channels]: the tokens come first"
             refusal = _nearest_refusal(flow, site.node, back=site.kind == "unknown")
             if refusal is not None:
                 reason = f"{reason}; {refusal}"
         out.append(Rejection(site.node, site.module, site.kind, reason, refusal))
     causes = {r.cause for r in (*rejections, *out)}
     return out + [r for r in _reject_lost_updates(flow) if r.cause not in causes]
-
-
-def _tokens_first(flow: Flow, segment: str) -> bool:
-    """Whether what is added up is laid out [tokens, batch, channels]."""
-    layouts = (flow.layout(n) for n in flow.carriers(segment) if n in flow.sums)
-    return any(x is not None and x[0].tokens and x[1:] and x[1].axes for x in layouts)
 
 
 def _reject_lost_updates(flow: Flow) -> list[Rejection]:
