@@ -112,6 +112,8 @@ class Blocks:
 
 def element(name: str, value: Any, b: int) -> Any:
     """The batch element b, as a batch of one, of what has a batch of two."""
+    if name.startswith("indices"):  # of frames, the same for all
+        return value
     if isinstance(value, Tensor):
         return value[b : b + 1] if len(value.shape) and len(value) == 2 else value
     if name == "img_shapes":
@@ -249,6 +251,13 @@ def hunyuan_tables(arguments: Arguments, at: Places) -> Arguments:
     }
 
 
+def history_tables(arguments: Arguments, at: Places) -> Arguments:
+    """A rotary table over the history and the video; one prompt alone is cut, and has no mask."""
+    assert arguments["attention_mask"] is None
+    name = "freqs_cis" if "freqs_cis" in arguments else "image_rotary_emb"
+    return {name: at(arguments[name], 0, last=True)}
+
+
 def first_frame_tables(arguments: Arguments, at: Places) -> Arguments:
     """As `hunyuan_tables`; the first tokens that are left are those of the first frame.
 
@@ -367,12 +376,14 @@ REFERENCES: Mapping[str, Reference] = {
     "qwen_image_edit_2511": Blocks(PAIR, modulated_qwen_tables, image=1),
     "wan": Blocks(VIDEO, rotary("rotary_emb", 1), ("blocks",)),
     "wan_ti2v": Blocks(VIDEO, modulated_wan_tables, ("blocks",)),
+    "cogvideox_resized": Blocks(VIDEO),
     "cogvideox_5b": Blocks(VIDEO, rotary()),
     "consisid": Blocks(VIDEO, rotary()),
     "ltx": Blocks(VIDEO, rotary(dim=1)),
     "ltx_condition": Blocks(VIDEO, modulated_ltx_tables),
     "hunyuan_video": Blocks(VIDEO, hunyuan_tables, DOUBLE_SINGLE),
     "hunyuan_video_i2v": Blocks(VIDEO, first_frame_tables, DOUBLE_SINGLE),
+    "framepack_pair": Blocks(videos.VIDEO, history_tables, DOUBLE_SINGLE),
     "motif": Blocks(VIDEO, hunyuan_tables, DOUBLE_SINGLE),
     "allegro": Blocks(VIDEO, allegro_tables),
     "easyanimate": Blocks(VIDEO, rotary()),

@@ -220,8 +220,7 @@ COGVIDEOX_CASES = (
         title="CogVideoX 2b at another size than its own (the table is computed in the call)",
         build=seeded(lambda: cogvideox(sample_width=10, sample_height=16, sample_frames=13)),
         inputs=cogvideox_inputs,
-        why="The table is written through `.data`, which export does not follow.",
-        refused=("CaptureError", "fake tensor in the exported program constant's list"),
+        **COGVIDEOX_COUNTS,
     ),
     Case(
         name="cogvideox_5b",
@@ -823,8 +822,14 @@ HISTORY_CASES = (
         title="HunyuanVideo FramePack (two prompts: a mask filled row by row)",
         build=seeded(framepack),
         inputs=framepack_inputs,
-        refused=("CaptureError", "attention_mask[i, : effective_sequence_length[i]] = True"),
-        why="A mask is filled up to a length that is read from another.",
+        grids=HISTORY[:1],
+        sites={"joint": 4, "text": 2},
+        attention=4,
+        mlp=2,
+        why=(
+            "As HunyuanVideo: 2 double blocks, 2 single blocks, 2 that refine the text. The video "
+            "is the last of four images in the sequence, and the largest."
+        ),
     ),
     Case(
         name="hunyuan_video_15",

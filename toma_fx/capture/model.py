@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from toma_fx.capture.canonical import flat_graph
 from toma_fx.capture.grids import Raster, find_raster, size_hints
 from toma_fx.capture.references import without_weak_references
+from toma_fx.capture.traceable import TraceableForms
 from toma_fx.compat.libraries import ORIGINAL_FORWARD, WRAPPING
 from toma_fx.compat.pytorch import lazy_graph_modules, tree_flatten, tree_paths
 from toma_fx.errors import (
@@ -135,7 +136,8 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     kwargs, plain = dict(sorted(kwargs.items())), unwrap(model)
     try:
         with torch.no_grad(), lazy_graph_modules(), without_weak_references() as graphs:
-            program = torch.export.export(plain, tuple(args), kwargs, strict=False)
+            with TraceableForms():
+                program = torch.export.export(plain, tuple(args), kwargs, strict=False)
             graphs.append(program.graph)
             graph_module = flat_graph(program, type(model).__name__)
     except TomaError:
