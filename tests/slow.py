@@ -58,6 +58,8 @@ SLOW = (
     Slow("export/test_crashes.py::test_at_every_call", "some 230 builds"),
     Slow("export/test_crashes.py::test_two_builds_at_once", "some 600 builds"),
     Slow("export/test_crashes.py::test_real_builds*", "some 80 builds"),
+    Slow("export/test_leaks.py::*", "loads 200 times and computes 10,000 steps"),
+    Slow("export/test_onnx.py::test_onnx_runtime_reports_nothing_home", SUBPROCESS),
     # run
     Slow(
         "run/test_caching.py::test_equals_an_eager_implementation[*]",

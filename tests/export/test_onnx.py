@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import importlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -355,3 +358,22 @@ def test_bfloat16_needs_a_gpu() -> None:
         ONNXTarget().check(found)
     assert isinstance(caught.value, TomaError)
     assert "half()" in caught.value.hint
+
+
+def test_onnx_runtime_reports_nothing_home(
+    cached: tuple[Path, list[str], list[str]], tmp_path: Path
+) -> None:
+    """No file outside the artifact: from 1.29 on it keeps an identifier and a queue below HOME."""
+    switches = ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME", "CI")
+    environment = {k: v for k, v in os.environ.items() if k not in switches}
+    code = f"import toma_fx; toma_fx.load({str(cached[0])!r})"
+    for switch, silent in (({}, True), ({"ORT_DISABLE_TELEMETRY": "0"}, False)):
+        home = tmp_path / f"home-{silent}"
+        home.mkdir()
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**environment, **switch, "HOME": str(home)},
+            check=True,
+        )
+        kept = [p for p in home.rglob("*") if "onnxruntime" in str(p)]
+        assert bool(kept) != silent, kept

@@ -18,7 +18,7 @@ import toma_fx
 from tests.logs import logged
 from tests.run.loops import CONFIG, call, optimized, same, text_of, truth
 from tests.run.loops import denoiser as texted
-from toma_fx.run.generation import PASSES, Buffers, PassState
+from toma_fx.run.generation import CALLS, PASSES, Buffers, PassState
 from toma_fx.run.guess import GENERATIONS, Facts, Guesses
 from toma_fx.run.marks import Likeness, Mark
 from toma_fx.run.scopes import Flow
@@ -122,6 +122,20 @@ def test_one_step_generations() -> None:
     """Pictures of one step, from one prompt or several."""
     for texts in ([A] * 5, [A, B, C]):
         assert all("anew" in name for _, name in placed(*((9, text) for text in texts)))
+
+
+@pytest.mark.parametrize("texts", ["one", "many"])
+def test_one_step_generations_forever(texts: str) -> None:
+    """A server with a model of one step: nothing grows, and no picture uses another's patterns."""
+    caller, sizes = Caller(), []
+    with logged(logging.WARNING):
+        for _ in range(6 * PASSES):
+            text = A if texts == "one" else torch.rand(2, 3)
+            assert "anew" in caller(9, text)[1]
+            generation = caller.guesses.of(threading.get_ident())[-1]
+            sizes.append(len(generation.called))
+        assert max(sizes) <= CALLS * PASSES + 1
+        assert "anew" in caller(8, A)[1], "calls that were forgotten may have been alike"
 
 
 def test_another_text_begins() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,9 +30,13 @@ def import_package(name: str, explain: Callable[[Exception], MissingPackageError
 def import_onnx(name: str) -> Any:
     """A package of the extra `[onnx]`.
 
+    From its import on, ONNX Runtime keeps an identifier below HOME and reports to its maker. Not
+    where this is its first import, unless the environment says ORT_DISABLE_TELEMETRY=0.
+
     Raises:
         MissingPackageError: it is not installed; names the extra.
     """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     return import_package(name, lambda _: missing_onnx(name, "onnx"))
 
 

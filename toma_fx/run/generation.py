@@ -27,6 +27,9 @@ from toma_fx.run.schedule import aging
 PASSES = 64
 """Passes of a generation whose tensors are kept, if nothing else is asked for."""
 
+CALLS = 4
+"""How many times the kept passes may be called in a step before calls of others are forgotten."""
+
 OWNERS = 8
 """Graphs whose buffers are kept for the next generation."""
 
@@ -309,7 +312,15 @@ class Generation:
         state.note(marks)
         state.last = self.step
         self.called.append(state)
+        if len(self.called) > CALLS * self.capacity:
+            self._forget_calls()
         self.timestep = timestep
+
+    def _forget_calls(self) -> None:
+        """Forget calls of passes that were dropped: a step may never end (models of one step)."""
+        self.called = [p for p in self.called if p in self.passes]
+        self._scattered &= {p.family for p in self.passes}
+        self.incomplete = True  # so that nothing is told by the order of calls
 
     def _close_step(self) -> None:
         """Passes that only order tells apart are trusted where a step had as many as the last.
