@@ -14,8 +14,8 @@ import toma_fx
 
 ROOT = Path(__file__).parent.parent / "toma_fx"
 ORDER = (
-    "errors", "files", "compat", "methods", "models", "graph", "capture", "analysis", "plan",
-    "passes", "run", "export", "api", "calibration", "measure", "cli",
+    "errors", "files", "devices", "compat", "methods", "models", "graph", "capture", "analysis",
+    "plan", "passes", "run", "export", "api", "calibration", "measure", "cli",
 )  # fmt: skip
 """Folders and files of the package in the order of the pipeline. `toma_fx/__init__.py` is last."""
 LONGEST = 400

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import toma_fx
-from tests import denoisers
+from tests.cli.conftest import build
 from toma_fx.capture.grids import find_raster
 from toma_fx.cli.main import main
 from toma_fx.cli.run import arguments_for
@@ -24,29 +24,6 @@ from toma_fx.models import tiny
 from toma_fx.models.named import example, license_of
 
 STAGES = ["load the model", "export", "onnx refresh", "compare with the process"]
-CARD = "---\nlicense: other\nlicense_name: flux-1-dev\n---\n# A model\n"
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    denoisers.flux(num_layers=1, num_single_layers=0).save_pretrained(folder / "transformer")
-    (folder / "README.md").write_text(CARD)
-    return folder
-
-
-def build(*args: Any) -> int:
-    given: list[Any] = ["--height", 128, "--batch", 1, "--text", 8, "--method", "grid"]
-    given += ["--set", "min_tokens=16", "--set", "destinations_every=5"]
-    return main(["build", *map(str, given), *map(str, args)])
-
-
-@pytest.fixture(scope="module")
-def artifact(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("onnxscript")
-    out = tmp_path_factory.mktemp("artifact") / "a"
-    assert build("--model", model_folder, "--target", "onnx", "--form", "cached", "--out", out) == 0
-    return out
 
 
 def test_what_was_built(artifact: Path) -> None:

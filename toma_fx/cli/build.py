@@ -13,6 +13,7 @@ from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElaps
 from toma_fx.api import optimize
 from toma_fx.cli.options import target_options
 from toma_fx.cli.text import bytes_text
+from toma_fx.devices import usable_device
 from toma_fx.errors import BuildError, ConfigError
 from toma_fx.export.builder import export
 from toma_fx.export.building import OnStage, Stage, report_stage
@@ -71,6 +72,8 @@ def build_artifact(args: argparse.Namespace, options: dict[str, Any], console: C
         )
     if args.out is not None:
         check_output(args.out, args.overwrite)
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    device = usable_device(args.device or default)
     start = time.perf_counter()
     with ShownStages(console) as show:
         with report_stage("load the model", show):
@@ -82,7 +85,7 @@ def build_artifact(args: argparse.Namespace, options: dict[str, Any], console: C
                 subfolder=args.subfolder,
                 text=args.text,
                 dtype=getattr(torch, args.dtype),
-                device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+                device=device,
             )
         optimized = optimize(model, method=args.method, **options)
         if args.dry_run:

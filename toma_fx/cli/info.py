@@ -16,7 +16,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from toma_fx.cli.text import bytes_text
+from toma_fx.cli.text import bytes_text, print_json
 from toma_fx.export.manifest import Manifest, TensorSpec
 from toma_fx.export.reading import read_manifest, verify_artifact
 from toma_fx.methods.kinds import merges
@@ -115,6 +115,9 @@ def _bytes(spec: TensorSpec) -> int:
 def verify_files(args: argparse.Namespace, options: dict[str, Any], console: Console) -> None:
     """Check the files of an artifact against its manifest."""
     manifest = verify_artifact(args.path)
-    size = bytes_text(sum(f.size for f in manifest.files.values()))
-    text = f"{args.path}: {len(manifest.files)} files, {size}, unchanged"
+    size = sum(f.size for f in manifest.files.values())
+    if args.json:
+        print_json({"path": str(args.path), "files": [*manifest.files], "bytes": size})
+        return
+    text = f"{args.path}: {len(manifest.files)} files, {bytes_text(size)}, unchanged"
     console.print(text, highlight=False, soft_wrap=True)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from toma_fx.cli.options import add_target_options
+from toma_fx.cli.status import DONE, FAILED, FAULT, INTERRUPTED, PIPE_CLOSED, STATUS
 from toma_fx.errors import ConfigError, TomaError
 from toma_fx.export.registry import TARGETS
 from toma_fx.measure.fields import parse_field
@@ -34,34 +36,64 @@ COMMANDS = {
 """Module and function of every command; what it returns, if anything, is the exit status."""
 
 
+MOST = 2**31 - 1
+"""The largest whole number of an option."""
+TRACEBACK = "TOMA_FX_TRACEBACK"
+"""Variable of the environment that lets errors through with their tracebacks."""
+
+
+FORESEEN = (TomaError, OSError)
+"""Errors that say what is wrong with the arguments, the files or the disk."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     args = make_parser().parse_args(argv)
-    from rich.console import Console
-    from rich.text import Text
+    from toma_fx.cli.terminal import Terminal, leave_closed_pipe, prepare_streams
 
+    prepare_streams()
     module, _, function = COMMANDS[args.command].partition(":")
     try:
         options = {}
         if hasattr(args, "set"):
             options = {"toma": _toma(args), **dict(parse_field(text) for text in args.set)}
         run = getattr(importlib.import_module(module), function)
-        return run(args, options, Console()) or 0
-    except TomaError as error:
-        notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
-        text = Text.assemble((type(error).__name__, "red"), f": {error}{notes}")
-        Console(stderr=True).print(text, soft_wrap=True)
-        return 1
+        status = run(args, options, Terminal()) or DONE
+        sys.stdout.flush()
+    except BrokenPipeError:
+        leave_closed_pipe()
+        return PIPE_CLOSED
     except KeyboardInterrupt:
         hint = "interrupted; a build or a quality run goes on where it was when started again"
-        Console(stderr=True).print(hint)
-        return 130
+        Terminal(stderr=True).print(hint)
+        return INTERRUPTED
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        _print_error(error)
+        return FAILED if isinstance(error, FORESEEN) else FAULT
+    return int(status)
+
+
+def _print_error(error: Exception) -> None:
+    """Say what went wrong; of what nobody foresaw, that it should be reported."""
+    from rich.text import Text
+
+    from toma_fx.cli.terminal import Terminal
+
+    lines = [f": {error}", *getattr(error, "__notes__", ())]
+    if not isinstance(error, FORESEEN):
+        lines += ["  this is a fault of toma-fx", f"  try: again with {TRACEBACK}=1, and report it"]
+    text = Text.assemble((type(error).__name__, "red"), "\n".join(lines))
+    Terminal(stderr=True).print(text, soft_wrap=True)
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of every command."""
     parser = argparse.ArgumentParser(
-        prog="toma-fx", description="Token merging and step caching for diffusion denoisers."
+        prog="toma-fx",
+        description="Token merging and step caching for diffusion denoisers.",
+        epilog="exit status: " + "; ".join(f"{n} {text}" for n, text in STATUS.items()),
     )
     commands = parser.add_subparsers(dest="command", required=True)
     explain = commands.add_parser("explain", help="what would merge where, and why not elsewhere")
@@ -75,9 +107,9 @@ def make_parser() -> argparse.ArgumentParser:
     _add_build_options(build)
     for command in (explain, build):
         command.add_argument("--subfolder", help="unet or transformer, inside a pipeline")
-        command.add_argument("--height", type=int, help="pixels (default 1024, tiny models 64)")
-        command.add_argument("--width", type=int, help="pixels (default: as height)")
-        command.add_argument("--batch", type=int, default=2, help="rows of a call (2: with CFG)")
+        command.add_argument("--height", type=count, help="pixels (default 1024, tiny models 64)")
+        command.add_argument("--width", type=count, help="pixels (default: as height)")
+        command.add_argument("--batch", type=count, default=2, help="rows of a call (2: with CFG)")
         command.add_argument("--method", help="how to merge (default toma; see docs/methods.md)")
     for command in (explain, build, demo):
         command.add_argument("--preset", help="as balanced, or paper-sdxl")
@@ -101,7 +133,7 @@ def make_parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="speed of a model: eager, compiled, accelerated")
     bench.add_argument("--prompt", help="what is drawn (default: a caption, or a class)")
     bench.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    bench.add_argument("--rounds", type=int, default=7, help="that count, in turn (default 7)")
+    bench.add_argument("--rounds", type=natural, default=7, help="that count, in turn (default 7)")
     bench.add_argument("--json", type=Path, help="file for the figures; - for the output")
     tune = commands.add_parser("tune", help="find a recipe for a speed or a quality")
     _add_tune_options(tune)
@@ -113,13 +145,32 @@ def make_parser() -> argparse.ArgumentParser:
         _add_prompt_options(command)
     for command in (info, verify, run):
         command.add_argument("path", type=Path, help="folder of the artifact")
+    for command in (verify, run):
+        command.add_argument("--json", action="store_true", help="print JSON instead of text")
     return parser
+
+
+def count(text: str) -> int:
+    """A number of things, at least one."""
+    return _whole(text, 1)
+
+
+def natural(text: str) -> int:
+    """A number of things, or none."""
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    number = int(text)
+    if not least <= number <= MOST:
+        raise argparse.ArgumentTypeError(f"not a whole number from {least} to {MOST}: {text}")
+    return number
 
 
 def _add_build_options(build: argparse.ArgumentParser) -> None:
     build.add_argument("--model", required=True, help="tiny-sdxl, tiny-flux, a folder or a hub id")
     build.add_argument("--target", required=True, choices=tuple(TARGETS))
-    build.add_argument("--text", type=int, help="text tokens (default 77, Flux 512)")
+    build.add_argument("--text", type=count, help="text tokens (default 77, Flux 512)")
     build.add_argument("--dtype", default="float32", choices=DTYPES)
     build.add_argument("--device", help="default: cuda if there is one, else cpu")
     build.add_argument("--out", type=Path, help="folder to make")
@@ -132,14 +183,14 @@ def _add_build_options(build: argparse.ArgumentParser) -> None:
 
 
 def _add_run_options(run: argparse.ArgumentParser) -> None:
-    run.add_argument("--steps", type=int, default=20, help="of a generation (default 20)")
+    run.add_argument("--steps", type=count, default=20, help="of a generation (default 20)")
     run.add_argument("--inputs", type=Path, help=".npz or .safetensors with inputs by name")
     run.add_argument(
         "--outputs", type=Path, help=".npz or .safetensors for the last step's outputs"
     )
     run.add_argument("--device", help="default: what it was built for")
     run.add_argument("--providers", help="of ONNX Runtime, separated by commas")
-    run.add_argument("--threads", type=int, help="of ONNX Runtime, on a CPU")
+    run.add_argument("--threads", type=count, help="of ONNX Runtime, on a CPU")
 
 
 def _add_subject_options(command: argparse.ArgumentParser) -> None:
@@ -147,11 +198,11 @@ def _add_subject_options(command: argparse.ArgumentParser) -> None:
     model = command.add_mutually_exclusive_group(required=True)
     model.add_argument("--pipeline", help="folder or hub id of a pipeline of diffusers")
     model.add_argument("--model", help="an embedded model, as tiny-sdxl")
-    command.add_argument("--steps", type=int, default=20, help="of a generation (default 20)")
+    command.add_argument("--steps", type=count, default=20, help="of a generation (default 20)")
     command.add_argument("--guidance", type=float, help="scale (default: the pipeline's)")
-    command.add_argument("--height", type=int, help="pixels (default: the model's)")
-    command.add_argument("--width", type=int, help="pixels (default: the model's)")
-    command.add_argument("--batch", type=int, default=1, help="pictures of a call (default 1)")
+    command.add_argument("--height", type=count, help="pixels (default: the model's)")
+    command.add_argument("--width", type=count, help="pixels (default: the model's)")
+    command.add_argument("--batch", type=count, default=1, help="pictures of a call (default 1)")
     command.add_argument("--dtype", choices=DTYPES, help="of a pipeline (default float32)")
     command.add_argument("--device", help="of a pipeline (default: cuda if there is one, else cpu)")
 
@@ -174,8 +225,8 @@ def _add_prompt_options(command: argparse.ArgumentParser) -> None:
         "or partiprompts")  # fmt: skip
     add("--out", type=Path, required=True, help="folder; a run that broke off goes on there")
     add("--seed", type=int, default=0, help="of the first picture (default 0)")
-    add("--seeds", type=int, default=1, help="pictures of each prompt (default 1)")
-    add("--limit", type=int, help="prompts to take, from the start")
+    add("--seeds", type=count, default=1, help="pictures of each prompt (default 1)")
+    add("--limit", type=count, help="prompts to take, from the start")
     add("--compile", action="store_true", help="compile the original and every configuration")
 
 
@@ -188,14 +239,14 @@ def _add_tune_options(tune: argparse.ArgumentParser) -> None:
     add("--clock", choices=("flops", "time"), default="flops", help="what --speedup is of: counted "
         "FLOPs of the denoiser (default) or measured whole generations")  # fmt: skip
     add("--merging", default="toma", help="method whose amounts are searched (default toma); none")
-    add("--budget", type=int, metavar="N", help="pictures that the search may draw")
-    add("--programs", type=int, default=4, help="that a recipe may need (default 4)")
-    add("--rounds", type=int, default=3, help="timed generations (default 3; 0: none)")
+    add("--budget", type=count, metavar="N", help="pictures that the search may draw")
+    add("--programs", type=count, default=4, help="that a recipe may need (default 4)")
+    add("--rounds", type=natural, default=3, help="timed generations (default 3; 0: none)")
 
 
 def _add_quality_options(quality: argparse.ArgumentParser) -> None:
     add = quality.add_argument
-    add("--rounds", type=int, default=3, help="timed generations of each (default 3; 0: none)")
+    add("--rounds", type=natural, default=3, help="timed generations of each (default 3; 0: none)")
     add(
         "--metric",
         action="append",
@@ -212,7 +263,7 @@ def _add_quality_options(quality: argparse.ArgumentParser) -> None:
         help="thresholds of the mean (or median, worst) over all pictures, as psnr=28 ssim=0.95; "
         "exit status 3 if one is not met",
     )
-    add("--shown", type=int, default=12, help="pictures on the page (default 12)")
+    add("--shown", type=natural, default=12, help="pictures on the page (default 12)")
 
 
 def _toma(args: argparse.Namespace) -> Any:

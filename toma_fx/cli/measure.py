@@ -19,6 +19,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from toma_fx.cli.status import BELOW, DONE
+from toma_fx.cli.terminal import Terminal
+from toma_fx.devices import usable_device
 from toma_fx.errors import ConfigError, ModelTypeError
 from toma_fx.files import write_file
 from toma_fx.measure.bench import bench
@@ -27,8 +30,6 @@ from toma_fx.measure.quality import quality
 from toma_fx.measure.scores import METRICS, PLAIN, metric_of
 from toma_fx.models.named import load_embedded
 
-NOT_MET = 3
-"""Exit status where a threshold is not met."""
 SUBJECT = ("steps", "guidance", "height", "width", "batch")
 """Options that are settings of the subject by the same names."""
 DRAWING = ("out", "rounds", "seed", "seeds", "limit", "compile", *SUBJECT)
@@ -77,12 +78,12 @@ def measure_quality(args: argparse.Namespace, options: dict[str, Any], console: 
     if rank_and_count()[0] == 0:
         console.print(result)
         console.print(f"page: {args.out / 'index.html'}", highlight=False, soft_wrap=True)
-    return 0 if result.passes else NOT_MET
+    return DONE if result.passes else BELOW
 
 
 def measure_speed(args: argparse.Namespace, options: dict[str, Any], console: Console) -> None:
     """Time generations and print a table, or JSON."""
-    with ShownProgress(Console(stderr=True)) as progress:
+    with ShownProgress(Terminal(stderr=True)) as progress:
         begun: list[int] = []
 
         def advance(total: int) -> None:
@@ -139,6 +140,7 @@ def load_model(args: argparse.Namespace) -> Any:
         return load_embedded(args.model)
     from diffusers import DiffusionPipeline
 
+    device = usable_device(args.device or _device())
     try:
         pipe = DiffusionPipeline.from_pretrained(
             args.pipeline, torch_dtype=getattr(torch, args.dtype or "float32")
@@ -150,7 +152,7 @@ def load_model(args: argparse.Namespace) -> Any:
             expected="a folder or hub id of a pipeline of diffusers",
             got=f"{args.pipeline}: {str(error).splitlines()[0]}",
         ) from error
-    return pipe.to(args.device or _device())
+    return pipe.to(device)
 
 
 def _device() -> str:

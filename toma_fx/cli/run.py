@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import torch
 from rich.box import SIMPLE
@@ -17,7 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from toma_fx.capture.grids import find_raster
-from toma_fx.cli.text import bytes_text
+from toma_fx.cli.text import bytes_text, print_json
 from toma_fx.errors import ArtifactError, ConfigError
 from toma_fx.export.loader import load
 from toma_fx.export.manifest import ArtifactInput, Manifest, raster_spec
@@ -26,6 +27,8 @@ from toma_fx.export.manifest import ArtifactInput, Manifest, raster_spec
 def run_artifact(args: argparse.Namespace, options: dict[str, Any], console: Console) -> None:
     """Time the steps of a generation; the first generation warms up."""
     tensors = _read_tensors(args.inputs) if args.inputs else {}
+    if args.outputs:
+        _check_kind(args.outputs)
     settings: dict[str, Any] = {}
     if args.providers is not None:
         settings["providers"] = args.providers.split(",")
@@ -52,7 +55,11 @@ def run_artifact(args: argparse.Namespace, options: dict[str, Any], console: Con
                     times[program].append(1000 * (time.perf_counter() - start))
     if args.outputs:
         _write_tensors(args.outputs, _named_outputs(outputs))
-    _print_times(times, loaded, denoiser.device, console)
+    if args.json:
+        memory = {"peak_bytes": _peak_memory()}
+        print_json({"device": str(denoiser.device), "load_s": loaded, **memory, "step_ms": times})
+    else:
+        _print_times(times, loaded, denoiser.device, console)
 
 
 def arguments_for(manifest: Manifest, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -141,13 +148,17 @@ def _print_times(
         figures = (f"{f(ms):.1f} ms" for f in (statistics.median, min, max))
         table.add_row(program, str(len(ms)), *figures)
     console.print(table)
-    import resource  # which Windows lacks; the other commands work there
-
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    text = f"loaded in {loaded:.1f} s; peak memory of this process {bytes_text(memory)}"
+    text = f"loaded in {loaded:.1f} s; peak memory of this process {bytes_text(_peak_memory())}"
     if device.type == "cuda":
         text += f", of torch on the GPU {bytes_text(torch.cuda.max_memory_allocated(device))}"
     console.print(text, highlight=False, soft_wrap=True)
+
+
+def _peak_memory() -> int:
+    """The most bytes that this process ever held."""
+    import resource  # which Windows lacks; the other commands work there
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -166,7 +177,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             return dict(load_file(path))
         with np.load(path, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, EOFError, BadZipFile, SafetensorError) as error:
         raise ConfigError(
             "the inputs can't be read",
             where=str(path),
@@ -177,6 +188,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     import numpy as np
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     _check_kind(path)
@@ -186,7 +198,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         else:
             named: dict[str, Any] = {name: x.float().cpu().numpy() for name, x in tensors.items()}
             np.savez(path, **named)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ConfigError(
             "the outputs can't be written", where=str(path), got=f"{type(error).__name__}: {error}"
         ) from error

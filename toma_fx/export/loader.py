@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from toma_fx.devices import usable_device
 from toma_fx.errors import ArtifactError
 from toma_fx.export.building import building
 from toma_fx.export.denoiser import ArtifactDenoiser
@@ -37,11 +38,12 @@ def load(
     Raises:
         ArtifactError: a file is missing or has changed, another version of the manifest or of what
             the target needs, another device or architecture. Nothing of the artifact was run then.
+        ConfigError: no such device.
         MissingPackageError: the target needs a package that is not installed.
     """
     folder = Path(path)
     manifest = verify_artifact(folder)
-    wanted = torch.device(manifest.device.type if device is None else device)
+    wanted = usable_device(manifest.device.type if device is None else device)
     if manifest.target.name not in TARGETS:
         raise ArtifactError(
             "the artifact has an unknown target",

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from toma_fx.compat.pytorch import tree_map
-from toma_fx.errors import ModelTypeError, UnknownNameError, nearest
+from toma_fx.errors import ConfigError, ModelTypeError, UnknownNameError, nearest
 from toma_fx.models import latent, tiny
 from toma_fx.models.embedded import EmbeddedModel
 
@@ -39,8 +39,16 @@ def example(
         dtype, device: of the model and its inputs.
 
     Raises:
+        ConfigError: a height or width that the model can't have.
         ModelTypeError: there is no such model, or no example inputs for it.
     """
+    least = 2 if name in tiny.NAMES else 16
+    for where, number in (("height", height), ("width", width)):
+        if number is not None and (number < 1 or number % least):
+            raise ConfigError(
+                "no picture has this size", where=where,
+                expected=f"a multiple of {least} pixels", got=str(number),
+            )  # fmt: skip
     if name in tiny.NAMES:
         loaded = tiny.load(name)
         size = height or tiny.SIZE
