@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 import toma_fx
 from tests.zoo.base import Case, Crop
+from tests.zoo.twins import Twinned, one_of_two
 from toma_fx.analysis.dataflow import Flow
 from toma_fx.analysis.facts import Analysis
 from toma_fx.analysis.propagate import analyze
@@ -44,10 +45,10 @@ class Found:
 
     Attributes:
         sites: attentions by kind. attention, mlp: branches that merge. grids: of the segments.
-        segments: merged segments in scope "stack". permuted, cropped, cached: largest relative
-            difference to the oracle (None where there is none). changed: relative difference that
-            merging half of the tokens makes. share: of the FLOPs that a cached step has left.
-            refused: the error, if the model can't be merged.
+        segments: merged segments in scope "stack". permuted, cropped, twinned, cached: largest
+            relative difference to the oracle (None where there is none). changed: relative
+            difference that merging half of the tokens makes. share: of the FLOPs that a cached
+            step has left. refused: the error, if the model can't be merged.
     """
 
     sites: dict[str, int]
@@ -57,6 +58,7 @@ class Found:
     segments: int = 0
     permuted: float | None = None
     cropped: float | None = None
+    twinned: float | None = None
     changed: float | None = None
     cached: float | None = None
     share: float | None = None
@@ -133,12 +135,19 @@ def check(case: Case) -> Found:
     traced = trace(case)
     found = _counts(traced)
     moved = max(permuted(traced, scope) for scope in ("sublayer", "stack"))
+    twins = max(twinned(traced, scope) for scope in ("sublayer", "stack"))
     cropped = None
     if case.crop is not None:
         cropped = max(_cropped(traced, case.crop, scope) for scope in ("sublayer", "stack"))
     cached, share = _cached(traced)
     return dataclasses.replace(
-        found, permuted=moved, cropped=cropped, changed=_changed(traced), cached=cached, share=share
+        found,
+        permuted=moved,
+        cropped=cropped,
+        twinned=twins,
+        changed=_changed(traced),
+        cached=cached,
+        share=share,
     )
 
 
@@ -211,6 +220,29 @@ def permuted(traced: Traced, scope: str, exact: float = EXACT) -> float:
     plan = keep_all(traced.plan(scope=scope))
     found = difference(traced.run(plan, "reuse", *permutations(plan)), traced.expected)
     assert found < exact, f"permuted tokens differ by {found:.1e} in scope {scope}"
+    return found
+
+
+def twinned(traced: Traced, scope: str, exact: float = EXACT) -> float:
+    """Tokens that come in twins: merging each with its twin gives what computing all of them gives.
+
+    Attention to merged keys counts them twice.
+    """
+    plan = traced.plan(scope=scope, window="global", ratio=0.5, proportional=True)
+    program = traced.program(plan, "reuse")
+    nodes = {n.name: n for n in program.graph_module.graph.nodes}
+    dtypes = [nodes[name].meta["val"].dtype for name in program.takes]
+    kept = [x.to(dtype) for x, dtype in zip(one_of_two(plan), dtypes, strict=True)]
+    expected, got = (
+        tensors(
+            Twinned(module, traced.analysis, traced.flow).run(
+                *flatten_call((), traced.case.inputs(FRESH))[0], *more
+            )
+        )
+        for module, more in ((traced.captured.graph_module, ()), (program.graph_module, kept))
+    )
+    found = difference(got[: len(expected)], expected)
+    assert found < exact, f"one of two twins differs by {found:.1e} in scope {scope}"
     return found
 
 

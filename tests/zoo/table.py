@@ -24,6 +24,8 @@ it (`tests/zoo/`). For each, on inputs it was not captured with,
   in scope `sublayer` (*attention*: with attention; *MLP*: with a feed-forward alone);
 - computing on all tokens in another order gives the original output, in the scopes `sublayer` and
   `stack`;
+- where tokens come in pairs that are alike, as their places are, merging each pair into one changes
+  nothing, in the same scopes (merged keys count twice; attention that can't count them stays);
 - merging half of the tokens changes the output, which stays finite;
 - on the same inputs again, a cached step gives what the step that computed gave, and computes
   less: of whole streams,
@@ -73,7 +75,7 @@ def refused_row(case: Case, kind: str) -> str:
 
 def page(found: Sequence[tuple[Case, str, Found]], versions: str) -> str:
     """The whole page, from the outcome of every case."""
-    exact = max(max(f.permuted or 0, f.cropped or 0) for _, _, f in found)
+    exact = max(max(f.permuted or 0, f.cropped or 0, f.twinned or 0) for _, _, f in found)
     merged = [row(case, kind) for case, kind, _ in found if case.refused is None]
     refused = [refused_row(case, kind) for case, kind, _ in found if case.refused is not None]
     return HEADER + "\n".join(

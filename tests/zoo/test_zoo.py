@@ -5,16 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.zoo import CASES
 from tests.zoo.base import Case
-from tests.zoo.check import check
+from tests.zoo.check import EXACT, check, trace, twinned
 from tests.zoo.table import refused_row, row
+from toma_fx.methods.toma import ToMA
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_denoiser(case: Case) -> None:
     check(case)
+
+
+@torch.no_grad()
+def test_twins_have_to_count_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without that, joint attention would look at the text too much."""
+    traced = trace(next(case for case in CASES if case.name == "sd3"))
+    assert twinned(traced, "stack") < EXACT
+    monkeypatch.setattr(ToMA, "sizes", lambda *args: torch.ones(2, 30))
+    with pytest.raises(AssertionError, match="one of two twins differs"):
+        twinned(traced, "stack")
 
 
 def test_names_are_unique() -> None:
