@@ -29,7 +29,8 @@ def twins_of(image: Segment) -> tuple[Tensor, Tensor]:
     an odd number of tokens has no twin.
     """
     assert image.grid is not None
-    size = math.gcd(*image.heights) * image.grid[-1] if image.heights else image.length
+    stacked = image.heights and len(image.grid) == 2
+    size = math.gcd(*image.heights) * image.grid[1] if stacked else image.length
     generator = torch.Generator().manual_seed(image.length)
     order = torch.rand(image.length // size, size, generator=generator).argsort(-1)
     order = order + torch.arange(0, image.length, size)[:, None]

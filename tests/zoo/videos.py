@@ -814,7 +814,8 @@ HISTORY_CASES = (
         why=(
             "As HunyuanVideo: 2 double blocks, 2 single blocks, 2 that refine the text. The video "
             "is the last of four images in the sequence, and the largest. Joint attention cuts the "
-            "sequence at the length of the text, which depends on the data, so it stays whole."
+            "sequence at the length of the text, which depends on the data: export gives each such "
+            "piece a size of its own, with assertions on the number of tokens, so it stays whole."
         ),
     ),
     Case(
