@@ -107,6 +107,11 @@ SLOW = (
     Slow("run/test_interrupts.py::test_at_every_line_of_a_step[denoiser-KeyboardInterrupt]", MORE),
     Slow("analysis/test_random_modules.py::*[2000]", "2,000 random models"),
     Slow("analysis/test_operators.py::test_right_or_refused[90-*]", "10,000 random calls"),
+    Slow(
+        "analysis/test_vision.py::test_merges_or_says_why_not[*]",
+        WHOLE,
+        quick=("vit", "dinov2-registers", "siglip", "dpt", "sam", "swin", "hiera"),
+    ),
     Slow("analysis/test_variants.py::test_torchao[unet-*]", WHOLE),
     Slow("analysis/test_variants.py::test_torchao[flux-int8 activations]", MORE),
     Slow("analysis/test_variants.py::test_torchao[flux-float8 weights]", MORE),

@@ -82,7 +82,7 @@ class Draw:
             cut = self.chance(0.06)
             out.append(batch.cut(at, w.batch) if cut else batch)
         if w.frames > 1:
-            out.append(Axis.whole("frames", w.frames))
+            out.append(Axis.whole(w.frame_axis, w.frames))
         return out
 
     def layout(
@@ -167,7 +167,7 @@ class Draw:
             return 0.5
         labels = list(layout)
         if kind == "part":  # all rows stay
-            labels = [x if x.tokens or x.rows or self.chance(0.5) else ONE for x in labels]
+            labels = [x if x.tokens or x.axes or self.chance(0.5) else ONE for x in labels]
         elif kind == "table":
             labels = [plain(x.size) if self.chance(0.7) else ONE for x in labels]
         elif kind == "labeled":
@@ -176,7 +176,7 @@ class Draw:
             labels = self.shuffle(labels)
         if kind != "like" and self.chance(0.3):
             lead = self.rng.randrange(len(labels))
-            held = kind == "part" and any(x.tokens or x.rows for x in labels[:lead])
+            held = kind == "part" and any(x.tokens or x.axes for x in labels[:lead])
             labels = labels if held else labels[lead:]
         return self.value(tuple(labels), dtype)
 
@@ -225,10 +225,11 @@ class Draw:
 def draw_world(rng: random.Random) -> World:
     """A world; in half of them all sizes are 2, or 4."""
     frames = rng.choice([1, 1, 1, 2])
+    axis = rng.choice(["frames", "frames", "height"])
     if rng.random() < 0.5:
         size, grid = rng.choice([(2, (1, 2)), (4, (4, 1)), (4, (2, 2)), (4, (1, 4))])
         frames = rng.choice([1, 1, size])
-        return World(size, frames, grid, size, size, rng.choice([1, size]))
+        return World(size, frames, grid, size, size, rng.choice([1, size]), axis)
     grid = rng.choice([(1, 2), (2, 2), (2, 3), (3, 2), (2, 4)])
     return World(
         rng.choice([1, 2, 3, 4]),
@@ -237,4 +238,5 @@ def draw_world(rng: random.Random) -> World:
         rng.choice([1, 2, 3]),
         rng.choice([2, 3, 4, 6]),
         rng.choice([1, 2, 3]),
+        axis,
     )

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from tests.analysis.draws import Draw, Ref
-from toma_fx.analysis.factors import Tokens
-from toma_fx.analysis.labels import ONE, Label, Layout, axis, drop, plain
+from toma_fx.analysis.factors import Refused, Tokens
+from toma_fx.analysis.labels import ONE, Label, Layout, axis, drop, fold, plain
 
 A = torch.ops.aten
 Generator = Callable[[Draw], None]
@@ -47,7 +47,7 @@ def binary(d: Draw, op: Any) -> None:
         d.call(getattr(op, scalar if isinstance(y, float) else tensor), *pair, **options)
 
 
-@cases("gelu", "silu", "sigmoid", "neg", "exp", "sqrt", "relu", "tanh")
+@cases("gelu", "silu", "sigmoid", "neg", "exp", "sqrt", "relu", "tanh", "hardswish", "zero")
 def unary(d: Draw, op: Any) -> None:
     d.call(op, d.main()[0])
 
@@ -102,9 +102,22 @@ def like_another(d: Draw, op: Any) -> None:
     d.call(op, *((x, y) if op is A.expand_as or d.chance(0.4) else (y, x)))
 
 
-@cases("full_like", "zeros_like", "ones_like", "empty_like")
+@cases("full_like", "zeros_like", "ones_like", "empty_like", "fill")
 def filled(d: Draw, op: Any) -> None:
-    d.call(op, d.main()[0], *([2.0] if op is A.full_like else []))
+    value = [2.0] if op in (A.full_like, A.fill) else []
+    d.call(op.Scalar if op is A.fill else op, d.main()[0], *value)
+
+
+@cases("polar", "floor_divide", "rsub", "__and__")
+def without_tag(d: Draw, op: Any) -> None:
+    """Element-wise operators that torch does not tag as such."""
+    x, layout = d.main()
+    y = d.partner(layout)
+    y = d.value(layout) if isinstance(y, float) else y
+    if op is A.__and__:
+        d.call(op.Tensor, *(as_mask(d, layout) for _ in range(2)))
+    else:
+        d.call(op.Tensor if op is A.rsub else op, *((x, y) if d.chance(0.6) else (y, x)))
 
 
 @cases("contiguous", "clone", "alias", "detach", "lift_fresh_copy")
@@ -165,6 +178,16 @@ def statistics(d: Draw, op: Any) -> None:
         mean, var = d.value([channels]), d.value([channels])
         d.case.values[var.name].abs_()
         d.call(op, x, *affine, mean, var, d.chance(0.4), 0.1, 1e-5, False)
+
+
+@cases("_native_batch_norm_legit_no_training")
+def frozen_norm(d: Draw, op: Any) -> None:
+    x, layout = d.main()
+    channels = layout[1].size if len(layout) > 1 else 1
+    mean, var = d.value([channels]), d.value([channels])
+    d.case.values[var.name].abs_()
+    affine = [d.value([channels]), d.value([channels])] if d.chance(0.5) else [None, None]
+    d.call(op, x, *affine, mean, var, 0.1, 1e-5)
 
 
 @cases("mean", "sum", "amax", "amin", "var", "std", "linalg_vector_norm")
@@ -262,6 +285,23 @@ def view(d: Draw, op: Any) -> None:
     d.call(op, x, sizes)
 
 
+@cases("reshape_as")
+def reshape_as(d: Draw, op: Any) -> None:
+    """A dimension folded, and back to what it was; or to the sizes of something else."""
+    x, layout = d.main()
+    other = layout
+    if len(layout) > 1 and d.chance(0.6):
+        k = d.rng.randrange(len(layout) - 1)
+        try:
+            other = (*layout[:k], fold(layout[k : k + 2]), *layout[k + 2 :])
+        except Refused:
+            other = layout
+    if d.chance(0.3):
+        other = tuple(plain(label.size) for label in other)
+    y = d.value(other)
+    d.call(op, *((x, y) if d.chance(0.5) else (y, x)))
+
+
 @cases("flatten")
 def flatten(d: Draw, op: Any) -> None:
     if d.chance(0.2):
@@ -287,7 +327,7 @@ def unflatten(d: Draw, op: Any) -> None:
     d.call(op.int, x, d.pick(dim, dim - len(layout)), sizes)
 
 
-@cases("expand")
+@cases("expand", "broadcast_to")
 def expand(d: Draw, op: Any) -> None:
     x, layout = d.main()
     sizes = [label.size if label.size > 1 else d.pick(1, 2, 4) for label in layout]
@@ -295,10 +335,11 @@ def expand(d: Draw, op: Any) -> None:
     d.call(op, x, [d.pick(1, 2, 4) for _ in range(d.pick(0, 0, 1))] + sizes)
 
 
-@cases("repeat")
+@cases("repeat", "tile")
 def repeat(d: Draw, op: Any) -> None:
     x, layout = d.main()
     times = [d.pick(1, 1, 1, 2, 3) for _ in range(len(layout) + d.pick(0, 0, 1))]
+    times = times[d.pick(0, 1) :] if op is A.tile else times
     d.call(op, x, times)
 
 

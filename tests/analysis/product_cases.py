@@ -32,10 +32,10 @@ def _maybe(d: Draw, labels: Layout) -> Layout:
     if kind == "plain":
         return tuple(plain(x.size) for x in labels)
     if kind == "ones":
-        return tuple(x if x.rows else ONE for x in labels)
+        return tuple(x if x.axes else ONE for x in labels)
     if kind == "shuffle":
         return tuple(d.shuffle(list(labels)))
-    return () if kind == "none" and not any(x.rows for x in labels) else labels
+    return () if kind == "none" and not any(x.axes for x in labels) else labels
 
 
 @cases("matmul", "bmm", "baddbmm")
@@ -174,15 +174,15 @@ def convolution(d: Draw, op: Any) -> None:
 
 @cases(
     "upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d", "_upsample_nearest_exact2d",
-    "upsample_trilinear3d", "avg_pool2d", "avg_pool3d", "max_pool2d", "adaptive_avg_pool2d",
-    "pixel_shuffle", "pixel_unshuffle",
+    "upsample_trilinear3d", "upsample_bicubic2d", "_upsample_bicubic2d_aa", "avg_pool2d",
+    "avg_pool3d", "max_pool2d", "adaptive_avg_pool2d", "pixel_shuffle", "pixel_unshuffle",
 )  # fmt: skip
 def spatial(d: Draw, op: Any) -> None:
     name = str(op).partition(".")[2]
     sides = 3 if name.endswith("3d") else 2
     x, sizes = picture(d, sides)
     if "upsample" in name:
-        corners = [False] if "linear" in name else []
+        corners = [False] if "linear" in name or "cubic" in name else []
         d.call(op.default, x, [2 * s for s in sizes[2:]], *corners)
     elif "pixel" in name:
         d.call(op, x, 2)

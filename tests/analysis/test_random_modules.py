@@ -146,6 +146,45 @@ def linear_attention(s: State, n: Tensor) -> Tensor:
     return s.linear(join_heads(q @ (k.mT @ v) / (q @ k.sum(2, keepdim=True).mT + 1)))
 
 
+def cut_windows(x: Tensor, dilated: bool) -> Tensor:
+    """[B, 4, 4, C] -> [B * 4, 4, C]: four windows, or four grids of every other token."""
+    y = x.unflatten(2, (2, 2)).unflatten(1, (2, 2))
+    order = (0, 2, 4, 1, 3, 5) if dilated else (0, 1, 3, 2, 4, 5)
+    return y.permute(order).reshape(-1, 4, C)
+
+
+def join_windows(y: Tensor, dilated: bool) -> Tensor:
+    order = (0, 3, 1, 4, 2, 5) if dilated else (0, 1, 3, 2, 4, 5)
+    return y.reshape(-1, 2, 2, 2, 2, C).permute(order).reshape(-1, 4, 4, C)
+
+
+@branch
+def windows(s: State, n: Tensor) -> Tensor:
+    """Of a picture that is rolled; a window that wraps around has a mask, all a bias."""
+    y = cut_windows(s.linear(n.unflatten(1, GRID)).roll((-1, -1), (1, 2)), dilated=False)
+    mask = (s.table[:, :4] @ s.table[:4, :4].mT).unflatten(0, (4, 4)).repeat(len(n), 1, 1)
+    y = s.linear(sdpa(s.linear(y), s.linear(y), y, attn_mask=mask + s.table[:4, :4]))
+    return join_windows(y, dilated=False).roll((1, 1), (1, 2)).flatten(1, 2)
+
+
+@branch
+def dilated_windows(s: State, n: Tensor) -> Tensor:
+    y = cut_windows(n.unflatten(1, GRID), dilated=True)
+    y = s.linear(sdpa(s.linear(y), s.linear(y), y))
+    y = y + s.linear(F.gelu(s.linear(y)))
+    return join_windows(y, dilated=True).flatten(1, 2)
+
+
+@branch
+def windows_apart(s: State, n: Tensor) -> Tensor:
+    """[B, windows, tokens, C], and what mixes the windows."""
+    y = cut_windows(n.unflatten(1, GRID), dilated=False).unflatten(0, (len(n), 4))
+    y = y + s.linear(sdpa(s.linear(y), s.linear(y), y))
+    if s.used % 2:
+        y = y + s.linear(y.mean(1, keepdim=True) * y.flip(1))
+    return join_windows(y.flatten(0, 1), dilated=False).flatten(1, 2)
+
+
 @branch
 def attention_over_frames(s: State, n: Tensor) -> Tensor:
     y = s.apart(n).permute(0, 2, 3, 1, 4)

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from tests.analysis.draws import Case, Ref
 from tests.analysis.tokens_of_rows import gather_table, has_segment, reindex, weigh_keys
-from toma_fx.analysis.factors import AXES, FRAMES, Keys, Segment
+from toma_fx.analysis.factors import AXES, FRAMES, HEIGHT, Keys, Segment
 from toma_fx.analysis.facts import Positional, Rejected, Transfer
 from toma_fx.analysis.labels import Fact, Layout, layouts_of, rows_of, token_dim, tokens
 from toma_fx.analysis.rules.apply import apply_rule
@@ -118,7 +118,7 @@ def check_rows(case: Case, transfer: Transfer, outputs: Tensors) -> bool:
     """Rows of a batch of pictures in another order; returns whether there are any."""
     (name, layout), *_ = case.layouts.items()
     (out,) = result_layouts(transfer, outputs)
-    if out is None or not layout[0].rows:
+    if out is None or not layout[0].axes:
         return False
     order = torch.arange(layout[0].size).flip(0)
     assert out[0] == layout[0], "the batch has another label"
@@ -140,7 +140,7 @@ def _check_package(x: Tensor, positional: Positional, target: Segment, table: Te
     """What the package gathers for the rows is what `gather_table` does."""
     layout, tokens = positional.layout, positional.tokens
     names = {a.name for a in (*rows_of(layout), *tokens.fixed)}
-    own = table if "frames" in names else table[:, :1]
+    own = table if names & {FRAMES, HEIGHT} else table[:, :1]
     own = (own if "batch" in names else own[:1]).flatten(0, 1)
     at = sum(s.length for s in tokens.segments[: tokens.segments.index(target)])
     before, after = torch.arange(at), torch.arange(at + target.length, tokens.length)

@@ -22,6 +22,9 @@ class World:
     """Sizes of a batch of images, or videos: each of batch x frames rows has its own tokens.
 
     Sizes often coincide, since nothing may be told by a size.
+
+    Attributes:
+        frame_axis: "frames", or "height" where they are windows of a picture, one below the other.
     """
 
     batch: int
@@ -30,6 +33,7 @@ class World:
     text: int
     channels: int
     heads: int
+    frame_axis: str = "frames"
 
     @property
     def count(self) -> int:
@@ -114,6 +118,8 @@ def row_numbers(factors: Sequence[Factor], fixed: Sequence[Axis], name: str, cou
     numbers, covered = torch.zeros([1] * len(factors), dtype=torch.long), 1
     if count == 1:
         return numbers
+    known = {f.name for f in (*factors, *fixed) if isinstance(f, Axis)}
+    name = "height" if name == "frames" and name not in known else name  # windows
     for d, f in enumerate(factors):
         if isinstance(f, Axis) and f.name == name:
             shape = [-1 if i == d else 1 for i in range(len(factors))]
@@ -131,7 +137,7 @@ def gather_table(x: Tensor, positional: Positional, target: Segment, table: Tens
     layout, lead = positional.layout, len(positional.layout) - x.dim()
     sizes = [1] * lead + list(x.shape)
     full = [
-        label.size if label.rows or (n == 1 and label.is_product) else n
+        label.size if label.axes or (n == 1 and label.is_product) else n
         for label, n in zip(layout, sizes, strict=True)
     ]
     return reindex(x.expand(full), positional.layout, target, table, only=positional.dim)

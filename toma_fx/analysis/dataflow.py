@@ -133,7 +133,7 @@ class Flow:
         first, *rest = self.layout(name) or (Label(),)
         plain = [x for x in rest if x.positions]
         alone = [x.tokens is not None and len(x.factors) == 1 and x.size < UNKNOWN for x in plain]
-        return is_batch(first) and alone == [True] and not any(x.rows for x in rest)
+        return is_batch(first) and alone == [True] and not any(x.axes for x in rest)
 
     def is_spatial(self, name: str) -> bool:
         """Whether the value holds an image, as tokens or laid out in height and width."""

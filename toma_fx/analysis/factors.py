@@ -113,6 +113,7 @@ class Segment:
         heights: rows of each of several images; windows never reach from one into the next.
         role: "image" (folded from a spatial grid), "sequence" (a packed or text input), "ids"
             (position ids), "other".
+        strides: of each side of the grid, if its tokens don't lie side by side in the picture.
     """
 
     name: str
@@ -120,6 +121,7 @@ class Segment:
     grid: Size | None = None
     role: Literal["image", "sequence", "ids", "other"] = "other"
     heights: tuple[int, ...] = ()
+    strides: Size = ()
 
     def __str__(self) -> str:
         shape = f" ({size_text(self.grid)})" if self.grid else ""
@@ -160,8 +162,10 @@ class Tokens:
 
     def split(self, outer: int) -> tuple[Factors, Factors]:
         """The picture that the tokens are a raster of."""
-        grid = self.segments[0].grid if len(self.segments) == 1 else None
-        sides = tuple(Axis.whole(*side) for side in zip(AXES[-len(grid) :], grid)) if grid else ()  # noqa: B905
+        segment = self.segments[0]
+        grid = segment.grid if len(self.segments) == 1 and segment.grid else ()
+        each = zip(AXES[-len(grid) :], grid, segment.strides or (1,) * len(grid), strict=False)
+        sides = tuple(Axis(name, size, stride, 0, size) for name, size, stride in each)
         for i in range(1, len(sides)):
             if prod(side.size for side in sides[:i]) == outer and not self.fixed:
                 return sides[:i], sides[i:]

@@ -18,7 +18,6 @@ from math import prod
 
 from toma_fx.analysis.factors import (
     AXES,
-    BATCH,
     FRAMES,
     HEIGHT,
     WIDTH,
@@ -67,11 +66,6 @@ class Label:
     def axes(self) -> tuple[Axis, ...]:
         """Axes of the input among the factors."""
         return tuple(f for f in self.factors if isinstance(f, Axis))
-
-    @cached_property
-    def rows(self) -> tuple[Axis, ...]:
-        """Axes that number rows of tokens."""
-        return tuple(a for a in self.axes if a.name in (BATCH, FRAMES))
 
     @cached_property
     def is_plain(self) -> bool:
@@ -139,7 +133,7 @@ def fold(labels: Sequence[Label], name: str = "") -> Label:
         Refused: two of them have tokens, or keys.
     """
     shape = [x for x in labels if x.factors]
-    if name and len(shape) > 1 and (grid := _find_grid(shape)):
+    if name and len(shape) > 1 and (grid := find_grid(shape)):
         return tokens(Segment(name, prod(grid), grid, "image"))
     out: list[Factor] = []
     for factor in (f for label in shape for f in label.factors):
@@ -158,8 +152,10 @@ def fold(labels: Sequence[Label], name: str = "") -> Label:
     return Label(tuple(out))
 
 
-def _find_grid(labels: Sequence[Label]) -> Size | None:
+def find_grid(labels: Sequence[Label]) -> Size | None:
     """The token grid that dimensions span, one side each; patches may lie within a side."""
+    if not all(label.factors for label in labels) or not labels:
+        return None
     *frames, last = labels
     image = last.tokens.segments if last.tokens and len(last.factors) == 1 else ()
     if len(image) == 1 and image[0].role == "image" and len(image[0].grid or ()) == 2:
@@ -171,9 +167,11 @@ def _find_grid(labels: Sequence[Label]) -> Size | None:
 
 
 def _side(label: Label) -> str:
-    """The axis that a dimension enumerates in full, but for features within it; "" if none."""
+    """The side that a dimension enumerates, but for features within it; "" if none."""
     first, *rest = label.factors
-    if isinstance(first, Axis) and first.is_whole and all(isinstance(f, Plain) for f in rest):
+    if not isinstance(first, Axis) or not all(isinstance(f, Plain) for f in rest):
+        return ""
+    if first.is_whole or first.name in (HEIGHT, WIDTH):  # a part of a picture is one
         return first.name
     return ""
 
@@ -271,10 +269,6 @@ def _meet_factors(x: Factor, y: Factor) -> Factor:
     if isinstance(x, Axis) and isinstance(y, Axis):
         raise Refused("different rows of the batch meet" if x.name == y.name else "two axes meet")
     if isinstance(x, Axis) or isinstance(y, Axis):
-        row, other = (x, y) if isinstance(x, Axis) else (y, x)
-        assert isinstance(row, Axis)
-        if row.name in (HEIGHT, WIDTH):
-            return other
         raise Refused("a token axis meets a batch axis")
     if isinstance(x, Keys) and isinstance(y, Keys):
         return Keys(x.tokens, x.normal and y.normal)
@@ -321,19 +315,19 @@ def layouts_of(fact: Fact) -> tuple[Layout | None, ...]:
     return fact if is_tuple_fact(fact) else (layout_of(fact),)  # type: ignore[return-value]
 
 
-def token_dim(layout: Layout | None) -> int | None:
+def token_dim(layout: Sequence[Label] | None) -> int | None:
     """The dimension that enumerates tokens, if there is one."""
     return next((d for d, label in enumerate(layout or ()) if label.tokens), None)
 
 
-def tokens_of(layout: Layout | None) -> Tokens | None:
+def tokens_of(layout: Sequence[Label] | None) -> Tokens | None:
     """The tokens of a layout, if there are any."""
     return next((label.tokens for label in layout or () if label.tokens), None)
 
 
 def rows_of(layout: Layout | None) -> tuple[Axis, ...]:
     """Axes that number the rows of a value's tokens, in order, outermost digit first."""
-    return sort_axes(a for label in layout or () for a in label.rows)
+    return sort_axes(a for label in layout or () for a in label.axes)
 
 
 def sort_axes(axes: Iterable[Axis]) -> tuple[Axis, ...]:

@@ -17,7 +17,7 @@ PROLOGUE = CASTS | COPIES | JOINS | REDUCTIONS | {
     "getitem", "aten.transpose", "aten.permute",
 }  # fmt: skip
 """Ops besides element-wise ones that may stand between a stream and the point of merging."""
-UNFOLD = RESHAPES | {"aten.unflatten", "aten.unsqueeze", "aten.squeeze"}
+UNFOLD = RESHAPES | {"aten.unflatten", "aten.unsqueeze", "aten.squeeze", "aten.roll"}
 """Ops that lay an update out as a picture."""
 CONSTANTS = {"aten.zeros_like", "aten.ones_like", "aten.full_like", "aten.empty_like"}
 BLOCK = 3
@@ -105,21 +105,23 @@ def _find_grid_update(segment: Segment, flow: Flow) -> list[_Chain]:
     embeddings = [n for n in flow.carriers(segment.name) if flow.is_embedding(n)]
     if not embeddings:
         return []
-    start, ends = embeddings[0], [n for n in embeddings if _is_added_on_grid(n, flow)]
+    start, ends = embeddings[0], [n for n in embeddings if _is_added_on_grid(n, segment, flow)]
     if not ends or start == ends[-1]:
         return []
     return [_Chain([start, ends[-1]], [(start, ends[-1], "")])]
 
 
-def _is_added_on_grid(name: str, flow: Flow) -> bool:
-    """Whether a value is laid out as a picture and added to one."""
-    seen, front = {name}, [name]
+def _is_added_on_grid(name: str, segment: Segment, flow: Flow) -> bool:
+    """Whether a value is laid out as a picture, and then added to one or to the tokens of one."""
+    pictures, front = {name: False}, [name]  # whether what is reached was laid out so
     while front:
-        front = [u for f in front for u in flow.users[f] if u not in seen and u in flow.facts]
-        seen.update(front)
+        front = [u for f in front for u in flow.users[f] if u not in pictures and u in flow.facts]
         for user in front:
-            if user in flow.sums and names_axis(flow.layout(user), HEIGHT):
+            picture = any(pictures.get(o) for o in flow.operands[user])
+            if picture and user in flow.sums and flow.is_spatial(user):
                 return True
+            grid = names_axis(flow.layout(user), HEIGHT) and not flow.carries(user, segment.name)
+            pictures[user] = picture or grid
         front = [u for u in front if flow.ops[u] in PROLOGUE | UNFOLD or u in flow.pointwise]
     return False
 

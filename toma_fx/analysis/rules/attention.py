@@ -46,7 +46,7 @@ def attention(call: Call) -> Transfer:
     rows = (*lead, *((q[-2], Label((Keys(keys),))) if keys else (q[-2], plain(k[-2].size))))
     if causal and (q[-2].tokens or keys):
         raise Refused("causal attention depends on the order of the tokens")
-    if (q[-2].rows or k[-2].rows) and carries_positions((*lead, q[-2], k[-2])):
+    if any(x[-2].axes and carries_positions(x) for x in (q, k)):
         return Transfer((*lead, q[-2], v[-1]), needs_all_tokens="it mixes rows of the batch")
     if mask is None:
         return Transfer((*lead, q[-2], v[-1]))
@@ -65,7 +65,7 @@ def _meet_leads(layouts: Sequence[Layout], shape: Sequence[int]) -> Layout:
     for layout, own in zip(rest, names[1:], strict=True):
         padded = (*(ONE,) * (len(q) - len(layout)), *layout)
         pairs = zip(q[:-2], padded[:-2], strict=False)
-        if names[0] & own and any(a.rows and b.rows and a != b for a, b in pairs):
+        if names[0] & own and any(a.axes and b.axes and a != b for a, b in pairs):
             raise Refused("queries and keys are batched differently")
     return labels
 
@@ -155,7 +155,7 @@ def _check_sum(
     if a.positions or b.positions:
         raise Refused("a matrix product over token axes")
     held = carries_positions(left) or carries_positions(right)
-    if held and (a.rows or b.rows):
+    if held and (a.axes or b.axes):
         raise Refused("a matrix product over the batch of tokens")
     return ()
 

@@ -75,7 +75,7 @@ class Call:
         for label in (layout[d] for d in dims):
             if label.positions:
                 raise Refused(f"{what} the token axis", label)
-            if held and label.rows and label.size > 1:
+            if held and label.axes and label.size > 1:
                 raise Refused(f"{what} the batch of tokens", label)
 
 

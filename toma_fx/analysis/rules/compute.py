@@ -26,7 +26,8 @@ from toma_fx.graph.nodes import CASTS, CONVOLUTIONS, COPIES, REDUCTIONS, UNKNOWN
 # -- element-wise ---------------------------------------------------------------------------------
 
 
-@rule("clip", "expand_as", "full_like", "zeros_like", "ones_like", "empty_like", "copy")
+@rule("clip", "expand_as", "full_like", "zeros_like", "ones_like", "empty_like", "copy", "fill")
+@rule("zero", "hardswish", "rsub", "polar", "floor_divide", "__and__")
 def pointwise(call: Call) -> Transfer:
     """Element-wise ops keep every axis; operands broadcast from the right."""
     operands = call.tensors
@@ -94,6 +95,8 @@ def meet_all(layouts: Sequence[Layout], shape: Sequence[int], *, strict: bool = 
     own = [not names.isdisjoint(names_of(each)) for each in layouts]
     labels = [plain(size) for size in shape]
     for holds, layout in sorted(zip(own, layouts, strict=True), key=lambda x: not x[0]):
+        if held >= 0 and not holds:  # of a picture whose tokens are others
+            layout = tuple(use_up(label, (HEIGHT, WIDTH)) for label in layout)
         for d, label in enumerate(layout, len(shape) - len(layout)):
             if label.size == 1 != shape[d]:
                 continue
@@ -103,7 +106,6 @@ def meet_all(layouts: Sequence[Layout], shape: Sequence[int], *, strict: bool = 
                 if strict or holds:
                     raise
     if held >= 0:
-        labels = [use_up(label, (HEIGHT, WIDTH)) for label in labels]
         check_rows([x for x, holds in zip(layouts, own, strict=True) if holds], labels)
     return tuple(labels)
 
@@ -190,6 +192,8 @@ def convolution(call: Call) -> Layout:
     "avg_pool3d",
     "upsample_nearest2d",
     "upsample_bilinear2d",
+    "upsample_bicubic2d",
+    "_upsample_bicubic2d_aa",
     "_upsample_nearest_exact2d",
     "max_pool2d",
     "avg_pool2d",
@@ -226,6 +230,15 @@ def norm(call: Call) -> Layout:
     layout, count = call.layout(call.arg(0)), len(call.arg(1))
     call.mix("normalization over", layout, range(-count, 0))
     return (*layout[:-count], *map(plain, call.shape[-count:]))
+
+
+@rule("_native_batch_norm_legit_no_training")
+def frozen_norm(call: Call) -> Transfer:
+    """Normalization by kept statistics, which are its other results."""
+    layout = call.layout(call.arg(0))
+    if any(label.positions for label in layout[1:2]):
+        raise Refused("tokens lie along the channels of a normalization")
+    return Transfer((layout, None, None))
 
 
 @rule("group_norm", "batch_norm", "instance_norm")

@@ -90,7 +90,7 @@ def slice_(call: Call) -> Layout | Transfer:
     stop = size if last is None else max(last + size if last < 0 else min(last, size), start)
     if step != 1:
         call.mix("a stride over", layout, [dim])
-        return (*layout[:dim], plain(call.shape[dim]), *layout[dim + 1 :])
+        return (*layout[:dim], _resize_side(label, call.shape[dim]), *layout[dim + 1 :])
     if not label.positions:
         return _cut(call, "a range of", layout, dim, start, stop)
     if label.tokens is None or label.is_product or call.op == "aten.narrow":
@@ -148,7 +148,7 @@ def cat(call: Call) -> Layout | Transfer:
     joined = join(labels)
     if joined is not None and held:
         return _join_rows(call, layouts, dim, joined)
-    if held and any(label.rows for label in labels):
+    if held and any(label.axes for label in labels):
         raise Refused("batches of tokens are joined, or their rows in another order")
     size = call.shape[dim]
     label = joined if joined is not None and joined.size == size else plain(size)
@@ -280,7 +280,7 @@ def pad(call: Call) -> Layout:
         alone = label.tokens if not label.is_product else None
         if alone is None or before < 0 or after < 0 or copied or alone.fixed:
             call.mix("padding of", layout, [d])
-            labels[d] = _pad_side(label, call.shape[d])
+            labels[d] = _resize_side(label, call.shape[d])
             continue
         around = [Segment(f"{call.name}/{n}", w) for n, w in (("a", before), ("b", after)) if w]
         front = around[:1] if before else []
@@ -288,8 +288,8 @@ def pad(call: Call) -> Layout:
     return tuple(labels)
 
 
-def _pad_side(label: Label, size: int) -> Label:
-    """A picture with a margin, or without one, is a picture."""
+def _resize_side(label: Label, size: int) -> Label:
+    """A picture with a margin, without one, or every other of its rows, is a picture."""
     (only,) = label.factors if len(label.factors) == 1 else (None,)
     return axis(only.name, size) if isinstance(only, Axis) and only.is_whole else plain(size)
 

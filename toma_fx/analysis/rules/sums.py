@@ -42,7 +42,7 @@ def einsum(call: Call) -> Transfer:
         weight = count_tokens(operands[last], layouts[last], words[last].index(letter))
         if weight is not None and weight.tokens == label.tokens:
             counted.append(weight)
-        elif label.positions or label.rows:
+        elif label.positions or label.axes:
             raise Refused("a sum over the token axis or its batch")
     tables = _find_tables(call, words, layouts, labels)
     scores = _label_scores(words, output, labels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from toma_fx.analysis.factors import AXES, Plain, Refused
 from toma_fx.analysis.facts import Patch, Transfer
@@ -11,52 +12,21 @@ from toma_fx.analysis.labels import (
     Label,
     Layout,
     drop,
+    find_grid,
     fold,
+    layouts_of,
     plain,
     split,
+    token_dim,
+    tokens,
     tokens_of,
     use_up,
 )
+from toma_fx.analysis.regroup import regroup
 from toma_fx.analysis.rules.base import Call, carries_positions, rule
 from toma_fx.graph.nodes import RESHAPES, UNKNOWN, shape_of
 
 ROWS_SEPARATED = "rows of the batch are taken apart"
-Groups = list[tuple[tuple[int, ...], tuple[int, ...]]]
-"""Dimensions (before, after) of a reshape that depend on each other alone."""
-
-
-def regroup(source: Sequence[int], target: Sequence[int]) -> Groups:
-    """Finest independent groups of dimensions of a row-major reshape, as (in dims, out dims).
-
-    [2, 256, 64] -> [2, 256, 4, 16] gives ((0,),(0,)), ((1,),(1,)), ((2,),(2,3)). Sizes of 1 pair up
-    where both sides have one and stand alone otherwise. Sizes that depend on the data match their
-    like; what can't be matched is one group.
-    """
-    groups: Groups = []
-    i = j = 0
-    while i < len(source) or j < len(target):
-        if i == len(source) or (j < len(target) and target[j] == 1 != source[i]):
-            groups.append(((), (j,)))
-            j += 1
-            continue
-        if j == len(target) or (source[i] == 1 != target[j]):
-            groups.append(((i,), ()))
-            i += 1
-            continue
-        a, b, left, right = i + 1, j + 1, source[i], target[j]
-        while left != right:
-            if a == len(source) if left < right else b == len(target):
-                a, b = len(source), len(target)
-                break
-            if left < right:
-                left *= source[a]
-                a += 1
-            else:
-                right *= target[b]
-                b += 1
-        groups.append((tuple(range(i, a)), tuple(range(j, b))))
-        i, j = a, b
-    return groups
 
 
 def make_patch(path: tuple[int, ...], label: Label) -> tuple[Patch, ...]:
@@ -72,8 +42,10 @@ def _reshape(call: Call, literals: Mapping[int, tuple[int, ...]]) -> Transfer:
     layout, target = call.layout(call.arg(0)), call.shape
     labels = [ONE] * len(target)
     gone: list[int] = []
-    for ins, outs in regroup(shape_of(call.arg(0)), target):
-        parts = _regroup([layout[d] for d in ins], [target[d] for d in outs], call.name)
+    for ins, outs in reversed(regroup(shape_of(call.arg(0)), target)):
+        behind = labels[outs[-1] + 1 :] if outs else []
+        name = "" if tokens_of(behind) or find_grid(behind[:2]) else call.name  # windows before it
+        parts = _regroup([layout[d] for d in ins], [target[d] for d in outs], name)
         gone += [] if outs else ins
         for d, label in zip(outs, parts, strict=True):
             labels[d] = label
@@ -110,12 +82,20 @@ def _regroup(labels: Sequence[Label], sizes: Sequence[int], name: str) -> list[L
 
 
 def _use_up_sides(name: str, layout: Layout) -> Layout:
-    """What is left of the sides of a picture that became tokens here is plain: pixels."""
-    new = tokens_of(layout)
-    if new is None or new.segments[0].name != name:
+    """What is left of the sides of a picture that became tokens here: rows, if they are windows.
+
+    Behind the tokens, or among features, it is pixels, which are plain.
+    """
+    new, at = tokens_of(layout), token_dim(layout)
+    if new is None or at is None or new.segments[0].name != name:
         return layout
     sides = AXES[-len(new.segments[0].grid or ()) :]
-    return tuple(use_up(label, sides) for label in layout)
+    if any(len(x.axes) < len(x.factors) for x in layout[:at]):
+        return tuple(use_up(x, sides) for x in layout)
+    inner = {a.name: a.base for x in layout[:at] for a in x.axes if a.stride == 1}
+    strides = tuple(inner.get(side, 1) for side in sides)
+    label = tokens(replace(new.segments[0], strides=strides)) if max(strides) > 1 else layout[at]
+    return (*layout[:at], label, *(use_up(x, sides) for x in layout[at + 1 :]))
 
 
 @rule(*RESHAPES, linear=True)
@@ -141,7 +121,16 @@ def unflatten(call: Call) -> Transfer:
     return _reshape(call, literals)
 
 
-@rule("expand", linear=True)
+@rule("reshape_as", linear=True)
+def reshape_as(call: Call) -> Transfer:
+    """A reshape to the sizes of another value, which must have the same tokens in each place."""
+    transfer, other = _reshape(call, {}), call.layout(call.arg(1))
+    if [x.positions for x in layouts_of(transfer.fact)[0] or ()] != [x.positions for x in other]:
+        raise Refused("a reshape to the sizes of a value with other tokens")
+    return transfer
+
+
+@rule("expand", "broadcast_to", linear=True)
 def expand(call: Call) -> Transfer:
     """Broadcast to literal sizes."""
     layout, sizes = call.layout(call.arg(0)), call.arg(1)
@@ -157,10 +146,11 @@ def expand(call: Call) -> Transfer:
     return Transfer(tuple(labels), patches)
 
 
-@rule("repeat", linear=True)
+@rule("repeat", "tile", linear=True)
 def repeat(call: Call) -> Layout:
     """Tiling: each dimension as often as told, one copy after the other."""
     layout, times = call.layout(call.arg(0)), call.arg(1)
+    times = [*[1] * (len(layout) - len(times)), *times]
     full = (*(ONE,) * (len(times) - len(layout)), *layout)
     return tuple(
         label if n == 1 else label.times(Plain(n), outer=True)
@@ -242,7 +232,7 @@ def select(call: Call) -> Layout | Transfer:
 def _has_rows(layout: Layout, dim: int) -> bool:
     """Whether a dimension enumerates rows of tokens."""
     only = layout[dim].factors
-    return carries_positions(layout) and len(only) == 1 and bool(layout[dim].rows)
+    return carries_positions(layout) and len(only) == 1 and bool(layout[dim].axes)
 
 
 def _take_row(layout: Layout, dim: int, index: int) -> Layout:
