@@ -110,7 +110,7 @@ SLOW = (
     Slow(
         "analysis/test_vision.py::test_merges_or_says_why_not[*]",
         WHOLE,
-        quick=("vit", "dinov2-registers", "siglip", "dpt", "sam", "swin", "hiera"),
+        quick=("vit", "dinov2-registers", "siglip", "dpt", "sam", "swin"),
     ),
     Slow("analysis/test_variants.py::test_torchao[unet-*]", WHOLE),
     Slow("analysis/test_variants.py::test_torchao[flux-int8 activations]", MORE),
