@@ -60,6 +60,8 @@ SLOW = (
     Slow("export/test_crashes.py::test_real_builds*", "some 80 builds"),
     Slow("export/test_leaks.py::*", "loads 200 times and computes 10,000 steps"),
     Slow("export/test_onnx.py::test_onnx_runtime_reports_nothing_home", SUBPROCESS),
+    Slow("graph/test_repeats.py::test_inductor_compiles_a_block_once", INDUCTOR),
+    Slow("graph/test_repeats.py::test_programs[*]", WHOLE, quick=("flux-stack", "sdxl-sublayer")),
     # run
     Slow(
         "run/test_caching.py::test_equals_an_eager_implementation[*]",

@@ -91,6 +91,15 @@ def writes_in_place(target: Any) -> bool:
     return is_operator(target) and attribute("torch", target, "_schema").is_mutable
 
 
+def aliased_argument(node: fx.Node) -> Any:
+    """The argument that the result of an operator is a view of; None if it is none."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.returns or schema.returns[0].alias_info is None:
+        return None
+    named = zip(schema.arguments, node.args, strict=False)
+    return next((value for argument, value in named if argument.alias_info is not None), None)
+
+
 def gradient_switch() -> Callable[[bool], None]:
     """What Dynamo's graphs call to switch gradients on and off."""
     return lookup("torch._C", "_set_grad_enabled")

@@ -38,12 +38,14 @@ from toma_fx.compat.compilers import (
     static_notes,
 )
 from toma_fx.errors import ConfigError, NoMergeSites, UnknownNameError, nearest
+from toma_fx.graph.outline import outline
 from toma_fx.graph.rewriter import copy_graph
 from toma_fx.methods.base import MethodConfig
 from toma_fx.methods.config import make_config
 from toma_fx.methods.planning import merging
 from toma_fx.methods.recipe import Recipe
 from toma_fx.methods.toma import ToMAConfig
+from toma_fx.run.compiling import OUTLINE, check_outline
 from toma_fx.run.gradients import refuse_gradient
 from toma_fx.run.marks import Rasters
 from toma_fx.run.program_set import StepCall
@@ -70,6 +72,7 @@ class Options:
     config: MethodConfig
     patches: Mapping[str, Any]
     allow_unmerged: bool
+    outline: bool
 
     @classmethod
     def make(cls, mode: str | None, options: Mapping[str, Any] | None) -> Options:
@@ -97,12 +100,13 @@ class Options:
                 expected="True or False",
                 got=repr(allow),
             )
+        outlined = check_outline(fields.pop(OUTLINE, True))
         toma = fields.pop("toma", True)
         if isinstance(toma, Recipe):  # of the model there is only a graph: nothing to check
             toma = toma.config
         config = make_config(toma, fields.pop("method", None), fields)
         config.check_static('torch.compile(backend="toma_fx")')
-        return cls(config, patches, allow)
+        return cls(config, patches, allow, outlined)
 
 
 def _mode_patches(mode: str | None) -> Mapping[str, Any]:
@@ -127,7 +131,8 @@ def toma_backend(
         mode: a mode of `torch.compile`: its changes to Inductor's configuration.
         options: fields of the method's configuration (`ToMAConfig`); "method" and "toma" as for
             `toma_fx.optimize`; "inductor", changes to Inductor's configuration; "allow_unmerged",
-            True to compile a graph in which nothing can be merged as it is.
+            True to compile a graph in which nothing can be merged as it is; "outline", False to
+            compile blocks that repeat each by itself.
 
     Returns:
         A callable that takes the inputs of `gm` and returns its outputs as a tuple.
@@ -263,7 +268,10 @@ class MergedGraph:
 
     def _make_runner(self, specialization: Specialization, kind: str) -> Runner:
         program = specialization.program(kind)
-        return self._compile(copy_graph(program.graph_module), program.takes)
+        graph_module = copy_graph(program.graph_module)
+        if self.options.outline:
+            graph_module = outline(graph_module)
+        return self._compile(graph_module, program.takes)
 
     def _compile(self, graph_module: fx.GraphModule, takes: Sequence[str]) -> Runner:
         """Compile a program, told what Dynamo knew about its inputs.

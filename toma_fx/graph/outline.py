@@ -1,0 +1,96 @@
+"""Outlining: blocks that repeat become one subgraph that is called many times.
+
+Inductor compiles a subgraph once (torch's nested compile regions, `invoke_subgraph`), so that the
+time to compile does not grow with the depth of a stack.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import fx, nn
+
+from toma_fx.compat.pytorch import make_graph_module, write_code
+from toma_fx.graph.repeats import Repeat, base_of, find_repeats, operand_value, operands_of
+from toma_fx.graph.rewriter import copy_graph
+
+_log = logging.getLogger("toma_fx.graph")
+
+
+def outline(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """The graph with each of its repeated stretches as one subgraph; itself if nothing repeats.
+
+    It computes the same, and shares every parameter. Only compilers gain by it: exporters of AOT
+    packages (torch 2.13: no `invoke_subgraph` in C++) and of ONNX take the flat graph.
+    """
+    if not find_repeats(graph_module.graph):
+        return graph_module
+    outlined = copy_graph(graph_module)
+    repeats = find_repeats(outlined.graph)
+    for i, repeat in enumerate(repeats):
+        _outline(outlined, f"repeated_{i}", repeat)
+    outlined.graph.lint()
+    write_code(outlined)
+    calls = sum(len(r.stretches) for r in repeats)
+    nodes = (len(g.graph.nodes) for g in (graph_module, outlined))
+    _log.info(
+        "%d blocks are calls of %d subgraphs: %d nodes become %d", calls, len(repeats), *nodes
+    )
+    return outlined
+
+
+def _outline(graph_module: fx.GraphModule, name: str, repeat: Repeat) -> None:
+    """Call one subgraph in the place of every stretch."""
+    graph_module.add_submodule(name, _subgraph(repeat.stretches[0], repeat.outputs, name))
+    for nodes in repeat.stretches:
+        _call(graph_module.graph, name, nodes, repeat.outputs)
+
+
+def _subgraph(nodes: Sequence[fx.Node], outputs: Sequence[int], name: str) -> fx.GraphModule:
+    """A stretch as a graph of its own, which takes its operands."""
+    graph, inside = fx.Graph(), dict[fx.Node, fx.Node]()
+    for i, operand in enumerate(operands_of(nodes)):
+        inside[operand] = graph.placeholder(f"operand_{i}")
+        inside[operand].meta["val"] = operand_value(operand)
+    for node in nodes:
+        inside[node] = graph.node_copy(node, inside.__getitem__)
+    graph.output(tuple(inside[nodes[i]] for i in outputs))
+    subgraph = make_graph_module(nn.Module(), graph, name)
+    write_code(subgraph)
+    return subgraph
+
+
+def _call(graph: fx.Graph, name: str, nodes: Sequence[fx.Node], outputs: Sequence[int]) -> None:
+    """Replace a stretch by a call. Views of what it gives, or takes, are made anew outside: a
+    subgraph may return neither what it was given nor two tensors of one memory."""
+    inside, operands = set(nodes), operands_of(nodes)
+    outer = {n: [u for u in n.users if u not in inside] for n in nodes}
+    new: dict[fx.Node, fx.Node] = {}
+    with graph.inserting_before(nodes[-1].next):
+        call = graph.call_function(
+            torch.ops.higher_order.invoke_subgraph, (graph.get_attr(name), name, *operands)
+        )
+        call.meta["val"] = tuple(nodes[i].meta["val"] for i in outputs)
+        for place, i in enumerate(outputs):
+            new[nodes[i]] = graph.call_function(operator.getitem, (call, place))
+            new[nodes[i]].meta = dict(nodes[i].meta)
+        for node, users in outer.items():
+            for user in users:
+                user.replace_input_with(node, _outside(graph, node, inside, new))
+    for node in reversed(nodes):
+        graph.erase_node(node)
+
+
+def _outside(
+    graph: fx.Graph, node: fx.Node, inside: set[fx.Node], new: dict[fx.Node, fx.Node]
+) -> fx.Node:
+    """What stands for a node of a stretch outside of it: an output of the call, or a view."""
+    if node not in inside:
+        return node
+    if node not in new:
+        assert base_of(node) is not node, "only views are made anew"
+        new[node] = graph.node_copy(node, lambda x: _outside(graph, x, inside, new))
+    return new[node]
