@@ -310,8 +310,8 @@ class Artifact {
   explicit Artifact(const std::string& folder)
       : manifest_(JsonReader::read(slurp(folder + "/manifest.json"))),
         device_(manifest_["device"]["type"].text()) {
-    if (manifest_["version"].integer() != 5 || manifest_["target"]["name"].text() != "aoti") {
-      throw std::runtime_error("no AOTInductor artifact of version 5: " + folder);
+    if (manifest_["version"].integer() != 6 || manifest_["target"]["name"].text() != "aoti") {
+      throw std::runtime_error("no AOTInductor artifact of version 6: " + folder);
     }
     // libtorch says "2.13.0", the artifact "2.13.0+cpu" (or "+cu130")
     const std::string made_with = manifest_["versions"]["torch"].text();

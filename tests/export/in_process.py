@@ -11,9 +11,9 @@ from torch import Tensor
 
 from toma_fx.export.building import Build
 from toma_fx.export.denoiser import ArtifactDenoiser
-from toma_fx.export.manifest import Device, Manifest, ProgramSpec, TargetSpec
+from toma_fx.export.manifest import Device, ProgramSpec, TargetSpec
 from toma_fx.export.programs import Programs
-from toma_fx.export.reading import verify_artifact
+from toma_fx.export.reading import ArtifactFiles, open_artifact
 from toma_fx.export.targets import Lowered, Runtime, Target
 
 
@@ -50,7 +50,7 @@ class InProcess(Target):
         return Lowered(TargetSpec("in-process", {}), Device("cpu", "", ""), specs, {})
 
     def open(  # type: ignore[override]  # of an instance: it knows the programs
-        self, folder: Path, manifest: Manifest, device: torch.device, options: Mapping[str, Any]
+        self, artifact: ArtifactFiles, device: torch.device, options: Mapping[str, Any]
     ) -> Runtime:
         target = self
 
@@ -66,5 +66,7 @@ class InProcess(Target):
 
 
 def opened(target: InProcess, folder: Path) -> ArtifactDenoiser:
-    manifest, device = verify_artifact(folder), torch.device("cpu")
-    return ArtifactDenoiser(manifest, target.open(folder, manifest, device, {}), device)
+    device = torch.device("cpu")
+    with open_artifact(folder) as artifact:
+        runtime = target.open(artifact, device, {})
+    return ArtifactDenoiser(artifact.manifest, runtime, device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -23,12 +22,13 @@ import toma_fx
 from tests import denoisers
 from tests.denoisers import relative
 from tests.export.cpp import run_example
+from tests.export.edited import edit, list_anew
 from tests.methods.test_methods import inputs, model, static
 from toma_fx.errors import ArtifactError, UnknownNameError
 from toma_fx.export.builder import export
 from toma_fx.export.loader import load
 from toma_fx.export.programs import export_programs
-from toma_fx.export.reading import file_spec, verify_artifact
+from toma_fx.export.reading import open_artifact
 from toma_fx.export.to_aoti import runtime
 from toma_fx.export.to_aoti.files import PACKAGE, WEIGHTS
 from toma_fx.export.to_aoti.target import AOTITarget
@@ -57,14 +57,8 @@ def copied(artifact: Path, tmp_path: Path) -> Path:
 
 def rewritten(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
     """An artifact with another manifest, and checksums that fit the files."""
-    path = folder / "manifest.json"
-    data = json.loads(path.read_text())
-    change(data)
-    for name, said in data["files"].items():
-        spec = file_spec(folder / name)
-        said |= {"size": spec.size, "sha256": spec.sha256}
-    path.write_text(json.dumps(data))
-    return folder
+    edit(folder, change)
+    return list_anew(folder)
 
 
 # -- what it computes -----------------------------------------------------------------------------
@@ -124,7 +118,8 @@ def test_weights_are_stored_once(artifact: Path) -> None:
 
 def test_weights_are_in_memory_once(artifact: Path) -> None:
     """Every constant of every program is a tensor of the one mapping."""
-    runtime: Any = AOTITarget.open(artifact, verify_artifact(artifact), CPU, {})
+    with open_artifact(artifact) as files:
+        runtime: Any = AOTITarget.open(files, CPU, {})
     given: list[dict[str, Tensor]] = []
 
     class Spy:
@@ -208,8 +203,8 @@ def test_other_machines_are_refused(copied: Path, change: Any, said: str) -> Non
 def test_other_devices_are_refused(copied: Path) -> None:
     with pytest.raises(ArtifactError, match="device"):
         load(rewritten(copied, other_device), device="cpu")
-    with pytest.raises(ArtifactError, match=r"device\.type"):
-        AOTITarget.open(copied, verify_artifact(copied), CPU, {})
+    with pytest.raises(ArtifactError, match=r"device\.type"), open_artifact(copied) as files:
+        AOTITarget.open(files, CPU, {})
 
 
 @pytest.mark.usefixtures("untouched")

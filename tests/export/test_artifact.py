@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 import toma_fx
 from tests import denoisers
 from tests.denoisers import relative
+from tests.export.edited import edit
 from tests.export.in_process import InProcess, opened
 from tests.methods.test_methods import inputs, model
 from toma_fx.errors import ArtifactError, SignatureError
@@ -200,8 +200,7 @@ def linked(path: Path) -> None:
 
 
 def edited(folder: Path, change: dict[str, Any]) -> None:
-    path = folder / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    edit(folder, lambda data: data.update(change))
 
 
 @pytest.mark.parametrize(
@@ -216,7 +215,7 @@ def edited(folder: Path, change: dict[str, Any]) -> None:
         (lambda a: edited(a, {"version": 1}), "another version"),
         (lambda a: edited(a, {"files": {"../../passwd": {"size": 1, "sha256": ""}}}), "outside"),
         (lambda a: edited(a, {"files": {}}), "files that are listed"),
-        (lambda a: edited(a, {"surprise": 1}), "the fields"),
+        (lambda a: edited(a, {"surprise": 1}), "every field once"),
         (lambda a: edited(a, {"inputs": [{"path": "x"}]}), "inputs"),
         (lambda a: edited(a, {"target": TARGET}), "unknown target"),
     ],

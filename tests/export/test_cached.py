@@ -20,7 +20,7 @@ from tests.methods.test_methods import inputs, model
 from toma_fx import CacheConfig, State
 from toma_fx.errors import BuildError, GenerationError
 from toma_fx.export.builder import export
-from toma_fx.export.manifest import Manifest
+from toma_fx.export.reading import parse_manifest
 from toma_fx.export.to_tensorrt.dry_run import tensorrt_coverage
 
 STEPS = 9
@@ -74,7 +74,7 @@ def test_in_process(tmp_path: Path) -> None:
     check_artifact(tmp_path / "a", opened(target, tmp_path / "a"))
     assert dict(manifest.older) == {"update_u0_0": "update_u0_1", "update_time_0": "update_time_1"}
     assert manifest.schedule.caching == optimized().config_toma.caching
-    assert Manifest.of(manifest.to_json(), "text") == manifest
+    assert parse_manifest(manifest.to_json().encode(), "text") == manifest
     assert {p.kind for p in manifest.parity} == set(KINDS)
 
 

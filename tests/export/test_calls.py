@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import math
 import warnings
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.export.edited import edit
 from tests.export.in_process import InProcess, opened
 from tests.methods.test_methods import inputs
 from toma_fx.errors import GradientError, SignatureError
@@ -28,12 +28,13 @@ pytestmark = pytest.mark.usefixtures("exported_once")
 def whole_number(target: InProcess, folder: Path, optimized: Any, dtype: str) -> Any:
     """An artifact whose timestep has no dimension and another dtype."""
     export(optimized, inputs(), folder, target)
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_text())
-    for spec in manifest["inputs"]:
-        if spec["path"] == ["timestep"]:
-            spec["tensor"] |= {"shape": [], "dtype": dtype}
-    path.write_text(json.dumps(manifest))
+
+    def change(data: Any) -> None:
+        for spec in data["inputs"]:
+            if spec["path"] == ["timestep"]:
+                spec["tensor"] |= {"shape": [], "dtype": dtype}
+
+    edit(folder, change)
     loaded: Any = opened(target, folder)
     return loaded
 

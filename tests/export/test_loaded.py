@@ -13,6 +13,7 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, ModelMixin
 
 import toma_fx
+from tests.export.edited import edit
 from tests.export.in_process import InProcess
 from tests.methods.test_methods import inputs
 from toma_fx.errors import ArtifactError, BuildError
@@ -111,8 +112,7 @@ def test_a_copy_of_what_is_gone_or_another_says_so(
     shutil.move(folder, folder.parent / "moved")
     with pytest.raises(ArtifactError, match="no artifact"):
         COPIES[how](artifact)
-    manifest = (folder.parent / "moved" / "manifest.json").read_text()
-    folder.mkdir()
-    (folder / "manifest.json").write_text(manifest.replace('"license": ""', '"license": "other"'))
+    shutil.copytree(folder.parent / "moved", folder)
+    edit(folder, lambda data: data.update(license="other"))
     with pytest.raises(ArtifactError, match="can't be opened"):
         COPIES[how](artifact)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import importlib
-import json
 import os
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ from torch import Tensor
 
 import toma_fx
 from tests.denoisers import relative
+from tests.export.edited import edit, list_anew
 from tests.methods.test_methods import inputs, model, static
 from toma_fx.errors import (
     ArtifactError,
@@ -32,7 +32,7 @@ from toma_fx.errors import (
 from toma_fx.export.builder import export
 from toma_fx.export.loader import load
 from toma_fx.export.manifest import Manifest
-from toma_fx.export.reading import verify_artifact
+from toma_fx.export.reading import open_artifact, verify_artifact
 from toma_fx.export.to_onnx import lower
 from toma_fx.export.to_onnx.runtime import ORTRuntime
 from toma_fx.export.to_onnx.target import DEFAULT_OPSET, ONNXTarget
@@ -160,10 +160,10 @@ def test_models_hold_nothing_of_this_machine(cached: Any) -> None:
 
 
 def opened(folder: Path, **options: Any) -> tuple[ORTRuntime, Manifest]:
-    manifest = verify_artifact(folder)
-    runtime = ONNXTarget.open(folder, manifest, CPU, options)
+    with open_artifact(folder) as files:
+        runtime = ONNXTarget.open(files, CPU, options)
     assert isinstance(runtime, ORTRuntime)
-    return runtime, manifest
+    return runtime, files.manifest
 
 
 def test_outputs_live_where_torch_has_them(cached: Any) -> None:
@@ -214,19 +214,16 @@ def test_bad_options(cached: Any, options: dict[str, Any], word: str) -> None:
 
 
 def test_a_model_that_cannot_be_read(cached: Any, tmp_path: Path) -> None:
-    manifest = verify_artifact(cached[0])
-    for path in cached[0].iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "reuse.onnx").write_bytes(b"no model")
+    folder = Path(shutil.copytree(cached[0], tmp_path / "a"))
+    (folder / "reuse.onnx").write_bytes(b"no model")
     with pytest.raises(ArtifactError, match=r"reuse\.onnx"):
-        ONNXTarget.open(tmp_path, manifest, CPU, {})
+        opened(list_anew(folder))
 
 
 def elsewhere(folder: Path, out: Path, **changes: Any) -> Path:
     """A copy of an artifact whose manifest says other things."""
-    data = json.loads((shutil.copytree(folder, out) / "manifest.json").read_text())
-    (out / "manifest.json").write_text(json.dumps({**data, **changes}))
-    return out
+    shutil.copytree(folder, out)
+    return edit(out, lambda data: data.update(changes))
 
 
 def test_an_artifact_built_on_a_gpu_runs_on_a_cpu(cached: Any, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import toma_fx
+from tests.export.edited import list_anew
 from tests.export.tensorrt_stand_in import (
     ENGINES,
     TABLE,
@@ -34,8 +35,9 @@ from toma_fx.errors import (
     UnknownNameError,
 )
 from toma_fx.export import tensorrt, tensorrt_coverage
+from toma_fx.export.folder import OpenFolder
 from toma_fx.export.programs import Programs
-from toma_fx.export.reading import verify_artifact
+from toma_fx.export.reading import ArtifactFiles, verify_artifact
 from toma_fx.export.to_tensorrt import lower, runtime, target
 from toma_fx.export.to_tensorrt.target import TensorRTTarget
 
@@ -144,8 +146,9 @@ def test_other_engines_are_refused(
     made = tensorrt(optimized, inputs(), tmp_path / "a")
     cuda = torch.device("cuda")
 
-    def opened(changed: Any = made, device: torch.device = cuda) -> Any:
-        return TensorRTTarget.open(tmp_path / "a", changed, device, {})
+    def opened(changed: Any = made, device: torch.device = cuda, **options: Any) -> Any:
+        with OpenFolder(tmp_path / "a") as folder:
+            return TensorRTTarget.open(ArtifactFiles(folder, changed), device, options)
 
     opened()
     with pytest.raises(ArtifactError, match=r"versions\.tensorrt"):
@@ -155,15 +158,17 @@ def test_other_engines_are_refused(
     with pytest.raises(ArtifactError, match=r"device\.type"):
         opened(device=torch.device("cpu"))
     with pytest.raises(UnknownNameError, match="no options"):
-        TensorRTTarget.open(tmp_path / "a", made, cuda, {"threads": 2})
+        opened(threads=2)
     (spec,) = made.outputs
     with pytest.raises(ArtifactError, match="output0"):
         opened(replace(made, outputs=(replace(spec, dtype="float16"),)))
     with pytest.raises(ArtifactError, match="none called"):
         opened(replace(made, target=replace(made.target, options={"route": "onnx"})))
     (tmp_path / "a" / "reuse.engine").write_bytes(b"of another version")
-    with pytest.raises(ArtifactError, match="can't read it"):
+    with pytest.raises(ArtifactError, match="bytes"):
         opened()
+    with pytest.raises(ArtifactError, match="can't read it"):
+        opened(verify_artifact(list_anew(tmp_path / "a")))
 
 
 # -- without TensorRT -----------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from toma_fx.capture.parity import perturb, relative_difference, tolerance
 from toma_fx.errors import BuildError
 from toma_fx.export.building import OnStage, building, ignore, report_stage
 from toma_fx.export.destination import check_output
+from toma_fx.export.folder import OpenFolder
 from toma_fx.export.manifest import (
     VERSION,
     ArtifactInput,
@@ -31,6 +32,7 @@ from toma_fx.export.manifest import (
     raster_spec,
 )
 from toma_fx.export.programs import Programs, export_programs
+from toma_fx.export.reading import ArtifactFiles
 from toma_fx.export.registry import make_target
 from toma_fx.export.targets import Lowered, Runtime, Target
 from toma_fx.methods.cached_steps import LONGEST, Length
@@ -94,7 +96,9 @@ def export(
         lowered = target.lower(programs, work)
         manifest = manifest_of(programs, lowered, license)
         with report_stage("compare with the process", report):
-            runtime = target.open(work.folder, manifest, programs.device, {})
+            with OpenFolder(work.folder) as folder:
+                files = ArtifactFiles(folder, work.list_files(manifest))
+                runtime = target.open(files, programs.device, {})
             try:
                 figures = tuple(_compare(programs, manifest, runtime))
             except BuildError:
@@ -130,7 +134,7 @@ def manifest_of(programs: Programs, lowered: Lowered, license: str) -> Manifest:
         model=type(denoiser.denoiser).__name__,
         model_config=_jsonable(dict(getattr(denoiser, "config", {}))),
         dtype=TensorSpec.of("", next(denoiser.denoiser.parameters())).dtype,
-        license=license,
+        license=_jsonable(license),
         plan=_jsonable(programs.plan.to_json()),
         schedule=_schedule(programs, lowered.programs),
         parameters=denoiser.parameter_names,
@@ -255,8 +259,10 @@ def _structure(spec: Any) -> Structure:
 
 
 def _jsonable(value: Any) -> Any:
-    """A configuration as JSON values; values of other types become text."""
-    return json.loads(json.dumps(value, default=str))
+    """A configuration as JSON values; of others (NaN and infinity too) their text."""
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    # a terminal may hand over what no text holds
+    return json.loads(text.encode(errors="replace"), parse_constant=str)
 
 
 def source_digest(folder: Path = Path(__file__).parents[1]) -> str:

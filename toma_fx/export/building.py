@@ -111,12 +111,16 @@ class Build:
 
     def finish(self, manifest: Manifest) -> Manifest:
         """Write the manifest with the checksums of the files of all stages."""
-        specs = {file: spec for files in self._done.values() for file, spec in files.items()}
-        files = {f: FileSpec(**specs[f]) for f in sorted(specs) if (self.folder / f).is_file()}
-        manifest = replace(manifest, files=files)
+        manifest = self.list_files(manifest)
         with disk_errors(self.folder):
             write_manifest(self.folder, manifest)
         return manifest
+
+    def list_files(self, manifest: Manifest) -> Manifest:
+        """The manifest, with the checksums of the files of all stages."""
+        specs = {file: spec for files in self._done.values() for file, spec in files.items()}
+        files = {f: FileSpec(**specs[f]) for f in sorted(specs) if (self.folder / f).is_file()}
+        return replace(manifest, files=files)
 
     def start(self) -> None:
         """Create the folder, or continue in the one that an interrupted build of the same left."""

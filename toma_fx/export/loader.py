@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Mapping
 from functools import cache
@@ -16,7 +15,7 @@ from toma_fx.errors import ArtifactError
 from toma_fx.export.building import building
 from toma_fx.export.denoiser import ArtifactDenoiser
 from toma_fx.export.manifest import Manifest
-from toma_fx.export.reading import read_manifest, verify_artifact
+from toma_fx.export.reading import open_artifact, read_manifest
 from toma_fx.export.registry import TARGETS, target_class
 from toma_fx.export.targets import Runtime
 
@@ -41,20 +40,19 @@ def load(
         ConfigError: no such device.
         MissingPackageError: the target needs a package that is not installed.
     """
-    folder = Path(path)
-    manifest = verify_artifact(folder)
-    wanted = usable_device(manifest.device.type if device is None else device)
-    if manifest.target.name not in TARGETS:
-        raise ArtifactError(
-            "the artifact has an unknown target",
-            where="target.name",
-            expected=", ".join(TARGETS),
-            got=repr(manifest.target.name),
-            hint="read it with the toma_fx that made it",
-        )
-    target = target_class(manifest.target.name)
-    runtime = target.open(folder, manifest, wanted, options)
-    return LoadedDenoiser(folder.resolve(), manifest, runtime, wanted, options)
+    with open_artifact(path) as artifact:
+        manifest = artifact.manifest
+        wanted = usable_device(manifest.device.type if device is None else device)
+        if manifest.target.name not in TARGETS:
+            raise ArtifactError(
+                "the artifact has an unknown target",
+                where="target.name",
+                expected=", ".join(TARGETS),
+                got=repr(manifest.target.name),
+                hint="read it with the toma_fx that made it",
+            )
+        runtime = target_class(manifest.target.name).open(artifact, wanted, options)
+    return LoadedDenoiser(Path(path).resolve(), manifest, runtime, wanted, options)
 
 
 class LoadedDenoiser(ArtifactDenoiser):
@@ -100,16 +98,18 @@ class LoadedDenoiser(ArtifactDenoiser):
         out = Path(save_directory)
         if out.resolve() == self.folder:
             return
-        manifest = verify_artifact(self.folder)
+        with (
+            open_artifact(self.folder) as artifact,
+            building(out, self._digest, overwrite=True) as build,
+        ):
 
-        def copy(folder: Path) -> None:
-            for name in manifest.files:
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(self.folder / name, folder / name)
+            def copy(folder: Path) -> None:
+                for name in artifact.manifest.files:
+                    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                    artifact.copy(name, folder / name)
 
-        with building(out, self._digest, overwrite=True) as build:
-            build.stage("copy", copy, *manifest.files)
-            build.finish(manifest)
+            build.stage("copy", copy, *artifact.manifest.files)
+            build.finish(artifact.manifest)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **options: Any) -> ArtifactDenoiser:

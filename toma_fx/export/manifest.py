@@ -1,7 +1,7 @@
 """`manifest.json`: what an artifact holds, what it was made for, and what must be true of it.
 
-Plain data, checked when read: nothing else of an artifact is opened before its manifest has the
-right version and form and every file the right checksum. `manifest.schema.json` beside this file is
+Plain data, checked when read (`reading`, `checks`): nothing else of an artifact is opened before
+its manifest has the right version and form. `manifest.schema.json` beside this file is
 the published schema, which tools/write_schema.py writes from the classes here.
 """
 
@@ -14,8 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
-from toma_fx.errors import ArtifactError
-from toma_fx.export.decode import check_file_name, decode, malformed
 from toma_fx.methods.cached_steps import Length
 from toma_fx.run.schedule import Schedule, kinds_of
 
@@ -24,7 +22,7 @@ if TYPE_CHECKING:  # `toma-fx info` reads manifests without torch
 
     from toma_fx.capture.grids import Raster
 
-VERSION = 5
+VERSION = 6
 """Version of the form of the manifest; readers refuse others."""
 SCHEMA = f"urn:toma-fx:manifest:{VERSION}"
 """Identifier of the schema that `manifest.schema.json` beside this file holds."""
@@ -125,10 +123,16 @@ class Parity:
 
 @dataclass(frozen=True)
 class FileSpec:
-    """A file of the artifact: its size in bytes and SHA-256."""
+    """A file of the artifact.
+
+    Attributes:
+        size: in bytes. sha256: of its content.
+        entries: of a package (.pt2), which is a zip archive: sizes by name; none for other files.
+    """
 
     size: int
     sha256: str
+    entries: Mapping[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -220,41 +224,22 @@ class Manifest:
         """The kind that runs while something that `kind` takes is not kept."""
         return self.programs[kind].instead
 
+    def inputs_of(self, kind: str) -> list[TensorSpec]:
+        """What a kind of program takes: the model's inputs, then kept tensors."""
+        kept = {spec.name: spec for spec in self.kept}
+        return [*(spec.tensor for spec in self.inputs), *(kept[name] for name in self.takes(kind))]
+
+    def outputs_of(self, kind: str) -> list[TensorSpec]:
+        """What a kind of program gives: the model's outputs, then kept tensors."""
+        kept = {spec.name: spec for spec in self.kept}
+        return [*self.outputs, *(kept[name] for name in self.gives(kind))]
+
     @property
     def digest(self) -> str:
         """SHA-256 of all it says, and so of the files."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
-        """As JSON text."""
-        return json.dumps({"$schema": SCHEMA, **dataclasses.asdict(self)}, indent=2) + "\n"
-
-    @classmethod
-    def of(cls, text: str, where: str) -> Self:
-        """From JSON text.
-
-        Raises:
-            ArtifactError: not JSON, another version, or not of this form.
-        """
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise malformed(where, "JSON", str(error)) from error
-        if not isinstance(data, dict):
-            raise malformed(where, "a JSON object", type(data).__name__)
-        if data.get("version") != VERSION:
-            raise ArtifactError(
-                "the artifact has another version",
-                where=where,
-                expected=f"manifest version {VERSION}",
-                got=repr(data.get("version")),
-                hint="build it anew, or read it with the toma_fx that made it",
-            )
-        data.pop("$schema", None)
-        manifest: Self = decode(cls, data, where)
-        for name in manifest.files:
-            check_file_name(name, where)
-        for program in manifest.programs.values():
-            if program.file not in manifest.files:
-                raise malformed(where, "programs in files that are listed", program.file)
-        return manifest
+        """As JSON text: the only one that readers take."""
+        content = {"$schema": SCHEMA, **dataclasses.asdict(self)}
+        return json.dumps(content, indent=2, allow_nan=False) + "\n"

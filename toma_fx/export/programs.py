@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -14,19 +14,18 @@ from torch.export import ExportedProgram
 from toma_fx.capture.references import without_weak_references
 from toma_fx.compat.pytorch import tree_paths
 from toma_fx.errors import ModelTypeError
+from toma_fx.export.manifest import TensorSpec
 from toma_fx.export.selection import ExpandSelection
 from toma_fx.graph.passes import EraseInputs, run_passes
 from toma_fx.graph.rewriter import Rewriter, copy_graph
 from toma_fx.graph.specs import EXPORTABLE
 from toma_fx.graph.verify import output_values
-from toma_fx.methods.cached_steps import LONGEST, Length
-from toma_fx.methods.kinds import CACHED_PLAIN, PLAIN
 from toma_fx.plan.plan import MergePlan
 from toma_fx.run.calls import call_of
 from toma_fx.run.denoiser import OptimizedDenoiser, optimized_of
 from toma_fx.run.program_set import split_outputs
 from toma_fx.run.programs import Specialization, tracing
-from toma_fx.run.schedule import kinds_of
+from toma_fx.run.schedule import kinds_that_run
 
 
 @dataclass(frozen=True)
@@ -102,6 +101,15 @@ class Programs(Mapping[str, Exported]):
         pairs = zip(self.paths, self.leaves, strict=True)
         return {"_".join(path): leaf for path, leaf in pairs if isinstance(leaf, Tensor)}
 
+    def tensors_of(self, kind: str) -> tuple[list[TensorSpec], list[TensorSpec]]:
+        """What a program takes and gives, by its own graph."""
+        exported = self.by_kind[kind]
+        takes = dict(zip([*self.inputs, *exported.takes], exported.example, strict=True))
+        results = output_values(exported.program.graph)
+        gives = dict(zip([*self.outputs, *exported.gives], results, strict=True))
+        specs = [[TensorSpec.of(name, x) for name, x in each.items()] for each in (takes, gives)]
+        return specs[0], specs[1]
+
     @property
     def outputs(self) -> dict[str, Tensor]:
         """What the model returns, as fake tensors, by the names that artifacts give them."""
@@ -135,7 +143,8 @@ def export_programs(optimized: Any, example_inputs: Any) -> Programs:
     leaves = arguments.leaves
     by_kind: dict[str, Exported] = {}
     kept: dict[str, Tensor] = {}
-    for kind in kinds_that_run(specialization):
+    ran = kinds_that_run(specialization, specialization.schedule)
+    for kind in (kind for kind in specialization.uses if kind in ran):
         by_kind[kind] = _export(specialization, kind, leaves, kept)
     args, kwargs = arguments.call.args, dict(sorted(arguments.call.kwargs.items()))
     names = tuple(path[1:] for path, _ in tree_paths((args, kwargs)))
@@ -170,23 +179,6 @@ def _export(
             exported = torch.export.export(graph_module, example, strict=False)
             graphs.append(exported.graph)
     return Exported(exported, example, program.takes, program.gives, program.use.instead)
-
-
-def kinds_that_run(specialization: Specialization) -> list[str]:
-    """The kinds of programs that some step of a generation runs, in the order of `uses`.
-
-    Which steps compute may depend on the length of a generation, so that any kind may be due there.
-    """
-    schedule = specialization.schedule
-    begins = [p.begin for p in schedule.phases if isinstance(p.begin, int)]
-    steps = max(LONGEST, (schedule.last_step or 0) + 2, *(begin + LONGEST for begin in begins))
-    every = replace(schedule, caching=None)
-    ran = set(kinds_of(specialization, every, Length(steps), steps))
-    caching = schedule.caching
-    if caching is not None and not all(caching.flags(caching.horizon)):
-        ran |= {p.cached for p in schedule.phases if not ran.isdisjoint((*p.first, *p.cycle))}
-        ran |= {CACHED_PLAIN} if PLAIN in ran else set()
-    return [kind for kind in specialization.uses if kind in ran]
 
 
 def _is_tensor(leaf: Any) -> bool:

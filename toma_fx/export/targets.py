@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 from toma_fx.errors import UnknownNameError, nearest
 
 if TYPE_CHECKING:  # `toma-fx --help` reads the options of targets without torch
-    from pathlib import Path
-
     import torch
     from torch import Tensor
 
     from toma_fx.export.building import Build
-    from toma_fx.export.manifest import Device, Manifest, ProgramSpec, TargetSpec
+    from toma_fx.export.manifest import Device, ProgramSpec, TargetSpec
     from toma_fx.export.programs import Programs
+    from toma_fx.export.reading import ArtifactFiles
 
 
 @dataclass(frozen=True)
@@ -124,14 +123,13 @@ class Target(ABC):
 
     @staticmethod
     @abstractmethod
-    def open(
-        folder: Path, manifest: Manifest, device: torch.device, options: Mapping[str, Any]
-    ) -> Runtime:
+    def open(artifact: ArtifactFiles, device: torch.device, options: Mapping[str, Any]) -> Runtime:
         """Open a verified artifact.
 
         Args:
-            folder, manifest: of the artifact. device: to run on. options: of `toma_fx.load`, such
-                as ONNX Runtime's `providers`.
+            artifact: its files, open until this returns, and its manifest. Nothing else of its
+                folder may be looked at. device: to run on. options: of `toma_fx.load`, such as
+                ONNX Runtime's `providers`.
 
         Raises:
             MissingPackageError: a package is not installed. ArtifactError: not for this machine.

@@ -315,3 +315,23 @@ def kinds_of(kinds: Kinds, schedule: Schedule, length: Length, steps: int) -> li
         ran.append(runnable(due(schedule, step, length=length), kinds, kept))
         kept |= aging(kept, kinds.gives(ran[-1]), kinds.older).names
     return ran
+
+
+def kinds_that_run(kinds: Kinds, schedule: Schedule) -> set[str]:
+    """The kinds of programs that some step of a generation runs.
+
+    Which steps compute may depend on the length of a generation, so that any kind may be due there.
+
+    Raises:
+        KeyError: there is no kind of that name. ConfigError: a kind that can't run.
+        GenerationError: steps that contradict each other.
+    """
+    begins = [p.begin for p in schedule.phases if isinstance(p.begin, int)]
+    steps = max(LONGEST, (schedule.last_step or 0) + 2, *(begin + LONGEST for begin in begins))
+    every = replace(schedule, caching=None)
+    ran = set(kinds_of(kinds, every, Length(steps), steps))
+    caching = schedule.caching
+    if caching is not None and not all(caching.flags(caching.horizon)):
+        ran |= {p.cached for p in schedule.phases if not ran.isdisjoint((*p.first, *p.cycle))}
+        ran |= {CACHED_PLAIN} if PLAIN in ran else set()
+    return ran

@@ -15,8 +15,8 @@ from torch import Tensor
 from toma_fx.compat.compilers import package_programs
 from toma_fx.errors import BuildError
 from toma_fx.export.programs import Programs
+from toma_fx.export.to_aoti.package import IO, PACKAGE, SPECS, specs_text
 
-PACKAGE = "programs.pt2"
 WEIGHTS = "weights.safetensors"
 PARTS = "parts"
 """Folder of intermediate files, removed when the build ends."""
@@ -35,8 +35,13 @@ def save_part(path: Path, files: Sequence[str]) -> None:
             archive.write(file, Path(file).name)
 
 
-def join_parts(folder: Path, parts: Mapping[str, str]) -> None:
-    """Make the package of all programs; `parts` are the files that `save_part` wrote for each."""
+def join_parts(folder: Path, parts: Mapping[str, str], specs: Mapping[str, IO]) -> None:
+    """Make the package of all programs.
+
+    Args:
+        folder: of the artifact. parts: by program, the file that `save_part` wrote. specs: by
+            program, what it takes and gives.
+    """
     files: dict[str, list[str]] = {}
     for kind, part in parts.items():
         with ZipFile(folder / part) as archive:
@@ -44,6 +49,8 @@ def join_parts(folder: Path, parts: Mapping[str, str]) -> None:
             files[kind] = [str(folder / PARTS / kind / name) for name in archive.namelist()]
     package = BytesIO()  # torch's writer of files ends the process when the disk is full
     package_programs(package, files)
+    with ZipFile(package, "a") as archive:
+        archive.writestr(SPECS, specs_text(specs))
     (folder / PACKAGE).write_bytes(package.getbuffer())
 
 
@@ -158,7 +165,9 @@ def _tensor(file: Any, name: str, device: torch.device) -> Tensor:
     return x if f"host/{name}" in metadata else x.to(device)
 
 
-def load_weights(path: Path, device: torch.device) -> tuple[dict[str, Tensor], dict[str, str]]:
+def load_weights(
+    path: str | Path, device: torch.device
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Open a weights file: (tensors by name, names by "program/constant" where they differ)."""
     from safetensors import safe_open
 

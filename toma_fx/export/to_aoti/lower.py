@@ -19,7 +19,6 @@ from toma_fx.export.manifest import Device, ProgramSpec, TargetSpec
 from toma_fx.export.programs import Exported, Programs
 from toma_fx.export.targets import Lowered
 from toma_fx.export.to_aoti.files import (
-    PACKAGE,
     PARTS,
     WEIGHTS,
     join_parts,
@@ -30,6 +29,7 @@ from toma_fx.export.to_aoti.files import (
     save_weights,
     weights_of,
 )
+from toma_fx.export.to_aoti.package import PACKAGE
 
 
 def lower(options: Mapping[str, Any], programs: Programs, build: Build) -> Lowered:
@@ -55,7 +55,8 @@ def lower(options: Mapping[str, Any], programs: Programs, build: Build) -> Lower
             stage = f"compile {kind} ({i} of {len(programs)}) {machine}"
             build.stage(stage, compile_one, *parts[kind])
     compiled: dict[str, str] = {kind: names[0] for kind, names in parts.items()}
-    build.stage(package, lambda folder: join_parts(folder, compiled), PACKAGE)
+    tensors = {kind: programs.tensors_of(kind) for kind in programs}
+    build.stage(package, lambda folder: join_parts(folder, compiled, tensors), PACKAGE)
     build.stage(weights, lambda folder: save_weights(folder, programs), WEIGHTS)
     shutil.rmtree(build.folder / PARTS, ignore_errors=True)
     specs: dict[str, ProgramSpec] = {

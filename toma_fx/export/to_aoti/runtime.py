@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -12,27 +12,34 @@ from torch import Tensor
 
 from toma_fx.compat.compilers import load_programs
 from toma_fx.errors import ArtifactError
-from toma_fx.export.manifest import Manifest
+from toma_fx.export.reading import ArtifactFiles, reading
 from toma_fx.export.targets import Runtime, aligned
-from toma_fx.export.to_aoti.files import PACKAGE, WEIGHTS, load_weights
+from toma_fx.export.to_aoti.files import WEIGHTS, load_weights
+from toma_fx.export.to_aoti.package import PACKAGE, check_package, write_package
 from toma_fx.run.program_set import split_outputs
 
 
 class AOTIRuntime(Runtime):
     """Compiled programs with their weights."""
 
-    def __init__(self, folder: Path, manifest: Manifest, device: torch.device) -> None:
+    def __init__(self, artifact: ArtifactFiles, device: torch.device) -> None:
         """Map the weights, load the programs, and give each all its constants.
 
         Raises:
-            ArtifactError: a program or constant is missing, or can't be loaded.
+            ArtifactError: a program or constant is missing, or can't be loaded; or the programs
+                have other inputs and outputs than the manifest says.
         """
-        self._specs = manifest.programs
-        with _loading(folder / WEIGHTS):
-            self._weights, self._aliases = load_weights(folder / WEIGHTS, device)
+        self._specs = artifact.manifest.programs
+        weights, package = artifact.file(WEIGHTS), artifact.file(PACKAGE)
+        with reading(weights):
+            self._weights, self._aliases = load_weights(weights.path, device)
+        entries = artifact.read_package(PACKAGE)
+        check_package(entries, artifact.manifest)
         index = -1 if device.index is None else device.index
-        with _loading(folder / PACKAGE):
-            runners = load_programs(folder / PACKAGE, index)
+        with reading(package), TemporaryDirectory() as folder:
+            # of the entries that were checked: archives can be read in more than one way
+            write_package(Path(folder, PACKAGE), entries)
+            runners = load_programs(Path(folder, PACKAGE), index)
             self._runners = {
                 kind: self._complete(runners, spec.entry) for kind, spec in self._specs.items()
             }
@@ -59,24 +66,6 @@ class AOTIRuntime(Runtime):
         constants = {name: self._weights[stored] for name, stored in names.items()}
         runners[entry].load_constants(constants, check_full_update=True, user_managed=True)
         return runners[entry].loader
-
-
-@contextmanager
-def _loading(path: Path) -> Iterator[None]:
-    """What libraries raise for a file that they can't read, as one typed error."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
-        if isinstance(error, ArtifactError):
-            raise
-        raise ArtifactError(
-            "a file of the artifact can't be loaded",
-            where=str(path),
-            got=f"{type(error).__name__}: {str(error)[:500]}",
-            hint="build the artifact anew",
-        ) from error
 
 
 def _mismatched(file: str, expected: str, got: str) -> ArtifactError:

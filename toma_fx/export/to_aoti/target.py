@@ -26,13 +26,11 @@ from toma_fx.errors import BuildError, ConfigError, UnknownNameError, nearest
 from toma_fx.export.targets import Lowered, Runtime, Target, check_options
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
 
     from toma_fx.export.building import Build
-    from toma_fx.export.manifest import Manifest
     from toma_fx.export.programs import Programs
+    from toma_fx.export.reading import ArtifactFiles
 
 _OWN = ("aot_inductor.package", "aot_inductor.output_path", "freezing", "cpp_wrapper")
 """Beginnings of Inductor's options that the target sets, or that would put weights elsewhere."""
@@ -117,9 +115,7 @@ class AOTITarget(Target):
         return lower(options, programs, build)
 
     @staticmethod
-    def open(
-        folder: Path, manifest: Manifest, device: torch.device, options: Mapping[str, Any]
-    ) -> Runtime:
+    def open(artifact: ArtifactFiles, device: torch.device, options: Mapping[str, Any]) -> Runtime:
         """Open a verified artifact; weights are mapped, and copied only to a GPU.
 
         Raises:
@@ -132,5 +128,5 @@ class AOTITarget(Target):
         from toma_fx.export.to_aoti.runtime import AOTIRuntime
 
         check_options("load() of an aoti artifact", options)
-        check_machine(manifest, device, "torch", __version__)
-        return AOTIRuntime(folder, manifest, device)
+        check_machine(artifact.manifest, device, "torch", __version__)
+        return AOTIRuntime(artifact, device)

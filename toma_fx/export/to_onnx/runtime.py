@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -14,12 +15,14 @@ from torch import Tensor
 from toma_fx.errors import ArtifactError, UnknownNameError, nearest
 from toma_fx.export.manifest import Manifest, TensorSpec
 from toma_fx.export.packages import import_onnx, missing_onnx
+from toma_fx.export.reading import ArtifactFiles, reading
 from toma_fx.export.targets import Runtime, check_options, separate_inputs
 from toma_fx.export.to_onnx.weights import WEIGHTS
 from toma_fx.run.program_set import split_outputs
 
 LOAD_OPTIONS = ("providers", "threads", "prepack")
 Provider = str | tuple[str, Mapping[str, Any]]
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 class ORTRuntime(Runtime):
@@ -33,9 +36,10 @@ class ORTRuntime(Runtime):
     """
 
     def __init__(
-        self, folder: Path, manifest: Manifest, device: torch.device, options: Mapping[str, Any]
+        self, artifact: ArtifactFiles, device: torch.device, options: Mapping[str, Any]
     ) -> None:
         """See `ONNXTarget.open`."""
+        manifest = artifact.manifest
         ort = import_onnx("onnxruntime")
         check_options("load() of an onnx artifact", options, LOAD_OPTIONS)
         self._device = device
@@ -43,18 +47,25 @@ class ORTRuntime(Runtime):
         providers = default_providers(device) if chosen is None else list(chosen)
         self.providers = _known(ort, providers)
         _check_device(self.providers, device, manifest)
-        shared = _shared(folder / WEIGHTS, device, self.providers)
+        shared = _shared(artifact, device, self.providers)
         # ONNX Runtime keeps pointers to these
         self._weights = {name: _ort_value(ort, x) for name, x in shared.items()}
         self._kept = shared
         self.sessions: dict[str, Any] = {}
         self._programs: dict[str, _Bound] = {}
-        specs = {spec.name: spec for spec in (*manifest.outputs, *manifest.kept)}
-        for kind, program in manifest.programs.items():
-            session = self._session(ort, folder / program.file, options, providers)
-            self.sessions[kind] = session
-            outputs = [specs[x.name] for x in session.get_outputs()]
-            self._programs[kind] = _Bound(session, outputs, program.gives, device)
+        with TemporaryDirectory() as folder:
+            weights = Path(folder, WEIGHTS)
+            if shared:  # models name the file, which must be there, but nothing is read from it
+                weights.touch()
+            else:
+                artifact.copy(WEIGHTS, weights)
+            for kind, program in manifest.programs.items():
+                model = artifact.read(program.file)
+                session = self._session(ort, model, program.file, folder, options, providers)
+                _check_model(session, manifest, kind)
+                self.sessions[kind] = session
+                outputs = manifest.outputs_of(kind)
+                self._programs[kind] = _Bound(session, outputs, program.gives, device)
 
     def run(
         self, kind: str, inputs: Sequence[Tensor], kept: Mapping[str, Tensor]
@@ -65,9 +76,19 @@ class ORTRuntime(Runtime):
         return self._programs[kind].run(inputs, kept)
 
     def _session(
-        self, ort: Any, path: Path, options: Mapping[str, Any], providers: Sequence[Provider]
+        self,
+        ort: Any,
+        model: bytes,
+        name: str,
+        folder: str,
+        options: Mapping[str, Any],
+        providers: Sequence[Provider],
     ) -> Any:
         """One model, ready to run.
+
+        Args:
+            ort: ONNX Runtime. model: its bytes. name: of its file, for messages. folder: the only
+                one that it may read weights from. options, providers: of `toma_fx.load`.
 
         Raises:
             ArtifactError: ONNX Runtime can't read it, or not with the first provider.
@@ -80,14 +101,15 @@ class ORTRuntime(Runtime):
             settings.add_session_config_entry("session.disable_prepacking", "1")
             # the levels above arrange the weights of convolutions anew
             settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-        for name, value in self._weights.items():
-            settings.add_initializer(name, value)
+        settings.add_session_config_entry(_WEIGHTS_FOLDER, folder)
+        for weight, value in self._weights.items():
+            settings.add_initializer(weight, value)
         try:
-            session = ort.InferenceSession(str(path), settings, providers=list(providers))
+            session = ort.InferenceSession(model, settings, providers=list(providers))
         except Exception as error:  # ONNX Runtime's errors have no base of their own
             raise ArtifactError(
                 "ONNX Runtime can't open a model",
-                where=str(path),
+                where=name,
                 got=f"{type(error).__name__}: {str(error)[:500]}",
                 hint="install the version of ONNX Runtime that the manifest names, or a newer one",
             ) from error
@@ -100,6 +122,35 @@ class ORTRuntime(Runtime):
                 hint="install the libraries that it needs, or leave it out of providers",
             )
         return session
+
+
+def _check_model(session: Any, manifest: Manifest, kind: str) -> None:
+    """Compare the inputs and outputs of a model with the manifest.
+
+    Raises:
+        ArtifactError: names the first that differs.
+    """
+    pairs = (
+        (session.get_inputs(), manifest.inputs_of(kind)),
+        (session.get_outputs(), manifest.outputs_of(kind)),
+    )
+    for values, specs in pairs:
+        got = [(x.name, tuple(x.shape), x.type) for x in values]
+        want = [(spec.name, spec.shape, _type_name(spec.dtype)) for spec in specs]
+        if got != want:
+            first = next(((a, b) for a, b in zip(want, got, strict=False) if a != b), (want, got))
+            raise ArtifactError(
+                "a model has other tensors than the manifest says",
+                where=manifest.programs[kind].file,
+                expected=str(first[0])[:200],
+                got=str(first[1])[:200],
+                hint="build the artifact anew",
+            )
+
+
+def _type_name(dtype: str) -> str:
+    """ONNX Runtime's name of the type of tensors."""
+    return "tensor({})".format({"float32": "float", "float64": "double"}.get(dtype, dtype))
 
 
 class _Bound:
@@ -217,7 +268,9 @@ def _dtypes(manifest: Manifest) -> set[str]:
     return {manifest.dtype, *(spec.dtype for spec in specs)}
 
 
-def _shared(path: Path, device: torch.device, providers: Sequence[str]) -> dict[str, Tensor]:
+def _shared(
+    artifact: ArtifactFiles, device: torch.device, providers: Sequence[str]
+) -> dict[str, Tensor]:
     """The weights, once for all sessions: mapped on a CPU, on a GPU in its memory.
 
     TensorRT copies weights into its engines: nothing is gained by having them there too.
@@ -226,7 +279,8 @@ def _shared(path: Path, device: torch.device, providers: Sequence[str]) -> dict[
 
     if "TensorrtExecutionProvider" in providers:
         return {}
-    with safe_open(path, framework="pt", device=str(device)) as file:
+    weights = artifact.file(WEIGHTS)
+    with reading(weights), safe_open(weights.path, framework="pt", device=str(device)) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 

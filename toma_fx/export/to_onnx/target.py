@@ -26,13 +26,11 @@ from toma_fx.export.targets import Lowered, Runtime, Target
 from toma_fx.methods.checks import check_choice
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
 
     from toma_fx.export.building import Build
-    from toma_fx.export.manifest import Manifest
     from toma_fx.export.programs import Programs
+    from toma_fx.export.reading import ArtifactFiles
 
 Form = Literal["cached", "stateless"]
 OPSETS = range(18, 26)
@@ -125,13 +123,11 @@ class ONNXTarget(Target):
         return lower(self.form, self.opset, programs, build)
 
     @staticmethod
-    def open(
-        folder: Path, manifest: Manifest, device: torch.device, options: Mapping[str, Any]
-    ) -> Runtime:
+    def open(artifact: ArtifactFiles, device: torch.device, options: Mapping[str, Any]) -> Runtime:
         """Open a verified artifact in ONNX Runtime.
 
         Args:
-            folder, manifest: of the artifact. device: cpu or cuda.
+            artifact: its files. device: cpu or cuda.
             options: "providers": execution providers as ONNX Runtime takes them, first choice
                 first; by default TensorRT and CUDA where they are installed, on a CUDA device.
                 "threads": of one operator, on a CPU. "prepack": whether ONNX Runtime may rearrange
@@ -143,4 +139,4 @@ class ONNXTarget(Target):
         """
         from toma_fx.export.to_onnx.runtime import ORTRuntime
 
-        return ORTRuntime(folder, manifest, device, options)
+        return ORTRuntime(artifact, device, options)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from toma_fx.errors import ArtifactError
-from toma_fx.export.manifest import Manifest, TensorSpec
+from toma_fx.export.manifest import TensorSpec
+from toma_fx.export.reading import ArtifactFiles
 from toma_fx.export.targets import Runtime, separate_inputs
 from toma_fx.run.program_set import split_outputs
 
@@ -30,26 +30,26 @@ _DTYPES = {
 class TensorRTRuntime(Runtime):
     """The engines of an artifact, on a stream of their own."""
 
-    def __init__(self, trt: Any, folder: Path, manifest: Manifest, device: torch.device) -> None:
+    def __init__(self, trt: Any, artifact: ArtifactFiles, device: torch.device) -> None:
         """Deserialize every engine.
 
         Raises:
             ArtifactError: TensorRT can't, or an engine has other tensors than the manifest says.
         """
+        manifest = artifact.manifest
         self._programs = manifest.programs
         self._logger = trt.Logger(trt.Logger.WARNING)  # the runtime keeps no reference
         self._runtime = trt.Runtime(self._logger)
         self._stream = torch.cuda.Stream(device)
-        kept = {spec.name: spec for spec in manifest.kept}
-        own = [spec.tensor for spec in manifest.inputs]
         numbered = manifest.target.options.get("route") == "torch"
         self._engines = {
             kind: _Engine(
                 trt,
                 self._runtime,
-                folder / program.file,
-                [*own, *(kept[name] for name in program.takes)],
-                [*manifest.outputs, *(kept[name] for name in program.gives)],
+                program.file,
+                artifact.read(program.file),
+                manifest.inputs_of(kind),
+                manifest.outputs_of(kind),
                 numbered,
                 device,
             )
@@ -76,14 +76,15 @@ class _Engine:
         self,
         trt: Any,
         runtime: Any,
-        path: Path,
+        name: str,
+        content: bytes,
         inputs: Sequence[TensorSpec],
         outputs: Sequence[TensorSpec],
         numbered: bool,
         device: torch.device,
     ) -> None:
-        self._path, self._inputs = path, [spec.name for spec in inputs]
-        self._engine = runtime.deserialize_cuda_engine(path.read_bytes())
+        self._name, self._inputs = name, [spec.name for spec in inputs]
+        self._engine = runtime.deserialize_cuda_engine(content)
         if self._engine is None:
             raise self._unfit("an engine of this version of TensorRT", "TensorRT can't read it")
         names = {f"output{i}" if numbered else s.name: s for i, s in enumerate(outputs)}
@@ -138,7 +139,7 @@ class _Engine:
     def _unfit(self, expected: str, got: str) -> ArtifactError:
         return ArtifactError(
             "an engine can't be used",
-            where=str(self._path),
+            where=self._name,
             expected=expected,
             got=got,
             hint="build the artifact anew on this machine",

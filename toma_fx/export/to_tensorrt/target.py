@@ -24,13 +24,11 @@ from toma_fx.export.to_onnx.target import ONNXTarget
 from toma_fx.methods.checks import check_choice
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
 
     from toma_fx.export.building import Build
-    from toma_fx.export.manifest import Manifest
     from toma_fx.export.programs import Programs
+    from toma_fx.export.reading import ArtifactFiles
 
 Route = Literal["torch", "onnx"]
 LEVELS = range(6)
@@ -115,9 +113,7 @@ class TensorRTTarget(Target):
         return lower(programs, build, **asdict(self))
 
     @staticmethod
-    def open(
-        folder: Path, manifest: Manifest, device: torch.device, options: Mapping[str, Any]
-    ) -> Runtime:
+    def open(artifact: ArtifactFiles, device: torch.device, options: Mapping[str, Any]) -> Runtime:
         """Open a verified artifact.
 
         Raises:
@@ -130,5 +126,5 @@ class TensorRTTarget(Target):
         check_options("load() of a tensorrt artifact", options)
         trt = import_tensorrt("tensorrt")
         version = str(trt.__version__)
-        check_machine(manifest, device, "tensorrt", version, compute_capability)
-        return TensorRTRuntime(trt, folder, manifest, device)
+        check_machine(artifact.manifest, device, "tensorrt", version, compute_capability)
+        return TensorRTRuntime(trt, artifact, device)
