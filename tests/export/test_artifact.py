@@ -14,7 +14,7 @@ from tests.denoisers import relative
 from tests.export.edited import edit
 from tests.export.in_process import InProcess, opened
 from tests.methods.test_methods import inputs, model
-from toma_fx.errors import ArtifactError, SignatureError
+from toma_fx.errors import ArtifactError, ConfigError, SignatureError
 from toma_fx.export.builder import export
 from toma_fx.export.loader import load
 from toma_fx.export.reading import verify_artifact
@@ -236,5 +236,5 @@ def test_another_device(tmp_path: Path, optimized: Any, target: InProcess, name:
         pytest.importorskip("onnxruntime")
     export(optimized, inputs(), tmp_path / "a", target)
     edited(tmp_path / "a", {"target": {**TARGET, "name": name}})
-    with pytest.raises(ArtifactError, match="device"):
+    with pytest.raises(ConfigError, match="device"):
         load(tmp_path / "a", device="meta")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from toma_fx.devices import usable_device
-from toma_fx.errors import ArtifactError
+from toma_fx.errors import ArtifactError, ConfigError
 from toma_fx.export.building import building
 from toma_fx.export.denoiser import ArtifactDenoiser
 from toma_fx.export.manifest import Manifest
@@ -42,7 +42,7 @@ def load(
     """
     with open_artifact(path) as artifact:
         manifest = artifact.manifest
-        wanted = usable_device(manifest.device.type if device is None else device)
+        wanted = _own_device(manifest) if device is None else usable_device(device)
         if manifest.target.name not in TARGETS:
             raise ArtifactError(
                 "the artifact has an unknown target",
@@ -53,6 +53,19 @@ def load(
             )
         runtime = target_class(manifest.target.name).open(artifact, wanted, options)
     return LoadedDenoiser(Path(path).resolve(), manifest, runtime, wanted, options)
+
+
+def _own_device(manifest: Manifest) -> torch.device:
+    try:
+        return usable_device(manifest.device.type)
+    except ConfigError as error:
+        raise ArtifactError(
+            "the device that the artifact was built on is not here",
+            where="device.type",
+            expected=error.expected,
+            got=error.got,
+            hint='ONNX models run on others: load(..., device="cpu")',
+        ) from error
 
 
 class LoadedDenoiser(ArtifactDenoiser):
