@@ -149,8 +149,8 @@ _timm(
     num_heads=(2, 2), depths=(1, 1),
 )  # fmt: skip
 _timm(
-    "pit", "pit.PoolingVisionTransformer", img_size=32, patch_size=4, stride=2, base_dims=(8, 8),
-    depth=(1, 1), heads=(2, 4),
+    "pit", "pit.PoolingVisionTransformer", 34, img_size=34, patch_size=4, stride=2,
+    base_dims=(8, 8), depth=(1, 1), heads=(2, 4),
 )  # fmt: skip
 _timm(
     "tnt", "tnt.TNT", img_size=32, patch_size=8, embed_dim=32, inner_dim=8, depth=1,

@@ -26,6 +26,7 @@ from toma_fx.capture.canonical import (
 )
 from toma_fx.capture.model import capture
 from toma_fx.capture.pieces import FoldSlices, JoinPieces
+from toma_fx.capture.reshapes import SplitReshapes
 from toma_fx.errors import VerifyError
 from toma_fx.graph.passes import EraseDead, Pass
 from toma_fx.graph.rewriter import Rewriter
@@ -185,6 +186,18 @@ return (type_as)""",
         """\
 to_dtype: float64[2, 6] = aten.to.dtype(x_0, torch.float64)
 return (to_dtype)""",
+    ),
+    "heads joined as a picture": Rewrite(
+        (SplitReshapes(), EraseDead()),
+        lambda x: x.reshape(2, 2, 2, 6),
+        (X.view(2, 1, 6).expand(2, 4, 6).unflatten(2, (2, 3)),),
+        """\
+reshape: float32[2, 2, 2, 6] = aten.reshape(x_0, [2, 2, 2, 6])
+return (reshape)""",
+        """\
+reshape_default: float32[2, 4, 6] = aten.reshape(x_0, [2, 4, 6])
+view_default: float32[2, 2, 2, 6] = aten.view(reshape_default, [2, 2, 2, 6])
+return (view_default)""",
     ),
     "padding": Rewrite(
         (EraseAssertions(), JoinPadding()),
@@ -501,6 +514,12 @@ TWINS: dict[str, tuple[str, Pass, Callable[..., Any], tuple[Tensor, ...]]] = {
     ),
     "a piece that is used": (
         "aten.cat", JoinPieces(), used_piece, (PIECES,)
+    ),
+    "a reshape that splits alone": (
+        "aten.view", SplitReshapes(), lambda x: x.view(2, 2, 3), (X,)
+    ),
+    "a reshape that cuts across": (
+        "aten.view", SplitReshapes(), lambda x: x.view(3, 2, 2), (X,)
     ),
     "pieces of two types": (
         "aten.cat",

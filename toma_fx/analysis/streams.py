@@ -122,7 +122,10 @@ def _is_added_on_grid(name: str, segment: Segment, flow: Flow) -> bool:
                 return True
             grid = names_axis(flow.layout(user), HEIGHT) and not flow.carries(user, segment.name)
             pictures[user] = picture or grid
-        front = [u for u in front if flow.ops[u] in PROLOGUE | UNFOLD or u in flow.pointwise]
+        linear = {u for u in front if u in flow.linears and not flow.segments(u)}
+        front = [
+            u for u in front if flow.ops[u] in PROLOGUE | UNFOLD or u in flow.pointwise | linear
+        ]
     return False
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from toma_fx.capture.pieces import FoldSlices, JoinPieces
+from toma_fx.capture.reshapes import SplitReshapes
 from toma_fx.compat.pytorch import make_graph_module, writes_in_place
 from toma_fx.graph.nodes import DROPOUTS, RESHAPES, argument, is_inactive_dropout, op_name
 from toma_fx.graph.passes import EraseDead, Pass, run_passes
@@ -288,6 +289,7 @@ PASSES: tuple[Pass, ...] = (
     JoinWrites(),
     DropUnusedAddend(),
     EraseDead(),
+    SplitReshapes(),
     ShareShapeOps(),
     JoinPieces(),
     FoldSlices(),

@@ -22,9 +22,9 @@ from toma_fx.analysis.labels import (
     tokens_of,
     use_up,
 )
-from toma_fx.analysis.regroup import regroup
 from toma_fx.analysis.rules.base import Call, carries_positions, rule
 from toma_fx.graph.nodes import RESHAPES, UNKNOWN, shape_of
+from toma_fx.graph.regroup import regroup
 
 ROWS_SEPARATED = "rows of the batch are taken apart"
 
