@@ -55,6 +55,8 @@ SLOW = (
     Slow("measure/test_subjects.py::test_compiled_subjects_draw_the_same", INDUCTOR),
     Slow("methods/test_recipe.py::test_a_model_takes_its_recipe", INDUCTOR),
     # export: ends builds at each of their calls
+    Slow("export/test_fuzz.py::test_damaged_manifests[20000]", "reads 20,000 manifests"),
+    Slow("export/test_fuzz.py::test_damaged_folders[2000]", "loads 2,000 folders"),
     Slow("export/test_reading.py::test_flipped_bits_are_noticed[1]", "some 70,000 flips"),
     Slow("export/test_crashes.py::test_at_every_call", "some 230 builds"),
     Slow("export/test_crashes.py::test_two_builds_at_once", "some 600 builds"),

@@ -18,7 +18,8 @@ from rich.table import Table
 
 from toma_fx.cli.text import bytes_text, print_json
 from toma_fx.export.manifest import Manifest, TensorSpec
-from toma_fx.export.reading import read_manifest, verify_artifact
+from toma_fx.export.reading import open_artifact, read_manifest
+from toma_fx.export.signatures import check_signature, sign
 from toma_fx.methods.kinds import merges
 from toma_fx.run.schedule import Schedule
 
@@ -114,10 +115,21 @@ def _bytes(spec: TensorSpec) -> int:
 
 def verify_files(args: argparse.Namespace, options: dict[str, Any], console: Console) -> None:
     """Check the files of an artifact against its manifest."""
-    manifest = verify_artifact(args.path)
+    with open_artifact(args.path) as files:
+        manifest = files.manifest
+        if args.trust is not None:
+            check_signature(files, args.trust)
     size = sum(f.size for f in manifest.files.values())
     if args.json:
         print_json({"path": str(args.path), "files": [*manifest.files], "bytes": size})
         return
     text = f"{args.path}: {len(manifest.files)} files, {bytes_text(size)}, unchanged"
+    if args.trust is not None:
+        text += f", signed by {args.trust}"
     console.print(text, highlight=False, soft_wrap=True)
+
+
+def sign_files(args: argparse.Namespace, options: dict[str, Any], console: Console) -> None:
+    """Sign an artifact."""
+    sign(args.path, args.key)
+    console.print(f"{args.path}: signed by {args.key}", highlight=False, soft_wrap=True)

@@ -28,6 +28,7 @@ COMMANDS = {
     "build": "toma_fx.cli.build:build_artifact",
     "info": "toma_fx.cli.info:show_manifest",
     "verify": "toma_fx.cli.info:verify_files",
+    "sign": "toma_fx.cli.info:sign_files",
     "run": "toma_fx.cli.run:run_artifact",
     "quality": "toma_fx.cli.measure:measure_quality",
     "bench": "toma_fx.cli.measure:measure_speed",
@@ -124,6 +125,8 @@ def make_parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="what an artifact says of itself")
     info.add_argument("--json", action="store_true", help="print the manifest")
     verify = commands.add_parser("verify", help="check that the files of an artifact are unchanged")
+    sign = commands.add_parser("sign", help="sign an artifact, so that others know who made it")
+    sign.add_argument("--key", type=Path, required=True, help="PEM file of a private key")
     run = commands.add_parser("run", help="time the steps of an artifact")
     _add_run_options(run)
     quality = commands.add_parser(
@@ -143,7 +146,9 @@ def make_parser() -> argparse.ArgumentParser:
         _add_subject_options(command)
     for command in (quality, tune):
         _add_prompt_options(command)
-    for command in (info, verify, run):
+    for command in (verify, run):
+        command.add_argument("--trust", type=Path, help="PEM file of the key that must have signed")
+    for command in (info, verify, sign, run):
         command.add_argument("path", type=Path, help="folder of the artifact")
     for command in (verify, run):
         command.add_argument("--json", action="store_true", help="print JSON instead of text")

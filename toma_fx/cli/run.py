@@ -35,7 +35,7 @@ def run_artifact(args: argparse.Namespace, options: dict[str, Any], console: Con
     if args.threads is not None:
         settings["threads"] = args.threads
     start = time.perf_counter()
-    denoiser = load(args.path, device=args.device, **settings)
+    denoiser = load(args.path, device=args.device, trust=args.trust, **settings)
     loaded = time.perf_counter() - start
     call = arguments_for(denoiser.manifest, tensors)
     timestep = call.get("timestep") if not args.inputs else None

@@ -90,7 +90,7 @@ class OpenFolder:
     """A folder that is open, and the files opened in it; a context that closes them.
 
     Attributes:
-        path: by which it was opened; for messages.
+        path: by which it was opened; for messages. names: of what is in it.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -100,6 +100,7 @@ class OpenFolder:
             ArtifactError: no folder, one that can't be read, or with links, pipes or devices in it.
         """
         self.path = Path(path)
+        self.names: frozenset[str] = frozenset()
         self._files: dict[str, OpenFile] = {}
         if os.open not in os.supports_dir_fd:
             raise refused(path, "a system that opens files by folder: Linux, macOS", sys.platform)
@@ -107,6 +108,7 @@ class OpenFolder:
             self._handle = os.open(path, _FOLDER & ~os.O_NOFOLLOW)
             stack.callback(os.close, self._handle)
             self._look_through()
+            self.names = frozenset(os.listdir(self._handle))
             self._stack = stack.pop_all()
 
     def __enter__(self) -> Self:

@@ -17,11 +17,16 @@ from toma_fx.export.denoiser import ArtifactDenoiser
 from toma_fx.export.manifest import Manifest
 from toma_fx.export.reading import open_artifact, read_manifest
 from toma_fx.export.registry import TARGETS, target_class
+from toma_fx.export.signatures import check_signature
 from toma_fx.export.targets import Runtime
 
 
 def load(
-    path: str | Path, *, device: str | torch.device | None = None, **options: Any
+    path: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    trust: str | Path | None = None,
+    **options: Any,
 ) -> ArtifactDenoiser:
     """Load an artifact.
 
@@ -29,6 +34,7 @@ def load(
         path: the folder that a build made.
         device: to run on; what the artifact was built on if not given. Compiled artifacts are for
             devices of that kind alone, ONNX models for the CPU and for CUDA.
+        trust: PEM file of a public key: nothing is run unless its owner signed the artifact.
         options: of the target: `providers=` for ONNX Runtime.
 
     Returns:
@@ -37,10 +43,13 @@ def load(
     Raises:
         ArtifactError: a file is missing or has changed, another version of the manifest or of what
             the target needs, another device or architecture. Nothing of the artifact was run then.
-        ConfigError: no such device.
-        MissingPackageError: the target needs a package that is not installed.
+            Not signed, or not by the owner of the key.
+        ConfigError: no such device, or key.
+        MissingPackageError: the target, or a signature, needs a package that is not installed.
     """
     with open_artifact(path) as artifact:
+        if trust is not None:
+            check_signature(artifact, trust)
         manifest = artifact.manifest
         wanted = _own_device(manifest) if device is None else usable_device(device)
         if manifest.target.name not in TARGETS:
@@ -52,7 +61,7 @@ def load(
                 hint="read it with the toma_fx that made it",
             )
         runtime = target_class(manifest.target.name).open(artifact, wanted, options)
-    return LoadedDenoiser(Path(path).resolve(), manifest, runtime, wanted, options)
+    return LoadedDenoiser(Path(path).resolve(), manifest, runtime, wanted, trust, options)
 
 
 def _own_device(manifest: Manifest) -> torch.device:
@@ -75,7 +84,8 @@ class LoadedDenoiser(ArtifactDenoiser):
     saved with a pipeline of diffusers, as a copy of the folder, and loaded with it.
 
     Attributes:
-        folder: of the artifact. options: of the target.
+        folder: of the artifact. trust: path of the key that it must be signed by, if any.
+        options: of the target.
     """
 
     def __init__(
@@ -84,10 +94,12 @@ class LoadedDenoiser(ArtifactDenoiser):
         manifest: Manifest,
         runtime: Runtime,
         device: torch.device,
+        trust: str | Path | None,
         options: Mapping[str, Any],
     ) -> None:
         ArtifactDenoiser.__init__(self, manifest, runtime, device)
         self.folder, self.options = folder, dict(options)
+        self.trust = None if trust is None else str(Path(trust).resolve())
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -95,7 +107,8 @@ class LoadedDenoiser(ArtifactDenoiser):
         return _model_class() if "diffusers.models.modeling_utils" in sys.modules else type(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _reopen, (str(self.folder), str(self.device), self.options, self._digest)
+        options = {**self.options, "trust": self.trust}
+        return _reopen, (str(self.folder), str(self.device), options, self._digest)
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """Copy the artifact; called by `save_pretrained` of pipelines.
@@ -123,6 +136,7 @@ class LoadedDenoiser(ArtifactDenoiser):
 
             build.stage("copy", copy, *artifact.manifest.files)
             build.finish(artifact.manifest)
+            artifact.copy_signature(build.folder)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **options: Any) -> ArtifactDenoiser:

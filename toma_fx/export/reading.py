@@ -28,7 +28,7 @@ MANIFEST, DIGEST, SIGNATURE = "manifest.json", "manifest.sha256", "model.sig"
 MANIFEST_FILES = frozenset({MANIFEST, DIGEST, SIGNATURE})
 """Files of an artifact that its manifest does not list."""
 LARGEST = 16 << 20
-"""Bytes that a manifest may have."""
+"""Bytes that a manifest, or a signature, may have."""
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -112,6 +112,21 @@ class ArtifactFiles:
                 digest.update(chunk)
                 copy.write(chunk)
         _check_digest(file, self.manifest.files[name], digest.hexdigest())
+
+    def copy_signature(self, folder: Path) -> None:
+        """Write a copy of the signature, if there is one, into a folder.
+
+        Raises:
+            ArtifactError: it can't be read. OSError: the disk is full or can't be written.
+        """
+        if self.signed:
+            content = b"".join(self.folder.open(SIGNATURE, LARGEST).chunks())
+            write_file(folder / SIGNATURE, content)
+
+    @property
+    def signed(self) -> bool:
+        """Whether there is a signature, whosever it is."""
+        return SIGNATURE in self.folder.names
 
 
 @contextmanager
