@@ -57,7 +57,7 @@ SLOW = (
     # export: ends builds at each of their calls
     Slow("export/test_fuzz.py::test_damaged_manifests[20000]", "reads 20,000 manifests"),
     Slow("export/test_fuzz.py::test_damaged_folders[2000]", "loads 2,000 folders"),
-    Slow("export/test_reading.py::test_flipped_bits_are_noticed[1]", "some 70,000 flips"),
+    Slow("export/test_manifests.py::test_flipped_bits_are_noticed[1]", "some 70,000 flips"),
     Slow("export/test_crashes.py::test_at_every_call", "some 230 builds"),
     Slow("export/test_crashes.py::test_two_builds_at_once", "some 600 builds"),
     Slow("export/test_crashes.py::test_real_builds*", "some 80 builds"),

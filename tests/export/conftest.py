@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import toma_fx
 from tests.export.in_process import InProcess
-from tests.methods.test_methods import model
+from tests.methods.test_methods import inputs, model
 from toma_fx.export import builder
 from toma_fx.export.programs import Programs, export_programs
 
@@ -36,3 +38,18 @@ def optimized() -> Any:
 @pytest.fixture
 def target() -> InProcess:
     return InProcess()
+
+
+@pytest.fixture(scope="module")
+def small_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact of the smallest model, of the in-process target."""
+    folder = tmp_path_factory.mktemp("small") / "a"
+    optimized = toma_fx.optimize(model(), method="toma", min_tokens=1, weights_every=2)
+    builder.export(optimized, inputs(), folder, InProcess())
+    return folder
+
+
+@pytest.fixture
+def copy(small_artifact: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be damaged."""
+    return Path(shutil.copytree(small_artifact, tmp_path / "a"))

@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -98,14 +99,14 @@ def edited_data(text: str, chance: random.Random) -> bytes:
         elif kind == 2:
             container[key] = chance.choice(TEXTS)
         elif kind == 3:
-            container[key] = chance.choice(OTHERS)
+            container[key] = deepcopy(chance.choice(OTHERS))
         elif kind == 4:
             other, name = chance.choice(places(data))
-            container[key] = json.loads(json.dumps(other[name]))
+            container[key] = deepcopy(other[name])
         elif isinstance(container, list):
-            container.insert(key, json.loads(json.dumps(container[key])))
+            container.insert(key, deepcopy(container[key]))
         else:
-            container[chance.choice(TEXTS)] = container[key]
+            container[chance.choice(TEXTS)] = deepcopy(container[key])
     return (json.dumps(data, indent=2) + "\n").encode()
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,35 +14,18 @@ from typing import Any
 import pytest
 
 import toma_fx
-from tests.export.edited import edit, put
-from tests.export.in_process import InProcess
-from tests.methods.test_methods import inputs, model
+from tests.export.edited import edit, list_anew
 from toma_fx.errors import ArtifactError
 from toma_fx.export import folder as folders
-from toma_fx.export.builder import export
 from toma_fx.export.reading import (
     DIGEST,
     LARGEST,
     MANIFEST,
     open_artifact,
-    parse_manifest,
     read_manifest,
     verify_artifact,
 )
-
-
-@pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small one, of the in-process target."""
-    folder = tmp_path_factory.mktemp("reading") / "a"
-    optimized = toma_fx.optimize(model(), method="toma", min_tokens=1, weights_every=2)
-    export(optimized, inputs(), folder, InProcess())
-    return folder
-
-
-@pytest.fixture
-def copy(artifact: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(artifact, tmp_path / "a"))
+from toma_fx.files import exchange
 
 
 def descriptors() -> int:
@@ -169,6 +152,26 @@ def test_an_artifact_that_is_replaced_is_read_to_its_end(copy: Path) -> None:
         assert Path(files.file("reuse.txt").path).read_bytes() == b"reuse.txt"
 
 
+def test_artifacts_that_are_exchanged_all_the_time(copy: Path) -> None:
+    """What is read is one of them, never of both."""
+    other = Path(shutil.copytree(copy, copy.parent / "b"))
+    (other / "reuse.txt").write_text("REUSE.txt")
+    edit(list_anew(other), lambda data: data.update(license="b"))
+    child = os.fork()
+    if not child:
+        while True:
+            exchange(copy, other)
+    seen = set()
+    try:
+        for _ in range(300):
+            with open_artifact(copy) as files:
+                seen.add((files.manifest.license, files.read("reuse.txt")))
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert seen == {("", b"reuse.txt"), ("b", b"REUSE.txt")}
+
+
 def test_a_file_that_is_written_to_is_noticed(copy: Path) -> None:
     def overwrite(text: str) -> None:
         os.utime(copy / "reuse.txt", ns=(0, 0))
@@ -187,209 +190,3 @@ def test_a_file_that_is_written_to_is_noticed(copy: Path) -> None:
             files.read("reuse.txt")
         (copy / "reuse.txt").write_text("reuse.txt")
         os.utime(copy / "reuse.txt", ns=(files.file("reuse.txt")._opened.st_mtime_ns,) * 2)
-
-
-# -- the manifest ---------------------------------------------------------------------------------
-
-
-def flipped(folder: Path, name: str, every: int) -> int:
-    """Flip each bit of a file in turn, or one in so many; returns how many."""
-    good = (folder / name).read_bytes()
-    with (folder / name).open("r+b", buffering=0) as file:
-        flips = range(0, 8 * len(good), every)
-        for flip in flips:
-            at, bit = divmod(flip, 8)
-            os.pwrite(file.fileno(), bytes([good[at] ^ 1 << bit]), at)
-            with pytest.raises(ArtifactError):
-                read_manifest(folder)
-            os.pwrite(file.fileno(), good[at : at + 1], at)
-    return len(flips)
-
-
-@pytest.mark.parametrize("every", [101, 1])
-def test_flipped_bits_are_noticed(copy: Path, every: int) -> None:
-    """Of the manifest and of the digest beside it, in steps of so many bits."""
-    flips = flipped(copy, MANIFEST, every) + flipped(copy, DIGEST, max(1, every // 20))
-    read_manifest(copy)
-    print(flips, "flips of a bit: all refused")
-
-
-def text_of(artifact: Path) -> str:
-    return (artifact / MANIFEST).read_text()
-
-
-def replacing(old: str, new: str) -> Callable[[str], str]:
-    return lambda text: text.replace(old, new)
-
-
-CONFIG, LICENSE = '"model_config": {', '"license": ""'
-NOT_CANONICAL: dict[str, Callable[[str], str]] = {
-    "brackets": lambda text: "[" * 10**5,
-    "brackets inside": replacing(CONFIG, CONFIG + '"a": ' + "[" * 10**5),
-    "a number of 5,000 digits": replacing('"size": ', '"size": ' + "1" * 5000),
-    "NaN": replacing('"relative": ', '"relative": NaN, "x": '),
-    "infinity": replacing(CONFIG, CONFIG + '"a": 1e999, '),
-    "a field twice": replacing(LICENSE, '"license": "a", "license": ""'),
-    "a key twice": replacing(CONFIG, CONFIG + '"a": 5, "a": 5'),
-    "another order": lambda text: json.dumps(dict(reversed(json.loads(text).items())), indent=2),
-    "other spaces": lambda text: text + " ",
-    "an unknown field": replacing(LICENSE, '"license": "", "x": 1'),
-    "an unknown schema": replacing("urn:toma-fx", "urn:toma"),
-    "a lone surrogate": replacing(LICENSE, '"license": "\\ud800"'),
-    "a number for a name": replacing(LICENSE, '"license": 5'),
-    "a fraction for a size": replacing('"size": ', '"size": 0.5, "x": '),
-    "nothing": lambda text: "",
-}
-
-
-@pytest.mark.parametrize("change", NOT_CANONICAL.values(), ids=NOT_CANONICAL)
-def test_text_that_toma_fx_does_not_write(copy: Path, change: Callable[[str], str]) -> None:
-    """Although the digest is that of the text."""
-    text = text_of(copy)
-    assert change(text) != text
-    put(copy, change(text).encode())
-    with pytest.raises(ArtifactError):
-        verify_artifact(copy)
-
-
-def at(data: Any, *path: str | int) -> Any:
-    for key in path:
-        data = data[key]
-    return data
-
-
-def setting(*path: Any) -> Callable[[dict[str, Any]], None]:
-    """A change of the field at a path (all but the last) to the last."""
-
-    def change(data: dict[str, Any]) -> None:
-        at(data, *path[:-2])[path[-2]] = path[-1]
-
-    return change
-
-
-def removing(*path: str | int) -> Callable[[dict[str, Any]], None]:
-    def change(data: dict[str, Any]) -> None:
-        del at(data, *path[:-1])[path[-1]]
-
-    return change
-
-
-def renaming(name: str) -> Callable[[dict[str, Any]], None]:
-    """List a file by another name, too."""
-
-    def change(data: dict[str, Any]) -> None:
-        data["files"][name] = data["files"]["reuse.txt"]
-
-    return change
-
-
-def twice(data: dict[str, Any]) -> None:
-    data["programs"]["reuse"]["takes"].append(data["kept"][0]["name"])
-
-
-def late(data: dict[str, Any]) -> None:
-    first = data["schedule"]["phases"][0]
-    data["schedule"]["phases"].append({**first, "begin": 10**12})
-
-
-def circle(data: dict[str, Any]) -> None:
-    data["programs"]["reuse"]["instead"] = "reweigh"
-    data["programs"]["reweigh"]["instead"] = "reuse"
-
-
-CONTRADICTIONS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "file name of 300 characters": (renaming("a" * 300), "files"),
-    "path of 6,000 characters": (renaming("/".join(["a"] * 3000)), "files"),
-    "hidden file": (renaming(".a"), "files"),
-    "size": (setting("files", "reuse.txt", "size", -1), "files"),
-    "digest": (setting("files", "reuse.txt", "sha256", "A" * 64), "files"),
-    "entries": (setting("files", "reuse.txt", "entries", {}), "entries"),
-    "device": (setting("device", "type", "foo:3"), "device.type"),
-    "dtype": (setting("dtype", "nn"), "dtype"),
-    "output dtype": (setting("outputs", 0, "dtype", "load"), "tensor output_0"),
-    "negative shape": (setting("outputs", 0, "shape", [-1]), "tensor output_0"),
-    "large shape": (setting("outputs", 0, "shape", [10**13]), "tensor output_0"),
-    "larger shape": (setting("outputs", 0, "shape", [2**70]), "tensor output_0"),
-    "output name": (setting("outputs", 0, "name", "zzz"), "outputs"),
-    "no outputs": (setting("outputs", []), "outputs"),
-    "empty path": (setting("inputs", 0, "path", []), "inputs"),
-    "input name": (setting("inputs", 0, "tensor", "name", "x"), "inputs"),
-    "an input twice": (lambda d: d["inputs"].insert(0, d["inputs"][0]), "each once"),
-    "raster": (setting("inputs", 0, "raster", [[10**6], 10**6, 0, 0]), "raster"),
-    "raster of nothing": (setting("inputs", 0, "raster", [[], 1, 0, 0]), "raster"),
-    "timestep": (setting("timestep", ["x"]), "timestep"),
-    "parameters": (setting("parameters", ["a", "a"]), "parameters"),
-    "structure kind": (setting("structure", "kind", ""), "structure"),
-    "structure fields": (setting("structure", "fields", []), "structure"),
-    "structure numbers": (setting("structure", {"kind": "tuple", "fields": ["1"]}), "structure"),
-    "kept name": (setting("kept", 0, "name", "zzz"), "takes|gives"),
-    "kept by nobody": (lambda d: d["kept"].append({**d["kept"][0], "name": "z"}), "kept"),
-    "takes unknown": (setting("programs", "reuse", "takes", ["zzz"]), "takes"),
-    "takes twice": (twice, "takes"),
-    "instead": (setting("programs", "reuse", "instead", "reuse"), "instead"),
-    "a circle": (circle, "instead"),
-    "program file": (setting("programs", "reuse", "file", "x"), "files that are listed"),
-    "one program for two": (setting("programs", "reuse", "file", "refresh.txt"), None),
-    "a program missing": (removing("programs", "reweigh"), "programs|schedule|parity"),
-    "no programs": (setting("programs", {}), "kept|programs"),
-    "older": (lambda d: d["older"].update({d["kept"][0]["name"]: "z"}), "older"),
-    "cycle": (setting("schedule", "phases", 0, "cycle", []), "phases"),
-    "unknown kind": (setting("schedule", "phases", 0, "cycle", ["x"]), "programs"),
-    "no phases": (setting("schedule", "phases", []), "schedule"),
-    "begin": (setting("schedule", "phases", 0, "begin", 1), "schedule"),
-    "late begin": (late, "schedule"),
-    "first step": (setting("schedule", "first_step", -1), "schedule"),
-    "last step": (setting("schedule", "last_step", 10**12), "schedule"),
-    "parity": (setting("parity", 0, "relative", 0.5), "parity"),
-    "huge parity": (setting("parity", 0, "tolerance", 10**400), "JSON"),
-    "version": (setting("version", 5), "another version"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("change", "field"), CONTRADICTIONS.values(), ids=CONTRADICTIONS)
-def test_contradictions(copy: Path, change: Any, field: str | None) -> None:
-    """Fields that contradict each other, in a manifest whose digest is right."""
-    edit(copy, change)
-    if field is None:  # two names of one thing: harmless
-        verify_artifact(copy)
-        return
-    with pytest.raises(ArtifactError, match=field):
-        verify_artifact(copy)
-
-
-CACHING = {
-    "every": 2, "mask": None, "policy": None, "share": None, "warmup_steps": 1, "last_steps": 0,
-    "warmup_interval": 1, "most": None, "steps": None, "threshold": None,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"every": 0}, {"mask": []}, {"mask": [0, 1]}, {"mask": [1, 2]}, {"policy": "x"},
-        {"share": 2.0}, {"share": 0.5, "mask": [1]}, {"warmup_steps": -1}, {"last_steps": 1.5},
-        {"warmup_interval": 0}, {"most": 0}, {"steps": 10**9}, {"threshold": 0.1},
-        {"steps": 2, "warmup_steps": 5},
-    ],
-)  # fmt: skip
-def test_contradictions_of_cached_steps(copy: Path, change: dict[str, Any]) -> None:
-    edit(copy, lambda data: data["schedule"].update(caching={**CACHING, **change}))
-    with pytest.raises(ArtifactError, match="schedule"):
-        verify_artifact(copy)
-
-
-def test_what_is_written_is_read(artifact: Path) -> None:
-    """Configurations with values that JSON has not, and licenses that a terminal broke."""
-    content = (artifact / MANIFEST).read_bytes()
-    assert parse_manifest(content, "").to_json().encode() == content
-
-
-def test_configurations_without_a_form_in_json(tmp_path: Path) -> None:
-    network = model()
-    config = {"limit": float("inf"), "none": float("nan"), "text": "\ud800", "big": 10**30}
-    network.__class__ = type("Configured", (type(network),), {"config": config})
-    optimized = toma_fx.optimize(network, method="toma", min_tokens=1)
-    made = export(optimized, inputs(), tmp_path / "a", InProcess(), license="\udcff")
-    assert made.model_config == {"limit": "Infinity", "none": "NaN", "text": "?", "big": 10**30}
-    assert verify_artifact(tmp_path / "a") == made
-    assert made.license == "?"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,25 +15,11 @@ import pytest
 import toma_fx
 from tests.export.edited import edit, list_anew
 from tests.export.in_process import InProcess
-from tests.methods.test_methods import inputs, model
 from toma_fx.cli.main import main
 from toma_fx.errors import ArtifactError, ConfigError, MissingPackageError
 from toma_fx.export import loader
-from toma_fx.export.builder import export
 from toma_fx.export.reading import SIGNATURE, open_artifact, verify_artifact
 from toma_fx.export.signatures import check_signature, sign
-
-
-@pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("signatures") / "a"
-    export(toma_fx.optimize(model(), method="toma", min_tokens=1), inputs(), folder, InProcess())
-    return folder
-
-
-@pytest.fixture
-def copy(artifact: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(artifact, tmp_path / "a"))
 
 
 @pytest.fixture

@@ -35,9 +35,11 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest of an artifact whose other files are there, and its digest.
 
     Raises:
-        OSError: the disk is full or can't be written.
+        ArtifactError: no reader would take it. OSError: the disk is full or can't be written.
     """
-    write_file(folder / MANIFEST, manifest.to_json())
+    content = manifest.to_json().encode()
+    parse_manifest(content, str(folder / MANIFEST))
+    write_file(folder / MANIFEST, content)
     write_file(folder / DIGEST, digest_line(manifest.digest))
 
 
