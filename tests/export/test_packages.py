@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import random
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 import toma_fx
+from tests.export.fuzz import damaged_bytes
 from tests.export.in_process import InProcess
 from tests.methods.test_methods import inputs, model
 from toma_fx.errors import ArtifactError
@@ -71,6 +73,19 @@ def test_archives_are_refused(content: bytes) -> None:
     }  # fmt: skip
     with pytest.raises(ArtifactError):
         dict(read_entries(io.BytesIO(content), listed, ""))
+
+
+def test_damaged_archives_raise_nothing_else() -> None:
+    chance, listed, same = random.Random(0), {"archive/a": 1, "archive/.data/b": 2}, 0
+    for _ in range(1000):
+        damaged = damaged_bytes(GOOD, chance)
+        try:
+            entries = dict(read_entries(io.BytesIO(damaged), listed, ""))
+        except ArtifactError:
+            continue
+        same += 1
+        assert {name: len(content) for name, content in entries.items()} == listed
+    assert same < 500
 
 
 @pytest.mark.parametrize("listed", [{}, {"archive/a": 1}, {"archive/a": 2, "archive/.data/b": 2}])

@@ -12,6 +12,7 @@ from toma_fx.export.lazy import lazy_names
 if TYPE_CHECKING:
     from toma_fx.export.builder import aoti, export, onnx, tensorrt
     from toma_fx.export.programs import Exported, Programs, export_programs
+    from toma_fx.export.signatures import sign
     from toma_fx.export.to_tensorrt.dry_run import tensorrt_coverage
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "export",
     "export_programs",
     "onnx",
+    "sign",
     "tensorrt",
     "tensorrt_coverage",
 ]
@@ -29,6 +31,7 @@ __getattr__ = lazy_names(
     {
         **dict.fromkeys(("aoti", "export", "onnx", "tensorrt"), "builder"),
         **dict.fromkeys(("Exported", "Programs", "export_programs"), "programs"),
+        "sign": "signatures",
         "tensorrt_coverage": "to_tensorrt.dry_run",
     },
 )

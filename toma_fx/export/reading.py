@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from toma_fx.errors import ArtifactError
+from toma_fx.errors import ArtifactError, TomaError
 from toma_fx.export.archive import entry_sizes, read_entries
 from toma_fx.export.checks import PACKAGE_SUFFIX, check_manifest, malformed
 from toma_fx.export.folder import MISSING, OpenFile, OpenFolder, refused
@@ -139,7 +139,7 @@ def reading(file: OpenFile) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, TypeError, KeyError, OSError, SafetensorError) as error:
-        if isinstance(error, ArtifactError):
+        if isinstance(error, TomaError):
             raise
         raise ArtifactError(
             "a file of the artifact can't be loaded",

@@ -53,7 +53,7 @@ class ORTRuntime(Runtime):
         self._kept = shared
         self.sessions: dict[str, Any] = {}
         self._programs: dict[str, _Bound] = {}
-        with TemporaryDirectory() as folder:
+        with reading(artifact.file(WEIGHTS)), TemporaryDirectory() as folder:
             weights = Path(folder, WEIGHTS)
             if shared:  # models name the file, which must be there, but nothing is read from it
                 weights.touch()
