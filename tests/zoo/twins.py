@@ -84,12 +84,16 @@ def one_of_two(plan: MergePlan) -> Iterator[Tensor]:
     for group in plan.groups:
         setting, pairs = group.setting, torch.stack(twins_of(group.image))
         windows, size = pairs.shape[1], group.image.length // pairs.shape[1]
-        assert (setting.windows, setting.keep) == (windows, pairs.shape[2])
+        assert (setting.windows, setting.keep) == (windows, pairs.shape[2] + size % 2)
         shape = (group.batch, *pairs.shape[1:])
         order = torch.rand(shape, generator=generator).argsort(-1)
         own = pairs[:, None].expand(2, *shape).gather(-1, order.expand(2, *shape))
         own = own - torch.arange(0, group.image.length, size)[:, None]
         swap = torch.rand(shape, generator=generator) < 0.5
-        kept, gone = torch.where(swap, own.flip(0), own)
+        own = torch.where(swap, own.flip(0), own)
+        if size % 2:  # the one without a twin stays
+            alone = size * (size - 1) // 2 - own.sum((0, -1), keepdim=True)
+            own = torch.cat([own, alone.expand(2, -1, -1, -1)], -1)
+        kept, gone = own
         both = sum(torch.nn.functional.one_hot(x, size).float() for x in (kept, gone))
-        yield from (kept, both / 2, both.mT.contiguous())
+        yield from (kept, both / 2, both.mT.clamp(max=1).contiguous())
