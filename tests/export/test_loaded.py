@@ -114,5 +114,8 @@ def test_a_copy_of_what_is_gone_or_another_says_so(
         COPIES[how](artifact)
     shutil.copytree(folder.parent / "moved", folder)
     edit(folder, lambda data: data.update(license="other"))
-    with pytest.raises(ArtifactError, match="can't be opened"):
+    with pytest.raises(ArtifactError, match="be opened again"):
         COPIES[how](artifact)
+    with pytest.raises(ArtifactError, match="be opened again"):
+        artifact.save_pretrained(folder.parent / "saved")
+    assert not (folder.parent / "saved").exists()

@@ -163,7 +163,7 @@ def test_artifacts_that_are_exchanged_all_the_time(copy: Path) -> None:
             exchange(copy, other)
     seen = set()
     try:
-        for _ in range(300):
+        for _ in range(100):
             with open_artifact(copy) as files:
                 seen.add((files.manifest.license, files.read("reuse.txt")))
     finally:

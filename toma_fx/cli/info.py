@@ -121,7 +121,9 @@ def verify_files(args: argparse.Namespace, options: dict[str, Any], console: Con
             check_signature(files, args.trust)
     size = sum(f.size for f in manifest.files.values())
     if args.json:
-        print_json({"path": str(args.path), "files": [*manifest.files], "bytes": size})
+        signer = None if args.trust is None else str(args.trust)
+        found = {"path": str(args.path), "files": [*manifest.files], "bytes": size}
+        print_json({**found, "signed_by": signer})
         return
     text = f"{args.path}: {len(manifest.files)} files, {bytes_text(size)}, unchanged"
     if args.trust is not None:

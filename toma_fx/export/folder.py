@@ -17,6 +17,7 @@ import stat
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from io import BytesIO
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Self
@@ -68,6 +69,13 @@ class OpenFile:
             at += len(chunk)
             yield chunk
 
+    def read(self) -> bytes:
+        """The content, in memory; see `chunks`."""
+        content = BytesIO()  # hands its memory over without a copy
+        for chunk in self.chunks():
+            content.write(chunk)
+        return content.getvalue()
+
     def digest(self) -> str:
         """SHA-256 of the content."""
         digest = hashlib.sha256()
@@ -99,12 +107,12 @@ class OpenFolder:
         Raises:
             ArtifactError: no folder, one that can't be read, or with links, pipes or devices in it.
         """
-        self.path = Path(path)
         self.names: frozenset[str] = frozenset()
         self._files: dict[str, OpenFile] = {}
         if os.open not in os.supports_dir_fd:
             raise refused(path, "a system that opens files by folder: Linux, macOS", sys.platform)
         with ExitStack() as stack, _refusing(path, MISSING):
+            self.path = Path(path)
             self._handle = os.open(path, _FOLDER & ~os.O_NOFOLLOW)
             stack.callback(os.close, self._handle)
             self._look_through()
@@ -200,7 +208,7 @@ def _refusing(where: str | Path, what: str) -> Iterator[None]:
     """What the system says of a name, as a typed error."""
     try:
         yield
-    except (OSError, ValueError) as error:  # ValueError: a name with NUL
+    except (OSError, ValueError, TypeError) as error:  # ValueError: a name with NUL
         code = getattr(error, "errno", None)
         got = {errno.ENOENT: "nothing", errno.ELOOP: "a link"}.get(code or 0)
         got = got or str(getattr(error, "strerror", None) or error)

@@ -15,7 +15,7 @@ from toma_fx.errors import ArtifactError, ConfigError
 from toma_fx.export.building import building
 from toma_fx.export.denoiser import ArtifactDenoiser
 from toma_fx.export.manifest import Manifest
-from toma_fx.export.reading import open_artifact, read_manifest
+from toma_fx.export.reading import ArtifactFiles, open_artifact
 from toma_fx.export.registry import TARGETS, target_class
 from toma_fx.export.signatures import check_signature
 from toma_fx.export.targets import Runtime
@@ -47,7 +47,20 @@ def load(
         ConfigError: no such device, or key.
         MissingPackageError: the target, or a signature, needs a package that is not installed.
     """
+    return _load(path, device, trust, options)
+
+
+def _load(
+    path: str | Path,
+    device: str | torch.device | None,
+    trust: str | Path | None,
+    options: Mapping[str, Any],
+    digest: str | None = None,
+) -> LoadedDenoiser:
+    """See `load`; only the artifact of this manifest, if one is named."""
     with open_artifact(path) as artifact:
+        if digest is not None:
+            _check_same(artifact, digest)
         if trust is not None:
             check_signature(artifact, trust)
         manifest = artifact.manifest
@@ -107,8 +120,8 @@ class LoadedDenoiser(ArtifactDenoiser):
         return _model_class() if "diffusers.models.modeling_utils" in sys.modules else type(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        options = {**self.options, "trust": self.trust}
-        return _reopen, (str(self.folder), str(self.device), options, self._digest)
+        device = str(self.device)
+        return _reopen, (str(self.folder), device, self.trust, self.options, self._digest)
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """Copy the artifact; called by `save_pretrained` of pipelines.
@@ -124,19 +137,18 @@ class LoadedDenoiser(ArtifactDenoiser):
         out = Path(save_directory)
         if out.resolve() == self.folder:
             return
-        with (
-            open_artifact(self.folder) as artifact,
-            building(out, self._digest, overwrite=True) as build,
-        ):
+        with open_artifact(self.folder) as artifact:
+            _check_same(artifact, self._digest)
 
             def copy(folder: Path) -> None:
                 for name in artifact.manifest.files:
                     (folder / name).parent.mkdir(parents=True, exist_ok=True)
                     artifact.copy(name, folder / name)
 
-            build.stage("copy", copy, *artifact.manifest.files)
-            build.finish(artifact.manifest)
-            artifact.copy_signature(build.folder)
+            with building(out, self._digest, overwrite=True) as build:
+                build.stage("copy", copy, *artifact.manifest.files)
+                build.finish(artifact.manifest)
+                artifact.copy_signature(build.folder)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **options: Any) -> ArtifactDenoiser:
@@ -156,19 +168,24 @@ def _model_class() -> type:
     return type(LoadedDenoiser.__name__, (LoadedDenoiser, ModelMixin), {"__module__": __name__})
 
 
-def _reopen(folder: str, device: str, options: Mapping[str, Any], digest: str) -> ArtifactDenoiser:
+def _reopen(
+    folder: str, device: str, trust: str | None, options: Mapping[str, Any], digest: str
+) -> ArtifactDenoiser:
     """A copy of a loaded artifact.
 
     Raises:
         ArtifactError: as of `load`, or another artifact is in the folder now.
     """
-    found = read_manifest(Path(folder)).digest
+    return _load(folder, device, trust, options, digest)
+
+
+def _check_same(artifact: ArtifactFiles, digest: str) -> None:
+    found = artifact.manifest.digest
     if found != digest:
         raise ArtifactError(
-            "a copy of a loaded artifact can't be opened",
-            where=folder,
+            "a loaded artifact can't be opened again",
+            where=str(artifact.folder.path),
             expected=f"the artifact that was loaded (manifest {digest[:12]})",
             got=f"another one (manifest {found[:12]})",
             hint="toma_fx.load() opens the one that is there now",
         )
-    return load(folder, device=device, **options)

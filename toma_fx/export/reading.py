@@ -89,7 +89,7 @@ class ArtifactFiles:
             ArtifactError: the manifest lists no such file, or one of other content.
         """
         file = self.file(name)
-        content = b"".join(file.chunks())
+        content = file.read()
         _check_digest(file, self.manifest.files[name], hashlib.sha256(content).hexdigest())
         return content
 
@@ -122,8 +122,7 @@ class ArtifactFiles:
             ArtifactError: it can't be read. OSError: the disk is full or can't be written.
         """
         if self.signed:
-            content = b"".join(self.folder.open(SIGNATURE, LARGEST).chunks())
-            write_file(folder / SIGNATURE, content)
+            write_file(folder / SIGNATURE, self.folder.open(SIGNATURE, LARGEST).read())
 
     @property
     def signed(self) -> bool:
@@ -192,10 +191,10 @@ def verify_artifact(folder: str | Path) -> Manifest:
 
 def _manifest_in(folder: OpenFolder) -> Manifest:
     file = folder.open(MANIFEST, LARGEST, MISSING)
-    content = b"".join(file.chunks())
+    content = file.read()
     _check_version(content, file.where)  # an older one has no digest
     line = folder.open(DIGEST, 1024)
-    want, got = digest_line(hashlib.sha256(content).hexdigest()).encode(), b"".join(line.chunks())
+    want, got = digest_line(hashlib.sha256(content).hexdigest()).encode(), line.read()
     if got != want:
         raise refused(line.where, repr(want.decode()), repr(got)[:120])
     return parse_manifest(content, file.where)
