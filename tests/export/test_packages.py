@@ -9,13 +9,14 @@ import random
 import warnings
 import zipfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import toma_fx
+from tests.export.edited import edit
 from tests.export.fuzz import damaged_bytes
 from tests.export.in_process import InProcess
 from tests.methods.test_methods import inputs, model
@@ -24,7 +25,7 @@ from toma_fx.export.archive import entry_sizes, read_entries
 from toma_fx.export.builder import export
 from toma_fx.export.manifest import Manifest
 from toma_fx.export.programs import export_programs
-from toma_fx.export.reading import file_spec
+from toma_fx.export.reading import file_spec, open_artifact, verify_artifact
 from toma_fx.export.to_aoti.package import PACKAGE, SPECS, check_package, specs_text, write_package
 
 
@@ -73,6 +74,17 @@ def test_archives_are_refused(content: bytes) -> None:
     }  # fmt: skip
     with pytest.raises(ArtifactError):
         dict(read_entries(io.BytesIO(content), listed, ""))
+
+
+def test_packages_are_checked_with_the_other_files(copy: Path) -> None:
+    """Whether or not anything is loaded, and although every checksum fits."""
+    (copy / "a.pt2").write_bytes(GOOD)
+    edit(copy, lambda data: data["files"].update({"a.pt2": asdict(file_spec(copy / "a.pt2"))}))
+    with open_artifact(copy) as files:
+        assert files.read_package("a.pt2") == {"archive/a": b"x", "archive/.data/b": b"yy"}
+    edit(copy, lambda data: data["files"]["a.pt2"].update(entries={"archive/a": 1}))
+    with pytest.raises(ArtifactError, match="the manifest lists"):
+        verify_artifact(copy)
 
 
 def test_damaged_archives_raise_nothing_else() -> None:

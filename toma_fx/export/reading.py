@@ -165,6 +165,8 @@ def open_artifact(path: str | Path) -> Iterator[ArtifactFiles]:
                 raise refused(file.where, f"{specs[name].size} bytes", f"{file.size} bytes")
         for name, file in opened.items():
             _check_digest(file, specs[name], file.digest())
+            if specs[name].entries is not None:
+                files.read_package(name)
         yield files
         folder.check_unchanged()
 
