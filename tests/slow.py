@@ -64,11 +64,14 @@ SLOW = (
     Slow("export/test_leaks.py::*", "loads 200 times and computes 10,000 steps"),
     Slow("export/test_onnx.py::test_onnx_runtime_reports_nothing_home", SUBPROCESS),
     Slow("graph/test_repeats.py::test_inductor_compiles_a_block_once", INDUCTOR),
-    Slow("graph/test_repeats.py::test_programs[*]", WHOLE, quick=("flux-stack", "sdxl-sublayer")),
+    Slow("graph/test_repeats.py::test_programs[*]", WHOLE, quick=("flux-stack",)),
     # the quick run has to end in six minutes
     Slow("analysis/test_variants.py::test_sizes_alternate_in_one_module", WHOLE),
     Slow("analysis/test_variants.py::test_a_declared_custom_op_merges[unet-True]", MORE),
     Slow("analysis/test_variants.py::test_odd_shapes_of_a_unet[1-14-18]", MORE),
+    Slow("analysis/test_variants.py::test_changed_model[unet, float32 attention]", MORE),
+    Slow("analysis/test_variants.py::test_odd_shapes[2-grid1-5]", MORE),
+    Slow("run/test_backend.py::test_modes_are_inductor_patches[reduce-overhead]", INDUCTOR),
     Slow("run/test_backend.py::test_include_and_exclude_name_module_paths", INDUCTOR),
     # run
     Slow(
@@ -203,7 +206,7 @@ SLOW = (
     Slow(
         "methods/test_methods.py::test_compiled_without_recompilation[*]",
         MORE,
-        quick=("toma", "tomesd", "retom", "todo", "salient"),
+        quick=("toma", "tomesd", "salient"),
     ),
     Slow("methods/test_methods.py::test_example_of_an_own_method_runs", SUBPROCESS),
     Slow("methods/test_methods.py::test_whole_models_through_inductor[*]", INDUCTOR),
