@@ -72,6 +72,11 @@ SLOW = (
     Slow("analysis/test_variants.py::test_changed_model[unet, float32 attention]", MORE),
     Slow("analysis/test_variants.py::test_odd_shapes[2-grid1-5]", MORE),
     Slow("run/test_backend.py::test_modes_are_inductor_patches[reduce-overhead]", INDUCTOR),
+    Slow("cli/test_artifacts.py::test_an_interrupted_build_goes_on", ONNX),
+    Slow("capture/test_references.py::test_weights_of_another_form_are_captured_anew", MORE),
+    Slow("capture/test_references.py::test_model_offload_with_quantized_weights[after]", MORE),
+    Slow("run/test_backend.py::test_paths_start_at_the_model_however_it_is_called", INDUCTOR),
+    Slow("run/test_backend.py::test_a_later_shape_without_sites_raises_the_error_itself", INDUCTOR),
     Slow("run/test_backend.py::test_include_and_exclude_name_module_paths", INDUCTOR),
     # run
     Slow(
@@ -368,7 +373,7 @@ SLOW = (
         "zoo/test_zoo.py::test_denoiser[*]",
         WHOLE,
         quick=(  # mechanisms of their own, of models that are quick to trace
-            "ddpm", "sana", "sd35_medium", "aura_flow", "hunyuan_video_15",
+            "ddpm", "sana", "aura_flow", "hunyuan_video_15",
         ),
     ),
     # measure
