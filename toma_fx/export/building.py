@@ -63,7 +63,7 @@ def ignore(stage: Stage) -> None:
 
 @contextmanager
 def report_stage(name: str, report: OnStage) -> Iterator[None]:
-    """OnStage a stage without files: its beginning, and its end if it comes to one."""
+    """Report a stage without files: its beginning, and its end if it comes to one."""
     report(Stage(name, "begun"))
     start = time.perf_counter()
     yield
