@@ -15,6 +15,7 @@ import torch
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 
 import toma_fx
+from toma_fx.files import write_file
 
 CLASSES = {"sdxl": UNet2DConditionModel, "flux": FluxTransformer2DModel}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -90,9 +91,7 @@ def save(results: dict[str, Any], path: Path | None) -> None:
     """Write results to a file, if there is one, all or nothing."""
     if path is None:
         return
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(results, indent=2) + "\n")
-    os.replace(part, path)
+    write_file(path, json.dumps(results, indent=2) + "\n")
 
 
 def publish(results: dict[str, Any], path: Path | None) -> None:

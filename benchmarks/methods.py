@@ -29,7 +29,6 @@ import argparse
 import datetime
 import json
 import math
-import os
 import random
 import re
 import statistics
@@ -48,6 +47,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import toma_fx
+from toma_fx.files import write_file
 from toma_fx.measure.scores import ssim
 from toma_fx.methods.base import BRANCHES, MethodConfig
 from toma_fx.methods.config import make_config
@@ -452,9 +452,7 @@ def save(results: dict[str, Any], path: Path) -> None:
     """Write results, all or nothing; lists of numbers take one line."""
     text = json.dumps(rounded(results), indent=1)
     text = re.sub(r"\[[\s\d.,eE+-]+\]", lambda m: re.sub(r"\s+", " ", m[0]), text)
-    part = path.with_suffix(".part")
-    part.write_text(text + "\n")
-    os.replace(part, path)
+    write_file(path, text + "\n")
 
 
 def rounded(value: Any) -> Any:

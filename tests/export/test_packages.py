@@ -49,7 +49,7 @@ BOMB = zipfile.ZIP_DEFLATED
 WRONG_ARCHIVES: dict[str, bytes] = {
     "above": archive(("../a", b"")),
     "above inside": archive(("archive/../../a", b"")),
-    "absolute": archive(("/tmp/a", b"")),
+    "absolute": archive(("/a", b"")),
     "backslash": archive(("..\\a", b"")),
     "drive": archive(("C:a", b"")),
     "twice": archive(("a", b"1"), ("a", b"2")),

@@ -134,10 +134,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_quality_options(quality)
     bench = commands.add_parser("bench", help="speed of a model: eager, compiled, accelerated")
-    bench.add_argument("--prompt", help="what is drawn (default: a caption, or a class)")
-    bench.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    bench.add_argument("--rounds", type=natural, default=7, help="that count, in turn (default 7)")
-    bench.add_argument("--json", type=Path, help="file for the figures; - for the output")
+    _add_bench_options(bench)
     tune = commands.add_parser("tune", help="find a recipe for a speed or a quality")
     _add_tune_options(tune)
     for command in (quality, bench):
@@ -196,6 +193,13 @@ def _add_run_options(run: argparse.ArgumentParser) -> None:
     run.add_argument("--device", help="default: what it was built for")
     run.add_argument("--providers", help="of ONNX Runtime, separated by commas")
     run.add_argument("--threads", type=count, help="of ONNX Runtime, on a CPU")
+
+
+def _add_bench_options(bench: argparse.ArgumentParser) -> None:
+    bench.add_argument("--prompt", help="what is drawn (default: a caption, or a class)")
+    bench.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    bench.add_argument("--rounds", type=natural, default=7, help="that count, in turn (default 7)")
+    bench.add_argument("--json", type=Path, help="file for the figures; - for the output")
 
 
 def _add_subject_options(command: argparse.ArgumentParser) -> None:

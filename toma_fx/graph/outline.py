@@ -26,10 +26,10 @@ def outline(graph_module: fx.GraphModule) -> fx.GraphModule:
     It computes the same, and shares every parameter. Only compilers gain by it: exporters of AOT
     packages (torch 2.13: no `invoke_subgraph` in C++) and of ONNX take the flat graph.
     """
-    if not find_repeats(graph_module.graph):
-        return graph_module
     outlined = copy_graph(graph_module)
     repeats = find_repeats(outlined.graph)
+    if not repeats:
+        return graph_module
     for i, repeat in enumerate(repeats):
         _outline(outlined, f"repeated_{i}", repeat)
     outlined.graph.lint()
