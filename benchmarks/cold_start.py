@@ -28,7 +28,6 @@ from typing import Any
 import torch
 from common import CLASSES, CONFIGS, command_line, device_name, save, versions
 
-import toma_fx
 from toma_fx.models.named import example_inputs
 
 WAYS = ("compile", "repeated", "flat", "outlined")
@@ -70,8 +69,8 @@ def point(name: str, depth: float, way: str) -> dict[str, Any]:
             model.compile_repeated_blocks(dynamic=False)
             model(**inputs)
         else:
-            model = toma_fx.optimize(model, scope="stack", min_tokens=16)
-            model.compile(outline=way == "outlined")
+            options = {"scope": "stack", "min_tokens": 16, "outline": way == "outlined"}
+            model = torch.compile(model, backend="toma_fx", options=options, dynamic=False)
             for _ in range(2):
                 model(**inputs)
         wall, after = time.perf_counter() - clock, os.times()

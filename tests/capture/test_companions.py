@@ -581,7 +581,7 @@ COMPANIONS = (
     Companion(
         "`denoiser.compile_repeated_blocks()` on the optimized denoiser",
         "works",
-        "does what `.compile()` does: blocks that repeat are found in the graph",
+        "does what `.compile()` does: whole programs, for there are no blocks in them",
         compiled_regions,
         ("through",),
     ),

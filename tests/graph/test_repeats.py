@@ -14,10 +14,12 @@ from torch._inductor import config, metrics
 import toma_fx
 from tests import denoisers
 from toma_fx.capture.model import capture
+from toma_fx.compat.compilers import compile_graph
 from toma_fx.errors import ConfigError
 from toma_fx.graph.outline import outline
 from toma_fx.graph.repeats import find_repeats, operands_of
 from toma_fx.graph.verify import output_values, verify
+from toma_fx.run.backend import Options
 
 
 class Block(nn.Module):
@@ -189,10 +191,10 @@ def kernels(depth: int, *, outlined: bool) -> int:
     model = Stack([Block() for _ in range(depth)]).eval()
     graph_module = captured(model, X)
     graph_module = outline(graph_module) if outlined else graph_module
-    torch._dynamo.reset()
+    (entry,) = graph_module.graph.find_nodes(op="placeholder")
     metrics.reset()
-    compiled: Any = torch.compile(graph_module, dynamic=False)
     with torch.no_grad():
+        compiled = compile_graph(graph_module, [entry.meta["val"]], {})
         assert torch.allclose(compiled(X)[0], model(X), atol=1e-5)
     return metrics.generated_kernel_count
 
@@ -205,7 +207,6 @@ def test_inductor_compiles_a_block_once(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_option() -> None:
-    optimized: Any = toma_fx.optimize(denoisers.flux(), min_tokens=1)
     with pytest.raises(ConfigError, match="outline"):
-        optimized.compile(outline="no")
-    assert optimized.compile(outline=False) is optimized
+        Options.make(None, {"outline": "no"})
+    assert [Options.make(None, o).outline for o in ({}, {"outline": False})] == [True, False]

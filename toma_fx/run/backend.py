@@ -45,7 +45,6 @@ from toma_fx.methods.config import make_config
 from toma_fx.methods.planning import merging
 from toma_fx.methods.recipe import Recipe
 from toma_fx.methods.toma import ToMAConfig
-from toma_fx.run.compiling import OUTLINE, check_outline
 from toma_fx.run.gradients import refuse_gradient
 from toma_fx.run.marks import Rasters
 from toma_fx.run.program_set import StepCall
@@ -92,21 +91,27 @@ class Options:
                     where="options['inductor']",
                     hint=nearest(name, known),
                 )
-        allow = fields.pop("allow_unmerged", False)
-        if not isinstance(allow, bool):
-            raise ConfigError(
-                "allow_unmerged is out of range",
-                where="options['allow_unmerged']",
-                expected="True or False",
-                got=repr(allow),
-            )
-        outlined = check_outline(fields.pop(OUTLINE, True))
+        allow = _switch(fields, "allow_unmerged", False)
+        outlined = _switch(fields, "outline", True)
         toma = fields.pop("toma", True)
         if isinstance(toma, Recipe):  # of the model there is only a graph: nothing to check
             toma = toma.config
         config = make_config(toma, fields.pop("method", None), fields)
         config.check_static('torch.compile(backend="toma_fx")')
         return cls(config, patches, allow, outlined)
+
+
+def _switch(fields: dict[str, Any], name: str, default: bool) -> bool:
+    """Take a switch out of the options."""
+    value = fields.pop(name, default)
+    if not isinstance(value, bool):
+        raise ConfigError(
+            f"{name} is out of range",
+            where=f"options['{name}']",
+            expected="True or False",
+            got=repr(value),
+        )
+    return value
 
 
 def _mode_patches(mode: str | None) -> Mapping[str, Any]:

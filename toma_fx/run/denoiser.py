@@ -39,7 +39,6 @@ from toma_fx.run.calls import (
     leaf_key,
     name_arguments,
 )
-from toma_fx.run.compiling import compile_options, compile_program
 from toma_fx.run.generation import PassState
 from toma_fx.run.gradients import needs_gradient, refuse_gradient
 from toma_fx.run.keeps_state import KeepsState
@@ -258,7 +257,8 @@ class OptimizedDenoiser(KeepsState, StandIn):
             return eager
         if self._compile is None:
             return graph_module.forward
-        return compile_program(graph_module, self._compile)
+        compiled: Runner = torch.compile(graph_module, **self._compile)
+        return compiled
 
     def specialized(
         self, args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -284,24 +284,22 @@ class OptimizedDenoiser(KeepsState, StandIn):
     def compile(self, *args: Any, **kwargs: Any) -> OptimizedDenoiser:  # type: ignore[override]
         """Compile every program with `torch.compile(program, *args, **kwargs)` when it first runs.
 
-        One program for each kind of step that the schedule has. Returns self.
-
-        Args:
-            args, kwargs: of `torch.compile`; and `outline=`, whether Inductor compiles blocks that
-                repeat once, as a subgraph that is called many times (True).
+        One program per kind: refresh, reuse, reweigh if weights are recomputed between refreshes,
+        and the unmerged one if the schedule has unmerged steps. Returns self.
 
         Raises:
             DynamicError: the method's number of merged tokens depends on the data.
-            ConfigError: `outline` is neither True nor False.
         """
         self.config_toma.check_static("compile")
-        self.__dict__["_compile"] = compile_options(args, kwargs)
+        names = list(inspect.signature(torch.compile).parameters)[1:]
+        options = {"dynamic": False, **dict(zip(names, args, strict=False)), **kwargs}
+        self.__dict__["_compile"] = options
         for specialization in self.cache.values():
             specialization.runners.clear()
         return self
 
     def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
-        """As `compile`: blocks are found in the graph, and compiled once where they repeat."""
+        """As `compile`: a program is one graph without blocks, and is compiled whole."""
         self.compile(*args, **kwargs)
 
     @property
