@@ -215,6 +215,10 @@ SLOW = (
     ),
     Slow("methods/test_methods.py::test_example_of_an_own_method_runs", SUBPROCESS),
     Slow("methods/test_methods.py::test_whole_models_through_inductor[*]", INDUCTOR),
+    Slow(
+        "methods/test_facility_triton.py::test_the_kernel_chooses_what_pytorch_chooses",
+        "Triton's interpreter; where there is a GPU, a quick test runs the same cases on it",
+    ),
     # models
     Slow("models/test_tiny.py::test_merging_stays_close_to_the_*[tiny-sdxl]", WHOLE),
     Slow("models/test_tiny.py::test_demo_writes_pictures_and_figures", PIPELINE),

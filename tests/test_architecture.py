@@ -150,7 +150,10 @@ def test_only_the_rewriter_changes_graphs() -> None:
         assert not list(mutations(ast.parse(path.read_text()))), inside
 
 
-HEAVY = ("torch._dynamo", "torch._inductor", "diffusers", "torchao", "rich", "onnx", "skimage")
+HEAVY = (
+    "torch._dynamo", "torch._inductor", "diffusers", "torchao", "rich", "onnx", "skimage", "triton",
+    "toma_fx.methods.facility_triton",
+)  # fmt: skip
 
 
 def imported_by(code: str) -> set[str]:

@@ -7,7 +7,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-import toma_fx
+import toma_fx.methods
 from tests import denoisers
 from tests.passes.test_rewrite import Block
 from toma_fx.errors import VerifyError
@@ -16,7 +16,9 @@ from toma_fx.export.selection import ExpandSelection
 from toma_fx.graph.nodes import op_name
 from toma_fx.graph.rewriter import Rewriter
 from toma_fx.graph.verify import output_values, verify
+from toma_fx.methods import ops as ops_module
 from toma_fx.methods.cells import Cells
+from toma_fx.methods.ops import Choice
 from toma_fx.methods.setting import Setting
 from toma_fx.methods.toma import UNROLL, ToMA
 from toma_fx.methods.tomesd import ToMeSD
@@ -102,3 +104,22 @@ def test_what_is_left_over_is_not_exported(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(VerifyError, match="only this package registers it") as caught:
         export_programs(optimized, inputs)
     assert "export_refresh, after its passes: %facility_location" in caught.value.where
+
+
+def test_exports_do_not_hold_the_triton_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a process would run on a GPU does not change what leaves it."""
+    inputs = (torch.randn(1, 16, 8), denoisers.ids(4, 4))
+    torch.manual_seed(0)
+    model = Block().eval()
+
+    def export() -> dict[str, str]:
+        optimized = toma_fx.optimize(model, tile=4, ratio=0.25, min_tokens=4)
+        programs = export_programs(optimized, inputs)
+        return {name: str(exported.program.graph) for name, exported in programs.items()}
+
+    reference = export()
+    assert reference["refresh"].count("aten.argmax") == 12
+    assert not any(name in text for text in reference.values() for name in ("toma_fx", "triton"))
+    monkeypatch.setattr(ops_module, "choose_implementation", lambda *args: Choice("triton", "test"))
+    monkeypatch.setattr(toma_fx.methods, "facility_triton", None, raising=False)
+    assert export() == reference

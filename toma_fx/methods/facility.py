@@ -21,7 +21,7 @@ def facility_location(similarity: Tensor, keep: int) -> Tensor:
     Args:
         similarity: float32 in [-1, 1].
     """
-    similarity = _quantize(similarity)
+    similarity = quantize(similarity)
     slots = torch.arange(similarity.shape[-1], device=similarity.device)
     best = similarity.sum(-1).argmax(-1, keepdim=True)
     covered, is_chosen, chosen = _row(similarity, best), slots == best, [best]
@@ -34,7 +34,7 @@ def facility_location(similarity: Tensor, keep: int) -> Tensor:
     return torch.cat(chosen, -1)
 
 
-def _quantize(similarity: Tensor) -> Tensor:
+def quantize(similarity: Tensor) -> Tensor:
     """Similarities as integer numbers of steps, of which no sum of n is rounded.
 
     Mutual nearest neighbors have mathematically equal gains. As integers they are equal in every
