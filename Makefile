@@ -10,7 +10,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet
 
 .DEFAULT_GOAL := test
 .NOTPARALLEL:
-.PHONY: venv demo quality-demo test test-all lint clean
+.PHONY: venv demo quality-demo bench-gpu test test-all lint clean
 
 venv: $(VENV)/.stamp-dev
 
@@ -43,6 +43,10 @@ quality-demo: $(VENV)/.stamp-demo
 	$(BIN)/toma-fx quality --model tiny-sdxl --prompts examples/prompts-tiny.txt --batch 4 \
 		--seed 500 --seeds 3 --rounds 1 --config quality-demo/recipe.json --config lossless --config fast \
 		--config toma:ratio=0.5 --out quality-demo/quality
+
+# the tables, too, of what could be measured
+bench-gpu: $(VENV)/.stamp-demo
+	$(BIN)/python benchmarks/gpu.py --quick; status=$$?; $(BIN)/python benchmarks/table.py; exit $$status
 
 test: $(VENV)/.stamp-dev
 	$(BIN)/python -m pytest

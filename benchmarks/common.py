@@ -49,6 +49,48 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 
+NARROW: dict[str, dict[str, Any]] = {
+    "sdxl": {
+        "block_out_channels": (8, 16, 32),
+        "attention_head_dim": (1, 2, 4),
+        "cross_attention_dim": 16,
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 64,
+        "norm_num_groups": 4,
+    },
+    "flux": {
+        "in_channels": 4,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 24,
+        "pooled_projection_dim": 16,
+        "axes_dims_rope": (4, 6, 6),
+    },
+}
+"""What makes the models narrow, at any depth."""
+
+
+def random_model(name: str, config: dict[str, Any], dtype: torch.dtype, device: str) -> Any:
+    """The model in its dtype on its device from the start: no float32 copy, no second copy."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            model = CLASSES[name](**config)
+    finally:
+        torch.set_default_dtype(usual)
+    if any(True for _ in model.buffers()):
+        raise RuntimeError(f"{name} has buffers, which random weights would leave undefined")
+    model = model.to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    for path, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            fan_in = parameter[0].numel()
+            parameter.normal_(0, fan_in**-0.5, generator=generator)
+        else:
+            parameter.fill_(1.0 if path.endswith("weight") else 0.0)
+    return model
+
 
 def resident(peak: bool = False) -> float:
     """Resident memory of this process in MiB, or the most it ever was."""

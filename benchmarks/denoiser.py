@@ -35,7 +35,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import CLASSES, CONFIGS, command_line, device_name, publish, resident, save, versions
+from common import (
+    CLASSES,
+    CONFIGS,
+    command_line,
+    device_name,
+    publish,
+    random_model,
+    resident,
+    save,
+    versions,
+)
+from profiles import profile
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
 from torch._inductor.exc import InductorError
@@ -71,33 +82,12 @@ def configuration(name: str, layers: list[int] | None) -> dict[str, Any]:
     return config
 
 
-def random_model(name: str, layers: list[int] | None, dtype: torch.dtype, device: str) -> Any:
-    """The model in its dtype on its device from the start: no float32 copy, no second copy."""
-    usual = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device("meta"):
-            model = CLASSES[name](**configuration(name, layers))
-    finally:
-        torch.set_default_dtype(usual)
-    if any(True for _ in model.buffers()):
-        raise RuntimeError(f"{name} has buffers, which random weights would leave undefined")
-    model = model.to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(0)
-    for path, parameter in model.named_parameters():
-        if parameter.dim() > 1:
-            fan_in = parameter[0].numel()
-            parameter.normal_(0, fan_in**-0.5, generator=generator)
-        else:
-            parameter.fill_(1.0 if path.endswith("weight") else 0.0)
-    return model
-
-
 def load_model(args: argparse.Namespace) -> Any:
     """The denoiser in evaluation mode, weights random or from a pipeline or denoiser checkpoint."""
     dtype = getattr(torch, args.dtype)
     if args.weights is None:
-        model = random_model(args.model, args.layers, dtype, args.device)
+        config = configuration(args.model, args.layers)
+        model = random_model(args.model, config, dtype, args.device)
     else:
         subfolder: str | None = SUBFOLDERS[args.model]
         if Path(args.weights).is_dir() and not (Path(args.weights) / subfolder).is_dir():
@@ -339,70 +329,6 @@ def tomesd_variant(
 
 
 # -- where the time goes --------------------------------------------------------------------------
-
-GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("selection", ("facility_location",)),
-    ("attention", ("scaled_dot_product", "flash", "fmha", "efficient_attention")),
-    ("convolution", ("conv",)),
-    ("gemm", ("mm", "gemm", "linear")),
-)
-"""Group of an operator by parts of its name."""
-FUSED_MERGE = ("gather", "scatter", "index", "argmax", "topk", "sort")
-
-
-def group_of(name: str, shapes: Any, batch: int) -> str:
-    """Where an operator or a kernel of Inductor belongs.
-
-    Merging is a product of one matrix a window, so that of batched products those with more
-    matrices than pictures are merging (in a refresh step, similarity as well).
-    """
-    lowered = name.lower().replace("_unsafe_index", "")  # upsampling
-    if "fused" in lowered or lowered.startswith("triton_"):
-        merging = any(part in lowered for part in FUSED_MERGE)
-        return "merge+unmerge+selection, fused" if merging else "norm+pointwise"
-    if "bmm" in lowered and shapes and shapes[0] and shapes[0][0] > batch:
-        return "merge+unmerge"
-    for group, parts in GROUPS:
-        if any(part in lowered for part in parts):
-            return group
-    return "other"
-
-
-def profile(run: Callable[[], Any], device: str, batch: int, top: int = 25) -> dict[str, Any]:
-    """Self time of operators in one call, in milliseconds: the longest ones, and by group.
-
-    On CUDA it is kernel time by the operator or fused kernel that launched it.
-    """
-    cuda = device == "cuda"
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if cuda:
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities, record_shapes=True) as recorded:
-        run()
-        synchronize()
-    groups: dict[str, float] = {}
-    rows: dict[tuple[str, str], tuple[int, float]] = {}
-    kernels = 0.0
-    for event in recorded.key_averages(group_by_input_shape=True):
-        milliseconds = (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e3
-        if cuda and event.device_type == torch.autograd.DeviceType.CUDA:
-            kernels += 0.0 if event.is_user_annotation else milliseconds
-            continue
-        group = group_of(event.key, event.input_shapes, batch)
-        groups[group] = groups.get(group, 0.0) + milliseconds
-        count, total = rows.get((event.key, group), (0, 0.0))
-        rows[event.key, group] = (count + event.count, total + milliseconds)
-    if cuda:
-        groups["(no operator known)"] = max(0.0, kernels - sum(groups.values()))
-    longest = sorted(rows.items(), key=lambda item: -item[1][1])[:top]
-    return {
-        "total_ms": sum(groups.values()),
-        "groups_ms": {k: v for k, v in sorted(groups.items(), key=lambda item: -item[1]) if v},
-        "top": [
-            {"name": name, "group": group, "count": count, "self_ms": milliseconds}
-            for (name, group), (count, milliseconds) in longest
-        ],
-    }
 
 
 def add_profile(variant: Variant, device: str, batch: int) -> None:

@@ -24,31 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import CLASSES, CONFIGS, command_line, device_name, publish, versions
+from common import CLASSES, CONFIGS, NARROW, command_line, device_name, publish, versions
 from peft import LoraConfig
 
 import toma_fx
 from toma_fx.capture.companions import check_wrapping
 from toma_fx.capture.guard import ModelGuard
 
-NARROW: dict[str, dict[str, Any]] = {
-    "sdxl": {
-        "block_out_channels": (8, 16, 32),
-        "attention_head_dim": (1, 2, 4),
-        "cross_attention_dim": 16,
-        "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": 64,
-        "norm_num_groups": 4,
-    },
-    "flux": {
-        "in_channels": 4,
-        "attention_head_dim": 16,
-        "num_attention_heads": 2,
-        "joint_attention_dim": 24,
-        "pooled_projection_dim": 16,
-        "axes_dims_rope": (4, 6, 6),
-    },
-}
 PROJECTIONS = [
     *("to_q", "to_k", "to_v", "to_out.0"),
     *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),

@@ -1,10 +1,10 @@
-"""Tables of `benchmarks/denoiser.py`'s results: the marked block of README.md, and docs/speed.md.
+"""Tables of the results of `benchmarks/denoiser.py` and `gpu.py`: in README.md, and docs/speed.md.
 
     python benchmarks/table.py            # write both
     python benchmarks/table.py --check    # exit 1 if either is out of date
 
-README.md shows scope `stack`, docs/speed.md everything. What no file holds for a GPU is listed as
-not measured. Where a CPU ran one thread, times are processor time, else of the clock.
+README.md shows scope `stack`, docs/speed.md everything. What no file of `gpu.py` holds is listed
+as not measured. Where a CPU ran one thread, times are processor time, else of the clock.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
+import gpu_table
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 DETAILS = ROOT / "docs" / "speed.md"
 BEGIN, END = "<!-- denoiser:begin -->", "<!-- denoiser:end -->"
+GPU_BEGIN, GPU_END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
 NAMES = {"sdxl": "SDXL", "flux": "Flux"}
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 SCOPES = ("sublayer", "block", "stack")
-WANTED = [(model, size) for model in ("sdxl", "flux") for size in (1024, 2048)]
-"""What is to be measured on a GPU, at full depth in bfloat16."""
 Runs = list[tuple[str, dict[str, Any]]]
 
 
@@ -48,6 +49,11 @@ def read() -> Runs:
         )
 
     return sorted(runs, key=order)
+
+
+def read_gpu() -> list[dict[str, Any]]:
+    """Every result of `gpu.py`."""
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("gpu-*.json"))]
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
@@ -125,7 +131,7 @@ def measured(run: dict[str, Any], size: str, method: str) -> list[dict[str, Any]
 
 
 def summary_rows(runs: Runs) -> list[list[str]]:
-    """Scope `stack`, then what has not been measured."""
+    """Scope `stack`."""
     rows: list[list[str]] = []
     for (_, run), size in by_size(runs):
         for row in measured(run, size, "toma_fx"):
@@ -147,8 +153,6 @@ def summary_rows(runs: Runs) -> list[list[str]]:
     # rows of one title stand together: their ratios may come from several files
     titles = list(dict.fromkeys((row[0], row[1]) for row in rows))
     rows.sort(key=lambda row: (titles.index((row[0], row[1])), float(row[3])))
-    for model, size in missing(runs):
-        rows.append([f"{NAMES[model]} {size}", "GPU", "bf16", "", "not measured", "", "", "", ""])
     return rows
 
 
@@ -162,18 +166,6 @@ def by_size(runs: Runs) -> list[tuple[tuple[str, dict[str, Any]], str]]:
         return groups.index((run["device_kind"], run["model"], run["full_depth"])), int(size)
 
     return sorted(pairs, key=order)
-
-
-def missing(runs: Runs) -> list[tuple[str, int]]:
-    """(model, size) of `WANTED` that no file holds for a GPU."""
-    have = {
-        (run["model"], int(size))
-        for _, run in runs
-        for size in run["sizes"]
-        if run["device_kind"] == "cuda" and run["dtype"] == "bfloat16" and run["full_depth"]
-        if any("speedup" in row for row in run["sizes"][size]["rows"])
-    }
-    return [wanted for wanted in WANTED if wanted not in have]
 
 
 def block(runs: Runs) -> str:
@@ -197,12 +189,31 @@ def block(runs: Runs) -> str:
     return "\n".join(text)
 
 
+def gpu_block(runs: list[dict[str, Any]]) -> str:
+    """The block of README.md about GPUs, markers included."""
+    notes = (
+        "On a GPU (`make bench-gpu`: nine minutes, [benchmarks/gpu.py](benchmarks/gpu.py)): whole"
+        " models, random weights, bfloat16, batch 1; means over a generation of 28 steps, and"
+        " speed-ups over the compiled original, measured in turn. *merged* is ratio 0.5, *cached*"
+        " the preset `balanced`, *both* both."
+    )
+    text = [
+        GPU_BEGIN,
+        *wrap(notes, 100, break_on_hyphens=False),
+        "",
+        *table(gpu_table.HEAD, gpu_table.summary_rows(runs)),
+        GPU_END,
+    ]
+    return "\n".join(text)
+
+
 def replaced(readme: str, new: str) -> str:
-    """README with the marked block replaced."""
-    before, found, rest = readme.partition(BEGIN)
-    if not found or END not in rest:
-        raise SystemExit(f"{README.name} has no block between {BEGIN} and {END}")
-    return before + new + rest.partition(END)[2]
+    """README with the block replaced that has the marks of the new one."""
+    begin, *_, end = new.splitlines()
+    before, found, rest = readme.partition(begin)
+    if not found or end not in rest:
+        raise SystemExit(f"{README.name} has no block between {begin} and {end}")
+    return before + new + rest.partition(end)[2]
 
 
 # -- docs/speed.md --------------------------------------------------------------------------------
@@ -211,7 +222,7 @@ INTRODUCTION = """\
 # Speed of whole denoisers
 
 Written by `python benchmarks/table.py` from [benchmarks/results](../benchmarks/results); edit
-neither.
+neither. What runs on a GPU is measured by `make bench-gpu` (`benchmarks/gpu.py`).
 
 `benchmarks/denoiser.py`: original and merged, both through `torch.compile`, in one process, in
 turn; medians and quartiles. *merged* is the mean over the default schedule (a refresh and four
@@ -229,16 +240,37 @@ same mode.
 """
 
 
-def details(runs: Runs) -> str:
+def details(runs: Runs, gpu_runs: list[dict[str, Any]]) -> str:
     """All of docs/speed.md."""
     lines = [INTRODUCTION]
+    for run in filter(gpu_table.is_shown, gpu_runs):
+        lines += gpu_section(run)
     for name, run in runs:
         for size in run["sizes"]:
             lines += section(name, run, size)
-    absent = [f"{NAMES[model]} at {size}" for model, size in missing(runs)]
-    if absent:
-        lines += ["## Not measured", "", "On a GPU, in bfloat16: " + ", ".join(absent) + ".", ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def gpu_section(run: dict[str, Any]) -> list[str]:
+    """One file of `gpu.py`."""
+    versions, options = run["versions"], run["options"]
+    facts = (
+        f"{options['dtype']}, batch {options['batch']}, ratio {options['ratio']:g}, preset"
+        f" `{options['preset']}`, {options['steps']} steps; torch {versions['torch']}, diffusers"
+        f" {versions['diffusers']}, code {versions['code']}, {run['date']}."
+    )
+    without = {"skipped": "Skipped", "error": "Failed"}
+    missing = {
+        word: [name for name, entry in run["measurements"].items() if key in entry]
+        for key, word in without.items()
+    }
+    facts += "".join(f" {word}: {', '.join(names)}." for word, names in missing.items() if names)
+    lines = [f"## {run['device']}", "", *wrap(facts, 100, break_on_hyphens=False), ""]
+    lines += ["```", run["command"], "```", ""]
+    for title, head, make_rows in gpu_table.TABLES:
+        rows = make_rows(run, gpu_table.WANTED)
+        lines += [f"{title}:", "", *table(head, rows), ""] if rows else []
+    return lines
 
 
 def section(name: str, run: dict[str, Any], size: str) -> list[str]:
@@ -361,7 +393,9 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if outdated")
     args = parser.parse_args()
     runs = read()
-    new = {README: replaced(README.read_text(), block(runs)), DETAILS: details(runs)}
+    gpu_runs = read_gpu()
+    readme = replaced(replaced(README.read_text(), block(runs)), gpu_block(gpu_runs))
+    new = {README: readme, DETAILS: details(runs, gpu_runs)}
     stale = [p for p, text in new.items() if not p.exists() or p.read_text() != text]
     if args.check:
         if stale:

@@ -33,6 +33,9 @@ ONNX = "one more export to ONNX; quick tests export each kind of program and of 
 SUBPROCESS = "starts a process that imports everything, for an example or a command"
 
 SLOW = (
+    # benchmarks
+    Slow("benchmarks/test_gpu.py::test_every_part_runs_in_small", INDUCTOR),
+    Slow("benchmarks/test_gpu.py::test_sdxl_in_inference_mode", INDUCTOR),
     # measure
     Slow("measure/test_tune.py::test_a_recipe_for_a_*", "draws some twenty generations each"),
     Slow("measure/test_tune.py::test_the_command_writes_a_recipe", "draws some ten generations"),
