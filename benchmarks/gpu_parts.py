@@ -22,7 +22,7 @@ from gpu_models import (
     synchronize,
     time_in_turn,
 )
-from profiles import format_profile, list_kernels, record
+from profiles import format_profile, list_kernels, longest_kernel, record
 from profiles import summarize as summarize_profile
 from torch import Tensor
 from torch.nn import functional as F
@@ -157,6 +157,8 @@ def measure_profile(bench: Bench, cell: Cell, name: str) -> tuple[dict[str, Any]
         recorded = record(call, device)
         summary = summarize_profile(recorded, device, batch, KERNELS)
         kernels = list_kernels(recorded, device, batch)
+        if not kernels:
+            raise RuntimeError("torch.profiler recorded no kernel: may it not see this GPU?")
         title = f"{cell.name} {cell.size}, {variant}, {kind}"
         texts.append(format_profile(title, summary, kernels[:KERNELS]))
         found[f"{variant} {kind}"] = {
@@ -258,7 +260,7 @@ def measure_attention(options: Options, name: str, size: int) -> dict[str, Any]:
                 "calls_a_step": count,
                 "query": query, "key": key, "merged_query": merged[0], "merged_key": merged[1],
                 "us": times,
-                "kernel": list_kernels(record(full, options.device), options.device, 1)[0]["name"],
+                "kernel": longest_kernel(full, options.device),
             }
         )  # fmt: skip
     steps = {
@@ -319,6 +321,7 @@ def measure_selection(options: Options, name: str, size: int) -> dict[str, Any]:
                     "grid": grid,
                     "windows": setting.windows,
                     "tokens_a_window": tokens, "keep": setting.keep, "equal": equal,
+                    "kernel": longest_kernel(calls["operator"], options.device),
                     "us": time_calls(calls, LAUNCHES, options),
                 }
             )  # fmt: skip

@@ -59,7 +59,7 @@ def steps_rows(run: dict[str, Any], models: list[tuple[str, int]]) -> list[Row]:
     """Every variant by kind of step."""
     rows = []
     for model, size in models:
-        for name in ("eager", "merged", "cached", "both"):
+        for name in ("eager", "merged", "flat", "cached", "both"):
             found = result(run, "steps", model, size, name)
             if found is None:
                 continue
@@ -101,7 +101,7 @@ def attention_rows(run: dict[str, Any], models: list[tuple[str, int]]) -> list[R
                     f"{whole:,.0f} us",
                     f"{merged:,.0f} us",
                     f"{whole / merged:.2f}x",
-                    f"`{row['kernel'][:60]}`",
+                    f"`{(row['kernel'] or 'unknown')[:60]}`",
                 ]
             )
     return rows
@@ -123,6 +123,7 @@ def selection_rows(run: dict[str, Any], models: list[tuple[str, int]]) -> list[R
                     *(f"{value:,.0f} us" for value in times.values()),
                     f"{times['reference'] / times['operator']:.1f}x",
                     "equal" if row["equal"] else "DIFFERENT",
+                    f"`{(row['kernel'] or 'unknown')[:60]}`",
                 ]
             )
     return rows
@@ -164,7 +165,7 @@ TABLES = (
     ),
     (
         "Selection of one pattern, windows x tokens -> kept",
-        ["model, windows", "sizes", "reference", "operator", "speed-up", "choices"],
+        ["model, windows", "sizes", "reference", "operator", "speed-up", "choices", "kernel"],
         selection_rows,
     ),
     (

@@ -85,7 +85,10 @@ def summarize(recorded: Any, device: str, batch: int, top: int = 25) -> dict[str
 
 
 def list_kernels(recorded: Any, device: str, batch: int) -> list[dict[str, Any]]:
-    """Kernels by name (on the CPU: operators), the longest first, as rows of `summarize`."""
+    """Kernels by name (on the CPU: operators), the longest first, as rows of `summarize`.
+
+    None where the profiler can't see into the GPU.
+    """
     cuda = device == "cuda"
     events = [
         e for e in recorded.key_averages()
@@ -101,6 +104,12 @@ def list_kernels(recorded: Any, device: str, batch: int) -> list[dict[str, Any]]
         for event in events
     ]
     return sorted(rows, key=lambda row: -row["self_ms"])
+
+
+def longest_kernel(run: Callable[[], Any], device: str) -> str | None:
+    """The kernel that takes most of a call; None where the profiler sees none."""
+    kernels = list_kernels(record(run, device), device, 1)
+    return str(kernels[0]["name"]) if kernels else None
 
 
 def format_profile(title: str, summary: dict[str, Any], kernels: list[dict[str, Any]]) -> str:
