@@ -18,6 +18,7 @@ from gpu_models import (
     Options,
     Step,
     call_only,
+    rounds_of,
     summarize,
     synchronize,
     time_in_turn,
@@ -78,9 +79,9 @@ def measure_host(bench: Bench, cell: Cell, name: str) -> dict[str, Any]:
     original, variant = cell.variant("compiled"), cell.variant(name)
     runs = {"original": original.run, name: variant.run}
     times: dict[str, dict[str, list[tuple[float, float]]]] = {run: {} for run in runs}
-    for i in range(bench.options.rounds + 1):
+    for i in rounds_of(bench.options, 1):
         for run, call_all in runs.items():
-            call_all(partial(_time_host, bench.options.device, times[run] if i else {}))
+            call_all(partial(_time_host, bench.options.device, times[run] if i >= 0 else {}))
     found: dict[str, Any] = {}
     for run, by_kind in times.items():
         found[run] = {
