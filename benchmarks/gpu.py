@@ -7,8 +7,9 @@ pixels a side, in parts:
 
     attention   scaled dot product attention alone, on all and on merged tokens
     selection   the facility location operator on the windows of these models, and its reference
-    steps       eager, merged, cached and both, each in turn with the compiled original: times by
-                kind of step, their mean over a generation, compile times, peak memory
+    steps       eager, merged, cached, both, and merged with each block compiled by itself ("flat"),
+                in turn with the compiled original: times by kind of step, their mean over a
+                generation, compile times, peak memory
     host        time until a call returns, and where the host waits for the GPU
     profile     kernels of a step, by group; as text beside the JSON
 
@@ -33,7 +34,7 @@ from typing import Any, NamedTuple
 
 import torch
 from common import CLASSES, command_line, device_name, versions
-from gpu_models import Bench, Options
+from gpu_models import Bench, Options, can_compile_flat
 from gpu_parts import ALONE, WHOLE, measure_profile
 from ledger import Deadline, Ledger, measure_all
 
@@ -42,7 +43,7 @@ from toma_fx.files import write_file
 
 RESULTS = Path(__file__).parent / "results"
 PARTS = ("attention", "selection", "steps", "host", "profile")
-VARIANTS = ("eager", "merged", "cached", "both")
+VARIANTS = ("eager", "merged", "cached", "both", "flat")
 SIZES, TOY_SIZES = (1024, 2048), (256,)
 QUICK_MINUTES, QUICK_ROUNDS, ROUNDS = 9.0, 15, 40
 
@@ -77,6 +78,7 @@ def order(models: Sequence[str], sizes: Sequence[int]) -> Iterator[Key]:
         ([first], [("steps", "cached"), ("steps", "both")]),
         (others, [("steps", "cached"), ("steps", "both")]),
         (others, [("host", "merged"), ("profile", "merged")]),
+        (sizes if can_compile_flat() else [], [("steps", "flat")]),
     )
     for some, parts in stages:
         for model in models:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import statistics
 import time
 from collections import Counter
@@ -18,6 +19,7 @@ from torch._inductor.utils import fresh_cache
 import toma_fx
 from toma_fx.methods.cached_steps import Length
 from toma_fx.models.named import example_inputs
+from toma_fx.run.denoiser import OptimizedDenoiser
 from toma_fx.run.report import make_report
 from toma_fx.run.schedule import kinds_of
 
@@ -233,10 +235,11 @@ class Cell:
             example_inputs=self.inputs[0],
             **ratio,
         )
-        return optimized.compile()
+        return optimized.compile(**({"outline": False} if name == "flat" else {}))
 
     def _optimized(self, name: str) -> Variant:
-        """Token merging, step caching, or both: every program compiled."""
+        """Token merging, step caching, or both: every program compiled; "flat": token merging, each
+        block compiled by itself."""
         options = self.options
         seconds, optimized = self._first_call(lambda: self._optimize(name))
         programs = optimized.specializations[-1]
@@ -295,6 +298,11 @@ class Cell:
         run(call_only)
         torch.cuda.synchronize()
         return (weights + torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def can_compile_flat() -> bool:
+    """Whether blocks that repeat are compiled once unless `compile(outline=False)` says no."""
+    return "outline" in inspect.signature(OptimizedDenoiser.compile).parameters
 
 
 def is_finite(output: Any) -> bool:
