@@ -29,8 +29,9 @@ import torch
 from common import command_line, device_name, save, versions
 from table import show, table
 
+from toma_fx.measure.cases import Case
 from toma_fx.measure.intervals import paired_interval
-from toma_fx.measure.subjects import Case, EmbeddedSubject, Settings
+from toma_fx.measure.subjects import EmbeddedSubject, Settings
 from toma_fx.methods.base import BRANCHES
 from toma_fx.methods.config import make_config
 from toma_fx.models import latent, tiny

@@ -7,6 +7,7 @@ import errno
 import os
 import secrets
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 _SWAP = {"linux": ("renameat2", -100), "darwin": ("renameatx_np", -2)}
@@ -22,6 +23,37 @@ def write_file(path: Path, data: str | bytes) -> None:
     Raises:
         OSError: it can't be written; what was there stays.
     """
+    _write(path, data, os.replace)
+
+
+def write_new_file(path: Path, data: str | bytes) -> None:
+    """As `write_file`, of a file that is not there: of several processes, one writes it.
+
+    Raises:
+        FileExistsError: it is there. OSError: it can't be written.
+    """
+    _write(path, data, _put_new)
+
+
+def _put_new(part: Path, path: Path) -> None:
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        os.replace(part, path)
+    else:
+        part.unlink()
+
+
+def is_part(path: Path) -> bool:
+    """Whether a file is one that `write_file` has not finished."""
+    return path.name.startswith(".") and path.suffix == ".part"
+
+
+def _write(path: Path, data: str | bytes, put: Callable[[Path, Path], None]) -> None:
     part = path.with_name(f".{secrets.token_hex(8)}.part")
     handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
@@ -29,7 +61,7 @@ def write_file(path: Path, data: str | bytes) -> None:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        put(part, path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise

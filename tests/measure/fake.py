@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import toma_fx
-from toma_fx.measure.subjects import Case, Settings, Subject
+from toma_fx.measure.cases import Case
+from toma_fx.measure.subjects import Settings, Subject
 
 
 class FakeSubject(Subject):

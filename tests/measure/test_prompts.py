@@ -13,10 +13,10 @@ import pytest
 
 import toma_fx
 from toma_fx.errors import ConfigError, MissingPackageError, RecipeError
+from toma_fx.measure.cases import Case, batches_of
 from toma_fx.measure.configs import name_configs, parse_config
 from toma_fx.measure.fields import split_fields
 from toma_fx.measure.prompts import read_cases
-from toma_fx.measure.subjects import Case
 
 
 def test_a_prompt_a_line(tmp_path: Path) -> None:
@@ -66,13 +66,45 @@ def test_files_that_are_no_prompts(tmp_path: Path, content: bytes | None, match:
 
 
 @pytest.mark.parametrize(
-    "line", ['{"prompt": 3}', '{"seed": 1}', "{", '{"prompt": "a", "seed": "x"}']
+    "line",
+    [
+        '{"prompt": 3}',
+        '{"seed": 1}',
+        "{",
+        '{"prompt": "a", "seed": "x"}',
+        '{"prompt": "a", "seed": true}',
+        '{"prompt": "a", "seed": 18446744073709551616}',
+        '{"prompt": "a", "width": "64"}',
+        '{"prompt": "a", "height": 0}',
+        '{"prompt": "a", "negative_prompt": null}',
+        '["a"]',
+    ],
 )
-def test_lines_that_are_no_objects(tmp_path: Path, line: str) -> None:
+def test_lines_that_are_no_prompts_are_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "a"}\n' + line)
-    with pytest.raises(ConfigError, match=r"not a prompt|no JSON"):
+    path.write_text('{"prompt": "a"}\n\n' + line)
+    with pytest.raises(ConfigError) as caught:
         read_cases(path)
+    assert caught.value.where == f"{path}, line 3"
+
+
+def test_lines_are_those_of_an_editor(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a\u2028b"}\r\n{"prompt": "c"}\r\n', encoding="utf-8")
+    assert [(c.prompt, c.where) for c in read_cases(path)] == [
+        ("a\u2028b", f"{path}, line 1"), ("c", f"{path}, line 2")
+    ]  # fmt: skip
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"one\ntwo\ncaf\xe9\n")
+    with pytest.raises(ConfigError, match="line 3"):
+        read_cases(path)
+
+
+def test_pictures_of_one_call_are_of_one_size() -> None:
+    sizes = [{}, {"width": 96}, {}, {"width": 96}, {}, {"negative_prompt": "x"}, {"width": 32}]
+    cases = [Case("a", i, options) for i, options in enumerate(sizes)]
+    assert batches_of(cases, 2) == [[0, 2], [1, 3], [4], [5], [6]]
+    assert batches_of(cases, 1) == [[i] for i in range(7)]
 
 
 def test_sets_need_their_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from tests.logs import logged
 from tests.measure.fake import FakeSubject, run
 from toma_fx.cli.main import main
 from toma_fx.errors import ConfigError, ResultsError, UnknownNameError
+from toma_fx.measure import records
 from toma_fx.measure.results import Quality
 from toma_fx.measure.scores import score_pairs
 
@@ -122,6 +123,36 @@ def test_results_of_other_settings_are_refused(tmp_path: Path, changes: dict[str
         run(tmp_path, subject, **changes)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
     assert not subject.drawn
+
+
+def test_a_refusal_names_what_differs(tmp_path: Path) -> None:
+    run(tmp_path)
+    with pytest.raises(ResultsError) as caught:
+        run(tmp_path, FakeSubject(steps=3), configs={"toma": "toma:ratio=0.25", "b": "tomesd"})
+    assert caught.value.expected.startswith("settings.steps 20; configs.toma.ratio 0.5; ")
+    assert caught.value.got.startswith("settings.steps 3; configs.toma.ratio 0.25; ")
+    assert caught.value.got.count("configs.b") == 1
+
+
+@pytest.mark.parametrize("other", [20, 30])
+def test_processes_may_open_a_folder_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: int
+) -> None:
+    """Another process writes its `run.json` after this one has looked for it."""
+    (tmp_path / ".0123.part").write_text("half of a file that another process writes")
+    written = records.write_new_file
+
+    def late(path: Path, data: str) -> None:
+        monkeypatch.setattr(records, "write_new_file", written)
+        records.open_folder(tmp_path, {"steps": other})
+        written(path, data)
+
+    monkeypatch.setattr(records, "write_new_file", late)
+    if other == 20:
+        records.open_folder(tmp_path, {"steps": 20})
+    else:
+        with pytest.raises(ResultsError, match="steps 30"):
+            records.open_folder(tmp_path, {"steps": 20})
 
 
 def test_other_weights_are_another_run(tmp_path: Path) -> None:

@@ -10,13 +10,8 @@ import torch
 import toma_fx
 from tests.diffusers_pipelines import sdxl
 from toma_fx.errors import ConfigError, ModelTypeError, UnknownNameError
-from toma_fx.measure.subjects import (
-    Case,
-    EmbeddedSubject,
-    PipelineSubject,
-    Settings,
-    subject_of,
-)
+from toma_fx.measure.cases import Case
+from toma_fx.measure.subjects import EmbeddedSubject, PipelineSubject, Settings, subject_of
 from toma_fx.models import latent, tiny
 
 CASES = [Case("cat", 1), Case("clock", 2), Case("cat", 3)]
@@ -82,6 +77,25 @@ def test_what_an_embedded_model_can_not_draw() -> None:
         embedded(steps=0)
 
 
+def test_cases_are_checked_before_anything_is_drawn() -> None:
+    subject = embedded()
+    subject.check([*CASES, Case("cat", 0, {"width": 64})])
+    for case, match in (
+        (Case("cats", where="p.txt, line 7"), "nearest: cat"),
+        (Case("cat", 0, {"negative_prompt": "x"}, "p.txt, line 7"), "negative_prompt"),
+        (Case("cat", 0, {"width": 96}, "p.txt, line 7"), "96"),
+    ):
+        with pytest.raises(ConfigError, match=match) as caught:
+            subject.check([*CASES, case])
+        notes = getattr(caught.value, "__notes__", ())
+        assert "p.txt, line 7" in "\n".join([str(caught.value), *notes])
+    with pytest.raises(ConfigError, match="negative_prompt"):
+        subject.draw([Case("cat", 0, {"negative_prompt": "x"})])
+    with pytest.raises(UnknownNameError, match="negative_prompt") as unknown:
+        PipelineSubject(sdxl()).check([Case("a"), Case("b", 1, {"negatve_prompt": "x"}, "line 2")])
+    assert unknown.value.__notes__ == ["  prompts: line 2"]
+
+
 def test_latent_models_are_embedded_models() -> None:
     text, autoencoder = latent.TextEncoder().eval(), latent.Autoencoder().eval()
     model = latent.LatentModel("latent-sdxl", torch.nn.Identity(), text, autoencoder)
@@ -122,6 +136,10 @@ def test_pipelines_draw_with_the_denoiser_of_a_configuration() -> None:
     assert type(pipe) is kind
     assert subject.facts["components"]["scheduler"] == "EulerDiscreteScheduler"
     assert subject.facts["scheduler"]["prediction_type"] == "v_prediction"
+    before_weights = subject.facts["weights"]
+    assert "unet" not in before_weights
+    torch.nn.init.ones_(next(pipe.vae.parameters()))
+    assert subject.facts["weights"] != before_weights
     want = pipe(
         **embeddings(1), generator=torch.Generator().manual_seed(1), num_inference_steps=2,
         guidance_scale=3.0, height=64, width=64, output_type="pt",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 import toma_fx
-from toma_fx.measure.subjects import Case, EmbeddedSubject, Settings
+from toma_fx.measure.cases import Case
+from toma_fx.measure.subjects import EmbeddedSubject, Settings
 from toma_fx.measure.work import Times, count_work, time_generations, time_in_turn
 from toma_fx.models import tiny
 from toma_fx.models.named import example

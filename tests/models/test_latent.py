@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 import toma_fx
 from toma_fx.errors import ModelTypeError, UnknownNameError
-from toma_fx.measure.subjects import Case, EmbeddedSubject, Settings
+from toma_fx.measure.cases import Case
+from toma_fx.measure.subjects import EmbeddedSubject, Settings
 from toma_fx.models import captions, latent, tiny
 from toma_fx.models.embedded import EmbeddedModel
 

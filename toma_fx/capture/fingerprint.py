@@ -42,11 +42,7 @@ class Fingerprint:
             structure = state_key(model, local=False)
         except Opaque as error:
             return cls(unknown=str(error))
-        weights = hashlib.sha256()
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            weights.update(name.encode())
-            _add(weights, tensor.detach())
-        return cls(structure, weights.hexdigest())
+        return cls(structure, digest_weights(model))
 
     def difference(self, other: Fingerprint) -> str:
         """What tells two models apart, in words; "" for equal ones."""
@@ -55,6 +51,15 @@ class Fingerprint:
         if self.structure != other.structure:
             return "the models differ in modules, attributes, hooks or shapes of weights"
         return "" if self.weights == other.weights else "the models differ in weights"
+
+
+def digest_weights(model: nn.Module) -> str:
+    """Digest of the names and values of a model's parameters and buffers."""
+    weights = hashlib.sha256()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        weights.update(name.encode())
+        _add(weights, tensor.detach())
+    return weights.hexdigest()
 
 
 def _add(digest: Any, tensor: Tensor) -> None:

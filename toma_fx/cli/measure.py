@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -21,14 +19,13 @@ from rich.progress import (
 
 from toma_fx.cli.status import BELOW, DONE
 from toma_fx.cli.terminal import Terminal
-from toma_fx.devices import usable_device
-from toma_fx.errors import ConfigError, ModelTypeError
+from toma_fx.errors import ConfigError
 from toma_fx.files import write_file
 from toma_fx.measure.bench import bench
 from toma_fx.measure.processes import rank_and_count
 from toma_fx.measure.quality import quality
 from toma_fx.measure.scores import METRICS, PLAIN, metric_of
-from toma_fx.models.named import load_embedded
+from toma_fx.models.named import load_embedded, load_pipeline
 
 SUBJECT = ("steps", "guidance", "height", "width", "batch")
 """Options that are settings of the subject by the same names."""
@@ -138,23 +135,4 @@ def load_model(args: argparse.Namespace) -> Any:
                     got=getattr(args, name),
                 )
         return load_embedded(args.model)
-    from diffusers import DiffusionPipeline
-
-    device = usable_device(args.device or _device())
-    try:
-        pipe = DiffusionPipeline.from_pretrained(
-            args.pipeline, torch_dtype=getattr(torch, args.dtype or "float32")
-        )
-    except (OSError, ValueError) as error:
-        raise ModelTypeError(
-            "the pipeline can't be loaded",
-            where="--pipeline",
-            expected="a folder or hub id of a pipeline of diffusers",
-            got=f"{args.pipeline}: {str(error).splitlines()[0]}",
-        ) from error
-    return pipe.to(device)
-
-
-def _device() -> str:
-    """A GPU of this process's own, or the CPU."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    return load_pipeline(args.pipeline, args.dtype or "float32", args.device)

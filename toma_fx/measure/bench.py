@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from toma_fx.errors import ConfigError
+from toma_fx.measure.cases import Case
 from toma_fx.measure.configs import ORIGINAL, config_json, name_configs
 from toma_fx.measure.environment import environment
-from toma_fx.measure.subjects import Case, Subject, subject_of
+from toma_fx.measure.subjects import Subject, subject_of
 from toma_fx.measure.work import NOISY, Times, Work, count_work, drawing, time_in_turn
 from toma_fx.methods.checks import check_choice
 from toma_fx.run.printable import Printable

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -11,14 +12,20 @@ import torch
 PACKAGES = ("toma-fx", "torch", "diffusers", "transformers", "lpips", "image-reward", "triton")
 
 
-def environment(device: torch.device) -> dict[str, str]:
-    """Versions of what matters, where installed, and the device."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """Versions of the packages that are installed."""
+    found = {}
+    for package in packages:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
+    return found
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Versions of what matters, where installed, and the device."""
+    found = {"python": platform.python_version(), **versions()}
     found["device"] = device_name(device)
     found["threads"] = str(torch.get_num_threads())
     return found

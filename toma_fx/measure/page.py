@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from toma_fx.files import write_file
+from toma_fx.measure.cases import Case
 from toma_fx.measure.chart import COLORS, Point, scatter
 from toma_fx.measure.configs import ORIGINAL
 from toma_fx.measure.records import Records
 from toma_fx.measure.results import ConfigResult, Quality, interval_text, speed_cells
 from toma_fx.measure.scores import METRICS
-from toma_fx.measure.subjects import Case
 
 GAIN = 4
 """What differences are multiplied by on the page."""

@@ -25,6 +25,7 @@ from torch import Tensor
 from toma_fx.capture.fingerprint import Fingerprint
 from toma_fx.errors import TomaError
 from toma_fx.files import write_file
+from toma_fx.measure.cases import Case, batches_of, naming
 from toma_fx.measure.configs import ORIGINAL, config_json, name_configs
 from toma_fx.measure.environment import environment
 from toma_fx.measure.gates import Gate, parse_gate
@@ -44,7 +45,7 @@ from toma_fx.measure.results import (
     summarize_config,
 )
 from toma_fx.measure.scores import METRICS, PLAIN, metric_of
-from toma_fx.measure.subjects import Case, Subject, subject_of
+from toma_fx.measure.subjects import Subject, subject_of
 from toma_fx.measure.work import Times, count_work, time_generations
 
 _log = logging.getLogger("toma_fx.measure")
@@ -99,6 +100,7 @@ def quality(
     named = name_configs(configs)
     cases = read_cases(prompts, seed=seed, seeds=seeds, limit=limit)
     subject = subject_of(model, settings)
+    subject.check(cases)
     with joined() as processes, tempfile.TemporaryDirectory() as unkept:
         folder = Path(processes.told(unkept)) / "run" if out is None else Path(out)
         run = _Run(subject, cases, named, Records(folder, (ORIGINAL, *named), processes.rank))
@@ -173,10 +175,10 @@ class _Run:
             skipped = {**others, **skipped}
         self.scorers = {name: own for name, own in scorers.items() if name not in skipped}
         self.skipped = skipped
-        size = self.subject.settings.batch
-        starts = list(range(0, len(self.cases), size))[processes.rank :: processes.count]
-        progress("draw", len(starts) * (1 + len(self.configs)))
-        processes.together(lambda: self._score(starts, progress))
+        batches = batches_of(self.cases, self.subject.settings.batch)
+        own = batches[processes.rank :: processes.count]
+        progress("draw", len(own) * (1 + len(self.configs)))
+        processes.together(lambda: self._score(own, progress))
         processes.alone(self.records.merge)
         processes.together(self.records.read)
         if rounds:
@@ -185,13 +187,12 @@ class _Run:
 
     # -- pictures -------------------------------------------------------------------------------
 
-    def _score(self, starts: Sequence[int], progress: Progress) -> None:
-        for start in starts:
-            self._score_batch(start, progress)
+    def _score(self, batches: Sequence[Sequence[int]], progress: Progress) -> None:
+        for indices in batches:
+            self._score_batch(indices, progress)
 
-    def _score_batch(self, start: int, progress: Progress) -> None:
+    def _score_batch(self, indices: Sequence[int], progress: Progress) -> None:
         """Draw, keep and score one batch with the original and every configuration."""
-        indices = range(start, min(start + self.subject.settings.batch, len(self.cases)))
         for name in self.records.names:
             lacking = {i: self._lacking(i, name) for i in indices}
             if any(metrics is not None for metrics in lacking.values()):
@@ -237,7 +238,8 @@ class _Run:
         """Pictures in 8 bits; the first time of a configuration is noted."""
         start = time.perf_counter()
         try:
-            pictures = self.subject.draw(cases, self.configs.get(name))
+            with naming(*cases):
+                pictures = self.subject.draw(cases, self.configs.get(name))
         except TomaError as error:
             error.add_note(f"  configuration: {name}")
             raise
@@ -251,7 +253,7 @@ class _Run:
     def _time(self, rounds: int, progress: Progress) -> None:
         """Time one batch with the original and every configuration, or read what was measured."""
         path = self.records.folder / "speed.json"
-        cases = self.cases[: self.subject.settings.batch]
+        cases = [self.cases[i] for i in batches_of(self.cases, self.subject.settings.batch)[0]]
         try:
             found = json.loads(path.read_text())
             if found["rounds"] == rounds:

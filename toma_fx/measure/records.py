@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -22,10 +22,12 @@ import torch
 from torch import Tensor
 
 from toma_fx.errors import ResultsError
-from toma_fx.files import write_file
+from toma_fx.files import is_part, write_file, write_new_file
 from toma_fx.methods.checks import is_count, is_number
 
 RUN, IMAGES = "run.json", "images.jsonl"
+ABSENT = object()
+"""Stands for a setting that only the other run has."""
 
 
 @dataclass(frozen=True)
@@ -128,13 +130,9 @@ class Records:
 
     def save_picture(self, index: int, config: str, picture: Tensor) -> None:
         """Keep a picture [3, H, W] in [0, 1], in 8 bits; all or nothing."""
-        from PIL import Image
-
         path = self.picture(index, config)
         path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = (picture * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-        Image.fromarray(pixels).save(data := BytesIO(), format="PNG")
-        write_file(path, data.getvalue())
+        write_file(path, png(picture))
 
     def load_picture(self, index: int, config: str) -> Tensor | None:
         """A kept picture [3, H, W] in [0, 1]; None if it is not there or damaged."""
@@ -152,26 +150,34 @@ class Records:
 def open_folder(folder: Path, settings: Mapping[str, Any]) -> None:
     """Make a folder of results, or check that it holds those of a run with these settings.
 
+    Several processes may do so at once.
+
     Raises:
         ResultsError: another run's results, or something else. OSError: it can't be written.
     """
     path = folder / RUN
-    if path.exists():
-        _check_run(path, settings)
-        return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    present: list[str] = []
+    if folder.is_dir():
+        present = sorted(p.name for p in folder.iterdir() if not is_part(p))
+    elif folder.exists():
+        present = ["a file"]
+    if present and RUN not in present:
         raise ResultsError(
             "the output folder holds something else",
             where=str(folder),
             expected=f"a new or empty folder, or one with {RUN}",
-            got=", ".join(sorted(p.name for p in folder.iterdir())[:5])
-            if folder.is_dir()
-            else "a file",
+            got=", ".join(present[:5]),
             hint="give another folder",
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {"fingerprint": fingerprint(settings), "settings": settings}
-    write_file(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    if not present:
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {"fingerprint": fingerprint(settings), "settings": settings}
+        try:
+            write_new_file(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+            return
+        except FileExistsError:
+            pass  # another process made it meanwhile
+    _check_run(path, settings)
 
 
 def _check_run(path: Path, settings: Mapping[str, Any]) -> None:
@@ -188,14 +194,28 @@ def _check_run(path: Path, settings: Mapping[str, Any]) -> None:
         raise ResultsError(f"{RUN} was changed", where=str(path), expected=f"fingerprint {own}")
     if own == fingerprint(settings):
         return
-    names = [k for k in {**known, **settings} if known.get(k) != settings.get(k)]
+    differences = list(_differences(known, settings))
     raise ResultsError(
         "the output folder holds results of other settings",
         where=str(path.parent),
-        expected=_brief({name: known.get(name) for name in names}),
-        got=_brief({name: settings.get(name) for name in names}),
+        expected="; ".join(f"{name} {before}" for name, before, _ in differences[:8]),
+        got="; ".join(f"{name} {now}" for name, _, now in differences[:8]),
         hint="give another folder, or the same settings to go on with that run",
     )
+
+
+def _differences(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, str, str]]:
+    """(name such as "settings.steps", text before, text now) of each setting that differs."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in {**before, **now}:
+            inner = f"{name}.{key}" if name else str(key)
+            yield from _differences(before.get(key, ABSENT), now.get(key, ABSENT), inner)
+    elif before != now:
+        yield name, _brief(before), _brief(now)
+
+
+def _brief(value: Any) -> str:
+    return "not there" if value is ABSENT else json.dumps(value, ensure_ascii=False)[:120]
 
 
 def read_lines(path: Path) -> list[tuple[int, bytes]]:
@@ -203,12 +223,16 @@ def read_lines(path: Path) -> list[tuple[int, bytes]]:
 
     A last line that a kill broke off is cut away.
     """
+    cut_broken_line(path)
+    return list(enumerate(path.read_bytes().split(b"\n")[:-1], 1))
+
+
+def cut_broken_line(path: Path) -> None:
+    """Cut away the last line of a file that is only added to, if a kill broke it off."""
     data = path.read_bytes()
-    *lines, broken = data.split(b"\n")
-    if broken:
+    if broken := data.rpartition(b"\n")[2]:
         with open(path, "r+b") as file:
             file.truncate(len(data) - len(broken))
-    return list(enumerate(lines, 1))
 
 
 def append_lines(path: Path, lines: Iterable[str]) -> None:
@@ -225,5 +249,10 @@ def fingerprint(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _brief(settings: Mapping[str, Any]) -> str:
-    return "; ".join(f"{k} {json.dumps(v, ensure_ascii=False)[:120]}" for k, v in settings.items())
+def png(picture: Tensor) -> bytes:
+    """A picture [3, H, W] in [0, 1] as a PNG file, in 8 bits."""
+    from PIL import Image
+
+    pixels = (picture * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).save(data := BytesIO(), format="PNG")
+    return data.getvalue()

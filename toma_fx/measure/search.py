@@ -14,6 +14,7 @@ from typing import Any
 from toma_fx.calibration import Recorded
 from toma_fx.capture.model import Captured
 from toma_fx.errors import ConfigError, NoCacheSites, NoMergeSites
+from toma_fx.measure.cases import Case
 from toma_fx.measure.configs import config_json
 from toma_fx.measure.masks import Mask, MaskErrors, UpdateErrors, weights_of
 from toma_fx.measure.measurements import Measurements
@@ -28,7 +29,7 @@ from toma_fx.measure.merging import (
 )
 from toma_fx.measure.quality import Progress
 from toma_fx.measure.scores import score_pairs
-from toma_fx.measure.subjects import Case, Subject
+from toma_fx.measure.subjects import Subject
 from toma_fx.methods.base import MethodConfig
 from toma_fx.methods.cache import CacheConfig, CacheScope, Fitted
 from toma_fx.methods.cached_steps import CachedSteps, Length

@@ -24,40 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from toma_fx.api import find_components, optimize
+from toma_fx.capture.fingerprint import digest_weights
 from toma_fx.errors import ConfigError, ModelTypeError, TomaError, UnknownNameError, nearest
+from toma_fx.measure.cases import Case, batch_option, naming
 from toma_fx.methods.checks import is_count
 from toma_fx.methods.planning import plan_key
 from toma_fx.models.embedded import EmbeddedModel
 from toma_fx.run.denoiser import OptimizedDenoiser, optimized_of
 from toma_fx.run.pipelines import replace_components
-
-
-@dataclass(frozen=True)
-class Case:
-    """One picture to draw.
-
-    Attributes:
-        prompt: text; of an embedded model the name of a class. seed: of its noise, which no other
-            picture of a batch depends on.
-        options: further arguments of the pipeline's call for this picture, as `negative_prompt`.
-    """
-
-    prompt: str
-    seed: int = 0
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def key(self) -> str:
-        """What distinguishes it from other cases, as text."""
-        options = {name: _fingerprint(value) for name, value in self.options.items()}
-        return json.dumps([self.prompt, self.seed, options], sort_keys=True, default=repr)
-
-
-def _fingerprint(value: Any) -> Any:
-    """A value as JSON; tensors by their elements."""
-    if isinstance(value, Tensor):
-        return [str(value.dtype), value.float().cpu().tolist()]
-    return value
 
 
 @dataclass(frozen=True)
@@ -130,6 +104,14 @@ class Subject(ABC):
     def facts(self) -> dict[str, Any]:
         """What pictures depend on beside denoisers and settings, for records."""
         return {}
+
+    def check(self, cases: Sequence[Case]) -> None:
+        """Raise unless the model takes the cases, as far as that shows before they are drawn.
+
+        Raises:
+            ConfigError: arguments or prompts that it does not take, with the place of the case.
+        """
+        return
 
     @property
     def example_prompt(self) -> str:
@@ -231,7 +213,27 @@ class EmbeddedSubject(Subject):
         """The first that it knows."""
         return self.model.prompts[0]
 
+    def check(self, cases: Sequence[Case]) -> None:
+        """As of every subject: an embedded model takes prompts and seeds alone."""
+        for case in cases:
+            self._check_options(case)
+        for case in {case.prompt: case for case in cases}.values():
+            with naming(case):
+                self.model.step_inputs([case.prompt], 1.0)
+
+    def _check_options(self, case: Case) -> None:
+        for name, value in case.options.items():
+            if name not in ("height", "width") or value != self.model.size:
+                raise ConfigError(
+                    "embedded models take a prompt and a seed",
+                    where=case.where or "options",
+                    expected=f"no other field, or the height and width {self.model.size}",
+                    got=f"{name} {value!r}"[:100],
+                )
+
     def _generate(self, cases: Sequence[Case], denoisers: Mapping[str, Any]) -> Tensor:
+        for case in cases:
+            self._check_options(case)
         denoiser, steps = denoisers["denoiser"], self.settings.steps
         guidance = self.settings.guidance
         with ExitStack() as stack:
@@ -257,11 +259,22 @@ class PipelineSubject(Subject):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The classes of its components, and the scheduler's configuration."""
+        """Classes and weights of its components, and the scheduler's configuration."""
         components = getattr(self.pipeline, "components", {})
         kinds = {name: type(part).__name__ for name, part in components.items()}
+        weights = {
+            name: digest_weights(part)
+            for name, part in components.items()
+            if isinstance(part, nn.Module) and name not in self.denoisers
+        }
         scheduler = getattr(getattr(self.pipeline, "scheduler", None), "config", {})
-        return {"components": kinds, "scheduler": dict(scheduler)}
+        return {"components": kinds, "weights": weights, "scheduler": dict(scheduler)}
+
+    def check(self, cases: Sequence[Case]) -> None:
+        """As of every subject: the pipeline's call must name every argument."""
+        for case in {tuple(case.options): case for case in reversed(cases)}.values():
+            with naming(case):
+                self._call([case])
 
     @contextmanager
     def _quiet(self) -> Iterator[None]:
@@ -324,7 +337,7 @@ class PipelineSubject(Subject):
         if "prompt_embeds" not in names:
             call["prompt"] = [case.prompt for case in cases]
         for name in names:
-            call[name] = _batched(name, [case.options.get(name) for case in cases])
+            call[name] = batch_option(name, [case.options.get(name) for case in cases])
         self._check_names(call)
         return call
 
@@ -343,27 +356,6 @@ class PipelineSubject(Subject):
                     where=type(self.pipeline).__name__,
                     hint=nearest(name, known),
                 )
-
-
-def _batched(name: str, values: Sequence[Any]) -> Any:
-    """One argument of a call for the values of its pictures: a list of texts, rows of a tensor.
-
-    Raises:
-        ConfigError: other values that differ.
-    """
-    if all(isinstance(value, str) for value in values):
-        return list(values)
-    if all(isinstance(value, Tensor) for value in values):
-        return torch.cat(list(values))
-    if any(value is not values[0] and value != values[0] for value in values):
-        raise ConfigError(
-            "pictures of one batch differ in an option",
-            where=name,
-            expected="texts, tensors with a row each, or one value",
-            got=", ".join(map(repr, values))[:200],
-            hint="batch=1 draws them one by one",
-        )
-    return values[0]
 
 
 def subject_of(model: Any, settings: Mapping[str, Any]) -> Subject:

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from toma_fx.measure.subjects import Case, Subject
+from toma_fx.measure.cases import Case
+from toma_fx.measure.subjects import Subject
 from toma_fx.run.denoiser import OptimizedDenoiser
 
 NOISY = 0.1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from toma_fx.compat.pytorch import tree_map
+from toma_fx.devices import usable_device
 from toma_fx.errors import ConfigError, ModelTypeError, UnknownNameError, nearest
 from toma_fx.models import latent, tiny
 from toma_fx.models.embedded import EmbeddedModel
@@ -80,6 +82,32 @@ def load_embedded(name: str) -> EmbeddedModel:
             hint=nearest(name, makers),
         )
     return makers[name](name)
+
+
+def load_pipeline(name: str, dtype: str = "float32", device: str | None = None) -> Any:
+    """A pipeline of diffusers.
+
+    Args:
+        name: folder or hub id. dtype: of its weights. device: if not given, the GPU of this
+            process by `LOCAL_RANK`, or the CPU.
+
+    Raises:
+        ModelTypeError: it can't be loaded. ConfigError: no such device.
+    """
+    from diffusers import DiffusionPipeline
+
+    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    place = usable_device(device or own)
+    try:
+        pipe = DiffusionPipeline.from_pretrained(name, torch_dtype=getattr(torch, dtype))
+    except (OSError, ValueError) as error:
+        raise ModelTypeError(
+            "the pipeline can't be loaded",
+            where="pipeline",
+            expected="a folder or hub id of a pipeline of diffusers",
+            got=f"{name}: {str(error).splitlines()[0]}",
+        ) from error
+    return pipe.to(place)
 
 
 def _load(name: str, subfolder: str | None, dtype: torch.dtype) -> Any:
