@@ -384,6 +384,11 @@ SLOW = (
         ),
     ),
     # measure
+    Slow(
+        "offline/test_generate.py::test_processes_that_are_killed_draw_the_same",
+        "starts seven processes that capture a model; a quick test kills one",
+    ),
+    Slow("offline/test_stage.py::test_in_ray_data", "starts a cluster of Ray and three models"),
     Slow("measure/test_processes.py::*", "starts two processes, three times"),
     Slow(
         "measure/test_bench.py::test_every_configuration_is_timed_in_every_mode",

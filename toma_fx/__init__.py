@@ -60,6 +60,8 @@ if TYPE_CHECKING:  # the names of the table, for type checkers and editors
     from toma_fx.methods.toma import ToMAConfig as ToMAConfig
     from toma_fx.methods.tomesd import ToMeSDConfig as ToMeSDConfig
     from toma_fx.methods.topi import ToPiConfig as ToPiConfig
+    from toma_fx.offline.generate import generate as generate
+    from toma_fx.offline.stage import DrawPictures as DrawPictures
     from toma_fx.run.batching import State as State
     from toma_fx.run.report import Report as Report, Summary as Summary
     # fmt: on
@@ -99,6 +101,8 @@ _NAMES = {
     "toma_fx.methods.toma": "ToMAConfig",
     "toma_fx.methods.tomesd": "ToMeSDConfig",
     "toma_fx.methods.topi": "ToPiConfig",
+    "toma_fx.offline.generate": "generate",
+    "toma_fx.offline.stage": "DrawPictures",
     "toma_fx.run.batching": "State",
     "toma_fx.run.report": "Report Summary",
 }

@@ -33,6 +33,7 @@ COMMANDS = {
     "quality": "toma_fx.cli.measure:measure_quality",
     "bench": "toma_fx.cli.measure:measure_speed",
     "tune": "toma_fx.cli.tune:tune_model",
+    "generate": "toma_fx.cli.generate:generate_pictures",
 }
 """Module and function of every command; what it returns, if anything, is the exit status."""
 
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         leave_closed_pipe()
         return PIPE_CLOSED
     except KeyboardInterrupt:
-        hint = "interrupted; a build or a quality run goes on where it was when started again"
+        hint = "interrupted; builds, quality, tune and generate go on when started again"
         Terminal(stderr=True).print(hint)
         return INTERRUPTED
     except Exception as error:
@@ -139,15 +140,20 @@ def make_parser() -> argparse.ArgumentParser:
     _add_tune_options(tune)
     for command in (quality, bench):
         _add_config_option(command)
-    for command in (quality, bench, tune):
+    generate = commands.add_parser(
+        "generate",
+        help="draw the pictures of many prompts with a recipe, in any number of processes",
+    )
+    _add_generate_options(generate)
+    for command in (quality, bench, tune, generate):
         _add_subject_options(command)
-    for command in (quality, tune):
+    for command in (quality, tune, generate):
         _add_prompt_options(command)
     for command in (verify, run):
         command.add_argument("--trust", type=Path, help="PEM file of the key that must have signed")
     for command in (info, verify, sign, run):
         command.add_argument("path", type=Path, help="folder of the artifact")
-    for command in (verify, run):
+    for command in (verify, run, generate):
         command.add_argument("--json", action="store_true", help="print JSON instead of text")
     return parser
 
@@ -251,6 +257,13 @@ def _add_tune_options(tune: argparse.ArgumentParser) -> None:
     add("--budget", type=count, metavar="N", help="pictures that the search may draw")
     add("--programs", type=count, default=4, help="that a recipe may need (default 4)")
     add("--rounds", type=natural, default=3, help="timed generations (default 3; 0: none)")
+
+
+def _add_generate_options(generate: argparse.ArgumentParser) -> None:
+    add = generate.add_argument
+    add("--recipe", required=True, help="a recipe file, a preset, a method, METHOD:FIELD=VALUE,... "
+        "or original")  # fmt: skip
+    add("--shard", metavar="I/N", help="this process's share, from 0/N (default: that of torchrun)")
 
 
 def _add_quality_options(quality: argparse.ArgumentParser) -> None:

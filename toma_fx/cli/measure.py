@@ -19,7 +19,6 @@ from rich.progress import (
 
 from toma_fx.cli.status import BELOW, DONE
 from toma_fx.cli.terminal import Terminal
-from toma_fx.errors import ConfigError
 from toma_fx.files import write_file
 from toma_fx.measure.bench import bench
 from toma_fx.measure.processes import rank_and_count
@@ -126,13 +125,5 @@ def load_model(args: argparse.Namespace) -> Any:
             options that it does not have.
     """
     if args.model is not None:
-        for name in ("dtype", "device"):
-            if getattr(args, name) is not None:
-                raise ConfigError(
-                    "embedded models run in float32 on the CPU",
-                    where=f"--{name}",
-                    expected="the option beside --pipeline",
-                    got=getattr(args, name),
-                )
-        return load_embedded(args.model)
-    return load_pipeline(args.pipeline, args.dtype or "float32", args.device)
+        return load_embedded(args.model, args.dtype, args.device)
+    return load_pipeline(args.pipeline, args.dtype, args.device)

@@ -7,6 +7,6 @@ STATUS = {
     MISUSED: "arguments that the command does not take",
     BELOW: "quality: a picture or a mean is below what --require says",
     FAULT: "a fault of toma-fx: please report it",
-    INTERRUPTED: "interrupted; builds, quality and tune go on where they were",
+    INTERRUPTED: "interrupted; builds, quality, tune and generate go on where they were",
     PIPE_CLOSED: "nobody reads the output any more",
 }

@@ -17,7 +17,7 @@ ORIGINAL = "original"
 """Name of the unaccelerated model among configurations."""
 
 
-def parse_config(text: str) -> Any:
+def parse_config(text: str, where: str = "--config") -> Any:
     """What a word of the command line means: something that `toma_fx.optimize(model, X)` takes.
 
         balanced                       a preset
@@ -32,14 +32,14 @@ def parse_config(text: str) -> Any:
     if Path(text).suffix in (".json", ".yaml", ".yml"):
         return Recipe.load(text)
     name, _, rest = text.partition(":")
-    options = dict(parse_field(part, f"--config {text}") for part in split_fields(rest))
+    options = dict(parse_field(part, f"{where} {text}") for part in split_fields(rest))
     if name in PRESETS:
         return make_config(name, None, options)
     if name in method_names():
         return make_config(True, name, options)
     raise UnknownNameError(
         f"unknown configuration {name!r}",
-        where="--config",
+        where=where,
         expected="a preset, a method, METHOD:FIELD=VALUE,..., or a file",
         hint=nearest(name, [*PRESETS, *method_names()]),
     )
@@ -70,7 +70,7 @@ def name_configs(configs: Any) -> dict[str, Any]:
                 got=f"{name!r} twice" if name in named else repr(name),
                 hint="give {name: configuration, ...}",
             )
-        named[name] = _resolve(value)
+        named[name] = resolve_config(value)
     if not named:
         raise ConfigError(
             "nothing to compare", where="configs", expected="at least one", got="none"
@@ -83,9 +83,10 @@ def _is_config(value: Any) -> bool:
     return isinstance(value, (str, bool, Mapping)) or hasattr(value, "to_json")
 
 
-def _resolve(value: Any) -> Any:
+def resolve_config(value: Any, where: str = "--config") -> Any:
+    """What `toma_fx.optimize(model, X)` takes, of that or of a text as `parse_config` takes it."""
     if isinstance(value, str):
-        return parse_config(value)
+        return parse_config(value, where)
     return make_config(value) if isinstance(value, (bool, Mapping)) else value
 
 

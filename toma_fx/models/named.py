@@ -66,12 +66,28 @@ def example(
     return model, example_inputs(model, height, width or height, batch, text=text)
 
 
-def load_embedded(name: str) -> EmbeddedModel:
+EMBEDDED = (*tiny.NAMES, *latent.NAMES)
+"""Names of the embedded models."""
+
+
+def load_embedded(name: str, dtype: str | None = None, device: str | None = None) -> EmbeddedModel:
     """An embedded model by its name.
+
+    Args:
+        dtype, device: must not be given; see `load_pipeline`.
 
     Raises:
         UnknownNameError: there is none. ModelTypeError: its weights are not in this installation.
+        ConfigError: a dtype or a device.
     """
+    for option, value in (("dtype", dtype), ("device", device)):
+        if value is not None:
+            raise ConfigError(
+                "embedded models run in float32 on the CPU",
+                where=option,
+                expected="the option with a pipeline",
+                got=value,
+            )
     makers: dict[str, Callable[[str], EmbeddedModel]] = dict.fromkeys(tiny.NAMES, tiny.load)
     makers |= dict.fromkeys(latent.NAMES, latent.load)
     if name not in makers:
@@ -84,12 +100,12 @@ def load_embedded(name: str) -> EmbeddedModel:
     return makers[name](name)
 
 
-def load_pipeline(name: str, dtype: str = "float32", device: str | None = None) -> Any:
+def load_pipeline(name: str, dtype: str | None = None, device: str | None = None) -> Any:
     """A pipeline of diffusers.
 
     Args:
-        name: folder or hub id. dtype: of its weights. device: if not given, the GPU of this
-            process by `LOCAL_RANK`, or the CPU.
+        name: folder or hub id. dtype: of its weights, float32 if not given. device: if not given,
+            the GPU of this process by `LOCAL_RANK`, or the CPU.
 
     Raises:
         ModelTypeError: it can't be loaded. ConfigError: no such device.
@@ -99,7 +115,9 @@ def load_pipeline(name: str, dtype: str = "float32", device: str | None = None) 
     own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     place = usable_device(device or own)
     try:
-        pipe = DiffusionPipeline.from_pretrained(name, torch_dtype=getattr(torch, dtype))
+        pipe = DiffusionPipeline.from_pretrained(
+            name, torch_dtype=getattr(torch, dtype or "float32")
+        )
     except (OSError, ValueError) as error:
         raise ModelTypeError(
             "the pipeline can't be loaded",
