@@ -388,6 +388,7 @@ SLOW = (
         "offline/test_generate.py::test_processes_that_are_killed_draw_the_same",
         "starts seven processes that capture a model; a quick test kills one",
     ),
+    Slow("offline/test_pipelines.py::test_shards_of_a_pipeline", PIPELINE),
     Slow("offline/test_stage.py::test_in_ray_data", "starts a cluster of Ray and three models"),
     Slow("measure/test_processes.py::*", "starts two processes, three times"),
     Slow(

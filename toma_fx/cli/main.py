@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         leave_closed_pipe()
         return PIPE_CLOSED
     except KeyboardInterrupt:
-        hint = "interrupted; builds, quality, tune and generate go on when started again"
+        hint = "interrupted; a build, quality, tune or generate goes on when it is started again"
         Terminal(stderr=True).print(hint)
         return INTERRUPTED
     except Exception as error:
