@@ -25,8 +25,9 @@ import torch
 from diffusers.models.attention_dispatch import attention_backend
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from toma_fx.compat import compilers, libraries, lookup, pytorch
+from toma_fx.compat import collectives, compilers, libraries, lookup, pytorch
 from toma_fx.errors import CompatError, TomaError
 
 ROOT = Path(__file__).parent.parent
@@ -668,6 +669,30 @@ def test_switches_of_a_tuner_layer_are_read_by_its_properties(denoiser: Any) -> 
     layer.merge()
     assert layer.merged
     assert vars(layer)["merged_adapters"] == ["style"]
+
+
+# -- collectives ----------------------------------------------------------------------------------
+
+
+def test_collectives_in_a_graph_find_their_group_by_name() -> None:
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        name = collectives.group_name(torch.distributed.group.WORLD)
+        x = torch.randn(3, 4)
+        assert torch.equal(collectives.gather(x, 1, name), x)
+        traced = make_fx(lambda x: collectives.gather(x, 1, name), pre_dispatch=True)(x)
+        assert torch.equal(traced(2 * x), 2 * x)
+    finally:
+        torch.distributed.destroy_process_group()
+    _, sent, waiting, _ = traced.graph.nodes
+    assert collectives.is_wait(waiting.target)
+    assert waiting.is_impure(), "what `is_wait` is for"
+    assert not collectives.is_wait(sent.target)
+    assert not sent.is_impure()
+    with FakeTensorMode():
+        assert collectives.gather(torch.empty(3, 4), 5, name).shape == (15, 4)
 
 
 # -- and nowhere else -----------------------------------------------------------------------------

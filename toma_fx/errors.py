@@ -97,6 +97,18 @@ class SharedStateError(TomaError, RuntimeError):
     """Two threads use the implicit state of one optimized denoiser at the same time."""
 
 
+class ParallelError(TomaError, RuntimeError):
+    """Tokens can't be shared by these processes, or not with this model and configuration."""
+
+
+class RankMismatchError(ParallelError):
+    """Processes that share the tokens of a step are about to run different programs."""
+
+
+class RankLostError(ParallelError):
+    """A process that shares the tokens does not answer."""
+
+
 class RewriteError(TomaError, RuntimeError):
     """A pass asked for a change that would leave the graph invalid."""
 

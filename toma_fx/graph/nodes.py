@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx
 
+from toma_fx.compat.collectives import is_wait
 from toma_fx.compat.pytorch import is_operator
 
 UNKNOWN = 2**40
@@ -111,10 +112,12 @@ def is_dead(node: fx.Node) -> bool:
 
     torch tags attention and dropout as random even where no element is dropped, and its own dead
     code elimination keeps what is random: erasing that would change the random numbers to come.
+    Collectives may go, as they go in the program of every process.
     """
     attention = _is_call(node, {ATTENTION}) and not argument(node, 4, "dropout_p", 0.0)
     random = not (attention or is_inactive_dropout(node))
-    return not node.users and not node.is_impure(impure_random=random)
+    impure = node.is_impure(impure_random=random) and not is_wait(node.target)
+    return not node.users and not impure
 
 
 def _is_call(node: fx.Node, ops: Collection[str]) -> bool:

@@ -32,6 +32,10 @@ class Random(ToMA):
 
     seed: int = 0
 
+    def share(self, count: int) -> str:
+        """Draws go by the position in the grid."""
+        return "it draws by the position in the grid"
+
     def select(self, x: Tensor) -> tuple[Tensor, ...]:
         """`keep` tokens of every window, each as likely as any other: [B, T, keep] int64."""
         windows, tokens = window_count(self.grid, self.tile)

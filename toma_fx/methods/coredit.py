@@ -45,6 +45,10 @@ class CoReDiT(ToMA):
 
     weighed: ClassVar[tuple[str, ...]] = ("unmerge",)
 
+    def share(self, count: int) -> str:
+        """Neighbors of a token may lie in other windows."""
+        return "it compares tokens with neighbors in other windows"
+
     def select(self, x: Tensor) -> tuple[Tensor, ...]:
         """The `keep` tokens of every window of the lowest coherence, the lowest first.
 

@@ -15,7 +15,7 @@ the mean.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -31,6 +31,7 @@ from toma_fx.methods.windows import (
     cast,
     dividing_tile,
     from_windows,
+    share_grid,
     size_text,
     take,
     to_windows,
@@ -74,6 +75,11 @@ class ReToM(Setting):
     def describe(self) -> str:
         """The window, and what becomes of it."""
         return f"{self.reduction} of {size_text(self.window)}"
+
+    def share(self, count: int) -> tuple[Setting, Size] | str:
+        """Some windows for each process."""
+        grid = share_grid(self.grid, self.window, count)
+        return grid if isinstance(grid, str) else (replace(self, grid=grid), self.window)
 
     def select(self, x: Tensor) -> tuple[Tensor, ...]:
         """`places`: the representatives as tokens of the grid, [B, T] int64."""
@@ -130,6 +136,10 @@ class PartialReToM(ReToM):
     def merged_count(self) -> int:
         """All tokens but r."""
         return math.prod(self.grid) - self.r
+
+    def share(self, count: int) -> str:
+        """Tokens are ranked over the whole picture."""
+        return "with a ratio it ranks tokens over the whole picture"
 
     @property
     def staying(self) -> int:

@@ -121,6 +121,18 @@ class Setting(ABC):
         Positional operands (rotary tables, masks) are gathered at these.
         """
 
+    def share(self, count: int) -> tuple[Setting, Size] | str:
+        """How `count` processes share the tokens (docs/parallel.md); or why they can't.
+
+        Only a method that works in each window by itself may say how: what it makes of a window
+        must not depend on where that lies in the grid.
+
+        Returns:
+            The same method on the windows of one process, in the grid of `windows.share_grid`, and
+            the shape of a window.
+        """
+        return "it matches tokens over the whole picture"
+
     def sizes(self, pattern: Pattern) -> Tensor:
         """How many tokens each merged token stands for: [B, M] or [1, M] float32, positive.
 

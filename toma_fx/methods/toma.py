@@ -11,7 +11,7 @@ T windows of n tokens tile the grid, (H, W) or (frames, H, W); k are kept in eac
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -29,6 +29,7 @@ from toma_fx.methods.windows import (
     dividing_tile,
     merge_windows,
     nearest_divisor,
+    share_grid,
     size_text,
     to_windows,
     token_index,
@@ -100,6 +101,11 @@ class ToMA(Setting):
     def describe(self) -> str:
         """The window."""
         return size_text(self.tile)
+
+    def share(self, count: int) -> tuple[Setting, Size] | str:
+        """Some windows for each process."""
+        grid = share_grid(self.grid, self.tile, count)
+        return grid if isinstance(grid, str) else (replace(self, grid=grid), self.tile)
 
     def select(self, x: Tensor) -> tuple[Tensor, ...]:
         """Greedy facility location inside each window (the published code's

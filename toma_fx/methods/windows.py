@@ -82,8 +82,13 @@ def take(x: Tensor, tokens: Tensor) -> Tensor:
 
 def token_index(idx: Tensor, grid: Size, tile: Size) -> Tensor:
     """Window-local indices [B, T, k] -> indices into the raster of all tokens, [B, T*k]."""
-    grid, tile = _simplify(grid, tile)
     window = torch.arange(idx.shape[1], device=idx.device)[:, None]
+    return raster_index(window, idx, grid, tile).flatten(1)
+
+
+def raster_index(window: Tensor, idx: Tensor, grid: Size, tile: Size) -> Tensor:
+    """Numbers of windows and indices inside them -> indices into the raster of all tokens."""
+    grid, tile = _simplify(grid, tile)
     windows, tokens = window_count(grid, tile)
     index = torch.zeros_like(idx)
     for side, length in zip(grid, tile, strict=True):
@@ -91,7 +96,18 @@ def token_index(idx: Tensor, grid: Size, tile: Size) -> Tensor:
         outer = torch.remainder(_quotient(window, windows), side // length)
         inner = torch.remainder(_quotient(idx, tokens), length)
         index = index * side + (outer * length + inner)
-    return index.flatten(1)
+    return index
+
+
+def share_grid(grid: Size, tile: Size, count: int) -> Size | str:
+    """The grid of the windows that each of `count` processes has, below each other; or why there
+    is none."""
+    windows = window_count(grid, tile)[0]
+    if windows == 1:
+        return "its window is the whole picture"
+    if windows % count:
+        return f"{windows} windows of {size_text(tile)} can't be shared evenly by {count} processes"
+    return (windows // count * tile[0], *tile[1:])
 
 
 def _quotient(x: Tensor, by: int) -> Tensor:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from toma_fx.graph.nodes import argument
 from toma_fx.graph.rewriter import Rewriter
+from toma_fx.methods.sharded import Sharded
 from toma_fx.passes.snippets import PatternNodes, Span
 
 Biases = dict[tuple[object, ...], fx.Node]
@@ -58,7 +59,7 @@ def _bias(
 
     def bias(*parts: Tensor) -> Tensor:
         named = pattern.named(parts) if pattern.nodes else {}
-        sizes = setting.sizes(named)
+        sizes = (setting.key_sizes if isinstance(setting, Sharded) else setting.sizes)(named)
         added = (sizes if sizes.device == device else sizes.to(device)).log()
         if span != Span(0, 0):
             added = F.pad(added, (span.before, span.after))

@@ -30,6 +30,8 @@ from toma_fx.analysis.dataflow import Flow, is_embedding
 from toma_fx.analysis.facts import Analysis, Patch, Positional, Transfer
 from toma_fx.analysis.labels import token_dim, tokens_of
 from toma_fx.graph.rewriter import Rewriter
+from toma_fx.methods.sharded import Sharded
+from toma_fx.passes.gather_keys import gather_keys
 from toma_fx.passes.job import Job
 from toma_fx.passes.key_sizes import Biases, weigh_keys
 from toma_fx.passes.snippets import (
@@ -103,6 +105,7 @@ class _Work:
                 self.rewriter.replace_input(node, old, merged)
         for node in self.affected(segment):
             self.patch_node(node, segment)
+            self.gather_keys(node, segment)
             self.rewriter.retype(node)
         if self.task.plan.config.proportional:
             self.weigh_keys(segment)
@@ -164,6 +167,17 @@ class _Work:
             self.rewriter.replace_input(node, old, new)
             current[positional.operand] = new
         self.count_merged(node, transfer, segment)
+
+    def gather_keys(self, node: fx.Node, segment: MergeSegment) -> None:
+        """Let attention see the keys of all processes, where each has some of the tokens."""
+        setting, sites = segment.setting, self.task.analysis.sites
+        site = next((s for s in sites if s.node == node.name and s.operands), None)
+        if not isinstance(setting, Sharded) or site is None:
+            return
+        layout = self.task.flow.layout(site.operands[1])
+        keys = None if layout is None else layout[-2].tokens
+        if keys is not None and segment.image in keys.segments:
+            gather_keys(self.rewriter, node, span_of(keys, segment.image), setting.rank)
 
     def count_merged(self, node: fx.Node, transfer: Transfer, segment: MergeSegment) -> None:
         """Let each merged token count as often as the tokens it stands for in a sum over them."""
@@ -227,14 +241,31 @@ class _Work:
         key = ("content" if content else "gather", rows, str(positional.dim), segment.group)
         known = self.cache.setdefault(operand.name, {})
         if key not in known:
-            with self.rewriter.after(operand, *pattern.nodes):
+            is_keys = positional.layout[positional.dim].keys is not None
+            located = self.key_positions(segment) if is_keys else None
+            with self.rewriter.after(operand, *(pattern.nodes if located is None else [located])):
                 if content:
                     new = splice_merge(
                         self.rewriter, operand, span, pattern, dim=positional.dim, lead=lead > 0
                     )
                 else:
-                    new = splice_gather(self.rewriter, operand, positional, span, pattern)
+                    new = splice_gather(self.rewriter, operand, positional, span, pattern, located)
             known[key] = new
+        return known[key]
+
+    def key_positions(self, segment: MergeSegment) -> fx.Node | None:
+        """Where the merged tokens of all processes are; None if this one has them all."""
+        setting, pattern = segment.setting, self.patterns[segment.group]
+        if not isinstance(setting, Sharded):
+            return None
+        key, known = ("key positions",), self.cache.setdefault(segment.group, {})
+        if key not in known:
+
+            def locate(*parts: Tensor) -> Tensor:
+                return setting.key_positions(pattern.named(parts))
+
+            with self.rewriter.after(self.rewriter.current(segment.entries[0]), *pattern.nodes):
+                (known[key],) = self.rewriter.splice((*key, setting), locate, pattern.nodes)
         return known[key]
 
     def unmerge_exit(

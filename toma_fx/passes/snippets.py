@@ -186,10 +186,12 @@ def splice_gather(
     positional: Positional,
     span: Span,
     pattern: PatternNodes,
+    located: fx.Node | None = None,
 ) -> fx.Node:
     """A positional operand (rotary table, mask, gate) at the tokens that stay.
 
-    Each row of the batch has its own, so the result has all rows.
+    Each row of the batch has its own, so the result has all rows. `located` is where they are, if
+    that is more than the pattern of this process says.
     """
     setting, layout, dim = pattern.setting, positional.layout, positional.dim
     lead = len(layout) - operand.meta["val"].dim()
@@ -198,7 +200,8 @@ def splice_gather(
         for _ in range(lead):
             table = table.unsqueeze(0)
         table, at = open_factors(table, layout, dim)
-        positions = setting.positions(pattern.named(parts)).to(table.device)
+        positions = parts[0] if located else setting.positions(pattern.named(parts))
+        positions = positions.to(table.device)
         index = place_rows(positions, layout, dim)
         shape = [max(pair) for pair in zip(table.shape, index.shape, strict=True)]
         table = table.expand([*shape[:at], table.shape[at], *shape[at + 1 :]])
@@ -206,8 +209,9 @@ def splice_gather(
         out = span.with_part(table, image, at)
         return close_factors(out, layout)
 
-    key = ("gather", lead, layout, dim, span, setting)
-    return rewriter.splice(key, gather, [operand, *pattern.nodes], as_call=setting.dynamic)[0]
+    key = ("gather", lead, layout, dim, span, setting, located is None)
+    nodes = [operand, *(pattern.nodes if located is None else [located])]
+    return rewriter.splice(key, gather, nodes, as_call=setting.dynamic)[0]
 
 
 def splice_counts(

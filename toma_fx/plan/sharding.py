@@ -1,0 +1,97 @@
+"""From a plan for one process to that of a process which shares the tokens with others.
+
+Inside of a merged segment each process works on the merged tokens of its own windows. All else,
+and text, every process computes in full. Attention gathers keys and values; nothing else that
+merges may look from token to token, so nothing else has to be exchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from toma_fx.analysis.dataflow import Flow
+from toma_fx.errors import ParallelError
+from toma_fx.methods.setting import Setting
+from toma_fx.methods.sharded import Rank, Sharded
+from toma_fx.plan.plan import MergePlan, MergeSegment
+
+_WHERE_NEXT = "docs/parallel.md lists what can be shared"
+
+
+def shard_plan(plan: MergePlan, flow: Flow, rank: Rank) -> MergePlan:
+    """The plan of one of several processes; the same in all of them but for whose windows it is.
+
+    Raises:
+        ParallelError: something that merges can't be shared, or nothing merges at all.
+    """
+    if not plan.merges:
+        raise ParallelError(
+            "there is nothing to share between processes",
+            where="parallel",
+            expected="tokens that merge, which each process has some windows of",
+            got=f"method {plan.config.name!r} merges nothing here",
+            hint="a ratio above 0; parallel=None to run without",
+        )
+    sharded = [_shard_phase(phase, flow, rank) for phase in plan.phases]
+    return replace(sharded[0], later=tuple(sharded[1:]))
+
+
+def _shard_phase(plan: MergePlan, flow: Flow, rank: Rank) -> MergePlan:
+    settings = {s.setting: _shard_setting(s, rank) for s in plan.segments}
+    for segment in plan.segments:
+        _check_attention(segment, flow)
+    segments = tuple(replace(s, setting=settings[s.setting]) for s in plan.segments)
+    groups = tuple(replace(g, setting=settings[g.setting]) for g in plan.groups)
+    return replace(plan, segments=segments, groups=groups)
+
+
+def _shard_setting(segment: MergeSegment, rank: Rank) -> Setting:
+    whole = segment.setting
+    if segment.scope == "keys":
+        reason = "queries and all else stay whole, so that there is nothing to share"
+        raise _refusal(segment, 'scope="keys"', reason, 'scope="stack", "block" or "sublayer"')
+    shared = whole.share(rank.count)
+    if isinstance(shared, str):
+        hint = (
+            f"windows, by tile= or window=, whose number is a multiple of {rank.count}; a method "
+            "that works in windows (toma, retom); exclude= or min_tokens= leaves the part whole"
+        )
+        got = f"{type(whole).__name__} of {whole.describe()}"
+        raise _refusal(segment, got, shared, hint)
+    return Sharded(whole.grid, whole, *shared, rank)
+
+
+def _check_attention(segment: MergeSegment, flow: Flow) -> None:
+    """Raise unless what looks from token to token in a segment is fused attention alone."""
+    for name in _touched(segment, flow):
+        layout = flow.layout(name) or ()
+        scores = any(
+            x.keys and any(s.name == segment.image.name for s in x.keys.tokens.segments)
+            for x in layout
+        )
+        if scores or name in flow.sums_of_tokens:
+            raise _refusal(
+                segment,
+                f"{name} in {flow.modules[name]}",
+                "it sums over tokens other than by one fused attention operator",
+                "F.scaled_dot_product_attention (AttnProcessor2_0); exclude= leaves the part whole",
+            )
+
+
+def _touched(segment: MergeSegment, flow: Flow) -> Iterator[str]:
+    """What runs on a segment's merged tokens."""
+    inner = dict.fromkeys(segment.inner)
+    yield from inner
+    readers = (u for n in inner if n != segment.exit for u in flow.users[n])
+    yield from (u for u in dict.fromkeys(readers) if u not in inner)
+
+
+def _refusal(segment: MergeSegment, got: str, reason: str, hint: str) -> ParallelError:
+    return ParallelError(
+        f"tokens can't be shared between processes: {reason}",
+        where=segment.modules[0],
+        expected="windows that each process has as many of",
+        got=got,
+        hint=f"{hint}; {_WHERE_NEXT}",
+    )
