@@ -20,7 +20,7 @@ ORDER = (
 """Folders and files of the package in the order of the pipeline. `toma_fx/__init__.py` is last."""
 LONGEST = 400
 """Lines of a file."""
-REWRITERS = {"graph/rewriter.py", "graph/outline.py"}
+REWRITERS = {"graph/rewriter.py", "graph/outline.py", "graph/lifting.py"}
 MUTATORS = {
     "erase_node", "replace_all_uses_with", "replace_input_with", "call_function", "placeholder",
     "create_node", "graph_copy", "node_copy", "inserting_before", "inserting_after", "get_attr",

@@ -471,7 +471,7 @@ def test_marks_of_a_static_address_reach_the_graph() -> None:
         return {source.name: marks for source, marks in notes}
 
     marks = dynamo_graph(Toy(), x, read=read)["L['x']"]
-    _, expected = compilers.static_notes("pattern")
+    _, expected = compilers.noted_input("pattern", static=True)
     assert expected
     assert expected.items() <= marks.items()
 
@@ -490,8 +490,8 @@ def test_notes_tell_inductor_what_is_static(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("torch._functorch.aot_autograd._try_get_metadata_from_dynamo", spying)
     graph_module = fx.symbolic_trace(lambda x, y: (x + y,))
     graph_module.meta["dynamo_compile_id"] = None  # as graphs of Dynamo have it
-    fresh = (compilers.static_notes("fresh")[0], {})
-    compilers.note_inputs(graph_module, [fresh, compilers.static_notes("pattern")])
+    fresh = compilers.noted_input("fresh", static=False)
+    compilers.note_inputs(graph_module, [fresh, compilers.noted_input("pattern", static=True)])
     program = compilers.compile_graph(graph_module, [torch.ones(2), torch.ones(2)], {})
     assert torch.equal(program(torch.ones(2), torch.ones(2))[0], torch.full((2,), 2.0))
     assert any(1 in static for _, static in seen)

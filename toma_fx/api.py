@@ -25,8 +25,9 @@ from toma_fx.run.arguments import check_leaves, plain_numbers
 from toma_fx.run.calls import call_of
 from toma_fx.run.denoiser import OptimizedDenoiser, optimized_of
 from toma_fx.run.pipelines import COMPONENTS, leave_generations, tell_generations
-from toma_fx.run.programs import Specialization, tracing
+from toma_fx.run.programs import Specialization
 from toma_fx.run.report import Report, Summary, make_report, make_summary
+from toma_fx.run.tracing import tracing
 
 T = TypeVar("T")
 

@@ -225,7 +225,7 @@ def test_copies_of_a_denoiser_keep_its_settings(how: str, inside: bool) -> None:
     assert copied.config_toma == denoiser.config_toma
     assert copied.cache.capacity == 3
     assert copied.compiled
-    assert copied._compile == {"dynamic": False, "backend": "eager", "fullgraph": True}
+    assert copied._compile.options == {"dynamic": False, "backend": "eager", "fullgraph": True}
     assert (copied.denoiser is module) == (how == "copy")
     copied.reset()
     assert torch.equal(copied(**inputs()), want)

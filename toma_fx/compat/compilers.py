@@ -92,10 +92,11 @@ def input_notes(node: fx.Node) -> tuple[Any, Mapping[str, Any]]:
     return input_source(node), node.meta.get("tensor_dict", {})
 
 
-def static_notes(name: str) -> tuple[Any, Mapping[str, Any]]:
-    """The same for an input that Dynamo does not know, and whose address never changes."""
+def noted_input(name: str, *, static: bool) -> tuple[Any, Mapping[str, Any]]:
+    """The same for an input that Dynamo does not know; static: its address never changes."""
     tensor = lookup("torch", "empty")(0)
-    mark_static_address(tensor)
+    if static:
+        mark_static_address(tensor)
     return lookup("torch._dynamo.source", "ConstantSource")(f"toma_fx.{name}"), vars(tensor)
 
 
@@ -107,8 +108,9 @@ def note_inputs(graph_module: fx.GraphModule, notes: Sequence[tuple[Any, Any]]) 
     nodes: Sequence[Any] = graph_module.graph.find_nodes(op="placeholder")
     for node, (source, marks) in zip(nodes, notes, strict=True):
         node._dynamo_source, node.meta["tensor_dict"] = source, marks
-    buffers = {name: static_notes(name)[0] for name, _ in graph_module.named_buffers()}
+    buffers = {name: noted_input(name, static=True)[0] for name, _ in graph_module.named_buffers()}
     vars(graph_module)["_param_name_to_source"] = buffers
+    graph_module.meta.setdefault("dynamo_compile_id", None)  # notes are read where this is
 
 
 def example_of(node: fx.Node, default: Any) -> Any:
@@ -125,6 +127,22 @@ def is_wrapped_number(node: fx.Node) -> bool:
     return known is not None and attribute("torch", known, "pass_arg_as_tensor")
 
 
+def dynamo_callback() -> Callable[[], Any]:
+    """A function that returns what Dynamo calls for new frames of this thread; None: nothing."""
+    return lookup("torch._C._dynamo.eval_frame", "get_eval_frame_callback")
+
+
+def global_state() -> Callable[[], bool]:
+    """A function that tells whether torch's global switches are what they are now: those that
+    Dynamo guards (autocast, determinism, number of threads, TF32, ...)."""
+    return attribute("torch", lookup("torch._C._dynamo.guards", "GlobalStateGuard")(), "check")
+
+
+def begin_invocation() -> None:
+    """Say that a compiled function is called: CUDA graphs may write over what the last one gave."""
+    lookup("torch._dynamo.mutation_guard", "install_generation_tagging_init")()
+
+
 # -- Inductor -------------------------------------------------------------------------------------
 
 
@@ -136,6 +154,25 @@ def inductor_options() -> list[str]:
 def inductor_modes() -> dict[str, dict[str, Any]]:
     """Modes of `torch.compile`, and the changes to Inductor's configuration that each makes."""
     return lookup("torch._inductor", "list_mode_options")()
+
+
+def inductor_patches(mode: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The changes to Inductor's configuration that a mode or options of `torch.compile` are.
+
+    Raises:
+        RuntimeError: there is no such mode, field or kind of value.
+    """
+    wrapper = lookup("torch", "_TorchCompileInductorWrapper")(mode, options, False)
+    return dict(attribute("torch", wrapper, "config"))
+
+
+def inductor_of(callback: Any) -> dict[str, Any] | None:
+    """The changes to Inductor's configuration of the `torch.compile` that installed a callback of
+    Dynamo; None: it has another back end."""
+    backend = lookup("torch._dynamo.eval_frame", "innermost_backend")(callback)
+    if type(backend) is not lookup("torch", "_TorchCompileInductorWrapper"):
+        return None
+    return attribute("torch", backend, "config")
 
 
 def compile_graph(

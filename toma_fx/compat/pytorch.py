@@ -60,6 +60,12 @@ def is_fake(value: Any) -> bool:
     return isinstance(value, lookup("torch._subclasses.fake_tensor", "FakeTensor"))
 
 
+def fake_values(values: Sequence[Any]) -> list[Any]:
+    """The values as fake tensors of the mode that some are of."""
+    mode = lookup("torch._guards", "detect_fake_mode")(list(values))
+    return [v if is_fake(v) else mode.from_tensor(v, static_shapes=True) for v in values]
+
+
 def forget_tensors(values: Iterable[Any]) -> None:
     """Drop the weak references that modes of fake tensors, and theirs, keep to real tensors."""
     kind = lookup("torch._subclasses.fake_tensor", "FakeTensorMode")

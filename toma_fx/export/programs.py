@@ -24,8 +24,9 @@ from toma_fx.plan.plan import MergePlan
 from toma_fx.run.calls import call_of
 from toma_fx.run.denoiser import OptimizedDenoiser, optimized_of
 from toma_fx.run.program_set import split_outputs
-from toma_fx.run.programs import Specialization, tracing
+from toma_fx.run.programs import Specialization
 from toma_fx.run.schedule import kinds_that_run
+from toma_fx.run.tracing import tracing
 
 
 @dataclass(frozen=True)

@@ -15,31 +15,28 @@ from torch import fx, nn
 
 from toma_fx.compat.pytorch import make_graph_module, write_code
 from toma_fx.graph.repeats import Repeat, base_of, find_repeats, operand_value, operands_of
-from toma_fx.graph.rewriter import copy_graph
 
 _log = logging.getLogger("toma_fx.graph")
 
 
-def outline(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """The graph with each of its repeated stretches as one subgraph; itself if nothing repeats.
+def outline(graph_module: fx.GraphModule) -> None:
+    """Make each of the repeated stretches of a graph one subgraph, in place.
 
     It computes the same, and shares every parameter. Only compilers gain by it: exporters of AOT
     packages (torch 2.13: no `invoke_subgraph` in C++) and of ONNX take the flat graph.
     """
-    outlined = copy_graph(graph_module)
-    repeats = find_repeats(outlined.graph)
+    before = len(graph_module.graph.nodes)
+    repeats = find_repeats(graph_module.graph)
     if not repeats:
-        return graph_module
+        return
     for i, repeat in enumerate(repeats):
-        _outline(outlined, f"repeated_{i}", repeat)
-    outlined.graph.lint()
-    write_code(outlined)
-    calls = sum(len(r.stretches) for r in repeats)
-    nodes = (len(g.graph.nodes) for g in (graph_module, outlined))
+        _outline(graph_module, f"repeated_{i}", repeat)
+    graph_module.graph.lint()
+    calls, after = sum(len(r.stretches) for r in repeats), len(graph_module.graph.nodes)
     _log.info(
-        "%d blocks are calls of %d subgraphs: %d nodes become %d", calls, len(repeats), *nodes
-    )
-    return outlined
+        "%d blocks are calls of %d subgraphs: %d nodes become %d",
+        calls, len(repeats), before, after,
+    )  # fmt: skip
 
 
 def _outline(graph_module: fx.GraphModule, name: str, repeat: Repeat) -> None:

@@ -35,7 +35,7 @@ from toma_fx.compat.compilers import (
     inductor_options,
     input_notes,
     note_inputs,
-    static_notes,
+    noted_input,
 )
 from toma_fx.errors import ConfigError, NoMergeSites, UnknownNameError, nearest
 from toma_fx.graph.outline import outline
@@ -275,7 +275,7 @@ class MergedGraph:
         program = specialization.program(kind)
         graph_module = copy_graph(program.graph_module)
         if self.options.outline:
-            graph_module = outline(graph_module)
+            outline(graph_module)
         return self._compile(graph_module, program.takes)
 
     def _compile(self, graph_module: fx.GraphModule, takes: Sequence[str]) -> Runner:
@@ -287,7 +287,7 @@ class MergedGraph:
         inputs: list[Any] = self.gm.graph.find_nodes(op="placeholder")
         pairs = zip(inputs, self.arguments, strict=True)
         notes = [input_notes(n) for n, argument in pairs if argument.is_captured]
-        note_inputs(graph_module, [*notes, *map(static_notes, takes)])
+        note_inputs(graph_module, [*notes, *(noted_input(name, static=True) for name in takes)])
         graph_module.meta.update(self.gm.meta)
         nodes: list[Any] = graph_module.graph.find_nodes(op="placeholder")
         fakes = [node.meta["val"] for node in nodes]

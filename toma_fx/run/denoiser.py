@@ -39,6 +39,7 @@ from toma_fx.run.calls import (
     leaf_key,
     name_arguments,
 )
+from toma_fx.run.compiled import Compilation, make_program
 from toma_fx.run.generation import PassState
 from toma_fx.run.gradients import needs_gradient, refuse_gradient
 from toma_fx.run.keeps_state import KeepsState
@@ -250,15 +251,12 @@ class OptimizedDenoiser(KeepsState, StandIn):
 
     def _make_runner(self, specialization: Specialization, kind: str) -> Runner:
         """A program to call, compiled if `compile` was called."""
-        graph_module = specialization.program(kind).graph_module
+        program = specialization.program(kind)
         if specialization.dynamic:
             # under torch.compile too: compiled, it would keep the shapes it was traced with
-            eager: Runner = torch.compiler.disable(graph_module.forward)
+            eager: Runner = torch.compiler.disable(program.graph_module.forward)
             return eager
-        if self._compile is None:
-            return graph_module.forward
-        compiled: Runner = torch.compile(graph_module, **self._compile)
-        return compiled
+        return make_program(program, self._compile)
 
     def specialized(
         self, args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -281,25 +279,31 @@ class OptimizedDenoiser(KeepsState, StandIn):
 
     # -- compiling ------------------------------------------------------------------------------
 
-    def compile(self, *args: Any, **kwargs: Any) -> OptimizedDenoiser:  # type: ignore[override]
-        """Compile every program with `torch.compile(program, *args, **kwargs)` when it first runs.
+    def compile(  # type: ignore[override]
+        self, *args: Any, outline: bool = True, **kwargs: Any
+    ) -> OptimizedDenoiser:
+        """Compile every program, as `torch.compile(program, *args, **kwargs)`, when it first runs.
 
         One program per kind: refresh, reuse, reweigh if weights are recomputed between refreshes,
-        and the unmerged one if the schedule has unmerged steps. Returns self.
+        and the unmerged one if the schedule has unmerged steps. They go to Inductor as they are;
+        to other back ends through Dynamo. Returns self.
+
+        Args:
+            outline: compile blocks that repeat once, so that the time to compile does not grow with
+                the depth of the model; by Inductor alone.
 
         Raises:
             DynamicError: the method's number of merged tokens depends on the data.
+            ConfigError: a mode or options that Inductor doesn't have.
         """
         self.config_toma.check_static("compile")
-        names = list(inspect.signature(torch.compile).parameters)[1:]
-        options = {"dynamic": False, **dict(zip(names, args, strict=False)), **kwargs}
-        self.__dict__["_compile"] = options
+        self.__dict__["_compile"] = Compilation.make(args, kwargs, outline)
         for specialization in self.cache.values():
             specialization.runners.clear()
         return self
 
     def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
-        """As `compile`: a program is one graph without blocks, and is compiled whole."""
+        """As `compile`, which compiles blocks that repeat once."""
         self.compile(*args, **kwargs)
 
     @property

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from toma_fx.analysis.roles import Roles
 from toma_fx.capture.grids import Raster
-from toma_fx.run.programs import beside_tracing
 from toma_fx.run.schedule import Schedule
+from toma_fx.run.tracing import beside_tracing
 
 
 class ProgramSet(Protocol):

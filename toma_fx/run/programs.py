@@ -3,13 +3,12 @@ bounded cache."""
 
 from __future__ import annotations
 
-import linecache
 import logging
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -23,8 +22,7 @@ from toma_fx.analysis.roles import Roles, find_roles
 from toma_fx.capture.model import Captured, capture, check_model
 from toma_fx.capture.parity import Expected
 from toma_fx.capture.quantized import Parts
-from toma_fx.compat.compilers import allow_calls_while_tracing, compile_lock, disable_dynamo
-from toma_fx.compat.pytorch import graph_sources
+from toma_fx.compat.compilers import compile_lock
 from toma_fx.errors import UnknownNameError, nearest
 from toma_fx.graph.flops import graph_flops
 from toma_fx.graph.templates import Templates
@@ -35,45 +33,13 @@ from toma_fx.passes.pipeline import Program, rewrite
 from toma_fx.passes.uses import Use, uses_of
 from toma_fx.plan.plan import MergePlan
 from toma_fx.plan.planner import make_plan
+from toma_fx.run.compiled import CompiledProgram
 from toma_fx.run.schedule import Schedule
+from toma_fx.run.tracing import tracing
 
 Runner = Callable[..., Sequence[Any]]
 """A program to call: (inputs, masks, kept tensors) -> (outputs, kept tensors), flat."""
 _log = logging.getLogger("toma_fx.run")
-_ACTIVE: list[int] = []
-"""Threads that are tracing; torch's own flags for it hold for the whole process."""
-
-
-@disable_dynamo
-def beside_tracing() -> AbstractContextManager[Any]:
-    """For running a program while another thread may be tracing.
-
-    torch refuses to enter a compiled function then; inside, it runs uncompiled for that once.
-    """
-    return allow_calls_while_tracing() if _ACTIVE else nullcontext()
-
-
-@contextmanager
-def tracing() -> Iterator[None]:
-    """Make graphs, one thread at a time, and leave no source text behind.
-
-    Tracing swaps the parameters of the model that is traced. The lock is Dynamo's own, because its
-    compilations fail beside a trace.
-
-    torch.fx keeps the Python source of every graph module for good, for tracebacks; a capture makes
-    some twenty of them, so that switching adapters a thousand times would fill the memory.
-    """
-    with compile_lock():
-        _ACTIVE.append(threading.get_ident())
-        sources = graph_sources()
-        before = set(sources)
-        try:
-            yield
-        finally:
-            _ACTIVE.pop()
-            for key in [k for k in list(sources) if k not in before]:
-                del sources[key]
-                linecache.cache.pop(key, None)
 
 
 def run_eagerly(specialization: Specialization, kind: str) -> Runner:
@@ -303,6 +269,9 @@ class Specialization:
                 if (new.shape, new.dtype, new.device) == (old.shape, old.dtype, old.device):
                     path, _, leaf = name.rpartition(".")
                     setattr(graph_module.get_submodule(path), leaf, new)
+        for runner in self.runners.values():
+            if isinstance(runner, CompiledProgram):
+                runner.rebind()
 
 
 def _shapes(specialization: Specialization) -> str:

@@ -1,0 +1,233 @@
+"""Programs compiled by Inductor without a second capture: `.compile()` and `torch.compile(...)`.
+
+    program -> copy, blocks outlined, parameters as inputs -> Inductor -> call
+
+Dynamo would read every program again, guard every parameter of it at every step, and break the
+graph at each block that repeats. What it guards is known here: shapes, dtypes and the model by the
+signature, torch's global switches by torch's own guard. What only Inductor cares for, the strides
+of inputs, is made what the program was compiled for.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from toma_fx.compat.compilers import (
+    begin_invocation,
+    compile_graph,
+    disable_dynamo,
+    dynamo_callback,
+    global_state,
+    inductor_of,
+    inductor_patches,
+    note_inputs,
+    noted_input,
+    skip_frame,
+)
+from toma_fx.compat.pytorch import fake_values
+from toma_fx.errors import ConfigError
+from toma_fx.graph.lifting import has_subgraphs, lift_constants
+from toma_fx.graph.outline import outline
+from toma_fx.graph.rewriter import copy_graph
+from toma_fx.passes.pipeline import Program
+from toma_fx.run.tracing import tracing
+
+_log = logging.getLogger("toma_fx.run")
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """How programs are compiled.
+
+    Attributes:
+        options: of `torch.compile`. patches: the changes to Inductor's configuration that these
+            are; None: they ask for something else than Inductor, and Dynamo has to hand it over.
+        outline: whether blocks that repeat are compiled once.
+    """
+
+    options: Mapping[str, Any]
+    patches: Mapping[str, Any] | None
+    outline: bool
+
+    @classmethod
+    def make(cls, args: Sequence[Any], kwargs: Mapping[str, Any], outline: bool) -> Compilation:
+        """From the arguments of `torch.compile` that follow the model.
+
+        Raises:
+            ConfigError: options that Inductor doesn't have.
+        """
+        names = list(inspect.signature(torch.compile).parameters)[1:]
+        options = {"dynamic": False, **dict(zip(names, args, strict=False)), **kwargs}
+        asked = {"backend": "inductor", **options}
+        if asked["backend"] != "inductor" or asked.get("disable"):
+            return cls(options, None, outline)
+        if asked.get("dynamic"):
+            _log.warning("dynamic=True has no effect: every signature has programs of its own")
+        patches = patches_of(asked.get("mode"), asked.get("options"))
+        return cls(options, None if patches.get("freezing") else patches, outline)
+
+
+def patches_of(mode: str | None, options: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """The changes to Inductor's configuration that a mode and options of `torch.compile` are.
+
+    Raises:
+        ConfigError: there is no such mode or option, or both are given.
+    """
+    if mode is not None and options:
+        raise ConfigError(
+            "torch.compile takes a mode or options",
+            where="compile",
+            expected="mode= or options=",
+            got="both",
+            hint="a mode is options: torch._inductor.list_mode_options(mode)",
+        )
+    try:
+        return inductor_patches(mode, options)
+    except RuntimeError as error:  # torch's own, of both
+        raise ConfigError(
+            "Inductor can't be told this",
+            where="mode" if options is None else "options",
+            expected="a mode of torch.compile, or fields of torch._inductor.config",
+            got=str(error),
+        ) from error
+
+
+@dataclass
+class _Variant:
+    """What Inductor made of a program, under some of torch's global switches.
+
+    Attributes:
+        run: what it made. holds: whether the switches are what they were.
+        tensors: parameters and buffers, its first arguments. strides: by place among the inputs of
+            the program, of those that follow.
+    """
+
+    run: Callable[..., Sequence[Any]]
+    holds: Callable[[], bool]
+    tensors: list[Tensor]
+    strides: Sequence[tuple[int, tuple[int, ...]]]
+
+    def __call__(self, inputs: Sequence[Any]) -> Sequence[Any]:
+        rest = [_with_strides(inputs[place], strides) for place, strides in self.strides]
+        begin_invocation()
+        return self.run(*self.tensors, *rest)
+
+
+def _with_strides(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """The tensor, copied if it lies in memory in another way."""
+    if tensor.stride() == strides:
+        return tensor
+    return torch.empty_strided(
+        tensor.shape, strides, dtype=tensor.dtype, device=tensor.device
+    ).copy_(tensor)
+
+
+class CompiledProgram:
+    """A program to call, which is compiled when it is called first.
+
+    Args:
+        program: as it was rewritten.
+        compilation: how; None: it runs as it is, or as the `torch.compile` says that compiled the
+            caller.
+    """
+
+    def __init__(self, program: Program, compilation: Compilation | None) -> None:
+        skip_frame(CompiledProgram.__call__)
+        self.program, self.compilation = program, compilation
+        self._patches = None if compilation is None else compilation.patches
+        self._outlines = compilation is None or compilation.outline
+        self._variants: list[tuple[Mapping[str, Any], _Variant]] = []
+        self._names: tuple[str, ...] = ()
+        self._callback = dynamo_callback()
+        self._forward: Callable[..., Sequence[Any]] = program.graph_module.forward
+        if compilation is not None and compilation.patches is None:
+            self._forward = torch.compile(program.graph_module, **compilation.options)
+
+    def __call__(self, *inputs: Any) -> Sequence[Any]:
+        """Run it."""
+        patches, callback = self._patches, self._callback()
+        if patches is None and callback:
+            patches = self._patches_of(callback)
+        return self._forward(*inputs) if patches is None else self._run(patches, inputs)
+
+    def compile(self) -> None:
+        """Compile it for Inductor, if it is to be and is not."""
+        if self._patches is not None:
+            self._variant(self._patches)
+
+    def rebind(self) -> None:
+        """Follow parameters and buffers that were made anew in the program."""
+        for _, variant in self._variants:
+            variant.tensors[:] = self._tensors()
+
+    def _tensors(self) -> list[Tensor]:
+        return [attrgetter(name)(self.program.graph_module) for name in self._names]
+
+    @disable_dynamo
+    def _patches_of(self, callback: Any) -> Mapping[str, Any] | None:
+        """The changes to Inductor's configuration of the `torch.compile` that compiles the caller;
+        None: it compiles for something else."""
+        patches = None if self.compilation is not None else inductor_of(callback)
+        return None if patches is None or patches.get("freezing") else patches
+
+    @disable_dynamo
+    def _run(self, patches: Mapping[str, Any], inputs: Sequence[Any]) -> Sequence[Any]:
+        return self._variant(patches)(inputs)
+
+    def _variant(self, patches: Mapping[str, Any]) -> _Variant:
+        variant = self._known(patches)
+        if variant is None:
+            with tracing(), torch.no_grad():
+                variant = self._known(patches)
+                if variant is None:
+                    variant = self._compile(patches)
+                    self._variants.append((patches, variant))
+        return variant
+
+    def _known(self, patches: Mapping[str, Any]) -> _Variant | None:
+        return next((v for p, v in self._variants if p == patches and v.holds()), None)
+
+    def _compile(self, patches: Mapping[str, Any]) -> _Variant:
+        start = time.perf_counter()
+        program = copy_graph(self.program.graph_module)
+        if self._outlines and not patches.get("cpp_wrapper"):  # C++ can't call subgraphs
+            outline(program)
+        lifted = lift_constants(program)
+        nodes = lifted.graph_module.graph.find_nodes(op="placeholder")
+        values = fake_values([node.meta["val"] for node in nodes])
+        takes, constants = set(self.program.takes), len(lifted.constants)
+        static = [True] * constants + [n.name in takes for n in nodes[constants:]]
+        pairs = zip(nodes, static, strict=True)
+        note_inputs(lifted.graph_module, [noted_input(n.name, static=fixed) for n, fixed in pairs])
+        self._names = lifted.constants
+        run = compile_graph(lifted.graph_module, values, patches)
+        strides = [value.stride() for value in values[constants:]]
+        again = " again: torch's global switches changed" if self._variants else ""
+        seconds = time.perf_counter() - start
+        _log.info("compiled a program (%s) in %.1f s%s", self.program.use.name, seconds, again)
+        kept = list(zip(lifted.kept, strides, strict=True))
+        return _Variant(run, global_state(), self._tensors(), kept)
+
+
+def make_program(program: Program, compilation: Compilation | None) -> Callable[..., Sequence[Any]]:
+    """A program to call, compiled as it is said.
+
+    One that holds graphs in its graph (a region with autocast on) goes through Dynamo, which reads
+    them.
+    """
+    if not has_subgraphs(program.graph_module):
+        return CompiledProgram(program, compilation)
+    if compilation is None:
+        return program.graph_module.forward
+    compiled: Callable[..., Sequence[Any]]
+    compiled = torch.compile(program.graph_module, **compilation.options)
+    return compiled
