@@ -2,15 +2,20 @@
 
     OMP_NUM_THREADS=1 python benchmarks/cold_start.py --out benchmarks/results/cold-start-cpu.json
 
-Every figure is of a fresh process with empty caches, children (the C++ compiler) included:
+Every figure is of a fresh process, children (the C++ compiler) included, with empty caches unless
+otherwise said:
 
+    eager         the original, not compiled
     compile       the original, torch.compile
-    repeated      the original, compile_repeated_blocks() of diffusers: one program
+    repeated      the original, compile_repeated_blocks() of diffusers
     flat          token merging, both programs of a generation (refresh, reuse), each compiled whole
-    outlined      the same, blocks that repeat as one subgraph
+    outlined      the same as `.compile()` does it: blocks that repeat, once
+    warm          the same in a process that finds the caches of another one
+    artifact      the same from an AOTInductor artifact: `toma_fx.load`
 
-Capture, analysis and rewrite are in the figures of the last two. `step_ms` is of the last program,
-median of 9 steps. SDXL has its real layout and Flux its own, at a quarter of their width.
+`wall_s` and `processor_s` are until the first two steps are done, so that everything has been
+compiled; capture, analysis and rewrite are in those of token merging. `step_ms` is of the last
+program, median of 9 steps. SDXL has its real layout and Flux its own, at a quarter of their width.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -28,9 +34,12 @@ from typing import Any
 import torch
 from common import CLASSES, CONFIGS, command_line, device_name, save, versions
 
+import toma_fx
 from toma_fx.models.named import example_inputs
 
-WAYS = ("compile", "repeated", "flat", "outlined")
+WAYS = ("eager", "compile", "repeated", "flat", "outlined", "warm", "artifact")
+PREPARED = ("warm", "artifact")
+MERGING: dict[str, Any] = {"scope": "stack", "min_tokens": 16}
 NARROW: dict[str, dict[str, Any]] = {
     "sdxl": {"block_out_channels": (96, 160, 320), "attention_head_dim": (3, 5, 10),
              "cross_attention_dim": 512},
@@ -55,24 +64,45 @@ def model_of(name: str, depth: float) -> torch.nn.Module:
     return CLASSES[name](**config).eval().requires_grad_(False)
 
 
-def point(name: str, depth: float, way: str) -> dict[str, Any]:
+def prepare(name: str, depth: float, way: str, folder: Path) -> None:
+    """What another process has left behind for a way."""
+    if way == "warm":
+        point(name, depth, "outlined", folder)
+    elif way == "artifact":
+        model: Any = model_of(name, depth)
+        optimized = toma_fx.optimize(model, **MERGING)
+        toma_fx.export.aoti(optimized, inputs_of(name, model), folder / "artifact")
+
+
+def inputs_of(name: str, model: torch.nn.Module) -> dict[str, Any]:
+    """Keyword inputs of a step."""
+    return example_inputs(model, SIZE[name], SIZE[name], 1, text=64)
+
+
+def ready(name: str, model: Any, way: str, folder: Path) -> Any:
+    """The model, as a way has it."""
+    if way == "eager":
+        return model
+    if way == "compile":
+        return torch.compile(model, dynamic=False)
+    if way == "repeated":
+        model.compile_repeated_blocks(dynamic=False)
+        return model
+    if way == "artifact":
+        return toma_fx.load(folder / "artifact")
+    return toma_fx.optimize(model, **MERGING).compile(outline=way != "flat")
+
+
+def point(name: str, depth: float, way: str, folder: Path) -> dict[str, Any]:
     """Compile in this process."""
     model: Any = model_of(name, depth)
-    inputs = example_inputs(model, SIZE[name], SIZE[name], 1, text=64)
+    inputs = inputs_of(name, model)
     blocks = sum(type(m).__name__.endswith("TransformerBlock") for m in model.modules())
     before, clock = os.times(), time.perf_counter()
     with torch.no_grad():
-        if way == "compile":
-            model = torch.compile(model, dynamic=False)
+        model = ready(name, model, way, folder)
+        for _ in range(2):
             model(**inputs)
-        elif way == "repeated":
-            model.compile_repeated_blocks(dynamic=False)
-            model(**inputs)
-        else:
-            options = {"scope": "stack", "min_tokens": 16, "outline": way == "outlined"}
-            model = torch.compile(model, backend="toma_fx", options=options, dynamic=False)
-            for _ in range(2):
-                model(**inputs)
         wall, after = time.perf_counter() - clock, os.times()
         seconds = []
         for _ in range(STEPS):
@@ -89,10 +119,15 @@ def point(name: str, depth: float, way: str) -> dict[str, Any]:
 
 
 def fresh(name: str, depth: float, way: str) -> dict[str, Any]:
-    """`point` in a fresh process, with nothing cached."""
-    command = [sys.executable, __file__, "--point", name, str(depth), way]
-    environment = {**os.environ, "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
-    out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    """`point` in a fresh process; its caches are empty, or what `prepare` left there."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "--folder", folder, "--point", name, str(depth), way]
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/caches"}
+        if way in PREPARED:
+            subprocess.run([*command, "--prepare"], check=True, env=environment)
+        out = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, check=True, env=environment
+        )
     found: dict[str, Any] = json.loads(out.stdout.splitlines()[-1])
     return found
 
@@ -104,11 +139,15 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--depths", nargs="+", type=float, help="shares of the real depth")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--point", nargs=3, help=argparse.SUPPRESS)
+    for hidden in ("--point", "--folder", "--prepare"):
+        kind: dict[str, Any] = {"action": "store_true"} if hidden == "--prepare" else {}
+        kind |= {"nargs": 3} if hidden == "--point" else {}
+        parser.add_argument(hidden, help=argparse.SUPPRESS, **kind)
     args = parser.parse_args()
     if args.point:
         name, depth, way = args.point
-        print(json.dumps(point(name, float(depth), way)))
+        run = prepare if args.prepare else point
+        print(json.dumps(run(name, float(depth), way, Path(args.folder))))
         return
     about = {"command": command_line(), "device": device_name(), "versions": versions()}
     results: dict[str, Any] = {**about, "points": []}
@@ -118,7 +157,9 @@ def main() -> None:
                 row = fresh(name, depth, way)
                 results["points"].append(row)
                 total, step = f"{row['processor_s']:.1f} s", f"{row['step_ms']:.1f} ms"
-                print(f"{name}, {row['blocks']} blocks, {way}: {total}, step {step}", flush=True)
+                clock = f"{row['wall_s']:.1f} s of the clock"
+                shown = f"{name}, {row['blocks']} blocks, {way}: {total}, {clock}, step {step}"
+                print(shown, flush=True)
                 save(results, args.out)
 
 
