@@ -46,7 +46,7 @@ NARROW: dict[str, dict[str, Any]] = {
     "flux": {"num_attention_heads": 6, "joint_attention_dim": 512},
 }  # fmt: skip
 SIZE = {"sdxl": 256, "flux": 512}
-DEPTHS = {"sdxl": (0.2, 0.5, 1.0), "flux": (0.1, 0.25, 0.5)}
+DEPTHS = {"sdxl": (0.2, 1.0), "flux": (0.1, 0.5)}
 """Shares of the real depth."""
 STEPS = 9
 

@@ -48,6 +48,7 @@ from toma_fx.run.programs import Runner, Specialization, SpecializationCache
 from toma_fx.run.schedule import Schedule
 from toma_fx.run.stand_in import StandIn
 from toma_fx.run.stepper import Stepper
+from toma_fx.run.warmup import WarmsUp
 
 ACCEPTED = 4
 """Signatures that are remembered as accepted, for each graph that is kept."""
@@ -73,7 +74,7 @@ class Arguments:
         return tuple(find_raster(leaf) for leaf in self.leaves)
 
 
-class OptimizedDenoiser(KeepsState, StandIn):
+class OptimizedDenoiser(KeepsState, WarmsUp, StandIn):
     """A denoiser that runs with token merging. Made by `toma_fx.optimize`.
 
     Called exactly as the original, of which it is a view.
