@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from toma_fx.errors import ConfigError
 
@@ -26,3 +27,8 @@ def usable_device(device: str | int | torch.device) -> torch.device:
             got=f"{device!r} ({str(error).splitlines()[0][:80]})",
         ) from error
     return found
+
+
+def is_computed_elsewhere(tensor: Tensor) -> bool:
+    """Whether a tensor lies on another device than the CPU, so that reading it waits for that."""
+    return tensor.device.type != "cpu"

@@ -139,14 +139,6 @@ def _split_options(named: dict[str, Any]) -> tuple[Hashable, Tensor | None]:
     return label, levels if isinstance(levels, Tensor) else None
 
 
-def number_of(timestep: Any) -> float | None:
-    """A timestep as a number: the largest where rows or tokens have their own; None if none."""
-    if isinstance(timestep, Tensor):
-        count = timestep.numel()
-        return float(timestep.detach().max() if count > 1 else timestep) if count else None
-    return float(timestep) if isinstance(timestep, (int, float)) else None
-
-
 def leaf_key(leaf: Any) -> Any:
     """What a graph depends on of a leaf of a call: shape, dtype and device, or type and value."""
     if isinstance(leaf, Tensor):

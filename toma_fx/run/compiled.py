@@ -218,12 +218,17 @@ class CompiledProgram:
         return _Variant(run, global_state(), self._tensors(), kept)
 
 
-def make_program(program: Program, compilation: Compilation | None) -> Callable[..., Sequence[Any]]:
+def make_program(
+    program: Program, compilation: Compilation | None, *, dynamic: bool = False
+) -> Callable[..., Sequence[Any]]:
     """A program to call, compiled as it is said.
 
     One that holds graphs in its graph (a region with autocast on) goes through Dynamo, which reads
-    them.
+    them. One whose sizes depend on the data (dynamic) always runs as it is: compiled, it would keep
+    those that it was traced with.
     """
+    if dynamic:
+        return disable_dynamo(program.graph_module.forward)
     if not has_subgraphs(program.graph_module):
         return CompiledProgram(program, compilation)
     if compilation is None:

@@ -16,7 +16,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from toma_fx.capture.companions import check_wrapping
@@ -252,12 +251,8 @@ class OptimizedDenoiser(KeepsState, WarmsUp, StandIn):
 
     def _make_runner(self, specialization: Specialization, kind: str) -> Runner:
         """A program to call, compiled if `compile` was called."""
-        program = specialization.program(kind)
-        if specialization.dynamic:
-            # under torch.compile too: compiled, it would keep the shapes it was traced with
-            eager: Runner = torch.compiler.disable(program.graph_module.forward)
-            return eager
-        return make_program(program, self._compile)
+        sizes_vary = specialization.dynamic
+        return make_program(specialization.program(kind), self._compile, dynamic=sizes_vary)
 
     def specialized(
         self, args: Sequence[Any], kwargs: Mapping[str, Any]

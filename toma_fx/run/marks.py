@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from toma_fx.capture.grids import Raster, find_raster
+from toma_fx.devices import is_computed_elsewhere
 
 
 class Likeness(IntEnum):
@@ -55,7 +56,8 @@ class Mark:
 
 def _content(tensor: Tensor) -> Hashable:
     """A fingerprint on the CPU; elsewhere the number of writes, or None where none are counted."""
-    if tensor.device.type == "cpu" and type(tensor) is Tensor and tensor.layout is torch.strided:
+    strided = type(tensor) is Tensor and tensor.layout is torch.strided
+    if strided and not is_computed_elsewhere(tensor):
         return _fingerprint(tensor.detach())
     return None if tensor.is_inference() else tensor._version
 

@@ -22,14 +22,11 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from torch import Tensor
-
 from toma_fx.capture.grids import Raster
 from toma_fx.compat.compilers import disable_dynamo, skip_frame
 from toma_fx.errors import GenerationError, TomaError
 from toma_fx.methods.cached_steps import UNKNOWN_LENGTH, Length
 from toma_fx.methods.kinds import is_cached, merges
-from toma_fx.run.calls import number_of
 from toma_fx.run.generation import PASSES, Buffers, Generation, PassState
 from toma_fx.run.guess import Facts, Guesses
 from toma_fx.run.marks import Mark, Rasters
@@ -43,6 +40,7 @@ from toma_fx.run.program_set import (
 )
 from toma_fx.run.schedule import counts_steps, due, runnable
 from toma_fx.run.scopes import Entered, Flow, Scopes
+from toma_fx.run.timesteps import TimestepValue
 from toma_fx.run.told import Run
 
 SIGNATURES = 1024
@@ -364,21 +362,3 @@ def _kind_of(state: PassState, step: int, programs: ProgramSet, length: Length) 
     if state.first is None and merges(kind):
         state.first = step
     return kind
-
-
-class TimestepValue:
-    """A timestep, as the call has it: on a GPU, reading it waits for all that was asked before."""
-
-    def __init__(self, value: Any) -> None:
-        self._value = value
-        self._waits = isinstance(value, Tensor) and value.device.type != "cpu"
-
-    def peek(self) -> float | None:
-        """It as a number, if that is known without waiting."""
-        return None if self._waits else self.read()
-
-    def read(self) -> float | None:
-        """It as a number; None where there is none."""
-        number = number_of(self._value)
-        self._value, self._waits = number, False
-        return number

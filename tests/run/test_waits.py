@@ -1,0 +1,143 @@
+"""How often a step reads a tensor, as if tensors lay on a GPU: each time, the host would wait."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from diffusers import EulerDiscreteScheduler
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+import toma_fx
+from tests import denoisers
+from tests.methods.test_methods import inputs, model
+from toma_fx.models.named import example_inputs
+from toma_fx.run import marks, timesteps
+from toma_fx.run.timesteps import TimestepValue, entry_of_table
+
+READS = {
+    "item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__",
+    "equal", "allclose",
+}  # fmt: skip
+STEPS = 6
+
+
+class Reads(TorchFunctionMode):
+    """Counts what reads the contents of a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += getattr(func, "__name__", "") in READS
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (marks, timesteps):
+        monkeypatch.setattr(module, "is_computed_elsewhere", lambda tensor: True)
+
+
+def sdxl_calls() -> Iterator[dict[str, Any]]:
+    """As a pipeline makes them: one text, the scheduler's own timesteps."""
+    scheduler = EulerDiscreteScheduler()
+    scheduler.set_timesteps(STEPS)
+    call = denoisers.sdxl_inputs()
+    for t in scheduler.timesteps:
+        yield {**call, "sample": torch.randn_like(call["sample"]), "timestep": t}
+
+
+def flux_calls() -> Iterator[dict[str, Any]]:
+    """As a pipeline makes them: each timestep is a tensor of its own."""
+    call = example_inputs(denoisers.flux(), 64, 64, 1, text=5)
+    for t in torch.linspace(1000, 100, STEPS):
+        latents = torch.randn_like(call["hidden_states"])
+        yield {**call, "hidden_states": latents, "timestep": t.expand(1).clone() / 1000}
+
+
+CASES: dict[str, tuple[Callable[[], Any], Callable[[], Iterator[dict[str, Any]]]]] = {
+    "sdxl": (denoisers.sdxl, sdxl_calls),
+    "flux": (denoisers.flux, flux_calls),
+}
+
+
+def reads_of(name: str, *, told: bool) -> list[int]:
+    """Reads at each step."""
+    make, calls = CASES[name]
+    optimized: Any = toma_fx.optimize(make(), min_tokens=1, destinations_every=10, weights_every=10)
+    counts = []
+    with torch.no_grad(), optimized.generation(STEPS if told else None) as run:
+        for i, call in enumerate(calls()):
+            if told:
+                run.step(i)
+            with Reads() as reads:
+                optimized(**call)
+            counts.append(reads.count)
+    assert optimized.totals == {"refresh": 1, "reuse": STEPS - 1}
+    return counts
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_told_steps_read_nothing(name: str) -> None:
+    assert not any(reads_of(name, told=True)[1:])
+
+
+def guessed(name: str) -> list[int]:
+    """The same where nobody tells which step it is."""
+    make, calls = CASES[name]
+    optimized: Any = toma_fx.optimize(make(), min_tokens=1, destinations_every=10, weights_every=10)
+    counts = []
+    with torch.no_grad():
+        for call in calls():
+            with Reads() as reads:
+                optimized(**call)
+            counts.append(reads.count)
+    assert optimized.totals == {"refresh": 1, "reuse": STEPS - 1}
+    return counts
+
+
+def test_a_table_of_timesteps_is_read_once() -> None:
+    assert not any(guessed("sdxl")[1:])
+
+
+def test_a_timestep_of_its_own_is_read_at_each_step() -> None:
+    """There is nothing else that tells a new picture from the next step."""
+    assert guessed("flux")[1:] == [1] * (STEPS - 1)
+
+
+@torch.no_grad()
+def test_entries_of_tables() -> None:
+    table = torch.linspace(999.0, 0.0, 5)
+    values = table.tolist()
+    assert [entry_of_table(t) for t in table] == values
+    assert [entry_of_table(table[i].expand(3)) for i in range(5)] == values
+    assert [entry_of_table(t) for t in table[2:]] == values[2:], "an image to start from"
+    table[1] = 7.0
+    assert entry_of_table(table[1]) == 7.0, "read again when it was written to"
+    assert entry_of_table(table.clone()) is None, "no view"
+    assert entry_of_table(table[1:3]) is None, "two numbers"
+    assert entry_of_table(torch.tensor(3.0)) is None
+    assert entry_of_table(torch.zeros(2, 3)[0, 1]) is None, "no list of timesteps"
+    with torch.inference_mode():
+        assert entry_of_table(torch.linspace(9.0, 0.0, 5)[1]) is None, "views are not told there"
+    steps = torch.arange(3, 40_000)[5:9]
+    assert TimestepValue(steps[0]).read() == 8.0
+    for i in range(50):  # tables that are gone
+        assert TimestepValue(torch.full((4,), float(i))[2]).read() == float(i)
+    assert len(timesteps._tables) <= timesteps.TABLES
+
+
+@torch.no_grad()
+def test_waiting_changes_no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    def outputs() -> list[Tensor]:
+        optimized: Any = toma_fx.optimize(model(), min_tokens=1)
+        return [optimized(**inputs(seed=i, timestep=900.0 - i)) for i in range(3)]
+
+    there = outputs()
+    monkeypatch.undo()
+    assert all(map(torch.equal, there, outputs()))
