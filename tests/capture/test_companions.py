@@ -581,7 +581,7 @@ COMPANIONS = (
     Companion(
         "`denoiser.compile_repeated_blocks()` on the optimized denoiser",
         "works",
-        "does what `.compile()` does: whole programs, for there are no blocks in them",
+        "compiles blocks that repeat, as on the original; `.compile()` compiles whole programs",
         compiled_regions,
         ("through",),
     ),

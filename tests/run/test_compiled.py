@@ -222,6 +222,38 @@ def test_without_outlining(compiling: list[dict[str, Any]]) -> None:
 
 
 @torch.no_grad()
+def test_repeated_blocks_alone(compiling: list[dict[str, Any]]) -> None:
+    module = denoisers.flux(num_layers=2, num_single_layers=4)
+    run, eager = optimized(module), optimized(module)
+    run.compile_repeated_blocks()
+    for timestep in (0.9, 0.8, 0.7):
+        call = denoisers.flux_inputs(8, 8, timestep=timestep)
+        assert denoisers.relative(run(**call)[0], eager(**call)[0]) < 1e-5
+    assert all(len(each["runs"]) > 1 for each in compiling), "each is called several times"
+    code = [each["graph"].code for each in compiling]
+    (refresh, reuse) = run.specializations[0].programs.values()
+    assert sum(map(len, code)) < len(reuse.graph_module.code) < len(refresh.graph_module.code)
+    half = len(code) // 2
+    assert code[:half] == code[half:], "Inductor finds those of the second program in its caches"
+
+
+@torch.no_grad()
+def test_where_nothing_repeats_all_is_compiled(compiling: list[dict[str, Any]]) -> None:
+    run = optimized()
+    run.compile_repeated_blocks()
+    run(**inputs())
+    assert [len(each["runs"]) for each in compiling] == [1]
+
+
+def test_repeated_blocks_are_no_cuda_graphs() -> None:
+    with pytest.raises(ConfigError, match="CUDA graph of each block"):
+        optimized().compile_repeated_blocks(mode="reduce-overhead")
+    with logged(logging.WARNING) as messages:
+        optimized().compile_repeated_blocks(backend="eager")
+    assert "only Inductor takes blocks" in messages[0]
+
+
+@torch.no_grad()
 def test_what_dynamo_must_read_goes_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Freezing needs parameters in the graph."""
     seen: list[Any] = []

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -37,6 +38,24 @@ def outline(graph_module: fx.GraphModule) -> None:
         "%d blocks are calls of %d subgraphs: %d nodes become %d",
         calls, len(repeats), before, after,
     )  # fmt: skip
+
+
+def replace_subgraphs(graph_module: fx.GraphModule, compiled: Callable[[Any], nn.Module]) -> int:
+    """Make every subgraph a module that `compiled` makes of it, in place; returns how many."""
+    graph, modules = graph_module.graph, dict[str, nn.Module]()
+    for node in graph.find_nodes(op="call_function", target=torch.ops.higher_order.invoke_subgraph):
+        read, name, *operands = node.args
+        if name not in modules:
+            modules[name] = compiled(graph_module.get_submodule(name))
+            graph_module.set_submodule(name, modules[name])
+        with graph.inserting_before(node):
+            call = graph.call_module(name, tuple(operands))
+        call.meta = dict(node.meta)
+        node.replace_all_uses_with(call)
+        graph.erase_node(node)
+        if not read.users:
+            graph.erase_node(read)
+    return len(modules)
 
 
 def _outline(graph_module: fx.GraphModule, name: str, repeat: Repeat) -> None:

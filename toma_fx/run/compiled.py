@@ -15,11 +15,12 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
 
 from toma_fx.compat.compilers import (
     begin_invocation,
@@ -36,7 +37,7 @@ from toma_fx.compat.compilers import (
 from toma_fx.compat.pytorch import fake_values
 from toma_fx.errors import ConfigError
 from toma_fx.graph.lifting import has_subgraphs, lift_constants
-from toma_fx.graph.outline import outline
+from toma_fx.graph.outline import outline, replace_subgraphs
 from toma_fx.graph.rewriter import copy_graph
 from toma_fx.passes.pipeline import Program
 from toma_fx.run.tracing import tracing
@@ -52,14 +53,23 @@ class Compilation:
         options: of `torch.compile`. patches: the changes to Inductor's configuration that these
             are; None: they ask for something else than Inductor, and Dynamo has to hand it over.
         outline: whether blocks that repeat are compiled once.
+        blocks_only: whether nothing else is compiled.
     """
 
     options: Mapping[str, Any]
     patches: Mapping[str, Any] | None
     outline: bool
+    blocks_only: bool = False
 
     @classmethod
-    def make(cls, args: Sequence[Any], kwargs: Mapping[str, Any], outline: bool) -> Compilation:
+    def make(
+        cls,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        *,
+        outline: bool = True,
+        blocks_only: bool = False,
+    ) -> Compilation:
         """From the arguments of `torch.compile` that follow the model.
 
         Raises:
@@ -69,11 +79,21 @@ class Compilation:
         options = {"dynamic": False, **dict(zip(names, args, strict=False)), **kwargs}
         asked = {"backend": "inductor", **options}
         if asked["backend"] != "inductor" or asked.get("disable"):
-            return cls(options, None, outline)
+            if blocks_only:
+                _log.warning("only Inductor takes blocks: another back end gets whole programs")
+            return cls(options, None, outline, blocks_only)
         if asked.get("dynamic"):
             _log.warning("dynamic=True has no effect: every signature has programs of its own")
         patches = patches_of(asked.get("mode"), asked.get("options"))
-        return cls(options, None if patches.get("freezing") else patches, outline)
+        if blocks_only and patches.get("triton.cudagraphs"):
+            raise ConfigError(
+                "a CUDA graph of each block would copy its parameters at each call",
+                where="compile_repeated_blocks",
+                expected="a mode without CUDA graphs",
+                got=str(asked.get("mode") or asked.get("options")),
+                hint="compile(...) makes CUDA graphs of whole programs",
+            )
+        return cls(options, None if patches.get("freezing") else patches, outline, blocks_only)
 
 
 def patches_of(mode: str | None, options: Mapping[str, Any] | None) -> Mapping[str, Any]:
@@ -131,6 +151,22 @@ def _with_strides(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
     ).copy_(tensor)
 
 
+class _Block(nn.Module):
+    """A subgraph that Inductor compiled; whoever calls it is not compiled."""
+
+    def __init__(self, patches: Mapping[str, Any], subgraph: fx.GraphModule) -> None:
+        super().__init__()
+        nodes = subgraph.graph.find_nodes(op="placeholder")
+        values = fake_values([node.meta["val"] for node in nodes])
+        self._strides = [value.stride() for value in values]
+        self._run = compile_graph(subgraph, values, patches)
+
+    def forward(self, *operands: Tensor) -> Sequence[Tensor]:
+        """Run it."""
+        results: Sequence[Tensor] = self._run(*map(_with_strides, operands, self._strides))
+        return results
+
+
 class CompiledProgram:
     """A program to call, which is compiled when it is called first.
 
@@ -145,6 +181,7 @@ class CompiledProgram:
         self.program, self.compilation = program, compilation
         self._patches = None if compilation is None else compilation.patches
         self._outlines = compilation is None or compilation.outline
+        self._blocks_only = compilation is not None and compilation.blocks_only
         self._variants: list[tuple[Mapping[str, Any], _Variant]] = []
         self._names: tuple[str, ...] = ()
         self._callback = dynamo_callback()
@@ -209,7 +246,10 @@ class CompiledProgram:
         pairs = zip(nodes, static, strict=True)
         note_inputs(lifted.graph_module, [noted_input(n.name, static=fixed) for n, fixed in pairs])
         self._names = lifted.constants
-        run = compile_graph(lifted.graph_module, values, patches)
+        run: Callable[..., Sequence[Any]] | None = None
+        if self._blocks_only and replace_subgraphs(lifted.graph_module, partial(_Block, patches)):
+            run = lifted.graph_module.forward
+        run = run or compile_graph(lifted.graph_module, values, patches)
         strides = [value.stride() for value in values[constants:]]
         again = " again: torch's global switches changed" if self._variants else ""
         seconds = time.perf_counter() - start

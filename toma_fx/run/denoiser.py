@@ -38,7 +38,8 @@ from toma_fx.run.calls import (
     leaf_key,
     name_arguments,
 )
-from toma_fx.run.compiled import Compilation, make_program
+from toma_fx.run.compiled import make_program
+from toma_fx.run.compiling import Compiles
 from toma_fx.run.generation import PassState
 from toma_fx.run.gradients import needs_gradient, refuse_gradient
 from toma_fx.run.keeps_state import KeepsState
@@ -73,7 +74,7 @@ class Arguments:
         return tuple(find_raster(leaf) for leaf in self.leaves)
 
 
-class OptimizedDenoiser(KeepsState, WarmsUp, StandIn):
+class OptimizedDenoiser(KeepsState, Compiles, WarmsUp, StandIn):  # type: ignore[misc]
     """A denoiser that runs with token merging. Made by `toma_fx.optimize`.
 
     Called exactly as the original, of which it is a view.
@@ -272,40 +273,6 @@ class OptimizedDenoiser(KeepsState, WarmsUp, StandIn):
         self._specialization(arguments, arguments.rasters)
         leaves = describe_leaves(arguments.call.args, arguments.call.kwargs)
         self.__dict__["_fixed"] = (arguments.signature, leaves)
-
-    # -- compiling ------------------------------------------------------------------------------
-
-    def compile(  # type: ignore[override]
-        self, *args: Any, outline: bool = True, **kwargs: Any
-    ) -> OptimizedDenoiser:
-        """Compile every program, as `torch.compile(program, *args, **kwargs)`, when it first runs.
-
-        One program per kind: refresh, reuse, reweigh if weights are recomputed between refreshes,
-        and the unmerged one if the schedule has unmerged steps. They go to Inductor as they are;
-        to other back ends through Dynamo. Returns self.
-
-        Args:
-            outline: compile blocks that repeat once, so that the time to compile does not grow with
-                the depth of the model; by Inductor alone.
-
-        Raises:
-            DynamicError: the method's number of merged tokens depends on the data.
-            ConfigError: a mode or options that Inductor doesn't have.
-        """
-        self.config_toma.check_static("compile")
-        self.__dict__["_compile"] = Compilation.make(args, kwargs, outline)
-        for specialization in self.cache.values():
-            specialization.runners.clear()
-        return self
-
-    def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
-        """As `compile`, which compiles blocks that repeat once."""
-        self.compile(*args, **kwargs)
-
-    @property
-    def compiled(self) -> bool:
-        """Whether `compile` was called."""
-        return self._compile is not None
 
     # -- implicit state -------------------------------------------------------------------------
 
