@@ -117,9 +117,32 @@ def test_captures_and_evictions_are_logged() -> None:
         optimized(**picture())
         assert len(infos) + len(warnings) == count, "nothing is captured"
         optimized(**picture(batch=1))
+    (_, second) = [m for m in infos if "captured a graph" in m]
+    assert "; sample is (1, 4, 16, 24) torch.float32, was (2, 4, 16, 24) torch.float32" in second
     dropped = next(m for m in warnings if "dropped" in m)
     assert "sample 2x4x" in dropped
     assert "dropped (max_signatures=1); the next call" in dropped
+
+
+THRASHING = {"each once": (1, False, 2), "each twice": (2, False, 0), "made ready": (1, True, 0)}
+
+
+@pytest.mark.parametrize("how", THRASHING)
+@torch.no_grad()
+def test_thrashing_is_a_warning(how: str) -> None:
+    """Calls in a row that find no graph."""
+    times, ready, count = THRASHING[how]
+    optimized: Any = toma_fx.optimize(model(), **SMALL)
+    calls = [picture(batch=batch) for batch in range(1, 9)]
+    with logged(logging.WARNING) as warnings:
+        if ready:
+            optimized.warmup(calls=calls)
+        for call in calls:
+            for _ in range(times):
+                optimized(**call)
+    found = [m for m in warnings if "the last 4 calls were captured one by one" in m]
+    assert len(found) == count
+    assert all("they differ in sample, timestep." in m for m in found)
 
 
 @torch.no_grad()

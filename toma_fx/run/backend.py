@@ -48,7 +48,8 @@ from toma_fx.methods.toma import ToMAConfig
 from toma_fx.run.gradients import refuse_gradient
 from toma_fx.run.marks import Rasters
 from toma_fx.run.program_set import StepCall
-from toma_fx.run.programs import Runner, Specialization, SpecializationCache
+from toma_fx.run.programs import Runner, Specialization
+from toma_fx.run.specializations import SpecializationCache
 from toma_fx.run.stepper import Stepper
 
 CAPACITY = 16
@@ -258,7 +259,9 @@ class MergedGraph:
     def _specialization(
         self, signature: Hashable, rasters: tuple[Raster | None, ...], values: Sequence[Any]
     ) -> Specialization:
-        return self.cache.get((signature, rasters), lambda: self._make(values))
+        pairs = zip(self.arguments, values, strict=True)
+        describe = lambda: {a.name: str(a.key(v)) for a, v in pairs}  # noqa: E731
+        return self.cache.get((signature, rasters), lambda: self._make(values), describe)
 
     def _make(self, values: Sequence[Any]) -> Specialization:
         captured = capture_dynamo(self.gm, self.arguments, values)

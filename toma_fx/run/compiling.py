@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from toma_fx.methods.base import MethodConfig
 from toma_fx.run.compiled import Compilation
-from toma_fx.run.programs import SpecializationCache
+from toma_fx.run.specializations import SpecializationCache
 
 
 class Compiles:

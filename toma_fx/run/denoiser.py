@@ -44,8 +44,9 @@ from toma_fx.run.generation import PassState
 from toma_fx.run.gradients import needs_gradient, refuse_gradient
 from toma_fx.run.keeps_state import KeepsState
 from toma_fx.run.program_set import StepCall
-from toma_fx.run.programs import Runner, Specialization, SpecializationCache
+from toma_fx.run.programs import Runner, Specialization
 from toma_fx.run.schedule import Schedule
+from toma_fx.run.specializations import SpecializationCache
 from toma_fx.run.stand_in import StandIn
 from toma_fx.run.stepper import Stepper
 from toma_fx.run.warmup import WarmsUp
@@ -72,6 +73,17 @@ class Arguments:
     def rasters(self) -> tuple[Raster | None, ...]:
         """What the position ids among the leaves enumerate; on a GPU reading waits for it."""
         return tuple(find_raster(leaf) for leaf in self.leaves)
+
+    def describe(self, rasters: Sequence[Raster | None]) -> Mapping[str, str]:
+        """What makes up the key of its graph, by name."""
+        environment, inputs = self.signature[1], describe_leaves(self.call.args, self.call.kwargs)
+        enumerated = [f"a grid {raster.grid}" for raster in rasters if raster is not None]
+        return {
+            **{name or "the input": str(shown) for name, shown in inputs},
+            "position ids": ", ".join(enumerated),
+            "the model": f"state {self.guard.key[:8]} (modules, adapters, attributes)",
+            "dtype, device, autocast, attention": str(environment),
+        }
 
 
 class OptimizedDenoiser(KeepsState, Compiles, WarmsUp, StandIn):  # type: ignore[misc]
@@ -215,7 +227,8 @@ class OptimizedDenoiser(KeepsState, Compiles, WarmsUp, StandIn):  # type: ignore
     ) -> tuple[Hashable, Specialization]:
         """(its key, what is captured for a call), made when first asked for."""
         key = (arguments.guard.key, arguments.signature, rasters)
-        return key, self.cache.get(key, lambda: self._share(key) or self._specialize(arguments))
+        make = lambda: self._share(key) or self._specialize(arguments)  # noqa: E731
+        return key, self.cache.get(key, make, lambda: arguments.describe(rasters))
 
     def _share(self, key: Hashable) -> Specialization | None:
         """The programs of the denoiser that this one is like, where they do the same."""

@@ -1,14 +1,8 @@
-"""Specializations: everything made for one call signature of one state of the model, and their
-bounded cache."""
+"""Specializations: everything made for one call signature of one state of the model."""
 
 from __future__ import annotations
 
-import logging
-import threading
-import time
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -39,7 +33,6 @@ from toma_fx.run.tracing import tracing
 
 Runner = Callable[..., Sequence[Any]]
 """A program to call: (inputs, masks, kept tensors) -> (outputs, kept tensors), flat."""
-_log = logging.getLogger("toma_fx.run")
 
 
 def run_eagerly(specialization: Specialization, kind: str) -> Runner:
@@ -272,76 +265,3 @@ class Specialization:
         for runner in self.runners.values():
             if isinstance(runner, CompiledProgram):
                 runner.rebind()
-
-
-def _shapes(specialization: Specialization) -> str:
-    """The shapes of the inputs, for a log: "sample 1x4x64x64, timestep scalar"."""
-    tensors = [(i.name, i.tensor) for i in specialization.captured.inputs if i.tensor is not None]
-    return ", ".join(f"{name} {'x'.join(map(str, t.shape)) or 'scalar'}" for name, t in tensors)
-
-
-class SpecializationCache:
-    """The specializations used last, at most `capacity`; safe to share between threads.
-
-    Args:
-        capacity: how many. limit: the name of the option or constant that says so.
-    """
-
-    def __init__(self, capacity: int, limit: str = "max_signatures") -> None:
-        self.capacity, self.limit = capacity, limit
-        self.captures = 0
-        self._entries: OrderedDict[Hashable, Specialization] = OrderedDict()
-        self._lock = threading.RLock()
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def find(self, key: Hashable) -> Specialization | None:
-        """The specialization of a key, if it lives."""
-        with self._lock:
-            found = self._entries.get(key)
-        return None if found is None or found.parts.lost else found
-
-    def values(self) -> tuple[Specialization, ...]:
-        """Those alive, the one used last at the end."""
-        with self._lock:
-            return tuple(self._entries.values())
-
-    def get(self, key: Hashable, make: Callable[[], Specialization]) -> Specialization:
-        """The specialization of a key, made if need be; drops the one unused longest."""
-        known = self._entries.get(key)  # without the lock: a step holds none
-        if known is not None and not known.parts.lost:
-            with suppress(KeyError):  # another thread dropped it just now
-                self._entries.move_to_end(key)
-            return known
-        with tracing():
-            if key not in self._entries or self._entries[key].parts.lost:
-                start = time.perf_counter()
-                found = make()
-                seconds = time.perf_counter() - start
-                _log.info("captured a graph for %s in %.1f s", _shapes(found), seconds)
-                with self._lock:
-                    self._entries[key] = found
-                    self.captures += 1
-                    while len(self._entries) > self.capacity:
-                        self._log_dropped(self._entries.popitem(last=False)[1])
-            return self._entries[key]
-
-    def _log_dropped(self, dropped: Specialization) -> None:
-        _log.warning(
-            "the graph for %s is dropped (%s=%d); the next call with its shapes is captured anew",
-            _shapes(dropped),
-            self.limit,
-            self.capacity,
-        )
-
-    def refresh(self, model: nn.Module) -> None:
-        """Follow a changed model: drop graphs over parameters that are gone, rebind buffers."""
-        buffers = dict(model.named_buffers())
-        with self._lock:
-            for key, found in list(self._entries.items()):
-                if found.fits(model):
-                    found.rebind(buffers)
-                else:
-                    _log.info("the graph for %s is dropped: other parameters", _shapes(found))
-                    del self._entries[key]

@@ -14,8 +14,9 @@ from toma_fx.errors import ConfigError
 from toma_fx.models.named import example_inputs
 from toma_fx.passes.pipeline import Program
 from toma_fx.run.program_set import run_program
-from toma_fx.run.programs import Specialization, SpecializationCache
+from toma_fx.run.programs import Specialization
 from toma_fx.run.schedule import kinds_that_run
+from toma_fx.run.specializations import SpecializationCache
 
 _log = logging.getLogger("toma_fx.run")
 
@@ -77,7 +78,8 @@ class WarmsUp:
             )
         for i, (name, call) in enumerate(named, start=1):
             start = time.perf_counter()
-            kinds = warm(*self.specialized((), call), mixed=mixed)
+            with self.cache.expecting():
+                kinds = warm(*self.specialized((), call), mixed=mixed)
             seconds, ran = time.perf_counter() - start, ", ".join(kinds)
             _log.info("warm-up %d of %d: %s in %.1f s (%s)", i, len(named), name, seconds, ran)
 
