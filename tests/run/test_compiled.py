@@ -260,3 +260,21 @@ def test_what_dynamo_must_read_goes_through_it(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch, "compile", lambda module, **options: seen.append(options) or module)
     optimized().compile(options={"freezing": True})(**inputs())
     assert seen == [{"dynamic": False, "options": {"freezing": True}}]
+
+
+@pytest.mark.parametrize(
+    ("options", "overwrites"),
+    [({}, False), ({"mode": "reduce-overhead"}, True), ({"backend": "eager"}, True), (None, False)],
+)
+@torch.no_grad()
+def test_only_cuda_graphs_write_over_what_they_returned(
+    options: dict[str, Any] | None, overwrites: bool, compiling: list[dict[str, Any]]
+) -> None:
+    """There outputs are cloned; elsewhere that would cost a copy at each step."""
+    denoiser = optimized()
+    run = denoiser if options is None else denoiser.compile(**options)
+    run(**inputs())
+    (program,) = denoiser.specializations[0].runners.values()
+    assert program.overwrites_outputs == overwrites
+    torch.compile(denoiser, backend="eager")(**inputs())
+    assert program.overwrites_outputs == (overwrites or options is None), "nobody knows"

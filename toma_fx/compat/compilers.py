@@ -175,6 +175,12 @@ def inductor_of(callback: Any) -> dict[str, Any] | None:
     return attribute("torch", backend, "config")
 
 
+def makes_cuda_graphs(patches: Mapping[str, Any]) -> bool:
+    """Whether Inductor makes CUDA graphs under these changes to its configuration."""
+    default = lookup("torch._inductor.config", "triton.cudagraphs")
+    return bool(patches.get("triton.cudagraphs", default))
+
+
 def compile_graph(
     graph_module: fx.GraphModule, inputs: Sequence[Any], options: Mapping[str, Any]
 ) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ from toma_fx.compat.lookup import attribute, lookup
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from torch import fx, nn
+    from torch import Tensor, fx, nn
     from torch.utils._pytree import TreeSpec as TreeSpec
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -58,6 +58,11 @@ def tree_paths(value: Any) -> list[tuple[tuple[str, ...], Any]]:
 def is_fake(value: Any) -> bool:
     """Whether a value is a fake tensor: a shape, dtype and device without data."""
     return isinstance(value, lookup("torch._subclasses.fake_tensor", "FakeTensor"))
+
+
+def viewed_tensor(tensor: Tensor) -> Tensor | None:
+    """The tensor that this one is a view of, where torch keeps it; None for others."""
+    return None if tensor.is_inference() else attribute("torch", tensor, "_base")
 
 
 def fake_values(values: Sequence[Any]) -> list[Any]:

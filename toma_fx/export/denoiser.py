@@ -23,7 +23,7 @@ from toma_fx.run.calls import call_of_step
 from toma_fx.run.gradients import refuse_gradient
 from toma_fx.run.keeps_state import KeepsState
 from toma_fx.run.marks import Rasters
-from toma_fx.run.program_set import StepCall
+from toma_fx.run.program_set import OVERWRITES, StepCall
 from toma_fx.run.stepper import Stepper
 
 
@@ -68,6 +68,7 @@ class ArtifactPrograms:
             # the next run may write to the same memory
             return [x.clone() for x in (*outputs, *(updates[name] for name in spec.gives))]
 
+        setattr(run, OVERWRITES, False)
         return run
 
     def _spec(self, kind: str) -> ProgramSpec:

@@ -20,7 +20,7 @@ from toma_fx.methods.kinds import is_cached, role_of
 from toma_fx.passes.uses import MASKS
 from toma_fx.run.program_set import (
     ProgramSet,
-    clone_graph_outputs,
+    own_outputs,
     run_program,
     split_outputs,
 )
@@ -131,10 +131,10 @@ def step_states(
     kept = _join(states, rows)
     tensors = {**kept, **masks}
     inputs = [*leaves, *(tensors[name] for name in programs.takes(kind))]
-    results = run_program(programs.runner(kind), inputs, kernel)
+    run = programs.runner(kind)
+    results = run_program(run, inputs, kernel)
     stepper.count(programs, kind)
-    # both may lie in memory that a CUDA graph writes to again
-    outputs, updates = split_outputs(clone_graph_outputs(results), programs.gives(kind))
+    outputs, updates = split_outputs(own_outputs(run, results), programs.gives(kind))
     following = [replace(s, step=s.step + 1) for s in states]
     if updates:
         pieces = _cut(updates, rows)

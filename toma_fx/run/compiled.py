@@ -30,6 +30,7 @@ from toma_fx.compat.compilers import (
     global_state,
     inductor_of,
     inductor_patches,
+    makes_cuda_graphs,
     note_inputs,
     noted_input,
     skip_frame,
@@ -85,7 +86,7 @@ class Compilation:
         if asked.get("dynamic"):
             _log.warning("dynamic=True has no effect: every signature has programs of its own")
         patches = patches_of(asked.get("mode"), asked.get("options"))
-        if blocks_only and patches.get("triton.cudagraphs"):
+        if blocks_only and makes_cuda_graphs(patches):
             raise ConfigError(
                 "a CUDA graph of each block would copy its parameters at each call",
                 where="compile_repeated_blocks",
@@ -170,6 +171,10 @@ class _Block(nn.Module):
 class CompiledProgram:
     """A program to call, which is compiled when it is called first.
 
+    Attributes:
+        overwrites_outputs: whether it may write again to the memory of what it returned: then it is
+            a CUDA graph, or what another back end made.
+
     Args:
         program: as it was rewritten.
         compilation: how; None: it runs as it is, or as the `torch.compile` says that compiled the
@@ -185,6 +190,7 @@ class CompiledProgram:
         self._variants: list[tuple[Mapping[str, Any], _Variant]] = []
         self._names: tuple[str, ...] = ()
         self._callback = dynamo_callback()
+        self.overwrites_outputs = compilation is not None and compilation.patches is None
         self._forward: Callable[..., Sequence[Any]] = program.graph_module.forward
         if compilation is not None and compilation.patches is None:
             self._forward = torch.compile(program.graph_module, **compilation.options)
@@ -194,6 +200,7 @@ class CompiledProgram:
         patches, callback = self._patches, self._callback()
         if patches is None and callback:
             patches = self._patches_of(callback)
+            self.overwrites_outputs |= patches is None
         return self._forward(*inputs) if patches is None else self._run(patches, inputs)
 
     def compile(self) -> None:
@@ -250,6 +257,7 @@ class CompiledProgram:
         if self._blocks_only and replace_subgraphs(lifted.graph_module, partial(_Block, patches)):
             run = lifted.graph_module.forward
         run = run or compile_graph(lifted.graph_module, values, patches)
+        self.overwrites_outputs |= makes_cuda_graphs(patches)
         strides = [value.stride() for value in values[constants:]]
         again = " again: torch's global switches changed" if self._variants else ""
         seconds = time.perf_counter() - start

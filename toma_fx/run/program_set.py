@@ -103,6 +103,12 @@ def split_outputs(results: Sequence[Any], gives: Sequence[str]) -> tuple[list[An
     return list(results[:own]), dict(zip(gives, results[own:], strict=True))
 
 
-def clone_graph_outputs(results: Sequence[Any]) -> list[Any]:
-    """Results that stay as they are: a CUDA graph writes its outputs to the same place again."""
+OVERWRITES = "overwrites_outputs"
+"""Attribute of a program: False says that what it returns is new memory at each call."""
+
+
+def own_outputs(run: Callable[..., Sequence[Any]], results: Sequence[Any]) -> list[Any]:
+    """Results of a program that stay as they are: a CUDA graph writes to the same place again."""
+    if not getattr(run, OVERWRITES, True):
+        return list(results)
     return [r.clone() if isinstance(r, Tensor) and r.is_cuda else r for r in results]

@@ -34,7 +34,7 @@ from toma_fx.run.program_set import (
     Find,
     ProgramSet,
     StepCall,
-    clone_graph_outputs,
+    own_outputs,
     run_program,
     split_outputs,
 )
@@ -260,7 +260,7 @@ class Stepper:
             turn.state.keep(given, turn.programs.older)
         turn.state.count(turn.kind)
         self.count(turn.programs, turn.kind)
-        outputs = clone_graph_outputs(outputs)
+        outputs = own_outputs(turn.run, outputs)
         turn.state.caller = None
         return outputs
 

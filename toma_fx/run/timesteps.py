@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from toma_fx.compat.pytorch import viewed_tensor
 from toma_fx.devices import is_computed_elsewhere
 
 TABLES = 16
@@ -55,7 +56,7 @@ def entry_of_table(value: Tensor) -> float | None:
 
     The values of a table are read once for each time that it was written to.
     """
-    table = None if value.is_inference() else value._base
+    table = viewed_tensor(value)
     if table is None or table.dim() != 1 or table.numel() > LONGEST or value.numel() < 1:
         return None
     layout = zip(value.shape, value.stride(), strict=True)
