@@ -125,7 +125,8 @@ def point(name: str, depth: float, wide: bool, way: str, folder: Path) -> dict[s
         after.children_user + after.children_system - before.children_user - before.children_system
     )
     return {"model": name, "depth": depth, "wide": wide, "blocks": blocks, "way": way,
-            "wall_s": wall, "python_s": python, "compiler_s": compiler, "processor_s": python + compiler,
+            "wall_s": wall, "python_s": python, "compiler_s": compiler,
+            "processor_s": python + compiler,
             "step_ms": 1000 * statistics.median(seconds)}  # fmt: skip
 
 
