@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -363,3 +364,20 @@ def test_the_graphs_used_last_are_kept() -> None:
     assert optimized.cache.captures == 3, "8 was used again before 16 came"
     optimized(**denoisers.flux_inputs(8, 12, batch=1))
     assert optimized.cache.captures == 4, "12 had made room for 16"
+
+
+@torch.no_grad()
+def test_states_wait_on_the_host() -> None:
+    """Kept tensors go and come back; a step that finds them elsewhere says so."""
+    optimized: Any = toma_fx.optimize(small_flux(), **SMALL)
+    _, state = optimized.step(call(1, 0), State())
+    away = state.to("meta")  # there is no other device here
+    assert all(x.is_meta for x in away.kept.values())
+    assert not any(x.is_meta for x in state.kept.values())
+    with pytest.raises(StateError, match="another device") as caught:
+        optimized.step(call(1, 1), away)
+    assert "state.to(device)" in str(caught.value)
+    back = replace(away, kept=state.kept).to("cpu", non_blocking=True)
+    want, _ = optimized.step(call(1, 1), state)
+    got, _ = optimized.step(call(1, 1), back)
+    assert torch.equal(got[0], want[0])

@@ -16,6 +16,8 @@ from tests import denoisers
 from tests.methods.test_methods import inputs, model
 from toma_fx.models.named import example_inputs
 from toma_fx.run import marks, timesteps
+from toma_fx.run.batching import State
+from toma_fx.run.marks import SEEN, PositionIds
 from toma_fx.run.timesteps import TimestepValue, entry_of_table
 
 READS = {
@@ -141,3 +143,40 @@ def test_waiting_changes_no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     there = outputs()
     monkeypatch.undo()
     assert all(map(torch.equal, there, outputs()))
+
+
+@torch.no_grad()
+def test_states_of_callers_read_nothing() -> None:
+    """Two requests of one size that take turns, each with position ids of its own."""
+    optimized: Any = toma_fx.optimize(
+        denoisers.flux(), min_tokens=1, destinations_every=10, weights_every=10
+    )
+    requests = [list(flux_calls()) for _ in range(2)]
+    states, counts = [State(), State()], []
+    for i in range(STEPS):
+        for j, calls in enumerate(requests):
+            with Reads() as reads:
+                _, states[j] = optimized.step(calls[i], states[j])
+            counts.append(reads.count)
+    assert counts[0]
+    assert not any(counts[2:])
+    assert optimized.totals == {"refresh": 2, "reuse": 2 * (STEPS - 1)}
+
+
+@torch.no_grad()
+def test_position_ids_are_read_once() -> None:
+    grids = [denoisers.ids(8, 8), denoisers.ids(4, 16)]
+    seen = PositionIds([grids[0], torch.rand(1, 64, 4)])
+    for _ in range(3):  # two requests that take turns
+        found = [seen.read([grid, torch.rand(1, 64, 4)])[0] for grid in grids]
+    with Reads() as reads:
+        assert [seen.read([grid, torch.rand(1, 64, 4)]) for grid in grids] == [
+            (raster, None) for raster in found
+        ]
+    assert not reads.count
+    assert [raster.grid for raster in found if raster] == [(8, 8), (4, 16)]
+    grids[0].copy_(grids[1])
+    assert seen.read([grids[0], None]) == (found[1], None), "it was written to"
+    for i in range(2 * SEEN):
+        seen.read([denoisers.ids(8, 8) + i, None])
+    assert len(seen._seen[0]) == SEEN

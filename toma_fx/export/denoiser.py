@@ -22,7 +22,6 @@ from toma_fx.run.batching import State, step_states
 from toma_fx.run.calls import call_of_step
 from toma_fx.run.gradients import refuse_gradient
 from toma_fx.run.keeps_state import KeepsState
-from toma_fx.run.marks import Rasters
 from toma_fx.run.program_set import OVERWRITES, StepCall
 from toma_fx.run.stepper import Stepper
 
@@ -161,7 +160,7 @@ class ArtifactDenoiser(KeepsState, nn.Module):
         args, kwargs = plain_numbers(args, kwargs)
         call = match_call(self.manifest, args, kwargs, self._device)
         step_call = self._step_call(call)
-        self._find(Rasters.read(step_call.ids).values)
+        self._find(self._stepper.read_ids(step_call.signature, step_call.ids)[1])
         model = (self._digest, str(self._device))
         outputs, following = step_states(
             self._stepper, self._programs, call.inputs, state, model, nullcontext

@@ -46,7 +46,7 @@ from toma_fx.methods.planning import merging
 from toma_fx.methods.recipe import Recipe
 from toma_fx.methods.toma import ToMAConfig
 from toma_fx.run.gradients import refuse_gradient
-from toma_fx.run.marks import Rasters
+from toma_fx.run.marks import PositionIds
 from toma_fx.run.program_set import StepCall
 from toma_fx.run.programs import Runner, Specialization
 from toma_fx.run.specializations import SpecializationCache
@@ -202,7 +202,8 @@ class MergedGraph:
             CaptureError, NoMergeSites, ParityError, TileError, UnknownNameError: see
                 `toma_backend`.
         """
-        rasters = Rasters.read(self._ids(values)).values
+        ids = self._ids(values)
+        rasters = PositionIds(ids).read(ids)
         return self._specialization(self._signature(values), rasters, values)
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:

@@ -97,6 +97,16 @@ class State:
     model: Any = None
     steps: int | None = None
 
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> State:
+        """The state with what it keeps on a device: to the host while a request has to wait.
+
+        Args:
+            device: of the kept tensors; `step` wants them where the model is.
+            non_blocking: as of `Tensor.to`.
+        """
+        kept = {k: x.to(device, non_blocking=non_blocking) for k, x in self.kept.items()}
+        return replace(self, kept=kept)
+
     @property
     def rows(self) -> int | None:
         """Rows of the batch that are this request's; None while nothing is kept."""
@@ -125,6 +135,7 @@ def step_states(
         StateError: no states, or they fit neither the call nor each other.
     """
     states = [_check_fits(s, programs, model) for s in _as_list(state)]
+    _check_device(states, leaves)
     rows = _rows_of(states, programs)
     kinds = [_kind_due(s, programs) for s in states]
     kind, masks = _kind_for(states, kinds, rows, programs)
@@ -161,11 +172,13 @@ def _check_fits(state: State, programs: ProgramSet, model: Any) -> State:
     """The state, without its kept tensors if the model has changed since, or is another one.
 
     Raises:
-        StateError: they were made for another size or configuration.
+        StateError: they were made for another size or configuration, or in another process by
+            another model.
     """
     if not state.kept:
         return state
     if state.model != model:
+        _check_origin(state.model, model)
         _log_difference(state, model)
         return State(state.step, steps=state.steps)
     if state.settings != programs.settings:
@@ -179,6 +192,37 @@ def _check_fits(state: State, programs: ProgramSet, model: Any) -> State:
     if isinstance(state.model, ModelKey) and state.model.local is None:
         return replace(state, model=model)  # need not be compared by content again
     return state
+
+
+def _check_origin(known: Any, model: Any) -> None:
+    """Refuse a state that another process made with another model: here nothing has changed."""
+    if not (isinstance(known, ModelKey) and isinstance(model, ModelKey)) or known.local is not None:
+        return
+    own, other = model.fingerprint, known.fingerprint
+    if not (own.unknown or other.unknown) and own != other:
+        raise StateError(
+            "the state was made by another model",
+            where="step(inputs, state)",
+            expected="a model with the same weights, adapters and attributes",
+            got=other.difference(own),
+            hint="give the same model to all processes that exchange states; or begin anew "
+            "with State()",
+        )
+
+
+def _check_device(states: Sequence[State], leaves: Sequence[Any]) -> None:
+    """Refuse kept tensors that lie elsewhere than the inputs of the call."""
+    places = {x.device for x in leaves if isinstance(x, Tensor)}
+    for state in states:
+        kept = next(iter(state.kept.values()), None)
+        if kept is not None and places and kept.device not in places:
+            raise StateError(
+                "what a state keeps is on another device than the call",
+                where="step(inputs, state)",
+                expected=" or ".join(sorted(map(str, places))),
+                got=str(kept.device),
+                hint="state.to(device) moves it",
+            )
 
 
 def _log_difference(state: State, model: Any) -> None:

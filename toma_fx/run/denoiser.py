@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from toma_fx.capture.companions import check_wrapping
-from toma_fx.capture.grids import Raster, find_raster
+from toma_fx.capture.grids import Raster
 from toma_fx.capture.guard import ModelGuard
 from toma_fx.capture.model import check_model, flatten_call
 from toma_fx.compat.compilers import compile_lock, compiled_original, skip_frame
@@ -68,11 +68,6 @@ class Arguments:
     leaves: list[Any]
     guard: ModelGuard
     signature: tuple[Any, ...]
-
-    @property
-    def rasters(self) -> tuple[Raster | None, ...]:
-        """What the position ids among the leaves enumerate; on a GPU reading waits for it."""
-        return tuple(find_raster(leaf) for leaf in self.leaves)
 
     def describe(self, rasters: Sequence[Raster | None]) -> Mapping[str, str]:
         """What makes up the key of its graph, by name."""
@@ -171,7 +166,7 @@ class OptimizedDenoiser(KeepsState, Compiles, WarmsUp, StandIn):  # type: ignore
         args, kwargs = call_of_step(inputs)
         original = self._runs_original((args, kwargs))
         arguments = self._arguments(*self._apply_offload_hook(args, kwargs, step=True))
-        _, programs = self._specialization(arguments, arguments.rasters)
+        programs = self._specialization_of(arguments)
         model = ModelKey(arguments.guard, arguments.signature[1])  # with its dtype and device
         outputs, following = step_states(
             self._stepper,
@@ -230,6 +225,11 @@ class OptimizedDenoiser(KeepsState, Compiles, WarmsUp, StandIn):  # type: ignore
         make = lambda: self._share(key) or self._specialize(arguments)  # noqa: E731
         return key, self.cache.get(key, make, lambda: arguments.describe(rasters))
 
+    def _specialization_of(self, arguments: Arguments) -> Specialization:
+        """What is captured for a call of nobody's generation."""
+        _, rasters = self._stepper.read_ids(arguments.signature, arguments.leaves)
+        return self._specialization(arguments, rasters)[1]
+
     def _share(self, key: Hashable) -> Specialization | None:
         """The programs of the denoiser that this one is like, where they do the same."""
         like, config = self._like, self.config_toma
@@ -273,7 +273,7 @@ class OptimizedDenoiser(KeepsState, Compiles, WarmsUp, StandIn):  # type: ignore
     ) -> tuple[Specialization, Arguments]:
         """What is made for a call, and the call in canonical form."""
         arguments = self._arguments(*self._apply_offload_hook(tuple(args), dict(kwargs)))
-        return self._specialization(arguments, arguments.rasters)[1], arguments
+        return self._specialization_of(arguments), arguments
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
@@ -283,7 +283,7 @@ class OptimizedDenoiser(KeepsState, Compiles, WarmsUp, StandIn):  # type: ignore
     def fix(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Capture for these inputs now and refuse every other signature from here on."""
         arguments = self._arguments(tuple(args), dict(kwargs))
-        self._specialization(arguments, arguments.rasters)
+        self._specialization_of(arguments)
         leaves = describe_leaves(arguments.call.args, arguments.call.kwargs)
         self.__dict__["_fixed"] = (arguments.signature, leaves)
 

@@ -19,6 +19,9 @@ from torch import Tensor
 from toma_fx.capture.grids import Raster, find_raster
 from toma_fx.devices import is_computed_elsewhere
 
+SEEN = 8
+"""Tensors at one place of a call whose contents are remembered."""
+
 
 class Likeness(IntEnum):
     """How a tensor compares with one of an earlier call."""
@@ -70,20 +73,33 @@ def _fingerprint(tensor: Tensor) -> tuple[Hashable, ...]:
     return tuple(tensor.shape), tensor.dtype, zlib.crc32(content)
 
 
-@dataclass(frozen=True)
-class Rasters:
-    """What the inputs of a call enumerate, and the tensors that told it."""
+class PositionIds:
+    """Which leaves of a signature's calls hold position ids, and what those enumerate.
 
-    values: tuple[Raster | None, ...]
-    ids: tuple[tuple[int, Mark], ...]
+    Every tensor is read once, as long as it is not written to. A leaf that enumerates nothing in
+    the first call is no position ids, and is not read again.
+    """
 
-    @classmethod
-    def read(cls, leaves: Sequence[Any]) -> Rasters:
-        """Read the position ids among the leaves of a call; on a GPU this waits for it."""
-        values = tuple(find_raster(leaf) for leaf in leaves)
-        ids = [(i, Mark.of(leaves[i])) for i, found in enumerate(values) if found is not None]
-        return cls(values, tuple(ids))
+    def __init__(self, leaves: Sequence[Any]) -> None:
+        found = {i: (leaf, find_raster(leaf)) for i, leaf in enumerate(leaves)}
+        self._count = len(leaves)
+        self._seen: dict[int, list[tuple[Mark, Raster | None]]] = {
+            i: [(Mark.of(leaf), raster)] for i, (leaf, raster) in found.items() if raster
+        }
 
-    def are_of(self, leaves: Sequence[Any]) -> bool:
-        """Whether these leaves hold what was read."""
-        return all(mark.compare(Mark.of(leaves[i])) > Likeness.DIFFERENT for i, mark in self.ids)
+    def read(self, leaves: Sequence[Any]) -> tuple[Raster | None, ...]:
+        """What each leaf enumerates; on a GPU reading a new one waits for it."""
+        values: list[Raster | None] = [None] * self._count
+        for i, seen in self._seen.items():
+            values[i] = self._raster(seen, leaves[i])
+        return tuple(values)
+
+    def _raster(self, seen: list[tuple[Mark, Raster | None]], leaf: Tensor) -> Raster | None:
+        mark = Mark.of(leaf)
+        for known, raster in reversed(seen):
+            if known.compare(mark) > Likeness.DIFFERENT:
+                return raster
+        raster = find_raster(leaf)
+        seen.append((mark, raster))
+        del seen[:-SEEN]
+        return raster

@@ -29,7 +29,7 @@ from toma_fx.methods.cached_steps import UNKNOWN_LENGTH, Length
 from toma_fx.methods.kinds import is_cached, merges
 from toma_fx.run.generation import PASSES, Buffers, Generation, PassState
 from toma_fx.run.guess import Facts, Guesses
-from toma_fx.run.marks import Mark, Rasters
+from toma_fx.run.marks import Mark, PositionIds
 from toma_fx.run.program_set import (
     Find,
     ProgramSet,
@@ -80,7 +80,7 @@ class Stepper:
         self._labels: Scopes[str] = Scopes("")
         self._counter = itertools.count()
         self._numbers: dict[Hashable, int] = {}
-        self._rasters: dict[int, Rasters] = {}
+        self._ids: dict[int, PositionIds] = {}
         self._calling: set[Hashable] = set()
         self._counts: dict[tuple[int, str], int] = {}  # by thread: it alone adds to its own
         self._unsure: dict[int, int] = {}
@@ -217,7 +217,7 @@ class Stepper:
         self._calling.add(calling)
         try:
             call = prepare()
-            shapes, rasters = self._read_rasters(call)
+            shapes, rasters = self.read_ids(call.signature, call.ids)
             owner, programs = find(rasters)
         except TomaError:  # the call does not fit: nothing has changed
             self._calling.discard(calling)
@@ -305,18 +305,20 @@ class Stepper:
         facts = Facts(call.context, key, marks, roles.conditioning, timestep, Flow.current())
         return *states.place(facts), UNKNOWN_LENGTH
 
-    def _read_rasters(self, call: StepCall) -> tuple[int, tuple[Raster | None, ...]]:
+    def read_ids(
+        self, signature: Hashable, ids: Sequence[Any]
+    ) -> tuple[int, tuple[Raster | None, ...]]:
         """(number of the signature, what the position ids of a call enumerate)
 
         On a GPU, reading new ones waits for it. A number is compared faster than a signature.
         """
         if len(self._numbers) > SIGNATURES:
-            self._numbers, self._rasters = {}, {}
-        number = self._numbers.setdefault(call.signature, next(self._counter))  # at once, for all
-        rasters = self._rasters.get(number)
-        if rasters is None or not rasters.are_of(call.ids):
-            rasters = self._rasters[number] = Rasters.read(call.ids)
-        return number, rasters.values
+            self._numbers, self._ids = {}, {}
+        number = self._numbers.setdefault(signature, next(self._counter))  # at once, for all
+        known = self._ids.get(number)
+        if known is None:
+            known = self._ids.setdefault(number, PositionIds(ids))
+        return number, known.read(ids)
 
     # -- counting -------------------------------------------------------------------------------
 
