@@ -55,6 +55,12 @@ SLOW = (
         MORE,
         quick=("sdxl-deep-2", "flux-stack-2", "flux-block-0"),
     ),
+    Slow(
+        "serving/test_batcher.py::test_each_request_gets_what_it_gets_alone[*]",
+        WHOLE,
+        quick=("flux-merged-computed", "flux-both-all"),
+    ),
+    Slow("run/test_warmup.py::test_another_process_compiles_nothing", INDUCTOR),
     Slow("measure/test_subjects.py::test_compiled_subjects_draw_the_same", INDUCTOR),
     Slow("methods/test_recipe.py::test_a_model_takes_its_recipe", INDUCTOR),
     # export: ends builds at each of their calls

@@ -138,7 +138,21 @@ class ArtifactDenoiser(KeepsState, nn.Module):
 
         return self._stepper.step(prepare, self._find, self._structured)
 
-    def step(self, inputs: Any, state: State | Sequence[State]) -> tuple[Any, Any]:
+    can_mix = False
+    """Whether a batch may hold requests that are due different kinds of programs."""
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """Names of the arguments of a call, in order."""
+        return tuple(dict.fromkeys(spec.path[0] for spec in self.manifest.inputs))
+
+    def step(
+        self,
+        inputs: Any,
+        state: State | Sequence[State],
+        *,
+        rows: Sequence[int] | None = None,
+    ) -> tuple[Any, Any]:
         """One denoising step with the state in the caller's hands; changes nothing else.
 
         Args:
@@ -146,6 +160,7 @@ class ArtifactDenoiser(KeepsState, nn.Module):
             state: `State()` before a request's first step, then what the last step returned. Or a
                 list of them, one per request, when the batch holds several, in batch order; an
                 artifact serves requests that are due the same kind of program.
+            rows: of each request, where they differ.
 
         Returns:
             (outputs as the denoiser returned them, next state or list of next states).
@@ -163,7 +178,7 @@ class ArtifactDenoiser(KeepsState, nn.Module):
         self._find(self._stepper.read_ids(step_call.signature, step_call.ids)[1])
         model = (self._digest, str(self._device))
         outputs, following = step_states(
-            self._stepper, self._programs, call.inputs, state, model, nullcontext
+            self._stepper, self._programs, call.inputs, state, model, nullcontext, rows
         )
         return self._structured(outputs), following
 

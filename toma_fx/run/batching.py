@@ -120,13 +120,15 @@ def step_states(
     state: Any,
     model: Any,
     kernel: Any,
+    rows: Sequence[int] | None = None,
 ) -> tuple[list[Any], Any]:
     """One step of the requests of a batch.
 
     Args:
         stepper: counts the step. programs: of the call's signature. leaves: inputs of the programs.
         state: a state, or a list of one for each request. model: identifies the model.
-        kernel: makes the context that the program runs under.
+        kernel: makes the context that the program runs under. rows: of each state, where what they
+            keep does not tell it, and they differ.
 
     Returns:
         (the model's own outputs, the next state or list of states).
@@ -136,10 +138,10 @@ def step_states(
     """
     states = [_check_fits(s, programs, model) for s in _as_list(state)]
     _check_device(states, leaves)
-    rows = _rows_of(states, programs)
+    counts = _rows_of(states, programs, rows)
     kinds = [_kind_due(s, programs) for s in states]
-    kind, masks = _kind_for(states, kinds, rows, programs)
-    kept = _join(states, rows)
+    kind, masks = _kind_for(states, kinds, counts, programs)
+    kept = _join(states, counts)
     tensors = {**kept, **masks}
     inputs = [*leaves, *(tensors[name] for name in programs.takes(kind))]
     run = programs.runner(kind)
@@ -148,7 +150,7 @@ def step_states(
     outputs, updates = split_outputs(own_outputs(run, results), programs.gives(kind))
     following = [replace(s, step=s.step + 1) for s in states]
     if updates:
-        pieces = _cut(updates, rows)
+        pieces = _cut(updates, counts)
         for i, (own, kind) in enumerate(zip(pieces, kinds, strict=True)):
             if not is_cached(kind):
                 following[i] = _keep(following[i], own, programs, model)
@@ -234,7 +236,9 @@ def _log_difference(state: State, model: Any) -> None:
     LOGGER.log(level, text, state.step, reason)
 
 
-def _rows_of(states: Sequence[State], programs: ProgramSet) -> list[int]:
+def _rows_of(
+    states: Sequence[State], programs: ProgramSet, rows: Sequence[int] | None
+) -> list[int]:
     """Rows of the batch of each state.
 
     Raises:
@@ -251,16 +255,29 @@ def _rows_of(states: Sequence[State], programs: ProgramSet) -> list[int]:
             got=f"parts of the model that work on {sorted(sizes)} rows",
             hint="one request per call",
         )
-    return share_rows(states, max(sizes))
+    return share_rows(states, max(sizes), rows)
 
 
-def share_rows(states: Sequence[State], batch: int) -> list[int]:
+def share_rows(states: Sequence[State], batch: int, rows: Sequence[int] | None = None) -> list[int]:
     """Rows of the batch of each state; states that keep nothing share the rest evenly.
+
+    Args:
+        rows: of each state, if the caller knows them.
 
     Raises:
         StateError: the rows do not add up to `batch`.
     """
     known = [s.rows for s in states]
+    if rows is not None:
+        fitting = len(rows) == len(known) and all(type(n) is int and n > 0 for n in rows)
+        if not fitting or any(k not in (None, n) for k, n in zip(known, rows, strict=True)):
+            raise StateError(
+                "rows that are not those of the states",
+                where="step(inputs, states, rows=...)",
+                expected=f"a number for each of {len(known)} states: {[k or 'any' for k in known]}",
+                got=repr(rows),
+            )
+        known = list(rows)
     open_ = known.count(None)
     left = batch - sum(r or 0 for r in known)
     if (left % open_ or left < open_) if open_ else left:

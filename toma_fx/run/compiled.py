@@ -276,7 +276,8 @@ def make_program(
     those that it was traced with.
     """
     if dynamic:
-        return disable_dynamo(program.graph_module.forward)
+        eager: Callable[..., Sequence[Any]] = torch.compiler.disable(program.graph_module.forward)
+        return eager
     if not has_subgraphs(program.graph_module):
         return CompiledProgram(program, compilation)
     if compilation is None:

@@ -142,7 +142,13 @@ class OptimizedDenoiser(KeepsState, Compiles, WarmsUp, StandIn):  # type: ignore
         turn = _DenoiserTurn(self, args, kwargs)
         return self._stepper.step(turn.prepare, turn.find, turn.unflatten)
 
-    def step(self, inputs: Any, state: State | Sequence[State]) -> tuple[Any, Any]:
+    def step(
+        self,
+        inputs: Any,
+        state: State | Sequence[State],
+        *,
+        rows: Sequence[int] | None = None,
+    ) -> tuple[Any, Any]:
         """One denoising step with the state in the caller's hands; changes nothing else.
 
         Args:
@@ -150,6 +156,8 @@ class OptimizedDenoiser(KeepsState, Compiles, WarmsUp, StandIn):  # type: ignore
             state: `State()` before a request's first step, then what the last step returned. Or a
                 list of them, one per request, when the batch holds several: request i has the rows
                 of the batch after those of request i - 1. Requests may be at different steps.
+            rows: of each request, where they differ; by default those that keep nothing yet share
+                evenly what others leave.
 
         Returns:
             (outputs as the denoiser returns them, next state or list of next states).
@@ -175,6 +183,7 @@ class OptimizedDenoiser(KeepsState, Compiles, WarmsUp, StandIn):  # type: ignore
             state,
             model,
             arguments.guard.companions.kernel,
+            rows,
         )
         if original:
             return self.denoiser(*args, **kwargs), following
@@ -274,6 +283,11 @@ class OptimizedDenoiser(KeepsState, Compiles, WarmsUp, StandIn):  # type: ignore
         """What is made for a call, and the call in canonical form."""
         arguments = self._arguments(*self._apply_offload_hook(tuple(args), dict(kwargs)))
         return self._specialization_of(arguments), arguments
+
+    @property
+    def can_mix(self) -> bool:
+        """Whether a batch may hold requests that are due different kinds of programs."""
+        return not any(stage.static_form for stage in self.config_toma.stages)
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
