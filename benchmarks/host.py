@@ -17,6 +17,7 @@ the time that the thread had the processor, in microseconds:
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import os
 import statistics
@@ -60,7 +61,7 @@ def whole_steps(name: str, model: Any) -> dict[str, Callable[[], Any]]:
     call = example_inputs(model, size, size, 2 if name == "sdxl" else 1, text=8)
     options = {"min_tokens": 1, "destinations_every": 10_000, "weights_every": 10_000}
     optimized = toma_fx.optimize(model, **options).compile(outline=False)
-    plain = torch.compile(model, backend=returning_at_once, dynamic=False)
+    plain = torch.compile(copy.deepcopy(model), backend=returning_at_once, dynamic=False)
     steps = itertools.count()
 
     def advance() -> dict[str, Any]:

@@ -203,11 +203,6 @@ class CompiledProgram:
             self.overwrites_outputs |= patches is None
         return self._forward(*inputs) if patches is None else self._run(patches, inputs)
 
-    def compile(self) -> None:
-        """Compile it for Inductor, if it is to be and is not."""
-        if self._patches is not None:
-            self._variant(self._patches)
-
     def rebind(self) -> None:
         """Follow parameters and buffers that were made anew in the program."""
         for _, variant in self._variants:
@@ -259,7 +254,8 @@ class CompiledProgram:
         run = run or compile_graph(lifted.graph_module, values, patches)
         self.overwrites_outputs |= makes_cuda_graphs(patches)
         strides = [value.stride() for value in values[constants:]]
-        again = " again: torch's global switches changed" if self._variants else ""
+        known = any(p == patches for p, _ in self._variants)
+        again = " again: torch's global switches changed" if known else ""
         seconds = time.perf_counter() - start
         _log.info("compiled a program (%s) in %.1f s%s", self.program.use.name, seconds, again)
         kept = list(zip(lifted.kept, strides, strict=True))
