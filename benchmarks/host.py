@@ -122,7 +122,7 @@ def main() -> None:
         name + " lora" * lora: make_model(name, lora) for name in NARROW for lora in (False, True)
     }
     parts = {
-        name: {**step_parts(model), **whole_steps(name.split()[0], model)}
+        name: {**whole_steps(name.split()[0], model), **step_parts(model)}
         for name, model in models.items()
     }
     other = torch.empty(CACHE, dtype=torch.uint8)
