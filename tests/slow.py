@@ -56,6 +56,14 @@ SLOW = (
         quick=("sdxl-deep-2", "flux-stack-2", "flux-block-0"),
     ),
     Slow(
+        "run/test_guidance.py::test_both_processes_get_what_one_gets[*]",
+        "starts two processes",
+        quick=("flux-cached",),
+    ),
+    Slow("run/test_guidance.py::test_rows_that_cant_be_halved*", "starts two processes"),
+    Slow("run/test_guidance.py::test_processes_that_disagree*", "starts two processes"),
+    Slow("run/test_guidance.py::test_a_lost_process*", "starts two processes"),
+    Slow(
         "serving/test_batcher.py::test_each_request_gets_what_it_gets_alone[*]",
         WHOLE,
         quick=("flux-merged-computed", "flux-both-all"),

@@ -15,8 +15,8 @@ from tests import denoisers
 from tests.logs import logged
 from toma_fx.errors import ConfigError, SignatureError, StateError
 from toma_fx.run import batching
+from toma_fx.run.rows import Splitter, cut, join
 from toma_fx.serving import StepBatcher
-from toma_fx.serving.rows import Splitter, cut, join
 
 STEPS = 6
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -25,6 +25,23 @@ def gather(x: Tensor, count: int, group: str) -> Tensor:
     return result
 
 
+def broadcast(x: Tensor, source: int, group: Any) -> Tensor:
+    """`x` of one process of a group, in all of them; whoever uses it first waits for it.
+
+    Args:
+        source: the process that sends, by its number among all processes.
+    """
+    send = lookup("torch.distributed._functional_collectives", "broadcast")
+    result: Tensor = send(x, source, group)
+    return result
+
+
+def finish(x: Tensor) -> None:
+    """Wait for what `broadcast` gave."""
+    if isinstance(x, lookup("torch.distributed._functional_collectives", "AsyncCollectiveTensor")):
+        attribute("torch", x, "trigger_wait")()
+
+
 def is_wait(target: Any) -> bool:
     """Whether a node's target waits for a collective, and does nothing else."""
     return str(target) == WAIT

@@ -42,6 +42,7 @@ from toma_fx.run.compiled import make_program
 from toma_fx.run.compiling import Compiles
 from toma_fx.run.generation import PassState
 from toma_fx.run.gradients import needs_gradient, refuse_gradient
+from toma_fx.run.guidance import SplitsGuidance
 from toma_fx.run.keeps_state import KeepsState
 from toma_fx.run.program_set import StepCall
 from toma_fx.run.programs import Runner, Specialization
@@ -81,7 +82,7 @@ class Arguments:
         }
 
 
-class OptimizedDenoiser(KeepsState, Compiles, WarmsUp, StandIn):  # type: ignore[misc]
+class OptimizedDenoiser(KeepsState, Compiles, WarmsUp, SplitsGuidance, StandIn):  # type: ignore[misc]
     """A denoiser that runs with token merging. Made by `toma_fx.optimize`.
 
     Called exactly as the original, of which it is a view.
@@ -112,7 +113,7 @@ class OptimizedDenoiser(KeepsState, Compiles, WarmsUp, StandIn):  # type: ignore
         own["_schedule"] = Schedule.of(config)
         own["_fixed"] = None
         own["_like"] = like
-        own["_compile"] = None
+        own["_compile"] = own["_guidance"] = None
         own["_accepted"] = OrderedDict()
         own["_forward_signature"] = inspect.signature(model.forward)
 
@@ -137,6 +138,13 @@ class OptimizedDenoiser(KeepsState, Compiles, WarmsUp, StandIn):  # type: ignore
                 schedule needs can't be counted.
             SharedStateError: another thread is in the same pass of a generation.
         """
+        if self._guidance is not None:
+            call = self._named(args, kwargs)
+            return self._guidance.call(self._run, self._stepper.context, call.args, call.kwargs)
+        return self._run(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        """One denoising step of all that a call asks for."""
         if self._runs_original((args, kwargs)):
             return self.denoiser(*args, **kwargs)
         turn = _DenoiserTurn(self, args, kwargs)
@@ -201,12 +209,11 @@ class OptimizedDenoiser(KeepsState, Compiles, WarmsUp, StandIn):  # type: ignore
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         check_model(self.denoiser)
         check_wrapping(self)
-        where = type(self.denoiser).__name__
-        call = name_arguments(self._forward_signature, args, kwargs, where)
+        call = self._named(args, kwargs)
         leaves, tree = flatten_call(call.args, call.kwargs)
         if not are_taken(leaves):
             args, kwargs = plain_numbers(args, kwargs)
-            call = name_arguments(self._forward_signature, args, kwargs, where)
+            call = self._named(args, kwargs)
             check_leaves(call.args, call.kwargs)
             leaves, tree = flatten_call(call.args, call.kwargs)
         guard = self._current_guard()
@@ -215,6 +222,10 @@ class OptimizedDenoiser(KeepsState, Compiles, WarmsUp, StandIn):  # type: ignore
             own = describe_leaves(call.args, call.kwargs)
             raise first_difference(self._fixed[1], own, type(self.denoiser).__name__)
         return Arguments(call, leaves, guard, signature)
+
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NamedCall:
+        where = type(self.denoiser).__name__
+        return name_arguments(self._forward_signature, args, kwargs, where)
 
     def _current_guard(self) -> ModelGuard:
         """What the model is now; the cache follows a change of modules, adapters or buffers."""

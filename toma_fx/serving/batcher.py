@@ -22,7 +22,7 @@ from toma_fx.compat.pytorch import tree_leaves
 from toma_fx.errors import ConfigError, StateError, TomaError
 from toma_fx.methods.kinds import is_cached, merges, phase_of
 from toma_fx.run.batching import State
-from toma_fx.serving.rows import Rows, Splitter, cut, join
+from toma_fx.run.rows import Rows, Splitter, cut, join
 
 _log = logging.getLogger("toma_fx.serving")
 Mix = Literal["none", "computed", "all"]
@@ -250,7 +250,7 @@ class StepBatcher:
         count = _count(batch)
         bucket = next(size for size in self.buckets if size >= count)
         # a copy of a row in the batch is due nothing that the batch is not, and as finite as that
-        filler = replace(batch[0], rows=batch[0].rows.row(0), state=_first_row(batch[0].state))
+        filler = replace(batch[0], rows=batch[0].rows.part(0, 1), state=_first_row(batch[0].state))
         padded = [*batch, *[filler] * (bucket - count)]
         counts = [turn.rows.count for turn in padded]
         outputs, states = self.denoiser.step(

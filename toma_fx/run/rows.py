@@ -37,10 +37,10 @@ class Rows:
     own: frozenset[int]
     key: Hashable
 
-    def row(self, index: int) -> Rows:
-        """One of its rows, as a call."""
-        picked = (x[index : index + 1] if i in self.own else x for i, x in enumerate(self.leaves))
-        return replace(self, count=1, leaves=tuple(picked))
+    def part(self, begin: int, end: int) -> Rows:
+        """Some of its rows, as a call."""
+        picked = (x[begin:end] if i in self.own else x for i, x in enumerate(self.leaves))
+        return replace(self, count=end - begin, leaves=tuple(picked))
 
 
 class Splitter:
