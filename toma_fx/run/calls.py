@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from toma_fx.capture.grids import Raster
+from toma_fx.capture.guard import ModelGuard
 from toma_fx.compat.pytorch import tree_paths
 from toma_fx.errors import ConfigError, SignatureError
 from toma_fx.graph.nodes import TIMESTEPS
@@ -175,3 +177,29 @@ def first_difference(
         got="another",
         hint=hint,
     )
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """One call in canonical form.
+
+    Attributes:
+        call: by keyword. leaves: flattened. guard: the model's state.
+        signature: what the graph is specialized to, but for the values of position ids.
+    """
+
+    call: NamedCall
+    leaves: list[Any]
+    guard: ModelGuard
+    signature: tuple[Any, ...]
+
+    def describe(self, rasters: Sequence[Raster | None]) -> Mapping[str, str]:
+        """What makes up the key of its graph, by name."""
+        environment, inputs = self.signature[1], describe_leaves(self.call.args, self.call.kwargs)
+        enumerated = [f"a grid {raster.grid}" for raster in rasters if raster is not None]
+        return {
+            **{name or "the input": str(shown) for name, shown in inputs},
+            "position ids": ", ".join(enumerated),
+            "the model": f"state {self.guard.key[:8]} (modules, adapters, attributes)",
+            "dtype, device, autocast, attention": str(environment),
+        }

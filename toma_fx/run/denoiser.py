@@ -13,7 +13,6 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -31,6 +30,7 @@ from toma_fx.methods.planning import merging, plan_key
 from toma_fx.run.arguments import are_taken, check_leaves, plain_numbers
 from toma_fx.run.batching import ModelKey, State, step_states
 from toma_fx.run.calls import (
+    Arguments,
     NamedCall,
     call_of_step,
     describe_leaves,
@@ -54,32 +54,6 @@ from toma_fx.run.warmup import WarmsUp
 
 ACCEPTED = 4
 """Signatures that are remembered as accepted, for each graph that is kept."""
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """One call in canonical form.
-
-    Attributes:
-        call: by keyword. leaves: flattened. guard: the model's state.
-        signature: what the graph is specialized to, but for the values of position ids.
-    """
-
-    call: NamedCall
-    leaves: list[Any]
-    guard: ModelGuard
-    signature: tuple[Any, ...]
-
-    def describe(self, rasters: Sequence[Raster | None]) -> Mapping[str, str]:
-        """What makes up the key of its graph, by name."""
-        environment, inputs = self.signature[1], describe_leaves(self.call.args, self.call.kwargs)
-        enumerated = [f"a grid {raster.grid}" for raster in rasters if raster is not None]
-        return {
-            **{name or "the input": str(shown) for name, shown in inputs},
-            "position ids": ", ".join(enumerated),
-            "the model": f"state {self.guard.key[:8]} (modules, adapters, attributes)",
-            "dtype, device, autocast, attention": str(environment),
-        }
 
 
 class OptimizedDenoiser(KeepsState, Compiles, WarmsUp, SplitsGuidance, StandIn):  # type: ignore[misc]
