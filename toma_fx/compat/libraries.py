@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from toma_fx.compat.lookup import attribute, lookup
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from torch.utils._pytree import TreeSpec as TreeSpec
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -65,3 +65,10 @@ def parallel_config(model: nn.Module) -> Any:
 def reset_stateful_cache(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     """Tell a model of diffusers that a generation ends, as pipelines do; others have no say."""
     getattr(model, "_reset_stateful_cache", lambda *_, **__: None)(*args, **kwargs)
+
+
+def unpack_latents(pipe: Any, latents: Tensor, height: int, width: int) -> Tensor:
+    """Latents of a Flux pipeline as a picture, from its sequence of tokens."""
+    unpack = attribute("diffusers", pipe, "_unpack_latents")
+    result: Tensor = unpack(latents, height, width, pipe.vae_scale_factor)
+    return result

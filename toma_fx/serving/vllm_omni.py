@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from toma_fx.api import optimize
+from toma_fx.compat.libraries import unpack_latents
 from toma_fx.errors import ConfigError, MissingPackageError
 from toma_fx.export.packages import import_package
 from toma_fx.serving.batcher import StepBatcher
@@ -178,9 +179,8 @@ class TomaFluxPipeline(nn.Module):
         if state.sampling.output_type == "latent":
             return result(output=state.latents)
         pipe = self.pipeline
-        latents = pipe._unpack_latents(
-            state.latents, *state.extra[KEY]["size"], pipe.vae_scale_factor
-        )
+        height, width = state.extra[KEY]["size"]
+        latents = unpack_latents(pipe, state.latents, height, width)
         latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
         return result(output=pipe.vae.decode(latents, return_dict=False)[0])
 
