@@ -30,6 +30,7 @@ WHOLE = "one more whole model, like those of the quick run"
 MORE = "one more value of a parameter, computed like those of the quick run"
 PIPELINE = "one more whole pipeline, like those of the quick run"
 ONNX = "one more export to ONNX; quick tests export each kind of program and of selection"
+PROCESSES = "several processes that import everything; the quick run has two small ones"
 SUBPROCESS = "starts a process that imports everything, for an example or a command"
 
 SLOW = (
@@ -115,6 +116,11 @@ SLOW = (
     ),
     Slow("run/test_caching.py::test_computing_every_step_is_no_caching[sdxl]", WHOLE),
     Slow("run/test_caching.py::test_merging_and_caching_equal_*[flux]", WHOLE),
+    Slow("run/test_parallel.py::test_models_give_what_one_process_gives[*]", PROCESSES),
+    Slow("run/test_parallel.py::test_what_lines_up_with_tokens_*[*]", PROCESSES),
+    Slow("run/test_parallel.py::test_compiled_programs_share_tokens[*]", PROCESSES),
+    Slow("run/test_parallel.py::test_a_program_is_packaged_*", PROCESSES),
+    Slow("run/test_parallel.py::test_a_lost_process_*[*]", PROCESSES),
     # export
     Slow("export/test_cached.py::test_from_cpp[*]", INDUCTOR),
     Slow("export/test_cached.py::test_targets[aoti]", INDUCTOR),

@@ -29,7 +29,8 @@ if TYPE_CHECKING:  # the names of the table, for type checkers and editors
         GenerationError as GenerationError, GradientError as GradientError,
         MissingPackageError as MissingPackageError, ModelTypeError as ModelTypeError,
         NoCacheSites as NoCacheSites, NoMergeSites as NoMergeSites, OffloadError as OffloadError,
-        ParityError as ParityError,
+        ParallelError as ParallelError, ParityError as ParityError,
+        RankLostError as RankLostError, RankMismatchError as RankMismatchError,
         RecipeError as RecipeError, ResultsError as ResultsError, RewriteError as RewriteError,
         SharedStateError as SharedStateError, SignatureError as SignatureError,
         StatefulModelError as StatefulModelError,
@@ -63,6 +64,7 @@ if TYPE_CHECKING:  # the names of the table, for type checkers and editors
     from toma_fx.offline.generate import generate as generate
     from toma_fx.offline.stage import DrawPictures as DrawPictures
     from toma_fx.run.batching import State as State
+    from toma_fx.run.ranks import Parallel as Parallel
     from toma_fx.run.report import Report as Report, Summary as Summary
     # fmt: on
     # isort: on
@@ -74,7 +76,8 @@ _NAMES = {
     "toma_fx.errors": (
         "AdapterError ArtifactError BuildError CaptureError CompanionError CompatError "
         "ConfigError DynamicError GenerationError GradientError MissingPackageError ModelTypeError "
-        "NoCacheSites NoMergeSites OffloadError ParityError RecipeError ResultsError RewriteError "
+        "NoCacheSites NoMergeSites OffloadError ParallelError ParityError RankLostError "
+        "RankMismatchError RecipeError ResultsError RewriteError "
         "SharedStateError SignatureError StatefulModelError StateError TileError TomaError "
         "TrainingModeError TuneError UnknownNameError VerifyError"
     ),
@@ -104,6 +107,7 @@ _NAMES = {
     "toma_fx.offline.generate": "generate",
     "toma_fx.offline.stage": "DrawPictures",
     "toma_fx.run.batching": "State",
+    "toma_fx.run.ranks": "Parallel",
     "toma_fx.run.report": "Report Summary",
 }
 """Modules, and the public names that are imported from each."""

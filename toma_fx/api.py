@@ -26,6 +26,7 @@ from toma_fx.run.calls import call_of
 from toma_fx.run.denoiser import OptimizedDenoiser, optimized_of
 from toma_fx.run.pipelines import COMPONENTS, leave_generations, tell_generations
 from toma_fx.run.programs import Specialization
+from toma_fx.run.ranks import Ranks
 from toma_fx.run.report import Report, Summary, make_report, make_summary
 from toma_fx.run.tracing import tracing
 
@@ -40,6 +41,7 @@ def optimize(
     example_inputs: Any = None,
     max_signatures: int = 8,
     like: nn.Module | None = None,
+    parallel: Any = None,
     **options: Any,
 ) -> T:
     """Token merging for a denoiser, or for the denoiser of a diffusers pipeline.
@@ -58,6 +60,9 @@ def optimize(
             adapters and position grids, and the one unused longest makes room for a new one.
         like: what was optimized of the same denoiser. Graphs and compiled programs that it has are
             used where they fit: where the two configurations differ only in the schedule.
+        parallel: a DeviceMesh of one dimension, a process group, or a `Parallel`: its processes
+            share the merged tokens of each step (docs/parallel.md). All of them make the same calls
+            with the same inputs, and all have the results.
         options: fields of the method's configuration, replacing those of `toma` or `method`.
 
     Returns:
@@ -71,8 +76,9 @@ def optimize(
         ModelTypeError: no denoiser found, or it is an autoencoder, or it or parts of it are
             compiled already.
         TrainingModeError: the model is in training mode.
-        CaptureError, CompanionError, NoMergeSites: with example inputs; otherwise they come at the
-            first call.
+        ParallelError: there are no such processes.
+        CaptureError, CompanionError, NoMergeSites, ParallelError (tokens can't be shared),
+            RankMismatchError: with example inputs; otherwise they come at the first call.
     """
     config = _config_of(toma, method, options)
     if not is_count(max_signatures):
@@ -83,9 +89,12 @@ def optimize(
             got=repr(max_signatures),
         )
 
+    ranks = None if parallel is None else Ranks(parallel)
+
     def wrap(inner: nn.Module) -> OptimizedDenoiser:
         original = _require_original(inner, toma)
-        optimized = OptimizedDenoiser(original, config, max_signatures, _like(like, original))
+        known = _like(like, original)
+        optimized = OptimizedDenoiser(original, config, max_signatures, known, ranks)
         if example_inputs is not None:
             optimized.fix(*call_of(example_inputs))
         return optimized

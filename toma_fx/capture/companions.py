@@ -150,7 +150,8 @@ _CACHE = (
 _PARALLEL = (
     "the model is split over several processes",
     "load the model without parallel_config and do not call enable_parallelism; "
-    "run whole requests side by side instead, one process per device",
+    "toma_fx.optimize(model, parallel=mesh) shares merged tokens between processes "
+    "(docs/parallel.md)",
 )
 _GUIDER = (
     "a guider changes layers in one of its passes",

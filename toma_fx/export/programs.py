@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 
 from toma_fx.capture.references import without_weak_references
 from toma_fx.compat.pytorch import tree_paths
-from toma_fx.errors import ModelTypeError
+from toma_fx.errors import ModelTypeError, ParallelError
 from toma_fx.export.manifest import TensorSpec
 from toma_fx.export.selection import ExpandSelection
 from toma_fx.graph.passes import EraseInputs, run_passes
@@ -137,6 +137,15 @@ def export_programs(optimized: Any, example_inputs: Any) -> Programs:
             where="export_programs",
             expected="what toma_fx.optimize(model) returned",
             got=type(optimized).__name__,
+        )
+    if denoiser._ranks is not None:
+        raise ParallelError(
+            "an artifact can't be made of one process of several that share the tokens",
+            where="export_programs",
+            expected="toma_fx.optimize(model) without parallel=",
+            got="a model whose tokens processes share",
+            hint="a program of one process is a graph that torch.export and AOTInductor take "
+            "(docs/parallel.md)",
         )
     denoiser.config_toma.check_static("export")
     denoiser.config_toma.check_fixed_steps("export")

@@ -7,11 +7,13 @@ merges may look from token to token, so nothing else has to be exchanged.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from toma_fx.analysis.dataflow import Flow
+from toma_fx.analysis.facts import Analysis, Site
 from toma_fx.errors import ParallelError
+from toma_fx.graph.nodes import UNKNOWN
 from toma_fx.methods.setting import Setting
 from toma_fx.methods.sharded import Rank, Sharded
 from toma_fx.plan.plan import MergePlan, MergeSegment
@@ -19,7 +21,7 @@ from toma_fx.plan.plan import MergePlan, MergeSegment
 _WHERE_NEXT = "docs/parallel.md lists what can be shared"
 
 
-def shard_plan(plan: MergePlan, flow: Flow, rank: Rank) -> MergePlan:
+def shard_plan(plan: MergePlan, analysis: Analysis, flow: Flow, rank: Rank) -> MergePlan:
     """The plan of one of several processes; the same in all of them but for whose windows it is.
 
     Raises:
@@ -33,14 +35,15 @@ def shard_plan(plan: MergePlan, flow: Flow, rank: Rank) -> MergePlan:
             got=f"method {plan.config.name!r} merges nothing here",
             hint="a ratio above 0; parallel=None to run without",
         )
-    sharded = [_shard_phase(phase, flow, rank) for phase in plan.phases]
+    sites = {site.node: site for site in analysis.sites}
+    sharded = [_shard_phase(phase, sites, flow, rank) for phase in plan.phases]
     return replace(sharded[0], later=tuple(sharded[1:]))
 
 
-def _shard_phase(plan: MergePlan, flow: Flow, rank: Rank) -> MergePlan:
+def _shard_phase(plan: MergePlan, sites: Mapping[str, Site], flow: Flow, rank: Rank) -> MergePlan:
     settings = {s.setting: _shard_setting(s, rank) for s in plan.segments}
     for segment in plan.segments:
-        _check_attention(segment, flow)
+        _check_attention(segment, sites, flow)
     segments = tuple(replace(s, setting=settings[s.setting]) for s in plan.segments)
     groups = tuple(replace(g, setting=settings[g.setting]) for g in plan.groups)
     return replace(plan, segments=segments, groups=groups)
@@ -62,21 +65,27 @@ def _shard_setting(segment: MergeSegment, rank: Rank) -> Setting:
     return Sharded(whole.grid, whole, *shared, rank)
 
 
-def _check_attention(segment: MergeSegment, flow: Flow) -> None:
-    """Raise unless what looks from token to token in a segment is fused attention alone."""
+def _check_attention(segment: MergeSegment, sites: Mapping[str, Site], flow: Flow) -> None:
+    """Raise unless what looks from token to token in a segment is attention whose keys can be
+    gathered."""
     for name in _touched(segment, flow):
-        layout = flow.layout(name) or ()
-        scores = any(
-            x.keys and any(s.name == segment.image.name for s in x.keys.tokens.segments)
-            for x in layout
-        )
-        if scores or name in flow.sums_of_tokens:
-            raise _refusal(
-                segment,
-                f"{name} in {flow.modules[name]}",
-                "it sums over tokens other than by one fused attention operator",
-                "F.scaled_dot_product_attention (AttnProcessor2_0); exclude= leaves the part whole",
-            )
+        operands = sites[name].operands if name in sites else ()
+        if any(size >= UNKNOWN for key in operands[1:] for size in flow.shapes[key]):
+            reason = "the number of its keys depends on the data"
+            hint = "a padded text with a mask"
+        elif _has_scores(segment, name, flow) or name in flow.sums_of_tokens:
+            reason = "it sums over tokens other than by one fused attention operator"
+            hint = "F.scaled_dot_product_attention (AttnProcessor2_0)"
+        else:
+            continue
+        got = f"{name} in {flow.modules[name]}"
+        raise _refusal(segment, got, reason, f"{hint}; exclude= leaves the part whole")
+
+
+def _has_scores(segment: MergeSegment, name: str, flow: Flow) -> bool:
+    """Whether a value holds scores of attention for keys of the image."""
+    keys = (label.keys.tokens for label in flow.layout(name) or () if label.keys)
+    return any(s.name == segment.image.name for tokens in keys for s in tokens.segments)
 
 
 def _touched(segment: MergeSegment, flow: Flow) -> Iterator[str]:

@@ -46,6 +46,7 @@ from toma_fx.run.guidance import SplitsGuidance
 from toma_fx.run.keeps_state import KeepsState
 from toma_fx.run.program_set import StepCall
 from toma_fx.run.programs import Runner, Specialization
+from toma_fx.run.ranks import Ranks, watched
 from toma_fx.run.schedule import Schedule
 from toma_fx.run.specializations import SpecializationCache
 from toma_fx.run.stand_in import StandIn
@@ -76,6 +77,7 @@ class OptimizedDenoiser(KeepsState, Compiles, WarmsUp, SplitsGuidance, StandIn):
         config: MethodConfig,
         max_signatures: int = 8,
         like: OptimizedDenoiser | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         skip_frame(OptimizedDenoiser.forward)
         super().__init__(model)
@@ -85,15 +87,14 @@ class OptimizedDenoiser(KeepsState, Compiles, WarmsUp, SplitsGuidance, StandIn):
         own["_guard"] = None
         own["_stepper"] = Stepper("the optimized denoiser")
         own["_schedule"] = Schedule.of(config)
-        own["_fixed"] = None
-        own["_like"] = like
-        own["_compile"] = own["_guidance"] = None
+        own["_like"], own["_ranks"] = like, ranks
+        own["_compile"] = own["_fixed"] = own["_guidance"] = None
         own["_accepted"] = OrderedDict()
         own["_forward_signature"] = inspect.signature(model.forward)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         options = self.__dict__
-        arguments = (self.denoiser, self.config_toma, self.cache.capacity)
+        arguments = (self.denoiser, self.config_toma, self.cache.capacity, self._ranks)
         return _rebuild, (*arguments, options["_compile"], options["_fixed"])
 
     # -- calling --------------------------------------------------------------------------------
@@ -164,7 +165,7 @@ class OptimizedDenoiser(KeepsState, Compiles, WarmsUp, SplitsGuidance, StandIn):
             arguments.leaves,
             state,
             model,
-            arguments.guard.companions.kernel,
+            watched(arguments.guard.companions.kernel, self._ranks),
             rows,
         )
         if original:
@@ -216,7 +217,10 @@ class OptimizedDenoiser(KeepsState, Compiles, WarmsUp, SplitsGuidance, StandIn):
     ) -> tuple[Hashable, Specialization]:
         """(its key, what is captured for a call), made when first asked for."""
         key = (arguments.guard.key, arguments.signature, rasters)
-        make = lambda: self._share(key) or self._specialize(arguments)  # noqa: E731
+
+        def make() -> Specialization:
+            return (self._share(key) or self._specialize(arguments)).agree(arguments.leaves)
+
         return key, self.cache.get(key, make, lambda: arguments.describe(rasters))
 
     def _specialization_of(self, arguments: Arguments) -> Specialization:
@@ -227,7 +231,7 @@ class OptimizedDenoiser(KeepsState, Compiles, WarmsUp, SplitsGuidance, StandIn):
     def _share(self, key: Hashable) -> Specialization | None:
         """The programs of the denoiser that this one is like, where they do the same."""
         like, config = self._like, self.config_toma
-        if like is None or like._compile != self._compile:
+        if like is None or (like._compile, like._ranks) != (self._compile, self._ranks):
             return None
         found = like.cache.find(key) if plan_key(like.config_toma) == plan_key(config) else None
         return found and found.under(config)
@@ -238,7 +242,12 @@ class OptimizedDenoiser(KeepsState, Compiles, WarmsUp, SplitsGuidance, StandIn):
         try:
             with arguments.guard.companions.kernel():
                 specialization = Specialization.make(
-                    self.denoiser, call.args, call.kwargs, self.config_toma, self._make_runner
+                    self.denoiser,
+                    call.args,
+                    call.kwargs,
+                    self.config_toma,
+                    self._make_runner,
+                    self._ranks,
                 )
         except CaptureError as error:
             refused = arguments.signature not in self._accepted
@@ -347,7 +356,7 @@ class _DenoiserTurn:
             leaves,
             label=call.label,
             token=call.token,
-            kernel=self.arguments.guard.companions.kernel,
+            kernel=watched(self.arguments.guard.companions.kernel, owner._ranks),
         )
 
     def find(self, rasters: tuple[Raster | None, ...]) -> tuple[Hashable, Specialization]:
@@ -367,9 +376,9 @@ def optimized_of(model: Any) -> OptimizedDenoiser | None:
 
 
 def _rebuild(
-    model: nn.Module, config: MethodConfig, capacity: int, compile_: Any, fixed: Any
+    model: nn.Module, config: MethodConfig, capacity: int, ranks: Any, compile_: Any, fixed: Any
 ) -> OptimizedDenoiser:
     """A copy: the same settings, no graphs and no state yet."""
-    copy = OptimizedDenoiser(model, config, capacity)
+    copy = OptimizedDenoiser(model, config, capacity, ranks=ranks)
     copy.__dict__["_compile"], copy.__dict__["_fixed"] = compile_, fixed
     return copy

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from importlib import metadata
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -27,7 +28,9 @@ from toma_fx.passes.pipeline import Program, rewrite
 from toma_fx.passes.uses import Use, uses_of
 from toma_fx.plan.plan import MergePlan
 from toma_fx.plan.planner import make_plan
+from toma_fx.plan.sharding import shard_plan
 from toma_fx.run.compiled import CompiledProgram
+from toma_fx.run.ranks import Ranks, hash_of, hash_of_inputs
 from toma_fx.run.schedule import Schedule
 from toma_fx.run.tracing import tracing
 
@@ -50,6 +53,7 @@ class Specialization:
         programs: rewritten so far. runners: what is called for each, compiled or not.
         counts: steps run per kind. parts: what the graph holds of quantized weights.
         names: of what each kind takes and gives.
+        ranks: the processes that share its tokens. digest: of graph and plan, the same in all.
     """
 
     captured: Captured
@@ -63,6 +67,8 @@ class Specialization:
     counts: dict[str, int] = field(default_factory=dict)
     parts: Parts = field(default_factory=Parts)
     names: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=dict)
+    ranks: Ranks | None = None
+    digest: str = ""
 
     @classmethod
     def make(
@@ -72,19 +78,20 @@ class Specialization:
         kwargs: Mapping[str, Any],
         config: MethodConfig,
         make_runner: Callable[[Specialization, str], Runner] = run_eagerly,
+        ranks: Ranks | None = None,
     ) -> Specialization:
         """Capture, check, analyze and plan one call.
 
         Raises:
             CaptureError: the model can't be captured. ParityError: it was captured wrong.
-            NoMergeSites, TileError: see `make_plan`.
+            NoMergeSites, TileError: see `make_plan`. ParallelError: see `shard_plan`.
         """
         check_model(model)
         expected = Expected.compute(model, args, kwargs)
         captured = capture(model, args, kwargs)
         if expected is not None:
             expected.check(captured)
-        specialization = cls.of(captured, config, make_runner)
+        specialization = cls.of(captured, config, make_runner, ranks)
         specialization.parts = Parts(captured.graph_module, model)
         return specialization
 
@@ -94,6 +101,7 @@ class Specialization:
         captured: Captured,
         config: MethodConfig,
         make_runner: Callable[[Specialization, str], Runner] = run_eagerly,
+        ranks: Ranks | None = None,
     ) -> Specialization:
         """Analyze and plan a captured graph."""
         outputs = output_values(captured.graph_module.graph)
@@ -102,8 +110,29 @@ class Specialization:
         place = find_roles(captured).timestep
         clock = None if place is None else captured.inputs[place]
         timestep = "" if clock is None or clock.tensor is None else clock.name
-        plan = make_plan(analysis, flow, config, timestep)
-        return cls(captured, analysis, flow, plan, make_runner)
+        plan, digest = make_plan(analysis, flow, config, timestep), ""
+        if ranks is not None:
+            graph = [(name, flow.ops[name], flow.shapes.get(name)) for name in flow.order]
+            digest = hash_of([graph, plan.to_json()])
+            plan = shard_plan(plan, analysis, flow, ranks.rank)
+        return cls(captured, analysis, flow, plan, make_runner, ranks=ranks, digest=digest)
+
+    def agree(self, leaves: Sequence[Any]) -> Specialization:
+        """Itself, if all processes that share its tokens have the same, for the same first call.
+
+        Raises:
+            RankMismatchError, RankLostError: see `Ranks.agree`.
+        """
+        if self.ranks is not None:
+            hashes = {
+                "graph and plan": self.digest,
+                "configuration": hash_of(self.plan.config.to_json()),
+                "inputs": hash_of_inputs(leaves),
+            }
+            versions = " ".join(f"{p} {metadata.version(p)}" for p in ("toma-fx", "torch"))
+            shown = ", ".join(f"{name} {value[:10]}" for name, value in hashes.items())
+            self.ranks.agree(f"captures: {shown}, {versions}")
+        return self
 
     def under(self, config: MethodConfig) -> Specialization:
         """The same programs under a configuration that plans alike, on another schedule."""
@@ -230,7 +259,9 @@ class Specialization:
         return self.programs[kind]
 
     def runner(self, kind: str) -> Runner:
-        """The callable of a kind."""
+        """The callable of a kind; asked for before each step, on which processes agree here."""
+        if self.ranks is not None:
+            self.ranks.agree_step(f"runs {kind} of graph and plan {self.digest[:10]}")
         if kind not in self.runners:
             with compile_lock():
                 if kind not in self.runners:

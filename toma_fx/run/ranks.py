@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, distributed
 
 from toma_fx.compat.collectives import group_name
-from toma_fx.compat.compilers import disable_dynamo, skip_frame
+from toma_fx.compat.compilers import disable_dynamo
 from toma_fx.errors import ParallelError, RankLostError, RankMismatchError
 from toma_fx.methods.sharded import Rank
 
@@ -66,6 +67,12 @@ class Ranks:
         self.lost = ""
         self.group = group
         self._talk: Any = None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Ranks) and self.rank == other.rank
+
+    def __hash__(self) -> int:
+        return hash(self.rank)
 
     def __deepcopy__(self, memo: Any) -> Ranks:
         return self
@@ -136,15 +143,10 @@ class Ranks:
 
     # -- losing each other ----------------------------------------------------------------------
 
-    def watch(self, run: Callable[..., Sequence[Any]]) -> Watched:
-        """A program that says so when another process is gone."""
-        return Watched(run, self)
-
     def loss_of(self, error: RuntimeError) -> RankLostError | None:
         """The error to raise for one of torch, if that is about another process."""
         text = f"{type(error).__name__}: {error}"
-        of_torch = isinstance(error, (distributed.DistError, distributed.DistBackendError))
-        if of_torch or any(word in text.lower() for word in _BROKEN):
+        if isinstance(error, distributed.DistError) or any(w in text.lower() for w in _BROKEN):
             return self._loss(text)
         return None
 
@@ -160,40 +162,38 @@ class Ranks:
         )
 
 
-class Watched:
-    """A program whose errors tell when another process is gone.
+def watched(
+    kernel: Callable[[], AbstractContextManager[Any]], ranks: Ranks | None
+) -> Callable[[], AbstractContextManager[Any]]:
+    """The context that a program runs in, whose errors tell when another process is gone."""
+    if ranks is None:
+        return kernel
 
-    Attributes:
-        run: the program. ranks: the processes.
-    """
-
-    def __init__(self, run: Callable[..., Sequence[Any]], ranks: Ranks) -> None:
-        skip_frame(Watched.__call__)
-        self.run, self.ranks = run, ranks
-
-    def __call__(self, *inputs: Any) -> Sequence[Any]:
-        """Run it.
-
-        Raises:
-            RankLostError: another process does not answer.
-        """
+    @contextmanager
+    def watching() -> Iterator[None]:
         try:
-            return self.run(*inputs)
+            with kernel():
+                yield
         except RuntimeError as error:
-            lost = self.ranks.loss_of(error)
+            lost = ranks.loss_of(error)
             if lost is None:
                 raise
             raise lost from error
 
+    return watching
 
-def describe_start(parts: Iterable[Any], leaves: Iterable[Any]) -> str:
-    """What has to be the same in all processes when a graph is captured.
 
-    Args:
-        parts: JSON-able. leaves: of the call; their values count, since noise of another seed in
-            each process is an easy mistake.
+def hash_of(value: Any) -> str:
+    """A hash of JSON-able values, the same in every process."""
+    return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()
+
+
+def hash_of_inputs(leaves: Iterable[Any]) -> str:
+    """A hash of the inputs of a call and their values; on a GPU it waits for them.
+
+    Noise of another seed in each process is an easy mistake.
     """
-    hashed = hashlib.sha256(json.dumps(list(parts), default=str).encode())
+    hashed = hashlib.sha256()
     for leaf in leaves:
         if isinstance(leaf, Tensor):
             data = leaf.detach().to("cpu").contiguous()
@@ -219,6 +219,8 @@ def _group_of(parallel: Any) -> Any:
     if parallel.ndim != 1:
         names = ", ".join(parallel.mesh_dim_names or ()) or "without names"
         raise _refusal("a mesh of one dimension", f"{parallel.ndim} dimensions ({names})")
+    if parallel.get_coordinate() is None:
+        raise _refusal("a mesh that this process is in", "one of other processes")
     return parallel.get_group()
 
 
