@@ -403,7 +403,9 @@ class Companion:
 
 DISABLE = "`denoiser.disable_cache()`"
 PLAIN_GUIDER = "a guider that leaves the layers alone, or `toma_fx.restore(pipe)`"
-ONE_PROCESS = "load without `parallel_config`; `optimize(model, parallel=mesh)` ([parallel.md](parallel.md))"
+ONE_PROCESS = (
+    "load without `parallel_config`; `optimize(model, parallel=mesh)` ([parallel.md](parallel.md))"
+)
 COMPANIONS = (
     Companion(
         "First-block cache (`FirstBlockCacheConfig`)",

@@ -15,6 +15,7 @@ from toma_fx.models.named import example_inputs
 from toma_fx.passes.pipeline import Program
 from toma_fx.run.program_set import run_program
 from toma_fx.run.programs import Specialization
+from toma_fx.run.ranks import watched
 from toma_fx.run.schedule import kinds_that_run
 from toma_fx.run.specializations import SpecializationCache
 
@@ -93,7 +94,7 @@ def warm(specialization: Specialization, arguments: Any, *, mixed: bool) -> Sequ
     for kind in sorted(kinds):
         program = specialization.program(kind)
         inputs = [*arguments.leaves, *_blank(program)]
-        kernel = arguments.guard.companions.kernel
+        kernel = watched(arguments.guard.companions.kernel, specialization.ranks)
         run_program(specialization.runner(kind), inputs, kernel)
     return sorted(kinds)
 
