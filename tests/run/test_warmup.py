@@ -33,7 +33,7 @@ def compiling(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 @torch.no_grad()
 def test_sizes(compiling: list[Any]) -> None:
-    flux = denoisers.flux()
+    flux = denoisers.small_flux(num_single_layers=0)
     optimized: Any = toma_fx.optimize(flux, **SMALL, weights_every=2).compile()
     with logged(logging.INFO) as messages:
         optimized.warmup([(64, 64), (64, 128)], batch=(1, 2), text=5)

@@ -79,7 +79,8 @@ class OptimizedDenoiser(KeepsState, Compiles, WarmsUp, SplitsGuidance, StandIn):
         like: OptimizedDenoiser | None = None,
         ranks: Ranks | None = None,
     ) -> None:
-        skip_frame(OptimizedDenoiser.forward)
+        for function in (OptimizedDenoiser.forward, OptimizedDenoiser._run):
+            skip_frame(function)
         super().__init__(model)
         own = self.__dict__
         own["config_toma"] = config
