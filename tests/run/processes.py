@@ -19,6 +19,8 @@ from torch import distributed
 
 PATIENCE = 60.0
 """Seconds that a process waits for the others."""
+STARTING = 120.0
+"""Seconds that all of them may take to start and work, besides."""
 
 
 def run_ranks(
@@ -40,7 +42,7 @@ def run_ranks(
                 process.start()
             for _, pipe in pipes:
                 pipe.close()  # so that a process that dies ends its pipe
-            end = time.monotonic() + 4 * patience
+            end = time.monotonic() + STARTING + 8 * patience
             return [_result(reader, end) for reader, _ in pipes]
         finally:
             for process in processes:

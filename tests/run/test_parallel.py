@@ -140,19 +140,20 @@ def share_model(rank: int, name: str, variants: list[dict[str, Any]]) -> list[tu
     ("name", "count"), [("flux", 2), ("flux", 4), ("sdxl", 2), ("sdxl", 4), ("wan", 2), ("wan", 3)]
 )
 def test_models_give_what_one_process_gives(name: str, count: int) -> None:
-    variants = [{"scope": scope} for scope in SCOPES]
-    variants += [{"cache": 2}, {"cache": 2, "scope": "block"}, {"proportional": True}]
+    variants: list[dict[str, Any]] = [{"scope": scope} for scope in SCOPES]
+    variants += [{"cache": 2, "scope": "block"}, {"proportional": True}]
     variants += [{"method": "dito"}, {"first_step": 1, "last_step": 2}]
-    kinds = set[str]()
+    expected = {"refresh", "reuse", "reweigh", "cached", "match", "plain"}
+    if count > 2:  # than this machine may have processors
+        variants, expected = [{"cache": 2}], {"refresh", "reweigh", "cached"}
     for found in run_ranks(count, share_model, name, variants):
         assert max(distance for distance, _ in found) <= 1e-5, found
-        kinds.update(*(totals for _, totals in found))
-    assert kinds >= {"refresh", "reuse", "reweigh", "cached", "match", "plain"}
+        assert set().union(*(totals for _, totals in found)) >= expected
 
 
 MASKED = (
-    "chroma", "z_image_padded", "hunyuan_dit", "qwen_image_layered", "ltx2", "wan_vace", "svd",
-    "controlnet_xs", "stable_cascade_prior", "hunyuan_video", "nucleus_image", "latte",
+    "chroma", "bria_fibo", "hunyuan_dit", "qwen_image_layered", "ltx2", "wan_vace", "svd",
+    "controlnet_xs", "sd3_controlled", "hunyuan_video", "nucleus_image", "latte",
 )  # fmt: skip
 """Masks, rotary tables, skips, sound beside pictures, frames as rows, pictures to follow."""
 
