@@ -202,7 +202,7 @@ class Cell:
             make = {"eager": self._eager, "compiled": self._compiled}.get(name)
             try:
                 self.variants[name] = make() if make else self._optimized(name)
-            except Exception as error:
+            except Exception as error:  # of any kind: not tried again by the parts to come
                 self.variants[name] = f"{type(error).__name__}: {error}"
                 raise
         found = self.variants[name]

@@ -284,7 +284,7 @@ class StepLoop(ContinuousBatchingLoop):
             while not outputs and api.has_active_requests():
                 outputs = await super().step(previous, api, spec)
             return outputs
-        except Exception:
+        except Exception:  # whatever it is: LitServe would log it and go on without a step
             log.exception("a step failed")
             os._exit(1)
 

@@ -196,6 +196,7 @@ def test_each_surrounding_compilation_has_its_own(compiling: list[dict[str, Any]
         ({"options": {"max_fusion_sise": 7}}, "max_fusion_sise"),
         ({"options": {"max_fusion_size": "seven"}}, "max_fusion_size"),
         ({"mode": "default", "options": {"max_fusion_size": 7}}, "mode or options"),
+        ({"outline": "no"}, "outline"),
     ],
 )
 def test_wrong_options_are_refused_at_once(options: dict[str, Any], message: str) -> None:

@@ -15,6 +15,7 @@ import toma_fx
 from tests import denoisers
 from tests.methods.test_methods import inputs, model
 from toma_fx.models.named import example_inputs
+from toma_fx.errors import TomaError
 from toma_fx.run import marks, timesteps
 from toma_fx.run.batching import State
 from toma_fx.run.marks import SEEN, PositionIds
@@ -125,6 +126,9 @@ def test_entries_of_tables() -> None:
     assert entry_of_table(table[1:3]) is None, "two numbers"
     assert entry_of_table(torch.tensor(3.0)) is None
     assert entry_of_table(torch.zeros(2, 3)[0, 1]) is None, "no list of timesteps"
+    conjugate = torch.view_as_complex(torch.arange(6.0).view(3, 2)).conj().imag
+    assert entry_of_table(conjugate[1]) is None, "a view that changes the sign"
+    assert TimestepValue(conjugate[1]).read() == -3.0
     with torch.inference_mode():
         assert entry_of_table(torch.linspace(9.0, 0.0, 5)[1]) is None, "views are not told there"
     steps = torch.arange(3, 40_000)[5:9]
@@ -161,6 +165,25 @@ def test_states_of_callers_read_nothing() -> None:
     assert counts[0]
     assert not any(counts[2:])
     assert optimized.totals == {"refresh": 2, "reuse": 2 * (STEPS - 1)}
+
+
+@torch.no_grad()
+def test_position_ids_of_a_call_that_failed_are_forgotten() -> None:
+    """What merges by them refuses ids of no grid; a good call of the same shapes comes next."""
+    call = next(iter(flux_calls()))
+    scattered = {**call, "img_ids": torch.rand_like(call["img_ids"])}
+    for scope in ("method", "step"):
+        optimized: Any = toma_fx.optimize(denoisers.flux(), min_tokens=1)
+        alone: Any = toma_fx.optimize(denoisers.flux(), min_tokens=1)
+
+        def run(denoiser: Any, inputs: dict[str, Any], scope: str = scope) -> Tensor:
+            if scope == "step":
+                return denoiser.step(inputs, State())[0][0]
+            return denoiser(**inputs)[0]
+
+        with pytest.raises(TomaError):
+            run(optimized, scattered)
+        assert torch.equal(run(optimized, call), run(alone, call))
 
 
 @torch.no_grad()

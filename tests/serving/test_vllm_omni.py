@@ -114,7 +114,7 @@ def steps(
             plugin.step_scheduler(each, noise[offset : offset + rows])
             if each.step_index >= len(each.timesteps):
                 ended[each.request_id] = plugin.post_decode(each).output
-        except Exception as error:
+        except Exception as error:  # as the runner does: an error ends one request
             ended[each.request_id] = error
         offset += rows
     return ended

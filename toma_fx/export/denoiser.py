@@ -175,7 +175,7 @@ class ArtifactDenoiser(KeepsState, nn.Module):
         args, kwargs = plain_numbers(args, kwargs)
         call = match_call(self.manifest, args, kwargs, self._device)
         step_call = self._step_call(call)
-        self._find(self._stepper.read_ids(step_call.signature, step_call.ids)[1])
+        self._stepper.find(step_call.signature, step_call.ids, self._find)
         model = (self._digest, str(self._device))
         outputs, following = step_states(
             self._stepper, self._programs, call.inputs, state, model, nullcontext, rows

@@ -33,6 +33,18 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         )
 
 
+def check_switch(name: str, value: Any, where: str) -> None:
+    """Raise unless a value is True or False.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if not isinstance(value, bool):
+        raise ConfigError(
+            f"{name} is out of range", where=where, expected="True or False", got=repr(value)
+        )
+
+
 def is_number(value: Any) -> bool:
     """Whether a value is an int or a float, and no bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -37,10 +37,11 @@ from toma_fx.compat.compilers import (
     note_inputs,
     noted_input,
 )
-from toma_fx.errors import ConfigError, NoMergeSites, UnknownNameError, nearest
+from toma_fx.errors import NoMergeSites, UnknownNameError, nearest
 from toma_fx.graph.outline import outline
 from toma_fx.graph.rewriter import copy_graph
 from toma_fx.methods.base import MethodConfig
+from toma_fx.methods.checks import check_switch
 from toma_fx.methods.config import make_config
 from toma_fx.methods.planning import merging
 from toma_fx.methods.recipe import Recipe
@@ -92,27 +93,15 @@ class Options:
                     where="options['inductor']",
                     hint=nearest(name, known),
                 )
-        allow = _switch(fields, "allow_unmerged", False)
-        outlined = _switch(fields, "outline", True)
+        allow, outlined = fields.pop("allow_unmerged", False), fields.pop("outline", True)
+        check_switch("allow_unmerged", allow, "options['allow_unmerged']")
+        check_switch("outline", outlined, "options['outline']")
         toma = fields.pop("toma", True)
         if isinstance(toma, Recipe):  # of the model there is only a graph: nothing to check
             toma = toma.config
         config = make_config(toma, fields.pop("method", None), fields)
         config.check_static('torch.compile(backend="toma_fx")')
         return cls(config, patches, allow, outlined)
-
-
-def _switch(fields: dict[str, Any], name: str, default: bool) -> bool:
-    """Take a switch out of the options."""
-    value = fields.pop(name, default)
-    if not isinstance(value, bool):
-        raise ConfigError(
-            f"{name} is out of range",
-            where=f"options['{name}']",
-            expected="True or False",
-            got=repr(value),
-        )
-    return value
 
 
 def _mode_patches(mode: str | None) -> Mapping[str, Any]:

@@ -40,6 +40,7 @@ from toma_fx.errors import ConfigError
 from toma_fx.graph.lifting import has_subgraphs, lift_constants
 from toma_fx.graph.outline import outline, replace_subgraphs
 from toma_fx.graph.rewriter import copy_graph
+from toma_fx.methods.checks import check_switch
 from toma_fx.passes.pipeline import Program
 from toma_fx.run.tracing import tracing
 
@@ -76,6 +77,7 @@ class Compilation:
         Raises:
             ConfigError: options that Inductor doesn't have.
         """
+        check_switch("outline", outline, "compile")
         names = list(inspect.signature(torch.compile).parameters)[1:]
         options = {"dynamic": False, **dict(zip(names, args, strict=False)), **kwargs}
         asked = {"backend": "inductor", **options}

@@ -9,6 +9,7 @@ the caller holds the state (`batching.step_states`). Inference only: no gradient
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -226,8 +227,9 @@ class OptimizedDenoiser(KeepsState, Compiles, WarmsUp, SplitsGuidance, StandIn):
 
     def _specialization_of(self, arguments: Arguments) -> Specialization:
         """What is captured for a call of nobody's generation."""
-        _, rasters = self._stepper.read_ids(arguments.signature, arguments.leaves)
-        return self._specialization(arguments, rasters)[1]
+        find = functools.partial(self._specialization, arguments)
+        _, (_, found) = self._stepper.find(arguments.signature, arguments.leaves, find)
+        return found
 
     def _share(self, key: Hashable) -> Specialization | None:
         """The programs of the denoiser that this one is like, where they do the same."""

@@ -163,8 +163,8 @@ class SplitsGuidance:
             group: a process group of two, or a DeviceMesh of one dimension (docs/parallel.md).
 
         Raises:
-            ParallelError: there are not two processes. RankMismatchError: they have other models or
-                settings. RankLostError: one does not answer.
+            ParallelError: there are not two processes. Later calls raise RankMismatchError where
+                these differ, RankLostError where one does not answer.
         """
         self.__dict__["_guidance"] = GuidanceRanks(group, self.parameter_names[0])
 

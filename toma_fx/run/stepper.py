@@ -47,6 +47,7 @@ SIGNATURES = 1024
 """Signatures that are known by number; when there are more, all get new ones."""
 
 T = TypeVar("T")
+Rasters = tuple[Raster | None, ...]
 
 _log = logging.getLogger("toma_fx.run")
 
@@ -217,8 +218,7 @@ class Stepper:
         self._calling.add(calling)
         try:
             call = prepare()
-            shapes, rasters = self.read_ids(call.signature, call.ids)
-            owner, programs = find(rasters)
+            shapes, (owner, programs) = self.find(call.signature, call.ids, find)
         except TomaError:  # the call does not fit: nothing has changed
             self._calling.discard(calling)
             raise
@@ -305,12 +305,15 @@ class Stepper:
         facts = Facts(call.context, key, marks, roles.conditioning, timestep, Flow.current())
         return *states.place(facts), UNKNOWN_LENGTH
 
-    def read_ids(
-        self, signature: Hashable, ids: Sequence[Any]
-    ) -> tuple[int, tuple[Raster | None, ...]]:
-        """(number of the signature, what the position ids of a call enumerate)
+    def find(
+        self, signature: Hashable, ids: Sequence[Any], find: Callable[[Rasters], T]
+    ) -> tuple[int, T]:
+        """(number of the signature, what `find` makes of what the position ids enumerate)
 
         On a GPU, reading new ones waits for it. A number is compared faster than a signature.
+
+        Raises:
+            Whatever `find` raises; of a call that does not fit, nothing is remembered.
         """
         if len(self._numbers) > SIGNATURES:
             self._numbers, self._ids = {}, {}
@@ -318,7 +321,11 @@ class Stepper:
         known = self._ids.get(number)
         if known is None:
             known = self._ids.setdefault(number, PositionIds(ids))
-        return number, known.read(ids)
+        try:
+            return number, find(known.read(ids))
+        except TomaError:
+            self._ids.pop(number, None)
+            raise
 
     # -- counting -------------------------------------------------------------------------------
 

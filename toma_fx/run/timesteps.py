@@ -56,7 +56,7 @@ def entry_of_table(value: Tensor) -> float | None:
 
     The values of a table are read once for each time that it was written to.
     """
-    table = viewed_tensor(value)
+    table = None if value.is_neg() else viewed_tensor(value)  # a view with the sign to change
     if table is None or table.dim() != 1 or table.numel() > LONGEST or value.numel() < 1:
         return None
     layout = zip(value.shape, value.stride(), strict=True)

@@ -227,7 +227,7 @@ class StepBatcher:
         """Run a batch; where it fails, each of its requests alone, so that one fails alone."""
         try:
             outputs, states = self._call(batch)
-        except Exception as error:
+        except Exception as error:  # whatever it is, it ends requests, not the loop that serves
             if len(batch) > 1:
                 _log.warning("a batch of %d requests runs one by one: %s", len(batch), error)
                 for turn in batch:
