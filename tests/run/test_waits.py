@@ -14,8 +14,8 @@ from torch.overrides import TorchFunctionMode
 import toma_fx
 from tests import denoisers
 from tests.methods.test_methods import inputs, model
-from toma_fx.models.named import example_inputs
 from toma_fx.errors import TomaError
+from toma_fx.models.named import example_inputs
 from toma_fx.run import marks, timesteps
 from toma_fx.run.batching import State
 from toma_fx.run.marks import SEEN, PositionIds
@@ -169,12 +169,12 @@ def test_states_of_callers_read_nothing() -> None:
 
 @torch.no_grad()
 def test_position_ids_of_a_call_that_failed_are_forgotten() -> None:
-    """What merges by them refuses ids of no grid; a good call of the same shapes comes next."""
-    call = next(iter(flux_calls()))
+    """Ids of no grid are refused; calls of the same shapes on two grids come next."""
+    call = denoisers.flux_inputs(8, 8)
     scattered = {**call, "img_ids": torch.rand_like(call["img_ids"])}
+    grids = [{**call, "img_ids": denoisers.ids(*size)} for size in ((8, 8), (2, 32))]
     for scope in ("method", "step"):
         optimized: Any = toma_fx.optimize(denoisers.flux(), min_tokens=1)
-        alone: Any = toma_fx.optimize(denoisers.flux(), min_tokens=1)
 
         def run(denoiser: Any, inputs: dict[str, Any], scope: str = scope) -> Tensor:
             if scope == "step":
@@ -183,7 +183,9 @@ def test_position_ids_of_a_call_that_failed_are_forgotten() -> None:
 
         with pytest.raises(TomaError):
             run(optimized, scattered)
-        assert torch.equal(run(optimized, call), run(alone, call))
+        for each in grids:
+            alone = toma_fx.optimize(denoisers.flux(), min_tokens=1)
+            assert torch.equal(run(optimized, each), run(alone, each))
 
 
 @torch.no_grad()
