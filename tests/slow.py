@@ -66,6 +66,7 @@ SLOW = (
     Slow("serving/test_vllm_omni.py::test_pictures_are_those_of_diffusers*", PIPELINE),
     Slow("run/test_guidance.py::test_rows_that_cant_be_halved*", "starts two processes"),
     Slow("run/test_guidance.py::test_processes_that_disagree*", "starts two processes"),
+    Slow("run/test_guidance.py::test_processes_with_other_models*", "starts two processes"),
     Slow("run/test_guidance.py::test_a_lost_process*", "starts two processes"),
     Slow(
         "serving/test_batcher.py::test_each_request_gets_what_it_gets_alone[*]",
@@ -142,6 +143,7 @@ SLOW = (
     Slow("run/test_parallel.py::test_compiled_programs_share_tokens[*]", PROCESSES),
     Slow("run/test_parallel.py::test_a_program_is_packaged_*", PROCESSES),
     Slow("run/test_parallel.py::test_a_lost_process_*[*]", PROCESSES),
+    Slow("run/test_parallel.py::test_text_of_a_length_*", WHOLE),
     # export
     Slow("export/test_cached.py::test_from_cpp[*]", INDUCTOR),
     Slow("export/test_cached.py::test_targets[aoti]", INDUCTOR),

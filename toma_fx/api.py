@@ -26,7 +26,7 @@ from toma_fx.run.calls import call_of
 from toma_fx.run.denoiser import OptimizedDenoiser, optimized_of
 from toma_fx.run.pipelines import COMPONENTS, leave_generations, tell_generations
 from toma_fx.run.programs import Specialization
-from toma_fx.run.ranks import Ranks
+from toma_fx.run.ranks import Ranks, rank_of
 from toma_fx.run.report import Report, Summary, make_report, make_summary
 from toma_fx.run.tracing import tracing
 
@@ -171,11 +171,14 @@ def explain(
     *,
     method: str | MethodConfig | type[MethodConfig] | None = None,
     dump: str | Path | None = None,
+    parallel: Any = None,
     **options: Any,
 ) -> Report:
     """What `optimize` would do for these inputs.
 
     Args as for `optimize`, and:
+        parallel: also a number of processes, which need not be there. Tokens and FLOPs are then
+            those of one of them. None is what the model has, if it is optimized; 1 is one process.
         dump: folder for the graphs before and after each pass, as text; what the environment
             variable `TOMA_FX_DUMP` names if not given.
 
@@ -185,15 +188,21 @@ def explain(
     Raises:
         NoMergeSites: nothing can be merged; its message lists every reason.
         CompanionError: another library acts inside the forward pass.
+        ParallelError: processes can't share the tokens.
     """
     config = _config_of(toma, method, options)
-    denoiser = _require_original(denoiser_of(model), toma)
+    inner = denoiser_of(model)
+    optimized, denoiser = optimized_of(inner), _require_original(inner, toma)
+    if parallel is None:
+        rank = optimized._ranks.rank if optimized and optimized._ranks else None
+    else:
+        rank = rank_of(parallel)
     args, kwargs = plain_numbers(*call_of(example_inputs))
     check_leaves(args, kwargs)
     guard = ModelGuard(denoiser)
     guard.companions.check_merging(merging(config))
     with dumping(dump), tracing(), guard.companions.kernel():
-        return make_report(Specialization.make(denoiser, args, kwargs, config))
+        return make_report(Specialization.make(denoiser, args, kwargs, config, ranks=rank))
 
 
 def find_components(pipeline: Any) -> dict[str, nn.Module]:

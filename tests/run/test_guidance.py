@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import os
 import pickle
+import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, distributed, multiprocessing
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import toma_fx
 from tests import denoisers
 from toma_fx.errors import ParallelError, RankLostError, RankMismatchError
+from toma_fx.run.ranks import Ranks
 
 STEPS = 4
 SECONDS = 60
@@ -103,6 +107,21 @@ def disagree(rank: int, group: Any) -> str:
     return ""
 
 
+def enable(rank: int, group: Any, what: str) -> str:
+    """Enable it for other weights, or settings, in each process."""
+    model = MODELS["flux"][0]()
+    if what == "weights":
+        next(model.parameters()).add_(rank)
+    ratio = 0.25 if rank and what == "settings" else 0.5
+    denoiser = toma_fx.optimize(model, **OPTIONS["merged"], ratio=ratio)
+    try:
+        denoiser.enable_guidance_parallel(group)
+    except RankMismatchError as error:
+        assert not denoiser.is_guidance_parallel_enabled
+        return str(error)
+    return ""
+
+
 def lose(rank: int, group: Any) -> str:
     denoiser = optimized("flux", "merged")
     denoiser.enable_guidance_parallel(group)
@@ -176,6 +195,49 @@ def test_processes_that_disagree_both_say_so(tmp_path: Path) -> None:
     for message in in_two(tmp_path, disagree):
         assert "a call of 2 rows" in message
         assert "a call of 4 rows" in message
+
+
+@pytest.mark.parametrize(("what", "differs"), [("weights", 1), ("settings", 0), ("nothing", None)])
+def test_processes_with_other_models_both_say_so(
+    what: str, differs: int | None, tmp_path: Path
+) -> None:
+    for message in in_two(tmp_path, enable, what):
+        found = re.findall(r"configuration (\w+), weights (\w+)", message)
+        if differs is None:
+            assert not message
+            continue
+        assert found[0][differs] != found[1][differs]
+        assert found[0][1 - differs] == found[1][1 - differs]
+
+
+@pytest.fixture
+def silent() -> Iterator[Any]:
+    """A group of two processes of which the other one never answers."""
+    distributed.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    yield distributed.group.WORLD
+    distributed.destroy_process_group()
+
+
+def test_copies_go_on_with_the_same_processes(silent: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ranks, "agree", lambda *_: None)
+    denoiser = optimized("flux", "merged")
+    for copied in (
+        copy.copy(denoiser),
+        copy.deepcopy(denoiser),
+        pickle.loads(pickle.dumps(denoiser)),
+    ):
+        assert not copied.is_guidance_parallel_enabled
+    denoiser.enable_guidance_parallel(silent)
+    for copied in (copy.copy(denoiser), copy.deepcopy(denoiser)):
+        assert copied._guidance.ranks == denoiser._guidance.ranks
+        assert copied._guidance is not denoiser._guidance, "what it knows of sides is its own"
+        copied.disable_guidance_parallel()
+    assert denoiser.is_guidance_parallel_enabled
+    with pytest.raises(ParallelError, match="can't be pickled") as error:
+        pickle.dumps(denoiser)
+    assert "disable_guidance_parallel()" in (error.value.hint or "")
+    denoiser.disable_guidance_parallel()
+    assert not pickle.loads(pickle.dumps(denoiser)).is_guidance_parallel_enabled
 
 
 def test_a_lost_process_is_an_error(tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ import os
 import pickle
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from examples.own_model import PictureDenoiser
 from tests.run.processes import run_ranks
 from toma_fx.compat.pytorch import tree_leaves
 from toma_fx.errors import ParallelError, RankLostError, RankMismatchError, TomaError
+from toma_fx.methods.toma import ToMA, ToMAConfig
 from toma_fx.passes import merge_segments
 
 GRID = (8, 8)
@@ -32,6 +34,18 @@ TIMES = (900.0, 700.0, 500.0, 300.0)
 def picture_model() -> nn.Module:
     torch.manual_seed(0)
     return PictureDenoiser(GRID, width=32, depth=1).eval().requires_grad_(False)
+
+
+class Scaled(nn.Module):
+    """A model with a number that is no weight."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.inner, self.scale = picture_model(), scale
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        """As the model, times the number."""
+        return self.inner(sample, timestep) * self.scale
 
 
 def picture_inputs(seed: int = 1) -> dict[str, Any]:
@@ -84,6 +98,13 @@ def share_pictures(rank: int) -> dict[str, Any]:
         found["blind apart"] = apart(steps(blind, inputs), expected)
     other = toma_fx.optimize(model, parallel=group, **SMALL)
     found["other noise"] = error_of(lambda: other(**picture_inputs(seed=rank)))
+    heavier = picture_model()
+    with torch.no_grad():
+        next(heavier.parameters()).mul_(1 + rank)
+    other = toma_fx.optimize(heavier, parallel=group, **SMALL)
+    found["other weights"] = error_of(lambda: other(**inputs))
+    other = toma_fx.optimize(Scaled(1.0 + rank).eval(), parallel=group, **SMALL)
+    found["other scale"] = error_of(lambda: other(**inputs))
     if rank:
         shared.reset()  # here a generation begins, there the old one goes on
     late = {**inputs, "timestep": torch.full((2,), 50.0)}
@@ -98,9 +119,10 @@ def test_two_processes_share_the_tokens_or_disagree_in_both() -> None:
         assert found["apart"] <= 1e-5
         assert found["flops"][1] < 0.7 * found["flops"][0]
         assert found["blind apart"] > 1e-3, "without the others' keys attention is another one"
-        for case, word in (("noise", "inputs"), ("step", "runs refresh")):
+        for case, word in (("noise", "inputs"), ("step", "runs refresh"), ("weights", "weights")):
             assert found[f"other {case}"].startswith("RankMismatchError")
             assert word in found[f"other {case}"]
+        assert found["other scale"].startswith("RankMismatchError")
         assert found["after it"] <= 1e-5
 
 
@@ -285,6 +307,81 @@ def test_what_can_not_be_shared(silent: Any, model: Any, options: Any, part: str
     assert part in str(error.value)
     assert not isinstance(error.value, (RankLostError, RankMismatchError))
     assert error.value.hint
+
+
+def test_text_of_a_length_that_depends_on_the_data_is_not_shared(silent: Any) -> None:
+    model, inputs, fields = named("mochi")
+    shared = toma_fx.optimize(model, parallel=silent, **fields)
+    with torch.no_grad(), pytest.raises(ParallelError) as error:
+        shared(**inputs)
+    assert "the number of its keys depends on the data" in str(error.value)
+    assert "transformer_blocks" in error.value.got
+    assert "a padded text" in (error.value.hint or "")
+
+
+@dataclass(frozen=True)
+class Slanted(ToMA):
+    """A method of a user's own, which looks at the position in the grid."""
+
+    def select(self, x: Tensor) -> tuple[Tensor, ...]:
+        """ToMA's destinations, of tokens that weigh more the later they are."""
+        return super().select(x * torch.arange(x.shape[1], device=x.device)[:, None])
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlantedConfig(ToMAConfig):
+    """What users write."""
+
+    name = "slanted"
+    made: ClassVar[type[ToMA]] = Slanted
+
+    def make_setting(self, **fields: Any) -> ToMA:
+        """Its setting."""
+        return self.made(**fields)
+
+
+class Declared(Slanted):
+    """One that says how windows are shared."""
+
+    share = ToMA.share
+
+
+class DeclaredConfig(SlantedConfig):
+    """What users write."""
+
+    made = Declared
+
+
+def test_how_a_method_is_shared_is_not_inherited(silent: Any) -> None:
+    options: dict[str, Any] = {"min_tokens": 16, "tile": (4, 8), "parallel": 2}
+    model, inputs = picture_model(), picture_inputs()
+    with pytest.raises(ParallelError, match="Slanted does not say itself how") as error:
+        toma_fx.explain(model, inputs, method=SlantedConfig, **options)
+    assert "share = ToMA.share in class Slanted" in (error.value.hint or "")
+    assert toma_fx.explain(model, inputs, method=DeclaredConfig, **options).processes == 2
+    shared = toma_fx.optimize(model, parallel=silent, method=SlantedConfig, min_tokens=16, tile=2)
+    with torch.no_grad(), pytest.raises(ParallelError, match="does not say itself how"):
+        shared(**inputs)
+
+
+def test_a_report_is_of_one_process(silent: Any) -> None:
+    model, inputs = picture_model(), picture_inputs()
+    alone, shared = (
+        toma_fx.explain(model, inputs, parallel=count, scope="stack", **SMALL) for count in (1, 2)
+    )
+    assert (alone.processes, alone.exchanges, alone.sent_bytes) == (1, 0, 0)
+    assert "processes" not in str(alone)
+    assert [r.merged for r in shared.rows] == [r.merged // 2 for r in alone.rows]
+    assert shared.flops_before == alone.flops_before
+    assert shared.flops_after < 0.7 * alone.flops_after
+    # two rows of 16 of the 32 merged tokens, 32 keys and values wide; 32 tokens at the exit
+    assert (shared.exchanges, shared.sent_bytes) == (2, 4 * (2 * 16 * 64 + 2 * 32 * 32))
+    assert "1 of 2 processes" in str(shared)
+    optimized = toma_fx.optimize(model, parallel=silent)
+    options = {**SMALL, "tile": (8, 1), "window": "tile"}
+    with pytest.raises(ParallelError, match="shared evenly by 3"):
+        toma_fx.explain(optimized, inputs, **options)
+    assert toma_fx.explain(optimized, inputs, parallel=1, **options).processes == 1
 
 
 def test_processes_must_be_there(silent: Any) -> None:

@@ -9,6 +9,7 @@ from toma_fx.compat.lookup import attribute, lookup
 if TYPE_CHECKING:
     from torch import Tensor
 
+GATHER = "_c10d_functional.all_gather_into_tensor.default"
 WAIT = "_c10d_functional.wait_tensor.default"
 """The operator that waits for a collective; torch takes it for one with a side effect."""
 
@@ -45,6 +46,11 @@ def finish(x: Tensor) -> None:
 def is_wait(target: Any) -> bool:
     """Whether a node's target waits for a collective, and does nothing else."""
     return str(target) == WAIT
+
+
+def is_gather(target: Any) -> bool:
+    """Whether a node's target sends a value to all processes of a group, and gets theirs."""
+    return str(target) == GATHER
 
 
 def group_name(group: Any) -> str:

@@ -55,6 +55,8 @@ class Grid(ToMA):
     nearly as many in every part of the window. Cost: a sort of the positions of one window.
     """
 
+    share = ToMA.share
+
     def select(self, x: Tensor) -> tuple[Tensor, ...]:
         """The `keep` tokens of every window that come first in the dither: [B, T, keep] int64."""
         windows, tokens = window_count(self.grid, self.tile)

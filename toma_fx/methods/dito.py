@@ -45,6 +45,7 @@ class DiTo(ToMA):
     chosen: ClassVar[tuple[str, ...]] = ("idx", "times")
     recalled: ClassVar[tuple[str, ...]] = ("times",)
     feature = "output"
+    share = ToMA.share
 
     def select(self, x: Tensor) -> tuple[Tensor, ...]:
         """ToMA's destinations, and how often each token was one: `idx`, `times` [B, T, n]."""

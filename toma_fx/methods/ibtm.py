@@ -32,6 +32,7 @@ class IBTM(ToMA):
     """IBTM at one grid. Cost: a read of the tokens and a sort of each window."""
 
     feature = "output"
+    share = ToMA.share
 
     def select(self, x: Tensor) -> tuple[Tensor, ...]:
         """The `keep` most important tokens of every window, in falling order: [B, T, keep] int64.

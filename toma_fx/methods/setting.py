@@ -125,7 +125,8 @@ class Setting(ABC):
         """How `count` processes share the tokens (docs/parallel.md); or why they can't.
 
         Only a method that works in each window by itself may say how: what it makes of a window
-        must not depend on where that lies in the grid.
+        must not depend on where that lies in the grid. A class does not inherit it: one made of
+        another says so anew, `share = Other.share`, or is refused.
 
         Returns:
             The same method on the windows of one process, in the grid of `windows.share_grid`, and

@@ -54,6 +54,7 @@ def _shard_setting(segment: MergeSegment, rank: Rank) -> Setting:
     if segment.scope == "keys":
         reason = "queries and all else stay whole, so that there is nothing to share"
         raise _refusal(segment, 'scope="keys"', reason, 'scope="stack", "block" or "sublayer"')
+    _check_declared(segment, type(whole))
     shared = whole.share(rank.count)
     if isinstance(shared, str):
         hint = (
@@ -63,6 +64,21 @@ def _shard_setting(segment: MergeSegment, rank: Rank) -> Setting:
         got = f"{type(whole).__name__} of {whole.describe()}"
         raise _refusal(segment, got, shared, hint)
     return Sharded(whole.grid, whole, *shared, rank)
+
+
+def _check_declared(segment: MergeSegment, method: type[Setting]) -> None:
+    """Raise where a method only inherits how it is shared: what it changes may look at the grid."""
+    source = next(base for base in method.__mro__ if "share" in vars(base))
+    if source in (method, Setting):
+        return
+    name = method.__name__
+    raise _refusal(
+        segment,
+        f"{name}, with the share of {source.__name__}",
+        f"{name} does not say itself how",
+        f"share = {source.__name__}.share in class {name}, if what it makes of a window does not "
+        "depend on where that lies in the grid; otherwise a share that returns why not",
+    )
 
 
 def _check_attention(segment: MergeSegment, sites: Mapping[str, Site], flow: Flow) -> None:

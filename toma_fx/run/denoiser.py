@@ -43,7 +43,7 @@ from toma_fx.run.compiled import make_program
 from toma_fx.run.compiling import Compiles
 from toma_fx.run.generation import PassState
 from toma_fx.run.gradients import needs_gradient, refuse_gradient
-from toma_fx.run.guidance import SplitsGuidance
+from toma_fx.run.guidance import GuidanceRanks, SplitsGuidance
 from toma_fx.run.keeps_state import KeepsState
 from toma_fx.run.program_set import StepCall
 from toma_fx.run.programs import Runner, Specialization
@@ -97,7 +97,8 @@ class OptimizedDenoiser(KeepsState, Compiles, WarmsUp, SplitsGuidance, StandIn):
     def __reduce_ex__(self, protocol: Any) -> Any:
         options = self.__dict__
         arguments = (self.denoiser, self.config_toma, self.cache.capacity, self._ranks)
-        return _rebuild, (*arguments, options["_compile"], options["_fixed"])
+        guidance = self._guidance and self._guidance.ranks
+        return _rebuild, (*arguments, options["_compile"], options["_fixed"], guidance)
 
     # -- calling --------------------------------------------------------------------------------
 
@@ -221,7 +222,8 @@ class OptimizedDenoiser(KeepsState, Compiles, WarmsUp, SplitsGuidance, StandIn):
         key = (arguments.guard.key, arguments.signature, rasters)
 
         def make() -> Specialization:
-            return (self._share(key) or self._specialize(arguments)).agree(arguments.leaves)
+            made = self._share(key) or self._specialize(arguments)
+            return made.agree(arguments.leaves, self.denoiser)
 
         return key, self.cache.get(key, make, lambda: arguments.describe(rasters))
 
@@ -379,9 +381,17 @@ def optimized_of(model: Any) -> OptimizedDenoiser | None:
 
 
 def _rebuild(
-    model: nn.Module, config: MethodConfig, capacity: int, ranks: Any, compile_: Any, fixed: Any
+    model: nn.Module,
+    config: MethodConfig,
+    capacity: int,
+    ranks: Any,
+    compile_: Any,
+    fixed: Any,
+    guidance: Ranks | None = None,
 ) -> OptimizedDenoiser:
     """A copy: the same settings, no graphs and no state yet."""
     copy = OptimizedDenoiser(model, config, capacity, ranks=ranks)
     copy.__dict__["_compile"], copy.__dict__["_fixed"] = compile_, fixed
+    if guidance is not None:
+        copy.__dict__["_guidance"] = GuidanceRanks(guidance, copy.parameter_names[0])
     return copy

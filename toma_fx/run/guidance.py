@@ -13,13 +13,15 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
+from toma_fx.capture.fingerprint import digest_weights
 from toma_fx.compat.collectives import broadcast, finish
 from toma_fx.compat.compilers import disable_dynamo
 from toma_fx.compat.pytorch import tree_flatten, tree_unflatten
 from toma_fx.errors import ParallelError
-from toma_fx.run.ranks import Ranks
+from toma_fx.methods.base import MethodConfig
+from toma_fx.run.ranks import Ranks, hash_of
 from toma_fx.run.rows import Splitter, join
 
 SIDES = 2
@@ -31,7 +33,7 @@ class GuidanceRanks:
     """This process as one of the two that compute a side of guidance each.
 
     Args:
-        group: a process group of two, or a DeviceMesh of one dimension.
+        group: a process group of two, a DeviceMesh of one dimension, or the `Ranks` of one.
         first: name of the argument whose first dimension is the rows of a call.
 
     Raises:
@@ -39,7 +41,7 @@ class GuidanceRanks:
     """
 
     def __init__(self, group: Any, first: str) -> None:
-        self.ranks = Ranks(group)
+        self.ranks = group if isinstance(group, Ranks) else Ranks(group)
         if self.ranks.rank.count != SIDES:
             raise ParallelError(
                 "guidance has two sides",
@@ -145,6 +147,8 @@ class SplitsGuidance:
     """Guidance in two processes; for subclasses that are called as a denoiser."""
 
     _guidance: GuidanceRanks | None
+    denoiser: nn.Module
+    config_toma: MethodConfig
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
@@ -159,6 +163,9 @@ class SplitsGuidance:
         sides (SDXL) is halved by rows; calls of one side each (Flux, Qwen-Image, Wan) are told
         apart by `cache_context`. `step(inputs, state)` computes all.
 
+        Both processes call this, and compare weights and settings here. A copy of the model goes
+        on with the same two processes; pickled it can't be (`ParallelError`).
+
         Args:
             group: a process group of two, or a DeviceMesh of one dimension (docs/parallel.md).
 
@@ -166,7 +173,13 @@ class SplitsGuidance:
             ParallelError: there are not two processes. Later calls raise RankMismatchError where
                 these differ, RankLostError where one does not answer.
         """
-        self.__dict__["_guidance"] = GuidanceRanks(group, self.parameter_names[0])
+        guidance = GuidanceRanks(group, self.parameter_names[0])
+        hashes = {
+            "configuration": hash_of(self.config_toma.to_json()),
+            "weights": digest_weights(self.denoiser),
+        }
+        guidance.ranks.agree_on(f"guidance of {type(self.denoiser).__name__}", hashes)
+        self.__dict__["_guidance"] = guidance
 
     def disable_guidance_parallel(self) -> None:
         """Compute all sides here again."""

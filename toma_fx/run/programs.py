@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from importlib import metadata
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -14,16 +13,19 @@ from toma_fx.analysis.dataflow import Flow
 from toma_fx.analysis.facts import Analysis
 from toma_fx.analysis.propagate import analyze
 from toma_fx.analysis.roles import Roles, find_roles
+from toma_fx.capture.fingerprint import digest_weights
 from toma_fx.capture.model import Captured, capture, check_model
 from toma_fx.capture.parity import Expected
 from toma_fx.capture.quantized import Parts
 from toma_fx.compat.compilers import compile_lock
+from toma_fx.compat.pytorch import tree_leaves
 from toma_fx.errors import UnknownNameError, nearest
 from toma_fx.graph.flops import graph_flops
 from toma_fx.graph.templates import Templates
 from toma_fx.graph.verify import output_values, verify
 from toma_fx.methods.base import MethodConfig
 from toma_fx.methods.kinds import CACHED, CACHED_PLAIN
+from toma_fx.methods.sharded import Rank
 from toma_fx.passes.pipeline import Program, rewrite
 from toma_fx.passes.uses import Use, uses_of
 from toma_fx.plan.plan import MergePlan
@@ -78,9 +80,12 @@ class Specialization:
         kwargs: Mapping[str, Any],
         config: MethodConfig,
         make_runner: Callable[[Specialization, str], Runner] = run_eagerly,
-        ranks: Ranks | None = None,
+        ranks: Ranks | Rank | None = None,
     ) -> Specialization:
         """Capture, check, analyze and plan one call.
+
+        Args:
+            ranks: processes that share its tokens; a `Rank` for graphs that are looked at, not run.
 
         Raises:
             CaptureError: the model can't be captured. ParityError: it was captured wrong.
@@ -101,7 +106,7 @@ class Specialization:
         captured: Captured,
         config: MethodConfig,
         make_runner: Callable[[Specialization, str], Runner] = run_eagerly,
-        ranks: Ranks | None = None,
+        ranks: Ranks | Rank | None = None,
     ) -> Specialization:
         """Analyze and plan a captured graph."""
         outputs = output_values(captured.graph_module.graph)
@@ -112,13 +117,19 @@ class Specialization:
         timestep = "" if clock is None or clock.tensor is None else clock.name
         plan, digest = make_plan(analysis, flow, config, timestep), ""
         if ranks is not None:
+            numbers = [_numbers_of(node) for node in captured.graph_module.graph.nodes]
             graph = [(name, flow.ops[name], flow.shapes.get(name)) for name in flow.order]
-            digest = hash_of([graph, plan.to_json()])
-            plan = shard_plan(plan, analysis, flow, ranks.rank)
-        return cls(captured, analysis, flow, plan, make_runner, ranks=ranks, digest=digest)
+            digest = hash_of([graph, numbers, plan.to_json()])
+            rank = ranks.rank if isinstance(ranks, Ranks) else ranks
+            plan = shard_plan(plan, analysis, flow, rank)
+        live = ranks if isinstance(ranks, Ranks) else None
+        return cls(captured, analysis, flow, plan, make_runner, ranks=live, digest=digest)
 
-    def agree(self, leaves: Sequence[Any]) -> Specialization:
+    def agree(self, leaves: Sequence[Any], model: nn.Module) -> Specialization:
         """Itself, if all processes that share its tokens have the same, for the same first call.
+
+        Args:
+            leaves: inputs of the call. model: what was captured, whose weights are read once.
 
         Raises:
             RankMismatchError, RankLostError: see `Ranks.agree`.
@@ -127,11 +138,10 @@ class Specialization:
             hashes = {
                 "graph and plan": self.digest,
                 "configuration": hash_of(self.plan.config.to_json()),
+                "weights": digest_weights(model),
                 "inputs": hash_of_inputs(leaves),
             }
-            versions = " ".join(f"{p} {metadata.version(p)}" for p in ("toma-fx", "torch"))
-            shown = ", ".join(f"{name} {value[:10]}" for name, value in hashes.items())
-            self.ranks.agree(f"captures: {shown}, {versions}")
+            self.ranks.agree_on("captures", hashes)
         return self
 
     def under(self, config: MethodConfig) -> Specialization:
@@ -296,3 +306,8 @@ class Specialization:
         for runner in self.runners.values():
             if isinstance(runner, CompiledProgram):
                 runner.rebind()
+
+
+def _numbers_of(node: fx.Node) -> list[Any]:
+    """Numbers among the arguments of a node: sizes, and scales of adapters."""
+    return [x for x in tree_leaves((node.args, node.kwargs)) if isinstance(x, (int, float))]

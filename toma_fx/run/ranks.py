@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, distributed
 from toma_fx.compat.collectives import group_name
 from toma_fx.compat.compilers import disable_dynamo
 from toma_fx.errors import ParallelError, RankLostError, RankMismatchError
+from toma_fx.methods.checks import is_count
 from toma_fx.methods.sharded import Rank
 
 HASH, TEXT = 32, 480
@@ -79,11 +81,12 @@ class Ranks:
 
     def __reduce__(self) -> Any:
         raise ParallelError(
-            "a model whose tokens processes share can't be pickled",
+            "a model that shares its work with other processes can't be pickled",
             where="parallel",
             expected="a model without a process group",
             got=f"process {self.rank.index} of {self.rank.count}",
-            hint="pickle toma_fx.restore(model), and optimize it in each process",
+            hint="pickle toma_fx.restore(model), and optimize it in each process; where only "
+            "guidance is shared, disable_guidance_parallel() before",
         )
 
     # -- agreeing -------------------------------------------------------------------------------
@@ -111,6 +114,12 @@ class Ranks:
             hint="call the model in all processes with the same inputs, as often and in the same "
             "order (docs/parallel.md)",
         )
+
+    def agree_on(self, what: str, hashes: Mapping[str, str]) -> None:
+        """As `agree`, on hashes by what they are of, and on the versions of packages."""
+        versions = " ".join(f"{p} {metadata.version(p)}" for p in ("toma-fx", "torch"))
+        shown = ", ".join(f"{name} {value[:10]}" for name, value in hashes.items())
+        self.agree(f"{what}: {shown}, {versions}")
 
     def agree_step(self, text: str) -> None:
         """As `agree`, before a step, unless that was turned off."""
@@ -160,6 +169,20 @@ class Ranks:
             hint="its own log says why; start all of them again (a group that lost one can't go "
             "on); a longer timeout= of init_process_group, if it was only late",
         )
+
+
+def rank_of(parallel: Any) -> Rank | None:
+    """One process of those that share the tokens, to look at what it would run.
+
+    Args:
+        parallel: what `Ranks` takes, or a number of processes, which need not be there.
+
+    Raises:
+        ParallelError: there are no such processes.
+    """
+    if not is_count(parallel):
+        return Ranks(parallel).rank
+    return Rank(0, parallel, "") if parallel > 1 else None
 
 
 def watched(

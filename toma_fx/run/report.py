@@ -10,9 +10,11 @@ from typing import Any
 
 from torch import nn
 
+from toma_fx.compat.collectives import is_gather
 from toma_fx.graph.flops import find_uncounted, graph_flops
 from toma_fx.methods.cached_steps import Length, count_steps
 from toma_fx.methods.kinds import REFRESH, kind_in
+from toma_fx.methods.sharded import Sharded
 from toma_fx.methods.windows import Size, size_text
 from toma_fx.plan.plan import Rejection
 from toma_fx.run.denoiser import OptimizedDenoiser
@@ -81,6 +83,9 @@ class Report(Printable):
             None without a cache. steps: of a generation that is looked at. computed: of these,
             those that compute. phases: the first step of each, of these.
         uncounted: operators that multiply matrices but whose FLOPs aren't known.
+        processes: that share the tokens. All of the above but `flops_before` is of one of them.
+        exchanges: in the step after the first, of which each sends what one process has to all.
+        sent_bytes: by one process to each other one in that step.
     """
 
     rows: tuple[Row, ...]
@@ -94,6 +99,9 @@ class Report(Printable):
     computed: int = 0
     phases: tuple[int, ...] = (0,)
     uncounted: tuple[str, ...] = ()
+    processes: int = 1
+    exchanges: int = 0
+    sent_bytes: int = 0
 
     @property
     def ideal_speedup(self) -> float:
@@ -140,6 +148,13 @@ class Report(Printable):
         if self.uncounted:
             total += f"; the FLOPs of {', '.join(self.uncounted)} are not counted"
         parts: list[Any] = [table, Text(total)] if self.rows else [Text(total)]
+        if self.processes > 1:
+            shared = (
+                f"1 of {self.processes} processes: tokens and FLOPs are its own; in a step it "
+                f"sends {self.sent_bytes / 1e6:.2f} MB to each other one, "
+                f"in {self.exchanges} exchanges"
+            )
+            parts.append(Text(shared))
         if self.flops_cached is not None:
             parts += self._cached_parts()
         if self.rejections:
@@ -186,6 +201,7 @@ def make_report(specialization: Specialization) -> Report:
     after, cached = _count_steps(specialization, steps)
     selecting = next((kind_in(REFRESH, i) for i, p in enumerate(plan.phases) if p.segments), "")
     patterned = bool(selecting) and plan.config.patterned
+    processes, sent = _find_exchanges(specialization)
     return Report(
         rows=tuple(row for i in range(len(plan.phases)) for row in _rows(specialization, i)),
         rejections=plan.rejections,
@@ -198,7 +214,23 @@ def make_report(specialization: Specialization) -> Report:
         computed=0 if schedule.caching is None else sum(schedule.caching.flags(steps)),
         phases=tuple(count_steps(p.begin, steps, "phases") for p in schedule.phases),
         uncounted=find_uncounted(specialization.captured.graph_module.graph),
+        processes=processes,
+        exchanges=len(sent),
+        sent_bytes=sum(sent),
     )
+
+
+def _find_exchanges(specialization: Specialization) -> tuple[int, list[int]]:
+    """Processes that share the tokens, and the bytes that one sends in each exchange of a step."""
+    settings = (group.setting for group in specialization.plan.all_groups)
+    count = next((s.rank.count for s in settings if isinstance(s, Sharded)), 1)
+    if count == 1:
+        return 1, []
+    phase, _ = specialization.schedule.phase_at(0, Length(STEPS))
+    kind = phase.renewal(1)
+    graph = specialization.program(kind).graph_module.graph
+    values = [n.args[0].meta["val"] for n in graph.nodes if is_gather(n.target)]
+    return count, [x.numel() * x.element_size() for x in values]
 
 
 def _count_steps(specialization: Specialization, steps: int) -> tuple[int, int | None]:
