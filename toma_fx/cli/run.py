@@ -20,6 +20,7 @@ from torch import Tensor
 from toma_fx.capture.grids import find_raster
 from toma_fx.cli.text import bytes_text, print_json
 from toma_fx.errors import ArtifactError, ConfigError
+from toma_fx.export.calls import nest_arguments
 from toma_fx.export.loader import load
 from toma_fx.export.manifest import ArtifactInput, Manifest, raster_spec
 
@@ -81,20 +82,8 @@ def arguments_for(manifest: Manifest, tensors: Mapping[str, Tensor]) -> dict[str
             got=", ".join(sorted(tensors)),
         )
     random = torch.Generator().manual_seed(0)
-    call: dict[str, Any] = {}
-    for spec in manifest.inputs:
-        value = tensors[spec.tensor.name] if tensors else _random(spec, random)
-        _put(call, spec.path, value)
-    for constant in manifest.constants:
-        _put(call, constant.path, constant.value)
-    return call
-
-
-def _put(call: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
-    *outer, last = path
-    for key in outer:
-        call = call.setdefault(key, {})
-    call[last] = value
+    given = tensors or {spec.tensor.name: _random(spec, random) for spec in manifest.inputs}
+    return nest_arguments(manifest, given)
 
 
 def _random(spec: ArtifactInput, random: torch.Generator) -> Tensor:

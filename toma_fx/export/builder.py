@@ -69,11 +69,13 @@ def export(
     Args:
         optimized: what `toma_fx.optimize` returned. inputs: a call, whose shapes, dtypes and
             constants the artifact is for.
-        out: folder to make. target: "onnx", "aoti", "tensorrt", or a target of your own.
+        out: folder to make. target: "onnx", "aoti", "tensorrt", "triton", or a target of
+            your own.
         overwrite: whether an artifact there is replaced, once the new one is done.
         license: note on the model's license, for the manifest.
         report: called with every stage, as it begins and as it ends.
-        options: of the target, as fields of `ONNXTarget`, `AOTITarget` and `TensorRTTarget`.
+        options: of the target, as fields of `ONNXTarget`, `AOTITarget`, `TensorRTTarget` and
+            `TritonTarget`.
 
     Returns:
         The manifest.
@@ -110,6 +112,7 @@ def export(
 aoti = partial(export, target="aoti")
 onnx = partial(export, target="onnx")
 tensorrt = partial(export, target="tensorrt")
+triton = partial(export, target="triton")
 
 
 def manifest_of(programs: Programs, lowered: Lowered, license: str) -> Manifest:

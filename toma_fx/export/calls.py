@@ -51,6 +51,28 @@ def match_call(
     return ArtifactCall(inputs, leaves)
 
 
+def nest_arguments(manifest: Manifest, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Keyword arguments of a call, nested as the model takes them.
+
+    Args:
+        manifest: of the artifact; gives the constants. tensors: inputs by their names in the
+            programs, every one.
+    """
+    call: dict[str, Any] = {}
+    for spec in manifest.inputs:
+        _put(call, spec.path, tensors[spec.tensor.name])
+    for constant in manifest.constants:
+        _put(call, constant.path, constant.value)
+    return call
+
+
+def _put(call: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    *outer, last = path
+    for key in outer:
+        call = call.setdefault(key, {})
+    call[last] = value
+
+
 def _may_cast(manifest: Manifest, spec: ArtifactInput) -> bool:
     """Whether an input may come in any dtype that holds its values.
 

@@ -79,7 +79,9 @@ def _is_artifact_alone(folder: Path) -> bool:
     """Whether a folder holds nothing that replacing an artifact would lose."""
     try:
         known = {*MANIFEST_FILES, *read_manifest(folder).files}
-        return {str(p.relative_to(folder)) for p in folder.rglob("*") if not p.is_dir()} <= known
+        files = {p.relative_to(folder) for p in folder.rglob("*") if not p.is_dir()}
+        # what Python made of a model.py while it served
+        return {str(p) for p in files if p.parent.name != "__pycache__"} <= known
     except (ArtifactError, OSError):
         return False
 

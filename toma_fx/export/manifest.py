@@ -140,7 +140,7 @@ class TargetSpec:
     """What runs the programs.
 
     Attributes:
-        name: "aoti", "onnx" or "tensorrt". options: those of the target, as text.
+        name: "aoti", "onnx", "tensorrt" or "triton". options: those of the target, as text.
     """
 
     name: str

@@ -14,6 +14,7 @@ TARGETS: Mapping[str, str] = {
     "aoti": "toma_fx.export.to_aoti.target:AOTITarget",
     "onnx": "toma_fx.export.to_onnx.target:ONNXTarget",
     "tensorrt": "toma_fx.export.to_tensorrt.target:TensorRTTarget",
+    "triton": "toma_fx.export.to_triton.target:TritonTarget",
 }
 """Module and class of every target. What a target needs is imported when it is used."""
 
