@@ -58,8 +58,8 @@ def optimize(
             the first call of each signature.
         max_signatures: graphs that are kept; one is made for every combination of input shapes,
             adapters and position grids, and the one unused longest makes room for a new one.
-        like: what was optimized of the same denoiser. Graphs and compiled programs that it has are
-            used where they fit: where the two configurations differ only in the schedule.
+        like: what was optimized of the same denoiser. Graphs that it has are used, and compiled
+            programs where they fit: where the two configurations differ only in the schedule.
         parallel: a DeviceMesh of one dimension, a process group, or a `Parallel`: its processes
             share the merged tokens of each step (docs/parallel.md). All of them make the same calls
             with the same inputs, and all have the results.

@@ -43,11 +43,15 @@ def test_another_schedule_needs_no_other_programs(fields: dict[str, Any]) -> Non
 
 
 @torch.no_grad()
-def test_another_plan_has_its_own() -> None:
+def test_another_plan_has_its_own_programs() -> None:
     net = model()
     first = toma_fx.optimize(net, **SMALL, example_inputs=inputs())
     second = toma_fx.optimize(net, **SMALL, ratio=0.25, like=first, example_inputs=inputs())
-    assert second.specializations[0].captured is not first.specializations[0].captured
+    assert second.specializations[0].captured is first.specializations[0].captured
+    assert second.specializations[0].programs is not first.specializations[0].programs
+    alone = toma_fx.optimize(net, **SMALL, ratio=0.25)
+    assert torch.equal(second(**inputs()), alone(**inputs()))
+    assert (first.cache.captures, second.cache.captures, alone.cache.captures) == (1, 0, 1)
     compiled = toma_fx.optimize(net, **SMALL, like=first).compile(backend="eager")
     compiled(**inputs())
     assert compiled.specializations[0].runners is not first.specializations[0].runners

@@ -45,14 +45,14 @@ def optimized(module: Any = None) -> Any:
     return toma_fx.optimize(fresh() if module is None else module, **OPTIONS)
 
 
-def other_weights() -> Any:
+def weights_of_model() -> Any:
     changed = fresh()
     with torch.no_grad():
         next(changed.parameters()).mul_(1.001)
     return changed
 
 
-def other_attribute() -> Any:
+def attribute_of_model() -> Any:
     changed: Any = fresh()
     changed.extra = 3
     return changed
@@ -63,17 +63,20 @@ class Received:
 
     def __init__(self, data: bytes, change: str) -> None:
         state = pickle.loads(data)
-        denoiser = optimized(globals()[change]() if change else None)
+        make: Any = globals().get(f"{change}_of_model")
+        denoiser = optimized(make() if make else None)
+        options = {"ratio": 0.25} if change == "configuration" else {}
         self.step, self.outputs, self.error = state.step, [], ""
         with logged(logging.WARNING) as self.warnings:
             try:
-                self.outputs, _ = steps(denoiser, state, state.step, state.step + 3)
+                with denoiser.using(**options):
+                    self.outputs, _ = steps(denoiser, state, state.step, state.step + 3)
             except StateError as error:
                 self.error = str(error)
         self.kinds = dict(denoiser.totals)
 
 
-CASES = ("", "other_weights", "other_attribute")
+CASES = ("", "weights", "attribute", "configuration")
 
 
 def receive(folder: Path) -> None:
@@ -92,13 +95,15 @@ def test_a_state_in_another_process(tmp_path: Path) -> None:
     assert state.kept
     (tmp_path / "state").write_bytes(pickle.dumps(state))
     want = steps(denoiser, state, 2, 5)[0]
-    gone = ModelKey(ModelGuard(fresh()), state.model.environment)
+    gone = ModelKey(ModelGuard(fresh()), state.model.environment, state.model.plan)
     (tmp_path / "late").write_bytes(pickle.dumps(replace(state, model=gone)))
     process = multiprocessing.get_context("spawn").Process(target=receive, args=(tmp_path,))
     process.start()
     process.join()
     assert process.exitcode == 0
-    same, weights, attribute, unknown = pickle.loads((tmp_path / "results").read_bytes())
+    same, weights, attribute, configuration, unknown = pickle.loads(
+        (tmp_path / "results").read_bytes()
+    )
     assert same.step == 2
     for a, b in zip(same.outputs, want, strict=True):  # other processes may round otherwise
         assert denoisers.relative(a, b) < 1e-5
@@ -108,6 +113,8 @@ def test_a_state_in_another_process(tmp_path: Path) -> None:
         assert "the state was made by another model" in received.error
         assert f"the models differ {reason}" in received.error
         assert not received.kinds
+    assert "the state was made under another configuration" in configuration.error
+    assert not configuration.kinds
     assert unknown.kinds == {"refresh": 2, "reuse": 1}, "it selects anew"
     (warning,) = unknown.warnings
     assert "had changed, or was gone" in warning

@@ -23,6 +23,7 @@ from toma_fx.run.calls import call_of_step
 from toma_fx.run.gradients import refuse_gradient
 from toma_fx.run.keeps_state import KeepsState
 from toma_fx.run.program_set import OVERWRITES, StepCall
+from toma_fx.run.schedule import Schedule
 from toma_fx.run.stepper import Stepper
 
 
@@ -100,7 +101,7 @@ class ArtifactDenoiser(KeepsState, nn.Module):
         self.config = _Config(manifest.model_config)
         self._programs, self._device = ArtifactPrograms(manifest, runtime), device
         self._stepper = Stepper("the loaded artifact")
-        self._digest, self._schedule = manifest.digest, manifest.schedule
+        self._digest = manifest.digest
         self.training = False
         inside = manifest.model_config.get("projection_class_embeddings_input_dim")
         if inside is not None:  # SDXL's pipelines compare it with what they made
@@ -181,6 +182,9 @@ class ArtifactDenoiser(KeepsState, nn.Module):
             self._stepper, self._programs, call.inputs, state, model, nullcontext, rows
         )
         return self._structured(outputs), following
+
+    def _schedule(self) -> Schedule:
+        return self.manifest.schedule
 
     # -- what a call is -------------------------------------------------------------------------
 

@@ -89,8 +89,7 @@ def make_config(
     """
     fields = dict(options or {})
     if toma is False:
-        off = _check_off(method, fields)
-        return ToMAConfig(ratio=0.0, cache=off.cache, grid=off.grid)
+        return without_merging(_check_off(method, fields))
     if isinstance(toma, Mapping):
         fields, toma = {**toma, **fields}, True
     if method is None and isinstance(toma, MethodConfig):
@@ -115,6 +114,11 @@ def with_options(config: Config, options: Mapping[str, Any]) -> Config:
     """
     _check_options(type(config), options)
     return dataclasses.replace(config, **options)
+
+
+def without_merging(config: MethodConfig) -> MethodConfig:
+    """The configuration that caches what `config` does, and merges nothing."""
+    return ToMAConfig(ratio=0.0, cache=config.cache, grid=config.grid) if config.merges else config
 
 
 def _check_off(method: Any, options: Mapping[str, Any]) -> MethodConfig:

@@ -31,7 +31,7 @@ LOGGER = logging.getLogger("toma_fx.run")
 
 
 class ModelKey:
-    """Which state of which model kept tensors belong to.
+    """Which state of which model, and which plan of merging, kept tensors belong to.
 
     In its process by the guard's key, which is free. One that went through a pickle knows the model
     by content, which is read when a state is pickled, and when one from elsewhere is first used.
@@ -39,8 +39,8 @@ class ModelKey:
 
     __hash__ = None  # type: ignore[assignment]  # one model has keys of both sorts
 
-    def __init__(self, guard: ModelGuard, environment: Hashable) -> None:
-        self.environment = environment
+    def __init__(self, guard: ModelGuard, environment: Hashable, plan: Hashable) -> None:
+        self.environment, self.plan = environment, plan
         self.local: str | None = guard.key
         self._guard: weakref.ref[ModelGuard] | None = weakref.ref(guard)
         self._fingerprint = Fingerprint(unknown=CHANGED)
@@ -58,20 +58,23 @@ class ModelKey:
         """What tells two apart, in words; "" for equal ones."""
         if self.environment != other.environment:
             return f"it was made for {self.environment}, and the model runs in {other.environment}"
+        if self.plan != other.plan:
+            return "it was made under another configuration"
         if self.local is not None and other.local is not None:
             return "" if self.local == other.local else "the model has changed since"
         return self.fingerprint.difference(other.fingerprint)
 
     def __reduce__(self) -> Any:
-        return _unpickle_key, (self.environment, self.fingerprint)
+        return _unpickle_key, (self.environment, self.plan, self.fingerprint)
 
     def __deepcopy__(self, memo: Any) -> ModelKey:
         return self
 
 
-def _unpickle_key(environment: Hashable, fingerprint: Fingerprint) -> ModelKey:
+def _unpickle_key(environment: Hashable, plan: Hashable, fingerprint: Fingerprint) -> ModelKey:
     key = ModelKey.__new__(ModelKey)
-    key.environment, key.local, key._guard, key._fingerprint = environment, None, None, fingerprint
+    key.environment, key.plan, key.local = environment, plan, None
+    key._guard, key._fingerprint = None, fingerprint
     return key
 
 
@@ -171,11 +174,11 @@ def _as_list(state: Any) -> list[State]:
 
 
 def _check_fits(state: State, programs: ProgramSet, model: Any) -> State:
-    """The state, without its kept tensors if the model has changed since, or is another one.
+    """The state, without its kept tensors if the model or configuration has changed since.
 
     Raises:
-        StateError: they were made for another size or configuration, or in another process by
-            another model.
+        StateError: they were made for another size, or in another process by another model or under
+            another configuration.
     """
     if not state.kept:
         return state
@@ -200,6 +203,15 @@ def _check_origin(known: Any, model: Any) -> None:
     """Refuse a state that another process made with another model: here nothing has changed."""
     if not (isinstance(known, ModelKey) and isinstance(model, ModelKey)) or known.local is not None:
         return
+    if known.plan != model.plan:
+        raise StateError(
+            "the state was made under another configuration",
+            where="step(inputs, state)",
+            expected=str(model.plan),
+            got=str(known.plan),
+            hint="give the same configuration to all processes that exchange states; or begin "
+            "anew with State()",
+        )
     own, other = model.fingerprint, known.fingerprint
     if not (own.unknown or other.unknown) and own != other:
         raise StateError(

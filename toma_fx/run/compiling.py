@@ -12,7 +12,11 @@ from toma_fx.run.specializations import SpecializationCache
 class Compiles:
     """Programs that are compiled when they first run; for subclasses with specializations."""
 
-    config_toma: MethodConfig
+    @property
+    def config_toma(self) -> MethodConfig:
+        """The configuration that holds here."""
+        raise NotImplementedError
+
     cache: SpecializationCache
     _compile: Compilation | None
 

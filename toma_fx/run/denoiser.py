@@ -9,7 +9,6 @@ the caller holds the state (`batching.step_states`). Inference only: no gradient
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -20,14 +19,15 @@ from torch import nn
 
 from toma_fx.capture.companions import check_wrapping
 from toma_fx.capture.grids import Raster
-from toma_fx.capture.guard import ModelGuard
 from toma_fx.capture.model import check_model, flatten_call
-from toma_fx.compat.compilers import compile_lock, compiled_original, skip_frame
+from toma_fx.compat.compilers import (
+    compiled_original,
+    disable_dynamo,
+    skip_frame,
+)
 from toma_fx.compat.libraries import reset_stateful_cache
 from toma_fx.compat.pytorch import tree_unflatten
-from toma_fx.errors import AdapterError, CaptureError, StatefulModelError
 from toma_fx.methods.base import MethodConfig
-from toma_fx.methods.planning import merging, plan_key
 from toma_fx.run.arguments import are_taken, check_leaves, plain_numbers
 from toma_fx.run.batching import ModelKey, State, step_states
 from toma_fx.run.calls import (
@@ -39,37 +39,33 @@ from toma_fx.run.calls import (
     leaf_key,
     name_arguments,
 )
-from toma_fx.run.compiled import make_program
 from toma_fx.run.compiling import Compiles
 from toma_fx.run.generation import PassState
 from toma_fx.run.gradients import needs_gradient, refuse_gradient
 from toma_fx.run.guidance import GuidanceRanks, SplitsGuidance
 from toma_fx.run.keeps_state import KeepsState
 from toma_fx.run.program_set import StepCall
-from toma_fx.run.programs import Runner, Specialization
+from toma_fx.run.programs import Specialization
 from toma_fx.run.ranks import Ranks, watched
-from toma_fx.run.schedule import Schedule
 from toma_fx.run.specializations import SpecializationCache
+from toma_fx.run.specializing import Specializes
 from toma_fx.run.stand_in import StandIn
 from toma_fx.run.stepper import Stepper
 from toma_fx.run.warmup import WarmsUp
 
-ACCEPTED = 4
-"""Signatures that are remembered as accepted, for each graph that is kept."""
 
-
-class OptimizedDenoiser(KeepsState, Compiles, WarmsUp, SplitsGuidance, StandIn):  # type: ignore[misc]
+class OptimizedDenoiser(  # type: ignore[misc]
+    Specializes, KeepsState, Compiles, WarmsUp, SplitsGuidance, StandIn
+):
     """A denoiser that runs with token merging. Made by `toma_fx.optimize`.
 
     Called exactly as the original, of which it is a view.
 
     Attributes:
         denoiser: the original model, never modified.
-        config_toma: the configuration.
         cache: the specializations that live.
     """
 
-    config_toma: MethodConfig
     cache: SpecializationCache
 
     def __init__(
@@ -84,11 +80,10 @@ class OptimizedDenoiser(KeepsState, Compiles, WarmsUp, SplitsGuidance, StandIn):
             skip_frame(function)
         super().__init__(model)
         own = self.__dict__
-        own["config_toma"] = config
+        self._set_up(config)
         own["cache"] = SpecializationCache(max_signatures)
         own["_guard"] = None
         own["_stepper"] = Stepper("the optimized denoiser")
-        own["_schedule"] = Schedule.of(config)
         own["_like"], own["_ranks"] = like, ranks
         own["_compile"] = own["_fixed"] = own["_guidance"] = None
         own["_accepted"] = OrderedDict()
@@ -96,9 +91,10 @@ class OptimizedDenoiser(KeepsState, Compiles, WarmsUp, SplitsGuidance, StandIn):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         options = self.__dict__
-        arguments = (self.denoiser, self.config_toma, self.cache.capacity, self._ranks)
+        arguments = (self.denoiser, self._own, self.cache.capacity, self._ranks)
         guidance = self._guidance and self._guidance.ranks
-        return _rebuild, (*arguments, options["_compile"], options["_fixed"], guidance)
+        merges = self._standing.config == self._own
+        return _rebuild, (*arguments, options["_compile"], options["_fixed"], guidance, merges)
 
     # -- calling --------------------------------------------------------------------------------
 
@@ -161,7 +157,8 @@ class OptimizedDenoiser(KeepsState, Compiles, WarmsUp, SplitsGuidance, StandIn):
         original = self._runs_original((args, kwargs))
         arguments = self._arguments(*self._apply_offload_hook(args, kwargs, step=True))
         programs = self._specialization_of(arguments)
-        model = ModelKey(arguments.guard, arguments.signature[1])  # with its dtype and device
+        environment = arguments.signature[1]  # with dtype and device
+        model = ModelKey(arguments.guard, environment, self.variant.plan)
         outputs, following = step_states(
             self._stepper,
             programs,
@@ -177,6 +174,7 @@ class OptimizedDenoiser(KeepsState, Compiles, WarmsUp, SplitsGuidance, StandIn):
 
     # -- what a call is -------------------------------------------------------------------------
 
+    @disable_dynamo
     def _runs_original(self, call: Any) -> bool:
         """Whether the original has to run, for the sake of gradients; refused where it merges."""
         if self.config_toma.changes_outputs:
@@ -204,77 +202,6 @@ class OptimizedDenoiser(KeepsState, Compiles, WarmsUp, SplitsGuidance, StandIn):
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NamedCall:
         where = type(self.denoiser).__name__
         return name_arguments(self._forward_signature, args, kwargs, where)
-
-    def _current_guard(self) -> ModelGuard:
-        """What the model is now; the cache follows a change of modules, adapters or buffers."""
-        guard: ModelGuard | None = self._guard
-        if guard is None or not guard.holds():
-            with compile_lock():
-                guard = ModelGuard(self.denoiser)
-                self.__dict__["_guard"] = guard
-                self.cache.refresh(self.denoiser)
-        return guard
-
-    def _specialization(
-        self, arguments: Arguments, rasters: tuple[Raster | None, ...]
-    ) -> tuple[Hashable, Specialization]:
-        """(its key, what is captured for a call), made when first asked for."""
-        key = (arguments.guard.key, arguments.signature, rasters)
-
-        def make() -> Specialization:
-            made = self._share(key) or self._specialize(arguments)
-            return made.agree(arguments.leaves, self.denoiser)
-
-        return key, self.cache.get(key, make, lambda: arguments.describe(rasters))
-
-    def _specialization_of(self, arguments: Arguments) -> Specialization:
-        """What is captured for a call of nobody's generation."""
-        find = functools.partial(self._specialization, arguments)
-        _, (_, found) = self._stepper.find(arguments.signature, arguments.leaves, find)
-        return found
-
-    def _share(self, key: Hashable) -> Specialization | None:
-        """The programs of the denoiser that this one is like, where they do the same."""
-        like, config = self._like, self.config_toma
-        if like is None or (like._compile, like._ranks) != (self._compile, self._ranks):
-            return None
-        found = like.cache.find(key) if plan_key(like.config_toma) == plan_key(config) else None
-        return found and found.under(config)
-
-    def _specialize(self, arguments: Arguments) -> Specialization:
-        arguments.guard.companions.check_merging(merging(self.config_toma))
-        call = arguments.call
-        try:
-            with arguments.guard.companions.kernel():
-                specialization = Specialization.make(
-                    self.denoiser,
-                    call.args,
-                    call.kwargs,
-                    self.config_toma,
-                    self._make_runner,
-                    self._ranks,
-                )
-        except CaptureError as error:
-            refused = arguments.signature not in self._accepted
-            if refused or isinstance(error, StatefulModelError):
-                raise
-            raise AdapterError(
-                "the model no longer accepts a call that it accepted before",
-                where=error.where,
-                expected="adapters that leave the shapes of inputs and layers as they are",
-                got=error.got,
-                hint="unload the adapter that changes shapes, or call the model "
-                "with the inputs it needs now",
-            ) from error
-        self._accepted[arguments.signature] = None
-        if len(self._accepted) > ACCEPTED * self.cache.capacity:
-            self._accepted.popitem(last=False)
-        return specialization
-
-    def _make_runner(self, specialization: Specialization, kind: str) -> Runner:
-        """A program to call, compiled if `compile` was called."""
-        sizes_vary = specialization.dynamic
-        return make_program(specialization.program(kind), self._compile, dynamic=sizes_vary)
 
     def specialized(
         self, args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -387,11 +314,14 @@ def _rebuild(
     ranks: Any,
     compile_: Any,
     fixed: Any,
-    guidance: Ranks | None = None,
+    guidance: Ranks | None,
+    merges: bool,
 ) -> OptimizedDenoiser:
     """A copy: the same settings, no graphs and no state yet."""
     copy = OptimizedDenoiser(model, config, capacity, ranks=ranks)
     copy.__dict__["_compile"], copy.__dict__["_fixed"] = compile_, fixed
     if guidance is not None:
         copy.__dict__["_guidance"] = GuidanceRanks(guidance, copy.parameter_names[0])
+    if not merges:
+        copy.disable_merging()
     return copy

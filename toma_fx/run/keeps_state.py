@@ -17,7 +17,9 @@ class KeepsState:
     """State kept for whoever calls; for subclasses that step by a `Stepper`."""
 
     _stepper: Stepper
-    _schedule: Schedule
+
+    def _schedule(self) -> Schedule:
+        raise NotImplementedError
 
     def generation(
         self, steps: int | None = None, *, passes: int = PASSES
@@ -58,7 +60,7 @@ class KeepsState:
             GenerationError: which steps compute can't be told without `State(steps=...)`, or does
                 not fit it.
         """
-        return due(self._schedule, state.step, length=Length(state.steps))
+        return due(self._schedule(), state.step, length=Length(state.steps))
 
     def reset(self) -> None:
         """Forget what is kept for this thread or coroutine: its next call begins a generation."""

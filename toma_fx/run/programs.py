@@ -55,6 +55,7 @@ class Specialization:
         programs: rewritten so far. runners: what is called for each, compiled or not.
         counts: steps run per kind. parts: what the graph holds of quantized weights.
         names: of what each kind takes and gives.
+        derived: whether its graph was captured for another configuration.
         ranks: the processes that share its tokens. digest: of graph and plan, the same in all.
     """
 
@@ -71,6 +72,7 @@ class Specialization:
     names: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=dict)
     ranks: Ranks | None = None
     digest: str = ""
+    derived: bool = False
 
     @classmethod
     def make(
@@ -147,7 +149,21 @@ class Specialization:
     def under(self, config: MethodConfig) -> Specialization:
         """The same programs under a configuration that plans alike, on another schedule."""
         plan = replace(self.plan, config=config)
-        return replace(self, plan=plan, counts={})
+        return replace(self, plan=plan, counts={}, derived=True)
+
+    def replan(
+        self,
+        config: MethodConfig,
+        make_runner: Callable[[Specialization, str], Runner],
+        ranks: Ranks | None,
+    ) -> Specialization:
+        """The same graph under another configuration.
+
+        Raises:
+            NoMergeSites, TileError, ParallelError: as `make`.
+        """
+        planned = self.of(self.captured, config, make_runner, ranks)
+        return replace(planned, parts=self.parts, derived=True)
 
     @cached_property
     def flops(self) -> int:

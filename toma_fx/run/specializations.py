@@ -60,11 +60,16 @@ class SpecializationCache:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def find(self, key: Hashable) -> Specialization | None:
-        """The specialization of a key, if it lives."""
+    def find(self, call: tuple[Hashable, ...]) -> list[Specialization]:
+        """Those that live of keys which begin with this; the one used last at the end."""
         with self._lock:
-            found = self._entries.get(key)
-        return None if found is None or found.parts.lost else found
+            entries = list(self._entries.items())
+        size = len(call)
+        return [
+            found
+            for key, found in entries
+            if isinstance(key, tuple) and key[:size] == call and not found.parts.lost
+        ]
 
     def values(self) -> tuple[Specialization, ...]:
         """Those alive, the one used last at the end."""
@@ -94,10 +99,11 @@ class SpecializationCache:
                 found = make()
                 about, seconds = describe(), time.perf_counter() - start
                 reason = _reason(about, self._about.values())
-                _log.info("captured a graph for %s in %.1f s%s", _shapes(found), seconds, reason)
+                done = "planned anew" if found.derived else "captured"
+                _log.info("%s a graph for %s in %.1f s%s", done, _shapes(found), seconds, reason)
                 with self._lock:
                     self._entries[key], self._about[key] = found, about
-                    self.captures += 1
+                    self.captures += not found.derived
                     self._note_miss(about)
                     while len(self._entries) > self.capacity:
                         self._log_dropped(self._drop(next(iter(self._entries))))
