@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Self
 
-from toma_fx.methods.base import MethodConfig
 from toma_fx.run.compiled import Compilation
 from toma_fx.run.specializations import SpecializationCache
+from toma_fx.run.switches import Switches
 
 
-class Compiles:
+class Compiles(Switches):
     """Programs that are compiled when they first run; for subclasses with specializations."""
-
-    @property
-    def config_toma(self) -> MethodConfig:
-        """The configuration that holds here."""
-        raise NotImplementedError
 
     cache: SpecializationCache
     _compile: Compilation | None

@@ -13,16 +13,16 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 
 from toma_fx.capture.fingerprint import digest_weights
 from toma_fx.compat.collectives import broadcast, finish
 from toma_fx.compat.compilers import disable_dynamo
 from toma_fx.compat.pytorch import tree_flatten, tree_unflatten
 from toma_fx.errors import ParallelError
-from toma_fx.methods.base import MethodConfig
 from toma_fx.run.ranks import Ranks, hash_of
 from toma_fx.run.rows import Splitter, join
+from toma_fx.run.switches import Switches
 
 SIDES = 2
 _log = logging.getLogger("toma_fx.run")
@@ -143,12 +143,10 @@ def _is_sent(leaf: Any) -> bool:
     return isinstance(leaf, Tensor)
 
 
-class SplitsGuidance:
+class SplitsGuidance(Switches):
     """Guidance in two processes; for subclasses that are called as a denoiser."""
 
     _guidance: GuidanceRanks | None
-    denoiser: nn.Module
-    config_toma: MethodConfig
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
