@@ -67,15 +67,18 @@ class Engine:
 
     Args:
         model: a name of `toma_fx.models.tiny`. buckets: as of `StepBatcher`. device: to draw on.
-        options: of `toma_fx.optimize`.
+        compiled: whether Inductor compiles the steps. options: of `toma_fx.optimize`.
     """
 
     def __init__(
-        self, model: str, buckets: Sequence[int] = (1, 2, 4), device: str = "cpu", **options: Any
-    ) -> None:
+        self, model: str, buckets: Sequence[int] = (1, 2, 4), device: str = "cpu",
+        *, compiled: bool = False, **options: Any,
+    ) -> None:  # fmt: skip
         self.model, self.device = tiny.load(model), torch.device(device)
         self.model.conditioning.to(self.device)
         self.denoiser: Any = toma_fx.optimize(self.model.denoiser.to(self.device), **options)
+        if compiled:
+            self.denoiser.compile()
         self.batcher = StepBatcher(self.denoiser, buckets)
         self._waiting: dict[Hashable, _Drawing] = {}
         self._drawing: dict[Hashable, _Drawing] = {}

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import base64
 import json
 import logging
 import os
@@ -26,7 +25,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, suppress
 from typing import Any
 
-from toma_fx.errors import MissingPackageError, TomaError
+from toma_fx.errors import MissingPackageError
 from toma_fx.models import tiny
 
 try:
@@ -41,32 +40,13 @@ except ImportError as error:
         "the example server needs LitServe", where="litserve", hint="pip install toma-fx[serve]"
     ) from error
 
-from engine import Engine, Event, png
-from orders import Order, read_order
+from answers import METHODS, PATH, Refused, body_of, event_text, message_of, read_request
+from engine import Engine, Event
+from orders import Order
 
-PATH = "/v1/images/generations"
 POLL = 0.25
 """Seconds between two looks at the client and the worker of a request that waits."""
 log = logging.getLogger("toma_fx.examples.serve")
-
-
-class Refused(Exception):
-    """A request that gets no picture: a status of HTTP, a reason and the field concerned."""
-
-    def __init__(self, status: int, reason: str, field: str | None = None) -> None:
-        super().__init__(reason)
-        self.status, self.reason, self.field = status, reason, field
-
-    def body(self) -> dict[str, Any]:
-        """As OpenAI's interface words errors."""
-        kind = "invalid_request_error" if self.status == 400 else "server_error"
-        error = {"message": self.reason, "type": kind, "param": self.field, "code": self.status}
-        return {"error": error}
-
-    def response(self) -> Response:
-        """The answer of a request that does not stream."""
-        headers = {"Retry-After": "1"} if self.status in (429, 503) else None
-        return JSONResponse(self.body(), self.status, headers)
 
 
 # -- the process that speaks HTTP -----------------------------------------------------------------
@@ -105,12 +85,7 @@ class Images(LitSpec):
             return refused.response()
 
     async def _read(self, request: Request) -> Order:
-        try:
-            order = read_order(await request.json(), self.model, tiny.CLASSES, tiny.SIZE)
-        except TomaError as error:
-            raise Refused(400, str(error), error.where) from error
-        except ValueError as error:
-            raise Refused(400, f"the body is not JSON: {error}") from error
+        order = await read_request(request, self.model)
         if self.pictures + order.n > self.limit:
             full = f"{self.pictures} pictures of at most {self.limit} are drawn or wait"
             raise Refused(429, f"{full}; {order.n} more do not fit now")
@@ -121,16 +96,16 @@ class Images(LitSpec):
         data: dict[int, str] = {}
         async for message in messages:
             data[message["index"]] = message["b64_json"]
-        return {"created": int(time.time()), "data": [{"b64_json": data[i]} for i in sorted(data)]}
+        return body_of(data)
 
     async def _events(self, messages: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
         """The body of an answer in server-sent events."""
         async with aclosing(messages):
             try:
                 async for message in messages:
-                    yield _event(message["type"], message)
+                    yield event_text(message["type"], message)
             except Refused as refused:
-                yield _event("error", refused.body())
+                yield event_text("error", refused.body())
 
     async def _messages(self, order: Order, request: Request) -> AsyncIterator[dict[str, Any]]:
         """What the worker says of a request.
@@ -179,10 +154,6 @@ class Images(LitSpec):
             self.request_queue.put((self.response_queue_id, name, time.monotonic(), message))
         except (OSError, EOFError) as error:
             raise Refused(503, "the server shuts down") from error
-
-
-def _event(kind: str, data: dict[str, Any]) -> str:
-    return f"event: {kind}\ndata: {json.dumps(data)}\n\n"
 
 
 def _is_alive(process: int) -> bool:
@@ -255,10 +226,7 @@ class Pictures(LitAPI):
         if event.image is None:
             message: dict[str, Any] = {"failed": str(event.error)}
         else:
-            kind = "completed" if event.kind == "done" else "partial_image"
-            data = base64.b64encode(png(event.image)).decode()
-            message = {"type": f"image_generation.{kind}", "index": index, "step": event.step}
-            message["b64_json"] = data
+            message = message_of(event, index)
         outputs = [Output(name, message, LitAPIStatus.OK)]
         if event.kind != "preview":
             self.left[name] -= 1
@@ -297,13 +265,6 @@ class StepLoop(ContinuousBatchingLoop):
 
 
 # -- both -----------------------------------------------------------------------------------------
-
-METHODS: dict[str, dict[str, Any]] = {
-    "merged": {"toma": True},
-    "cached": {"toma": False, "cache": "balanced"},
-    "both": {"toma": True, "cache": "balanced"},
-    "neither": {"toma": False},
-}
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ import pytest
 
 import toma_fx
 from tests.measure.fake import FakeSubject
+from tests.network import without_network
 from toma_fx.errors import ConfigError, UnknownNameError
 from toma_fx.models.named import load_embedded
 
@@ -90,19 +91,6 @@ def test_models_by_name() -> None:
         toma_fx.DrawPictures(FakeSubject(), device="cpu")
     with pytest.raises(UnknownNameError, match="balanced"):
         toma_fx.DrawPictures("tiny-sdxl", "balance")
-
-
-def without_network() -> list[str]:
-    """What runs a command in a network of its own, which has the loopback alone.
-
-    Ray replaces 127.0.0.1 by the machine's own address and listens there.
-    """
-    script = 'ip link set lo up && exec "$@"'
-    for flag in ("-n", "-rn"):
-        words = ["unshare", flag, "bash", "-c", script, "bash"]
-        if shutil.which("unshare") and not subprocess.run([*words, "true"]).returncode:
-            return words
-    pytest.skip("no network namespace can be made (unshare -n), so that Ray would be reachable")
 
 
 def test_in_ray_data(tmp_path: Path) -> None:
