@@ -14,8 +14,9 @@ import toma_fx
 
 ROOT = Path(__file__).parent.parent / "toma_fx"
 ORDER = (
-    "errors", "files", "devices", "compat", "methods", "models", "graph", "capture", "analysis",
-    "plan", "passes", "run", "export", "api", "serving", "calibration", "measure", "offline", "cli",
+    "errors", "events", "files", "devices", "compat", "methods", "models", "graph", "capture",
+    "analysis", "plan", "passes", "run", "export", "api", "serving", "calibration", "measure",
+    "offline", "cli",
 )  # fmt: skip
 """Folders and files of the package in the order of the pipeline. `toma_fx/__init__.py` is last."""
 LONGEST = 400

@@ -7,6 +7,7 @@ A public name is imported when it is first used: `import toma_fx` alone does not
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -38,6 +39,7 @@ if TYPE_CHECKING:  # the names of the table, for type checkers and editors
         TomaError as TomaError, TrainingModeError as TrainingModeError, TuneError as TuneError,
         UnknownNameError as UnknownNameError, VerifyError as VerifyError,
     )
+    from toma_fx.events import Event as Event, on_event as on_event
     from toma_fx.export.denoiser import ArtifactDenoiser as ArtifactDenoiser
     from toma_fx.export.loader import load as load
     from toma_fx.measure.bench import bench as bench
@@ -81,6 +83,7 @@ _NAMES = {
         "SharedStateError SignatureError StatefulModelError StateError TileError TomaError "
         "TrainingModeError TuneError UnknownNameError VerifyError"
     ),
+    "toma_fx.events": "Event on_event",
     "toma_fx.export.denoiser": "ArtifactDenoiser",
     "toma_fx.export.loader": "load",
     "toma_fx.measure.bench": "bench",
@@ -124,6 +127,10 @@ if not TYPE_CHECKING:  # with it, type checkers would take every name for a publ
             raise AttributeError(f"module 'toma_fx' has no attribute {name!r}")
         value = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)
         return value
+
+
+if "TOMA_FX_LOG" in os.environ:
+    importlib.import_module("toma_fx.events").show_log()
 
 
 def __dir__() -> list[str]:

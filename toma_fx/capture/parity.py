@@ -8,6 +8,8 @@ anything is traced (see `stateful`).
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,8 +24,10 @@ from toma_fx.capture.model import Captured, flatten_call, unwrap
 from toma_fx.capture.stateful import PythonState, stateful_error
 from toma_fx.compat.pytorch import is_fake, tree_leaves, tree_map
 from toma_fx.errors import CaptureError, ParityError
+from toma_fx.events import emit
 from toma_fx.graph.nodes import module_path
 
+_log = logging.getLogger("toma_fx.capture")
 TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Largest difference relative to the largest value, by dtype of the output; else `EXACT`."""
 EXACT = 1e-4
@@ -80,11 +84,12 @@ class Expected:
             ParityError: they differ; names the first module that does.
             StatefulModelError: the model differs from itself, whatever the random numbers.
         """
-        leaves = flatten_call(self.args, self.kwargs)[0]
+        start, leaves = time.perf_counter(), flatten_call(self.args, self.kwargs)[0]
         with torch.no_grad(), _seeded((leaves, list(self.model.parameters()))):
-            outputs = captured.graph_module(*leaves)
-        difference = _difference(list(outputs), self.outputs)
+            outputs = list(captured.graph_module(*leaves))
+        difference = _difference(outputs, self.outputs)
         if difference is None:
+            self._report(outputs, time.perf_counter() - start)
             return
         again = _difference(_run_model(self.model, self.args, self.kwargs), self.outputs)
         if again is not None:
@@ -98,6 +103,23 @@ class Expected:
             got=difference,
             hint="the forward pass depends on more than its inputs, or acts otherwise while it is "
             "traced; rewrite that line without Python state, torch.compiler flags and .data",
+        )
+
+    def _report(self, outputs: list[Any], seconds: float) -> None:
+        """Say how near a graph comes to the model."""
+        pairs = [p for p in zip(outputs, self.outputs, strict=True) if isinstance(p[0], Tensor)]
+        error = max((relative_difference(*pair) for pair in pairs if pair[0].numel()), default=0.0)
+        emit(
+            _log,
+            logging.INFO,
+            "parity",
+            "the graph of %s differs from the model by %.2g of the largest value, in %.1f s",
+            type(self.model).__name__,
+            error,
+            seconds,
+            seconds=seconds,
+            model=type(self.model).__name__,
+            difference=error,
         )
 
     def _first_module(self, captured: Captured, leaves: Sequence[Any]) -> str:

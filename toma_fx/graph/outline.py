@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 
 from toma_fx.compat.pytorch import make_graph_module, write_code
+from toma_fx.events import emit
 from toma_fx.graph.repeats import Repeat, base_of, find_repeats, operand_value, operands_of
 
 _log = logging.getLogger("toma_fx.graph")
@@ -34,9 +35,9 @@ def outline(graph_module: fx.GraphModule) -> None:
         _outline(graph_module, f"repeated_{i}", repeat)
     graph_module.graph.lint()
     calls, after = sum(len(r.stretches) for r in repeats), len(graph_module.graph.nodes)
-    _log.info(
-        "%d blocks are calls of %d subgraphs: %d nodes become %d",
-        calls, len(repeats), before, after,
+    emit(
+        _log, logging.INFO, "outline", "%d blocks are calls of %d subgraphs: %d nodes become %d",
+        calls, len(repeats), before, after, blocks=calls, subgraphs=len(repeats), nodes=after,
     )  # fmt: skip
 
 

@@ -37,6 +37,7 @@ from toma_fx.compat.compilers import (
 )
 from toma_fx.compat.pytorch import fake_values
 from toma_fx.errors import ConfigError
+from toma_fx.events import emit
 from toma_fx.graph.lifting import has_subgraphs, lift_constants
 from toma_fx.graph.outline import outline, replace_subgraphs
 from toma_fx.graph.rewriter import copy_graph
@@ -259,7 +260,18 @@ class CompiledProgram:
         known = any(p == patches for p, _ in self._variants)
         again = " again: torch's global switches changed" if known else ""
         seconds = time.perf_counter() - start
-        _log.info("compiled a program (%s) in %.1f s%s", self.program.use.name, seconds, again)
+        emit(
+            _log,
+            logging.INFO,
+            "compile",
+            "compiled a program (%s) in %.1f s%s",
+            self.program.use.name,
+            seconds,
+            again,
+            seconds=seconds,
+            kind=self.program.use.name,
+            again=known,
+        )
         kept = list(zip(lifted.kept, strides, strict=True))
         return _Variant(run, global_state(), self._tensors(), kept)
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 
 from torch import nn
 
+from toma_fx.events import emit
 from toma_fx.run.programs import Specialization
 from toma_fx.run.tracing import tracing
 
@@ -99,8 +100,20 @@ class SpecializationCache:
                 found = make()
                 about, seconds = describe(), time.perf_counter() - start
                 reason = _reason(about, self._about.values())
-                done = "planned anew" if found.derived else "captured"
-                _log.info("%s a graph for %s in %.1f s%s", done, _shapes(found), seconds, reason)
+                emit(
+                    _log,
+                    logging.INFO,
+                    "plan" if found.derived else "capture",
+                    "%s a graph for %s in %.1f s%s",
+                    "planned anew" if found.derived else "captured",
+                    _shapes(found),
+                    seconds,
+                    reason,
+                    seconds=seconds,
+                    inputs=_shapes(found),
+                    reason=reason.lstrip("; "),
+                    kept=len(self._entries) + 1,
+                )
                 with self._lock:
                     self._entries[key], self._about[key] = found, about
                     self.captures += not found.derived
@@ -125,21 +138,32 @@ class SpecializationCache:
         if len(self._misses) < THRASHING:
             return
         differing = [_differences(about, other) for other in self._misses]
-        _log.warning(
+        names = sorted({name for names in differing for name in names})
+        emit(
+            _log,
+            logging.WARNING,
+            "thrash",
             "the last %d calls were captured one by one; they differ in %s. Each capture costs "
             "seconds, and its programs are compiled anew: call with few sizes (`warmup` makes them "
             "ready), and give numbers that change as tensors",
             THRASHING,
-            ", ".join(sorted({name for names in differing for name in names})),
+            ", ".join(names),
+            calls=THRASHING,
+            differing=names,
         )
         self._misses.clear()
 
     def _log_dropped(self, dropped: Specialization) -> None:
-        _log.warning(
+        emit(
+            _log,
+            logging.WARNING,
+            "drop",
             "the graph for %s is dropped (%s=%d); the next call with its shapes is captured anew",
             _shapes(dropped),
             self.limit,
             self.capacity,
+            inputs=_shapes(dropped),
+            reason=self.limit,
         )
 
     def refresh(self, model: nn.Module) -> None:
@@ -150,5 +174,13 @@ class SpecializationCache:
                 if found.fits(model):
                     found.rebind(buffers)
                 else:
-                    _log.info("the graph for %s is dropped: other parameters", _shapes(found))
+                    emit(
+                        _log,
+                        logging.INFO,
+                        "drop",
+                        "the graph for %s is dropped: other parameters",
+                        _shapes(found),
+                        inputs=_shapes(found),
+                        reason="other parameters",
+                    )
                     self._drop(key)

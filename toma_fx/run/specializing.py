@@ -62,7 +62,8 @@ class Specializes(Switches):
             return found.agree(arguments.leaves, self.denoiser)
 
         def describe() -> Mapping[str, str]:
-            return {**arguments.describe(rasters), "configuration": repr(variant.config)}
+            fields = {k: str(v) for k, v in variant.config.to_json().items()}
+            return {**arguments.describe(rasters), **fields}
 
         return key, self.cache.get(key, make, describe)
 

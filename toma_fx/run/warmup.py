@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from toma_fx.errors import ConfigError
+from toma_fx.events import emit
 from toma_fx.models.named import example_inputs
 from toma_fx.passes.pipeline import Program
 from toma_fx.run.program_set import run_program
@@ -82,7 +83,20 @@ class WarmsUp:
             with self.cache.expecting():
                 kinds = warm(*self.specialized((), call), mixed=mixed)
             seconds, ran = time.perf_counter() - start, ", ".join(kinds)
-            _log.info("warm-up %d of %d: %s in %.1f s (%s)", i, len(named), name, seconds, ran)
+            emit(
+                _log,
+                logging.INFO,
+                "warmup",
+                "warm-up %d of %d: %s in %.1f s (%s)",
+                i,
+                len(named),
+                name,
+                seconds,
+                ran,
+                seconds=seconds,
+                call=name,
+                kinds=tuple(kinds),
+            )
 
 
 def warm(specialization: Specialization, arguments: Any, *, mixed: bool) -> Sequence[str]:
