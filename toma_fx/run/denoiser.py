@@ -55,7 +55,7 @@ from toma_fx.run.warmup import WarmsUp
 
 
 class OptimizedDenoiser(  # type: ignore[misc]
-    Specializes, KeepsState, Compiles, WarmsUp, SplitsGuidance, StandIn
+    Specializes, Compiles, WarmsUp, SplitsGuidance, KeepsState, StandIn
 ):
     """A denoiser that runs with token merging. Made by `toma_fx.optimize`.
 
