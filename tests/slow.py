@@ -75,6 +75,7 @@ SLOW = (
     ),
     Slow("serving/test_engine.py::test_*alone[*]", WHOLE),
     Slow("serving/test_server.py::*", "starts servers and waits for time-outs"),
+    Slow("serving/test_triton.py::test_with_compiled_programs", INDUCTOR),
     Slow("serving/test_ray_serve.py::*", "starts Ray and waits for time-outs"),
     Slow("run/test_warmup.py::test_another_process_compiles_nothing", INDUCTOR),
     Slow("measure/test_subjects.py::test_compiled_subjects_draw_the_same", INDUCTOR),

@@ -25,7 +25,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +110,10 @@ class Replica:
         """What comes of a request; however it ends, nothing of it is drawn any more then.
 
         Raises:
-            Refused: a step of it failed, or it took too long.
+            Refused: a step of it failed, it took too long, or the replica has failed.
         """
+        if self.failed:
+            raise Refused(503, "the replica has failed and is replaced; ask again")
         self.loop = self.loop or asyncio.create_task(self._draw())
         self.number += 1
         name, left, end = self.number, order.n, time.monotonic() + self.timeout
@@ -167,7 +169,7 @@ class Replica:
             log.exception("a step failed")
             self.failed = f"{type(error).__name__}: {error}"
             for name, events in self.events.items():
-                events.put_nowait(Event((name, 0), "failed", 0, error=error))
+                events.put_nowait(Event((name, 0), "failed", 0, error=RuntimeError(self.failed)))
 
 
 def own_folder(caches: Path) -> tuple[FileLock, Path]:
@@ -258,7 +260,8 @@ def main() -> None:
         print(f"serving on http://127.0.0.1:{arguments.port}{PATH}", flush=True)
         while not stopped.wait(1):
             pass
-        serve.delete(APP)  # waits for what runs; `shutdown` alone ends the process that answers
+        with suppress(TimeoutError):  # after a minute
+            serve.delete(APP)  # waits for what runs: `shutdown` alone ends the process that answers
         serve.shutdown()
     finally:
         ray.shutdown()

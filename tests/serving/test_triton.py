@@ -184,6 +184,22 @@ def test_an_error_that_nobody_foresaw_fails_its_step(
     output(good)
 
 
+def test_with_compiled_programs(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default engine, by its files and its steps."""
+    out = tmp_path / "flux"
+    options = ("--sequences", 2, "--method", "toma")
+    assert build("--model", model_folder, "--target", "triton", *options, "--out", out) == 0
+    assert {"programs.pt2", "config.pbtxt", "1/model.py"} < set(read_manifest(out).files)
+    triton.put_in(monkeypatch)
+    instance = triton.start(out, CONFIG)
+    outputs = interleaved(out, instance)
+    for sequence, got in outputs.items():
+        for a, b in zip(got, alone(out, sequence), strict=True):
+            assert (a - b).abs().max() <= 1e-5
+
+
 def test_outside_triton(folder: Path) -> None:
     with pytest.raises(MissingPackageError, match="tritonserver"):
         triton.start(folder, CONFIG)
