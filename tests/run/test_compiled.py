@@ -107,6 +107,22 @@ def test_inputs_get_the_strides_they_were_compiled_for(compiling: list[dict[str,
     assert kept <= {id(x) for x in compiling[1]["runs"][-1]}
 
 
+@torch.no_grad()
+def test_rows_that_were_one_may_differ_later(compiling: list[dict[str, Any]]) -> None:
+    """As where a warm-up expands one row, and requests have their own."""
+    run, eager = optimized().compile(), optimized()
+    for timestep in (900.0, 850.0):
+        call = inputs(timestep=timestep)
+        one = {name: x[:1].expand_as(x) for name, x in call.items()}
+        assert one["sample"].stride(0) == one["timestep"].stride(0) == 0, "in one place"
+        assert denoisers.relative(run(**one), eager(**one)) < 1e-5
+    compiled_before = len(compiling)
+    call = inputs(timestep=800.0)
+    call["timestep"] = torch.tensor([800.0, 400.0])
+    assert denoisers.relative(run(**call), eager(**call)) < 1e-5
+    assert len(compiling) == compiled_before, "nothing for other strides"
+
+
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()

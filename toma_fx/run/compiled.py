@@ -155,13 +155,21 @@ def _with_strides(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
     ).copy_(tensor)
 
 
+def _separate(values: Sequence[Any]) -> list[Any]:
+    """Values of which each element has memory of its own: rows that are one row in this call, a
+    timestep expanded, may differ in the next."""
+    expanded = [any(size > 1 and not step for size, step in zip(v.shape, v.stride(), strict=True))
+                for v in values]  # fmt: skip
+    return [v.contiguous() if x else v for v, x in zip(values, expanded, strict=True)]
+
+
 class _Block(nn.Module):
     """A subgraph that Inductor compiled; whoever calls it is not compiled."""
 
     def __init__(self, patches: Mapping[str, Any], subgraph: fx.GraphModule) -> None:
         super().__init__()
         nodes = subgraph.graph.find_nodes(op="placeholder")
-        values = fake_values([node.meta["val"] for node in nodes])
+        values = _separate(fake_values([node.meta["val"] for node in nodes]))
         self._strides = [value.stride() for value in values]
         self._run = compile_graph(subgraph, values, patches)
 
@@ -245,8 +253,9 @@ class CompiledProgram:
             outline(program)
         lifted = lift_constants(program)
         nodes = lifted.graph_module.graph.find_nodes(op="placeholder")
-        values = fake_values([node.meta["val"] for node in nodes])
         takes, constants = set(self.program.takes), len(lifted.constants)
+        values = fake_values([node.meta["val"] for node in nodes])
+        values[constants:] = _separate(values[constants:])
         static = [True] * constants + [n.name in takes for n in nodes[constants:]]
         pairs = zip(nodes, static, strict=True)
         note_inputs(lifted.graph_module, [noted_input(n.name, static=fixed) for n, fixed in pairs])
