@@ -74,6 +74,7 @@ SLOW = (
         quick=("flux-merged-computed", "flux-both-all"),
     ),
     Slow("serving/test_engine.py::test_*alone[*]", WHOLE),
+    Slow("serving/test_engine.py::test_pictures_of_compiled_steps", WHOLE),
     Slow("serving/test_server.py::*", "starts servers and waits for time-outs"),
     Slow("serving/test_triton.py::test_with_compiled_programs", INDUCTOR),
     Slow("serving/test_ray_serve.py::*", "starts Ray and waits for time-outs"),

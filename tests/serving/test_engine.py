@@ -15,6 +15,7 @@ from torch import Tensor
 from tests.examples import load_example
 from toma_fx.errors import ConfigError, MissingPackageError, StateError
 from toma_fx.models import tiny
+from toma_fx.run import compiled
 
 orders = load_example("orders", "examples/serve")
 engines = load_example("engine", "examples/serve")
@@ -130,3 +131,26 @@ def test_without_litserve(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MissingPackageError, match=r"pip install toma-fx\[serve\]"):
         load_example("server", "examples/serve")
     del sys.modules["examples/serve.server"]
+
+
+def test_pictures_of_compiled_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled by a stand-in for Inductor: for what the warm-up showed, an expanded row."""
+    programs: list[Any] = []
+
+    def compile_graph(graph: Any, values: Any, patches: Any) -> Any:
+        programs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(compiled, "compile_graph", compile_graph)
+    pictures = []
+    for options in ({}, {"compiled": True}):
+        engine = engines.Engine("tiny-flux", BUCKETS, toma=True, **options)
+        engine.warmup()
+        engine.add("a", "cat", seed=1, steps=2)
+        engine.add("b", "rocket", seed=2, steps=2)
+        events = run(engine)
+        assert [e.kind for e in events] == ["done", "done"], events
+        pictures.append(torch.stack([e.image for e in events]))
+    assert programs
+    assert difference(*pictures) <= 1e-4
+    assert difference(*pictures[0]) > 0.1, "the comparison can fail"
