@@ -143,6 +143,7 @@ SLOW = (
     Slow("run/test_caching.py::test_merging_and_caching_equal_*[flux]", WHOLE),
     Slow("run/test_parallel.py::test_models_give_what_one_process_gives[*]", PROCESSES),
     Slow("run/test_parallel.py::test_what_lines_up_with_tokens_*[*]", PROCESSES),
+    Slow("run/test_parallel.py::test_text_that_attention_joins_*[*]", PROCESSES),
     Slow("run/test_parallel.py::test_compiled_programs_share_tokens[*]", PROCESSES),
     Slow("run/test_parallel.py::test_a_program_is_packaged_*", PROCESSES),
     Slow("run/test_parallel.py::test_a_lost_process_*[*]", PROCESSES),

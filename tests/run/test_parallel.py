@@ -7,7 +7,7 @@ import os
 import pickle
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,6 +24,7 @@ from toma_fx.compat.pytorch import tree_leaves
 from toma_fx.errors import ParallelError, RankLostError, RankMismatchError, TomaError
 from toma_fx.methods.toma import ToMA, ToMAConfig
 from toma_fx.passes import merge_segments
+from toma_fx.passes.gather_keys import key_runs
 
 GRID = (8, 8)
 SMALL: dict[str, Any] = {"min_tokens": 16, "tile": 2, "destinations_every": 3, "weights_every": 2}
@@ -93,7 +94,7 @@ def share_pictures(rank: int) -> dict[str, Any]:
     found["kinds"] = shared.totals
     found["flops"] = [m.specializations[0].program("reuse").flops for m in (alone, shared)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(merge_segments, "gather_keys", lambda *_: None)
+        patch.setattr(merge_segments, "gather_keys", lambda *_, **__: None)
         blind = toma_fx.optimize(model, parallel=group, **SMALL)
         found["blind apart"] = apart(steps(blind, inputs), expected)
     other = toma_fx.optimize(model, parallel=group, **SMALL)
@@ -146,15 +147,19 @@ def named(name: str) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
     return case.build(), case.inputs(1), {**case.config, "tile": (3, 2), "min_tokens": 4}
 
 
-def share_model(rank: int, name: str, variants: list[dict[str, Any]]) -> list[tuple[float, Any]]:
-    """How far apart the outputs are, and the kinds of steps, for each variant."""
+def share_model(rank: int, name: str, variants: list[dict[str, Any]]) -> list[Any]:
+    """How far apart the outputs are, the kinds of steps, and how many text tokens of how many a
+    process has, for each variant."""
     model, inputs, fields = named(name)
     found = []
     for variant in variants:
         options = {**WHOLE, **fields, **variant}
         alone = toma_fx.optimize(model, **options)
         shared = toma_fx.optimize(model, parallel=distributed.group.WORLD, **options)
-        found.append((apart(steps(shared, inputs), steps(alone, inputs)), shared.totals))
+        distance = apart(steps(shared, inputs), steps(alone, inputs))
+        text = shared.specializations[0].plan.text
+        own = () if text is None else [(text.lengths[s.name], s.length) for s in text.segments]
+        found.append((distance, shared.totals, list(own)))
     return found
 
 
@@ -168,9 +173,12 @@ def test_models_give_what_one_process_gives(name: str, count: int) -> None:
     expected = {"refresh", "reuse", "reweigh", "cached", "match", "plain"}
     if count > 2:  # than this machine may have processors
         variants, expected = [{"cache": 2}], {"refresh", "reweigh", "cached"}
+    # 5 text tokens: 2 and the one left, or 1 and the one left; only attention reads those of others
+    texts = {("flux", 2): [(3, 5)], ("flux", 4): [(2, 5)]}.get((name, count), [])
     for found in run_ranks(count, share_model, name, variants):
-        assert max(distance for distance, _ in found) <= 1e-5, found
-        assert set().union(*(totals for _, totals in found)) >= expected
+        assert max(distance for distance, *_ in found) <= 1e-5, found
+        assert set().union(*(totals for _, totals, _ in found)) >= expected
+        assert all(text == texts for *_, text in found)
 
 
 MASKED = (
@@ -178,12 +186,65 @@ MASKED = (
     "controlnet_xs", "sd3_controlled", "hunyuan_video", "nucleus_image", "latte",
 )  # fmt: skip
 """Masks, rotary tables, skips, sound beside pictures, frames as rows, pictures to follow."""
+JOINT = {"chroma", "bria_fibo", "qwen_image_layered", "sd3_controlled"}
+"""Those that join text to the image, masked or not."""
 
 
 @pytest.mark.parametrize("name", MASKED)
 def test_what_lines_up_with_tokens_is_shared_with_them(name: str) -> None:
     for found in run_ranks(2, share_model, name, [{}, {"scope": "block", "proportional": True}]):
-        assert max(distance for distance, _ in found) <= 1e-5, found
+        assert max(distance for distance, *_ in found) <= 1e-5, found
+        assert [bool(text) for *_, text in found] == [name in JOINT] * 2
+
+
+def read_text_alone(tokens: Any, text: Any, lengths: Any) -> Any:
+    """`key_runs`, but of the text each process has its own part alone."""
+    runs = key_runs(tokens, text, lengths)
+    joined = text is not None and len(runs) > len(tokens.segments)
+    return [replace(run, shared=False) if joined and i == 0 else run for i, run in enumerate(runs)]
+
+
+def share_text(rank: int, names: tuple[str, ...], inductor: bool) -> dict[str, Any]:
+    """A model of joint attention whose text goes on to a later block, in several ways."""
+    from tests.denoisers import flux_inputs, small_flux
+
+    model, found, outputs = small_flux(), {}, {}
+    variants: dict[str, dict[str, Any]] = {
+        "merged": {},
+        "cached": {"cache": {"every": 2, "order": 1, "include": ("transformer_blocks.*",)}},
+    }
+    for name in names:
+        alone, shared = (
+            toma_fx.optimize(model, parallel=group, **{**WHOLE, **variants[name]})
+            for group in (None, distributed.group.WORLD)
+        )
+        inputs = flux_inputs(8, 8)
+        runs = [m.compile() if inductor else m for m in (shared, alone)]
+        outputs[name] = [steps(run, inputs) for run in runs]
+        found[name] = apart(*outputs[name])
+        found[f"{name} text"] = shared.specializations[0].plan.text
+    if not inductor:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(merge_segments, "key_runs", read_text_alone)
+            blind = toma_fx.optimize(model, parallel=distributed.group.WORLD, **WHOLE)
+            found["blind"] = apart(steps(blind, inputs), outputs["merged"][1])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("count", "names", "inductor"),
+    [(2, ("merged", "cached"), False), (4, ("merged",), False), (2, ("merged",), True)],
+)
+def test_text_that_attention_joins_is_shared(
+    count: int, names: tuple[str, ...], inductor: bool
+) -> None:
+    for found in run_ranks(count, share_text, names, inductor, patience=300 if inductor else 60):
+        assert max(found[name] for name in names) <= 1e-5
+        assert found["merged text"].inner
+        assert not found["merged text"].whole, "only attention reads text of other processes"
+        assert inductor or found["blind"] > 1e-3
+        if "cached" in names:
+            assert found["cached text"].whole, "what is kept over steps has all of it"
 
 
 def share_compiled(rank: int, outer: bool) -> float:

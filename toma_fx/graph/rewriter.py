@@ -321,6 +321,10 @@ class Rewriter:
                 hint="please report this model; exclude= the module meanwhile",
             ) from error
 
+    def restride(self, node: fx.Node) -> None:
+        """Say that a value has other strides, but not another shape, for those that read it."""
+        self._restrided.update(node.users)
+
     def _update_strides(self) -> None:
         """Recompute values whose inputs have other strides than before.
 
@@ -375,11 +379,7 @@ class Rewriter:
     # -- erasing -----------------------------------------------------------------------------------
 
     def erase(self, node: fx.Node) -> None:
-        """Erase a node that nothing reads.
-
-        Raises:
-            RewriteError: it is used.
-        """
+        """Erase a node that nothing reads; `RewriteError` if something does."""
         if node.users:
             users = ", ".join(n.name for n in node.users)
             raise RewriteError("a node in use can't be erased", where=node.name, got=users)

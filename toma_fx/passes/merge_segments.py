@@ -31,9 +31,10 @@ from toma_fx.analysis.facts import Analysis, Patch, Positional, Transfer
 from toma_fx.analysis.labels import token_dim, tokens_of
 from toma_fx.graph.rewriter import Rewriter
 from toma_fx.methods.sharded import Sharded
-from toma_fx.passes.gather_keys import gather_keys
+from toma_fx.passes.gather_keys import gather_keys, key_runs
 from toma_fx.passes.job import Job
 from toma_fx.passes.key_sizes import Biases, weigh_keys
+from toma_fx.passes.share_text import keys_name, operand_name, own_name
 from toma_fx.passes.snippets import (
     PatternNodes,
     Span,
@@ -99,7 +100,7 @@ class _Work:
         sites = [self.nodes[n] for n in segment.sites] if keys else []
         addends = {name: self.addend(name, inside) for name in segment.additions}
         for name in segment.entries:
-            merged, old = self.merge_entry(name, segment), self.rewriter.current(name)
+            merged, old = self.merge_entry(name, segment), self.inner_form(name)
             readers = [n for n in inner if old in n.all_input_nodes]
             for node in (*readers, *(n for n in sites if old in n.args[1:3])):
                 self.rewriter.replace_input(node, old, merged)
@@ -109,8 +110,9 @@ class _Work:
             self.rewriter.retype(node)
         if self.task.plan.config.proportional:
             self.weigh_keys(segment)
-        if keys or segment.exit in self.rewriter.stand_ins:  # nothing reads the exit
-            return
+        gathered = self.rewriter.named.get(own_name(segment.exit))
+        if keys or (segment.exit in self.rewriter.stand_ins and gathered is None):
+            return  # nothing reads the exit
         additions = [
             (unmerged, self.addend(name, inside), self.span(name, segment))
             for name, unmerged in addends.items()
@@ -124,13 +126,25 @@ class _Work:
 
     def span(self, name: str, segment: MergeSegment) -> Span:
         """Where the segment's image lies in the sequence of a node."""
-        return span_at(name, segment.image, self.task.flow)
+        return span_at(name, segment.image, self.task.flow, self.lengths(name))
+
+    def lengths(self, name: str) -> Mapping[str, int]:
+        """Tokens of each text in what a segment sees of a value, where they are not all."""
+        text = self.task.plan.text
+        if text is not None and own_name(name) in self.rewriter.named:
+            return text.lengths
+        return self.task.plan.text_lengths(name)
+
+    def inner_form(self, name: str) -> fx.Node:
+        """What segments see of a value: the own part of the text, if processes share that."""
+        own = self.rewriter.named.get(own_name(name))
+        return own[0] if own else self.rewriter.current(name)
 
     def merge_entry(self, name: str, segment: MergeSegment) -> fx.Node:
         """The merged form of an entry, one for all segments of a group."""
         key, known = ("merge", segment.group), self.cache.setdefault(name, {})
         if key not in known:
-            node, pattern = self.rewriter.current(name), self.patterns[segment.group]
+            node, pattern = self.inner_form(name), self.patterns[segment.group]
             layout, span = self.task.flow.layout(name) or (), self.span(name, segment)
             dim = token_dim(layout) or 0
             with self.rewriter.after(node, *pattern.nodes):
@@ -157,15 +171,18 @@ class _Work:
             return
         for patch in transfer.patches:
             if any(s.name == segment.image.name for s in patch.segments):
-                self.rewriter.set_literal(node, patch.path, self.merged_length(patch, segment))
+                length = self.merged_length(patch, segment, node.name)
+                self.rewriter.set_literal(node, patch.path, length)
         current: dict[str, fx.Node] = {}
         for positional in transfer.positionals:
             if all(s.name != segment.image.name for s in positional.tokens.segments):
                 continue
-            old = current.get(positional.operand) or self.rewriter.current(positional.operand)
-            new = self.merge_operand(old, positional, segment)
+            operand = positional.operand
+            own = self.rewriter.named.get(operand_name(node.name, operand))
+            old = current.get(operand) or (own[0] if own else self.rewriter.current(operand))
+            new = self.merge_operand(old, positional, segment, self.lengths(node.name))
             self.rewriter.replace_input(node, old, new)
-            current[positional.operand] = new
+            current[operand] = new
         self.count_merged(node, transfer, segment)
 
     def gather_keys(self, node: fx.Node, segment: MergeSegment) -> None:
@@ -176,8 +193,21 @@ class _Work:
             return
         layout = self.task.flow.layout(site.operands[1])
         keys = None if layout is None else layout[-2].tokens
-        if keys is not None and segment.image in keys.segments:
-            gather_keys(self.rewriter, node, span_of(keys, segment.image), setting.rank)
+        if keys is None or segment.image not in keys.segments:
+            return
+        text = self.task.plan.text
+        if text is not None and node.name not in text.sites:
+            text = None
+        gathered = self.rewriter.named.pop(keys_name(node.name), ())
+        if gathered:  # of the text alone
+            key, value, *gathering = gathered
+            self.rewriter.set_operand(node, 1, "key", key)
+            self.rewriter.set_operand(node, 2, "value", value)
+            for each in reversed(gathering):
+                self.rewriter.erase(each)
+        runs = key_runs(keys, text, {segment.image.name: setting.merged_count})
+        ordered = site.masked or self.task.plan.config.proportional
+        gather_keys(self.rewriter, node, runs, setting.rank, ordered=ordered)
 
     def count_merged(self, node: fx.Node, transfer: Transfer, segment: MergeSegment) -> None:
         """Let each merged token count as often as the tokens it stands for in a sum over them."""
@@ -205,13 +235,14 @@ class _Work:
             span = span_of(keys, segment.image)
             weigh_keys(self.rewriter, self.nodes[site.node], span, pattern, self.biases)
 
-    def merged_length(self, patch: Patch, segment: MergeSegment) -> int | fx.Node:
+    def merged_length(self, patch: Patch, segment: MergeSegment, name: str) -> int | fx.Node:
         """What a literal becomes: a number, or a node where it depends on the data."""
         image, pattern = segment.image.name, self.patterns[segment.group]
-        value = patch.value({image: segment.setting.merged_count})
+        text = self.lengths(name)
+        value = patch.value({**text, image: segment.setting.merged_count})
         if not segment.setting.dynamic:
             return value
-        rest = patch.value({image: 0})
+        rest = patch.value({**text, image: 0})
         key, known = (str(rest), str(value)), self.cache.setdefault(segment.group, {})
         if key not in known:
             times = patch.times * sum(s.name == image for s in patch.segments)
@@ -224,7 +255,11 @@ class _Work:
         return known[key]
 
     def merge_operand(
-        self, operand: fx.Node, positional: Positional, segment: MergeSegment
+        self,
+        operand: fx.Node,
+        positional: Positional,
+        segment: MergeSegment,
+        lengths: Mapping[str, int],
     ) -> fx.Node:
         """A positional operand on merged tokens, one for all segments of a group.
 
@@ -232,7 +267,8 @@ class _Work:
         multiply, and masks, are gathered at the destinations.
         """
         pattern = self.patterns[segment.group]
-        span = span_of(positional.tokens, segment.image)
+        is_keys = positional.layout[positional.dim].keys is not None
+        span = span_of(positional.tokens, segment.image, {} if is_keys else lengths)
         value = operand.meta["val"]
         content = positional.additive and value.is_floating_point() and pattern.setting.linear
         content = content and is_embedding(positional.layout)
@@ -241,7 +277,6 @@ class _Work:
         key = ("content" if content else "gather", rows, str(positional.dim), segment.group)
         known = self.cache.setdefault(operand.name, {})
         if key not in known:
-            is_keys = positional.layout[positional.dim].keys is not None
             located = self.key_positions(segment) if is_keys else None
             with self.rewriter.after(operand, *(pattern.nodes if located is None else [located])):
                 if content:
@@ -278,7 +313,7 @@ class _Work:
         pattern = self.patterns[segment.group]
         with self.rewriter.after(end):
             if segment.base:
-                base = (self.rewriter.current(segment.base), self.span(segment.base, segment))
+                base = (self.inner_form(segment.base), self.span(segment.base, segment))
                 merged_base = self.merge_entry(segment.base, segment)
                 result = splice_update(
                     self.rewriter, base, merged_base, (end, span), pattern, additions
@@ -288,5 +323,6 @@ class _Work:
         readers = {n for n in self.affected(segment) if n is not end}
         self.rewriter.replace_uses(end, result, keep=readers.union(self.rewriter.spliced))
         self.cache.pop(end.name, None)
-        # later segments that name this value mean the unmerged one
-        self.rewriter.stand_in(segment.exit, result)
+        if own_name(segment.exit) not in self.rewriter.named:  # of which all text is gathered
+            # later segments that name this value mean the unmerged one
+            self.rewriter.stand_in(segment.exit, result)

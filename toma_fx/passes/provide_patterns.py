@@ -61,7 +61,9 @@ class ProvidePatterns:
             for names in (job.use.takes(plan), job.use.gives(plan))
         )
         values = {(name, g.image) for g in plan.groups for name in (g.feature, g.output) if name}
-        spans = {name: span_at(name, image, job.flow) for name, image in values}
+        spans = {
+            name: span_at(name, image, job.flow, plan.text_lengths(name)) for name, image in values
+        }
         return cls(plan, takes, gives, spans, bool(job.use.serves))
 
     def __str__(self) -> str:

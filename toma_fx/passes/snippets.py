@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -17,6 +17,9 @@ from toma_fx.errors import RewriteError
 from toma_fx.graph.rewriter import Rewriter
 from toma_fx.methods.setting import Pattern, Setting
 from toma_fx.methods.windows import cast
+
+ALL: Mapping[str, int] = {}
+"""No segment has other lengths than its own."""
 
 
 @dataclass(frozen=True)
@@ -69,16 +72,20 @@ class Span:
         return torch.cat([*head, image, *tail], dim)
 
 
-def span_of(tokens: Tokens, image: Segment) -> Span:
-    """Position of `image` in a token axis."""
+def span_of(tokens: Tokens, image: Segment, lengths: Mapping[str, int] = ALL) -> Span:
+    """Position of `image` in a token axis.
+
+    Args:
+        lengths: of segments of which this process has not all tokens, by name.
+    """
     names = [s.name for s in tokens.segments]
     at = names.index(image.name)
-    lengths = [s.length for s in tokens.segments]
-    return Span(sum(lengths[:at]), sum(lengths[at + 1 :]))
+    sizes = [lengths.get(s.name, s.length) for s in tokens.segments]
+    return Span(sum(sizes[:at]), sum(sizes[at + 1 :]))
 
 
-def span_at(name: str, image: Segment, flow: Flow) -> Span:
-    """Position of `image` in the sequence that a node holds.
+def span_at(name: str, image: Segment, flow: Flow, lengths: Mapping[str, int] = ALL) -> Span:
+    """Position of `image` in the sequence that a node holds; `lengths` as in `span_of`.
 
     Raises:
         RewriteError: it holds none.
@@ -86,7 +93,7 @@ def span_at(name: str, image: Segment, flow: Flow) -> Span:
     label = tokens_of(flow.layout(name))
     if label is None:
         raise RewriteError("no token axis", where=image.name, got=name)
-    return replace(span_of(label, image), leading=flow.leads_with_tokens(name))
+    return replace(span_of(label, image, lengths), leading=flow.leads_with_tokens(name))
 
 
 def splice_image(rewriter: Rewriter, node: fx.Node, span: Span) -> fx.Node:

@@ -25,6 +25,7 @@ from toma_fx.passes.give_signals import GiveSignals
 from toma_fx.passes.job import Job
 from toma_fx.passes.merge_segments import MergeSegments
 from toma_fx.passes.provide_patterns import PATTERN_MASKS, ProvidePatterns
+from toma_fx.passes.share_text import ShareText
 from toma_fx.plan.plan import MergePlan
 
 Names = Callable[[MergePlan], tuple[str, ...]]
@@ -38,6 +39,7 @@ def _erase_dead(job: Job) -> Pass:
 
 
 PASSES: tuple[MakePass, ...] = (
+    ShareText.of,
     ProvidePatterns.of,
     MergeSegments.of,
     GiveSignals.of,
@@ -137,7 +139,7 @@ CACHED = Use(
     kinds.CACHED,
     takes=using(lambda plan: _every_part(plan.computed)),
     instead=REUSE.name,
-    passes=(ProvidePatterns.of, UseUpdates.of, MergeSegments.of, _erase_dead),
+    passes=(ShareText.of, ProvidePatterns.of, UseUpdates.of, MergeSegments.of, _erase_dead),
     cached=True,
 )
 """Uses kept updates instead of computing them; what is left merges with kept patterns."""

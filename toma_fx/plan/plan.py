@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +14,7 @@ from toma_fx.analysis.facts import Rejected
 from toma_fx.methods.base import MethodConfig
 from toma_fx.methods.cache import Fitted
 from toma_fx.methods.setting import Setting
+from toma_fx.methods.sharded import Rank
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,44 @@ class CachePlan:
 
 
 @dataclass(frozen=True)
+class SharedText:
+    """Text of which each of several processes computes a part (`plan.texts`).
+
+    A process has a part as long as every other's, and behind it the rest that all have: with 3
+    processes and 8 tokens the second has tokens 2, 3, 6 and 7.
+
+    Attributes:
+        segments: the texts. rank: this process.
+        inner: nodes whose value holds the own part alone. readers: these, and what takes an image
+            or keys out of their values. entries: values with all of the text that readers read.
+        whole: values of `inner` that others read, with all of the text.
+        sites: attention whose keys hold parts of it.
+    """
+
+    segments: tuple[Segment, ...]
+    rank: Rank
+    inner: tuple[str, ...]
+    readers: tuple[str, ...]
+    entries: tuple[str, ...]
+    whole: tuple[str, ...]
+    sites: tuple[str, ...]
+
+    @cached_property
+    def lengths(self) -> Mapping[str, int]:
+        """Tokens of each text that a process has."""
+        count = self.rank.count
+        return {s.name: s.length // count + s.length % count for s in self.segments}
+
+    @cached_property
+    def _readers(self) -> frozenset[str]:
+        return frozenset(self.readers)
+
+    def lengths_at(self, name: str) -> Mapping[str, int]:
+        """Tokens of each text that a node works on where they are not all."""
+        return self.lengths if name in self._readers else {}
+
+
+@dataclass(frozen=True)
 class Rejection:
     """An attention or branch left alone, and why.
 
@@ -156,6 +197,7 @@ class MergePlan:
         segments, groups: what merges. rejections: what does not. config: what was asked for.
         cache: what is kept over steps; the same in all phases.
         later: plans of the phases after the first.
+        text: of which this process computes a part, if processes share the tokens.
     """
 
     segments: tuple[MergeSegment, ...]
@@ -164,6 +206,11 @@ class MergePlan:
     config: MethodConfig
     cache: CachePlan | None = None
     later: tuple[MergePlan, ...] = ()
+    text: SharedText | None = None
+
+    def text_lengths(self, name: str) -> Mapping[str, int]:
+        """Tokens of each text in the value of a node, where this process has not all."""
+        return self.text.lengths_at(name) if self.text and self.segments else {}
 
     @property
     def phases(self) -> tuple[MergePlan, ...]:

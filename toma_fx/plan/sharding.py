@@ -1,8 +1,9 @@
 """From a plan for one process to that of a process which shares the tokens with others.
 
-Inside of a merged segment each process works on the merged tokens of its own windows. All else,
-and text, every process computes in full. Attention gathers keys and values; nothing else that
-merges may look from token to token, so nothing else has to be exchanged.
+Inside of a merged segment each process works on the merged tokens of its own windows, and of text
+that attention joins to them on a part (`plan.texts`). All else every process computes in full.
+Attention gathers keys and values; nothing else that merges may look from token to token, so nothing
+else has to be exchanged.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from toma_fx.graph.nodes import UNKNOWN
 from toma_fx.methods.setting import Setting
 from toma_fx.methods.sharded import Rank, Sharded
 from toma_fx.plan.plan import MergePlan, MergeSegment
+from toma_fx.plan.texts import share_text
 
 _WHERE_NEXT = "docs/parallel.md lists what can be shared"
 
@@ -37,6 +39,7 @@ def shard_plan(plan: MergePlan, analysis: Analysis, flow: Flow, rank: Rank) -> M
         )
     sites = {site.node: site for site in analysis.sites}
     sharded = [_shard_phase(phase, sites, flow, rank) for phase in plan.phases]
+    sharded = [replace(p, text=share_text(p, analysis, flow, rank)) for p in sharded]
     return replace(sharded[0], later=tuple(sharded[1:]))
 
 
