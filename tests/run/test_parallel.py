@@ -186,7 +186,9 @@ MASKED = (
     "controlnet_xs", "sd3_controlled", "hunyuan_video", "nucleus_image", "latte",
 )  # fmt: skip
 """Masks, rotary tables, skips, sound beside pictures, frames as rows, pictures to follow."""
-JOINT = {"chroma", "bria_fibo", "qwen_image_layered", "sd3_controlled", "hunyuan_video", "nucleus_image"}
+JOINT = {
+    "chroma", "bria_fibo", "qwen_image_layered", "sd3_controlled", "hunyuan_video", "nucleus_image",
+}  # fmt: skip
 """Those that join text to the image, masked or not."""
 
 
