@@ -167,39 +167,46 @@ def summary(model: Any) -> Summary:
 def explain(
     model: Any,
     example_inputs: Any,
-    toma: bool | str | MethodConfig | Recipe | Mapping[str, Any] = True,
+    toma: bool | str | MethodConfig | Recipe | Mapping[str, Any] | None = None,
     *,
     method: str | MethodConfig | type[MethodConfig] | None = None,
     dump: str | Path | None = None,
     parallel: Any = None,
     **options: Any,
 ) -> Report:
-    """What `optimize` would do for these inputs.
+    """What `optimize` would do for these inputs, or does, if the model is optimized.
+
+    A model on the meta device will do: then nothing is computed.
 
     Args as for `optimize`, and:
+        toma: None for the configuration of an optimized model, or True.
         parallel: also a number of processes, which need not be there. Tokens and FLOPs are then
             those of one of them. None is what the model has, if it is optimized; 1 is one process.
         dump: folder for the graphs before and after each pass, as text; what the environment
             variable `TOMA_FX_DUMP` names if not given.
 
     Returns:
-        A report that prints as a table and converts with `to_json()`.
+        A report that prints what is alike in a line each; `full()` and `tree()` print all of it,
+        `to_json()` and `to_html()` are for machines and browsers.
 
     Raises:
         NoMergeSites: nothing can be merged; its message lists every reason.
         CompanionError: another library acts inside the forward pass.
         ParallelError: processes can't share the tokens.
     """
-    config = _config_of(toma, method, options)
     inner = denoiser_of(model)
-    optimized, denoiser = optimized_of(inner), _require_original(inner, toma)
+    optimized = optimized_of(inner)
+    if toma is None:
+        toma = optimized.config_toma if optimized and method is None else True
+    config = _config_of(toma, method, options)
+    denoiser = _require_original(inner, toma)
     if parallel is None:
         rank = optimized._ranks.rank if optimized and optimized._ranks else None
     else:
         rank = rank_of(parallel)
     args, kwargs = plain_numbers(*call_of(example_inputs))
     check_leaves(args, kwargs)
-    guard = ModelGuard(denoiser)
+    guard = ModelGuard(denoiser, runs=False)
     guard.companions.check_merging(merging(config))
     with dumping(dump), tracing(), guard.companions.kernel():
         return make_report(Specialization.make(denoiser, args, kwargs, config, ranks=rank))

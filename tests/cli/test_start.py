@@ -34,10 +34,12 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("command", ["--help", "build --help", "info", "info --json", "verify"])
+@pytest.mark.parametrize(
+    "command", ["--help", "--version", "build --help", "info", "info --json", "verify"]
+)
 def test_no_torch(command: str, artifact: Path) -> None:
     words = command.split()
-    words += [] if "--help" in words else [str(artifact)]
+    words += [] if words[-1] in ("--help", "--version") else [str(artifact)]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     out = subprocess.run([sys.executable, "-c", CODE, *words], capture_output=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
+import torch
+from torch import nn
 
 import toma_fx
 from tests import denoisers
 from tests.methods.test_methods import inputs, model
 from toma_fx.analysis.propagate import analyze
 from toma_fx.capture.model import capture
+from toma_fx.errors import NoMergeSites, OffloadError
 from toma_fx.methods.toma import ToMAConfig
+from toma_fx.models.named import example_inputs
+from toma_fx.plan.grouping import pattern_of
 from toma_fx.plan.plan import MergePlan
 from toma_fx.plan.planner import make_plan
 
@@ -65,7 +72,7 @@ def test_table_and_json() -> None:
     report = toma_fx.explain(denoisers.flux(), denoisers.flux_inputs(), ratio=0.75)
     text = str(report)
     assert "256 -> 64" in text
-    assert "single_transformer_blocks.1" in text
+    assert "single_transformer_blocks.*" in text
     assert "ideal speed-up" in text
     data = json.loads(report.to_json())
     assert len(data["rows"]) == 6
@@ -73,6 +80,107 @@ def test_table_and_json() -> None:
     assert (row["tokens"], row["merged"], row["grid"], row["window"]) == (256, 64, [16, 16], "4x4")
     assert data["ideal_speedup"] == pytest.approx(data["flops_before"] / data["flops_after"])
     assert report.flops_before > report.flops_refresh > report.flops_after
+
+
+def test_what_is_alike_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = toma_fx.explain(denoisers.sdxl(), denoisers.sdxl_inputs(), min_tokens=200)
+    monkeypatch.setenv("COLUMNS", "140")
+    lines = str(report).splitlines()
+    merged = [line.split() for line in lines if "256 -> 128" in line]
+    assert [line[:2] for line in merged] == [
+        ["*.transformer_blocks.0.attn1", "3x"],
+        ["*.transformer_blocks.0.attn2", "3x"],
+        ["*.0.ff.net", "3x"],
+    ]
+    assert sum(int(line[-1].rstrip("%")) for line in merged) in (99, 100, 101)
+    left = [line for line in lines if "64 tokens, fewer than min_tokens=200" in line]
+    assert [line.split()[:2] for line in left] == [
+        ["*.transformer_blocks.*.attn1", "8x"],
+        ["*.transformer_blocks.*.attn2", "8x"],
+        ["*.ff.net", "8x"],
+    ]
+    full, tree = str(report.full()), str(report.tree())
+    for row in report.rows:
+        assert row.module in full
+    assert full.count("fewer than min_tokens=200") == tree.count("left alone") == 24
+    assert tree.count("256 -> 128 tokens") == len(report.rows) == 9
+    assert repr(report).startswith("<Report: 9 merged branches, whole model 0.183 -> 0.157 GFLOP")
+    assert len(repr(toma_fx.summary(denoisers.sdxl()))) < 80
+
+
+def test_patterns_fit_what_they_stand_for() -> None:
+    for paths, pattern in (
+        (["blocks.0.attn", "blocks.7.attn"], "blocks.*.attn"),
+        (["blocks.0.attn", "mid.attn"], "*.attn"),
+        (["down.1.attentions.0.attn", "mid.attentions.0.attn"], "*.attentions.0.attn"),
+        (["mid.block.attn"], "mid.block.attn"),
+        (["", ""], ""),
+        (["a.b", "c.d"], "*"),
+        (["down_blocks.1.transformer_blocks.0.attn1"] * 2, "*.transformer_blocks.0.attn1"),
+    ):
+        assert pattern_of(paths) == pattern
+        assert all(fnmatchcase(path, pattern) for path in paths)
+
+
+def test_tables_are_as_wide_as_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = toma_fx.explain(denoisers.sdxl(), denoisers.sdxl_inputs(), min_tokens=200)
+    for columns in (60, 80, 120):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert max(map(len, str(report).splitlines())) <= columns
+    assert "<pre" in report._repr_html_()
+    assert "256 -&gt; 128" in report._repr_html_()
+
+
+def test_the_page_of_a_report() -> None:
+    report = toma_fx.explain(denoisers.sdxl(), denoisers.sdxl_inputs(), min_tokens=200)
+    page = report.to_html("SDXL <small>")
+    assert "<h1>SDXL &lt;small&gt;</h1>" in page
+    svg = ElementTree.fromstring(page[page.index("<svg") : page.index("</svg>") + 6])
+    bars = [e for e in svg.iter("rect") if e.find("title") is not None]
+    assert len(bars) == 2 * len(report.rows), "before and after"
+    cost = [float(bar.get("height", 0)) for bar in bars]
+    for row, before, after in zip(report.rows, cost[::2], cost[1::2], strict=True):
+        assert after / before == pytest.approx(row.flops_after / row.flops_before, rel=0.2)
+    for reason in {r.reason for r in report.rejections}:
+        assert page.count(reason) == 3
+
+
+def test_an_optimized_model_is_explained_as_it_is() -> None:
+    optimized: Any = toma_fx.optimize(model(), ratio=0.25, min_tokens=1)
+    assert {r.merged for r in toma_fx.explain(optimized, inputs()).rows} == {72}
+    with optimized.using(ratio=0.75):
+        assert {r.merged for r in toma_fx.explain(optimized, inputs()).rows} == {24}
+    report = toma_fx.explain(optimized, inputs(), toma=True, min_tokens=1)
+    assert {r.merged for r in report.rows} == {48}, "unless it is asked for something else"
+    assert len(toma_fx.explain(model(), inputs(), min_tokens=1).rows) == len(report.rows)
+
+
+@pytest.mark.parametrize("family", ["sdxl", "flux"])
+def test_without_weights(family: str) -> None:
+    """On the meta device, as of the model with weights."""
+    real: Any = getattr(denoisers, family)()
+    with torch.device("meta"):
+        bare = type(real).from_config(real.config).eval()
+    size = (128, 128) if family == "sdxl" else (64, 64)
+    reports = [
+        toma_fx.explain(module, example_inputs(module, *size, text=8), min_tokens=4)
+        for module in (real, bare)
+    ]
+    assert reports[0] == reports[1]
+    half = type(real).from_config(real.config).eval()
+    half.register_parameter("extra", nn.Parameter(torch.empty(2, device="meta")))
+    with pytest.raises(OffloadError, match="extra"):
+        toma_fx.explain(half, example_inputs(real, *size, text=8), min_tokens=4)
+    optimized: Any = toma_fx.optimize(bare, min_tokens=4)
+    with pytest.raises(OffloadError, match="not loaded"):
+        optimized(**example_inputs(bare, *size, text=8))
+
+
+def test_a_refusal_says_what_is_alike_once() -> None:
+    with pytest.raises(NoMergeSites) as error:
+        toma_fx.explain(denoisers.sdxl(), denoisers.sdxl_inputs(), min_tokens=5000)
+    assert "*.transformer_blocks.*.attn1 (attention, 8x): 64 tokens, fewer" in str(error.value)
+    assert len(str(error.value)) < 800
 
 
 def test_larger_scopes_need_fewer_flops() -> None:

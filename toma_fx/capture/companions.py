@@ -39,10 +39,13 @@ class Companions:
         CompanionError: another library acts inside the forward pass (`OffloadError`: by hooks).
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, runs: bool = True) -> None:
+        """`runs`: whether the model will run, and not only be looked at."""
         modules = dict(model.named_modules())
         _check_parallel(model)
         _check_hooks(modules)
+        if runs or not all(p.is_meta for p in model.parameters()):
+            _check_loaded(model)
         self._first = next(model.parameters(), None)
         self._users: dict[str | None, list[str]] = {}  # by attention backend; None: the global one
         for path, module in modules.items():
@@ -245,7 +248,10 @@ def _check_hooks(modules: Mapping[str, nn.Module]) -> None:
                 "or pipe.to(device)",
             )
     _refuse({path: hooks for path, module in modules.items() if (hooks := diffusers_hooks(module))})
-    meta = [n for n, p in modules[""].named_parameters() if p.is_meta] if "" in modules else []
+
+
+def _check_loaded(model: nn.Module) -> None:
+    meta = [name for name, p in model.named_parameters() if p.is_meta]
     if meta:
         raise OffloadError(
             "the weights are not loaded",

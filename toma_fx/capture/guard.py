@@ -49,10 +49,11 @@ class ModelGuard:
         AdapterError: adapters are fused and switched off.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, runs: bool = True) -> None:
+        """`runs`: whether the model will run, and not only be looked at."""
         self._model = model
         self._snapshot = Snapshot(model)
-        self.companions = Companions(model)
+        self.companions = Companions(model, runs=runs)
         self.key = state_key(model)
         self._fingerprint: Fingerprint | None = None
 

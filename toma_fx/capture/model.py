@@ -21,7 +21,7 @@ from toma_fx.capture.grids import Raster, find_raster, size_hints
 from toma_fx.capture.references import without_weak_references
 from toma_fx.capture.traceable import TraceableForms
 from toma_fx.compat.libraries import ORIGINAL_FORWARD, WRAPPING
-from toma_fx.compat.pytorch import lazy_graph_modules, tree_flatten, tree_paths
+from toma_fx.compat.pytorch import lazy_graph_modules, tree_flatten, tree_map, tree_paths
 from toma_fx.errors import (
     CaptureError,
     ModelTypeError,
@@ -137,7 +137,8 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     try:
         with torch.no_grad(), lazy_graph_modules(), without_weak_references() as graphs:
             with TraceableForms():
-                program = torch.export.export(plain, tuple(args), kwargs, strict=False)
+                inputs = _like_model(plain, (tuple(args), kwargs))
+                program = torch.export.export(plain, *inputs, strict=False)
             graphs.append(program.graph)
             graph_module = flat_graph(program, type(model).__name__)
     except TomaError:
@@ -153,6 +154,13 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     assert out_spec is not None
     hints = dict.fromkeys((*size_hints(kwargs), *size_hints(args)))
     return Captured(graph_module, tuple(specs), out_spec, tuple(hints))
+
+
+def _like_model(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+    """The call, on the meta device if the model is there: its values are read from the original."""
+    if not any(p.is_meta for p in model.parameters()):
+        return call
+    return tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, call)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -11,6 +11,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -97,12 +98,10 @@ def make_parser() -> argparse.ArgumentParser:
         description="Token merging and step caching for diffusion denoisers.",
         epilog="exit status: " + "; ".join(f"{n} {text}" for n, text in STATUS.items()),
     )
+    parser.add_argument("--version", action="version", version=f"toma-fx {version('toma-fx')}")
     commands = parser.add_subparsers(dest="command", required=True)
     explain = commands.add_parser("explain", help="what would merge where, and why not elsewhere")
-    explain.add_argument(
-        "model", help="tiny-sdxl, tiny-flux, or a folder or hub id with a UNet or Flux transformer"
-    )
-    explain.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    _add_explain_options(explain)
     demo = commands.add_parser("demo", help="original against merged on the embedded models")
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for the pictures")
     build = commands.add_parser("build", help="make an artifact: a folder that runs by itself")
@@ -156,6 +155,23 @@ def make_parser() -> argparse.ArgumentParser:
     for command in (verify, run, generate):
         command.add_argument("--json", action="store_true", help="print JSON instead of text")
     return parser
+
+
+def _add_explain_options(explain: argparse.ArgumentParser) -> None:
+    explain.add_argument(
+        "model",
+        nargs="?",
+        help="tiny-sdxl, tiny-flux, or a folder or hub id with a UNet or Flux transformer",
+    )
+    explain.add_argument(
+        "--class", dest="model_class", metavar="NAME", help="of diffusers, instead of a model"
+    )
+    explain.add_argument("--config", type=Path, help="config.json of that class: no weights needed")
+    form = explain.add_mutually_exclusive_group()
+    form.add_argument("--full", action="store_true", help="a line for each branch")
+    form.add_argument("--tree", action="store_true", help="modules as a tree")
+    form.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    explain.add_argument("--html", type=Path, metavar="FILE", help="write a page with a picture")
 
 
 def count(text: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -64,6 +65,38 @@ def example(
     model = _load(name, subfolder, dtype).eval().to(device)
     height = height or 1024
     return model, example_inputs(model, height, width or height, batch, text=text)
+
+
+def from_config(name: str, path: Path) -> nn.Module:
+    """A denoiser of diffusers from its configuration alone, without weights, on the meta device.
+
+    Args:
+        name: of the class. path: of its `config.json`, or the folder with it.
+
+    Raises:
+        UnknownNameError: diffusers has no such model. ModelTypeError: no such file, or it is not
+            the configuration of one.
+    """
+    import diffusers
+
+    models = {n for n in dir(diffusers) if n.endswith("Model")}
+    if name not in models:
+        raise UnknownNameError(
+            f"diffusers has no model {name!r}", where="class", hint=nearest(name, models)
+        )
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        config = json.loads(file.read_text())
+        with torch.device("meta"):
+            model: nn.Module = getattr(diffusers, name).from_config(config)
+    except Exception as error:  # whatever a class makes of a file that is not its own
+        raise ModelTypeError(
+            "no model can be made of this configuration",
+            where=str(file),
+            expected=f"the config.json of a {name}",
+            got=f"{type(error).__name__}: {error}",
+        ) from error
+    return model.eval()
 
 
 EMBEDDED = (*tiny.NAMES, *latent.NAMES)
@@ -174,7 +207,7 @@ def example_inputs(
 
     Supports `UNet2DConditionModel` (latents at an eighth of the size) and `FluxTransformer2DModel`
     (tokens of 2x2 latents). `text` is the number of text tokens (default 77, Flux 512). Tensors
-    have the model's dtype and device; position ids are float32.
+    have the model's dtype and device; position ids are float32, and never on the meta device.
 
     Raises:
         ModelTypeError: another model; give `explain` and `optimize` your own inputs.
@@ -220,6 +253,8 @@ def _flux_inputs(
 ) -> dict[str, Any]:
     """`factory` holds the dtype and device of the model."""
     device = factory["device"]
+    if torch.device(device).type == "meta":
+        device = "cpu"  # of what enumerates positions the values are needed
     rows, columns = height // 16, width // 16
     ids = torch.zeros(rows, columns, 3, device=device)
     ids[..., 1] += torch.arange(rows, device=device)[:, None]

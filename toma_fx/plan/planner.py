@@ -19,6 +19,7 @@ from toma_fx.methods.base import MethodConfig
 from toma_fx.methods.cache import CacheConfig
 from toma_fx.methods.setting import Place, Setting
 from toma_fx.plan.cached import Runs, cached_runs, plan_cache
+from toma_fx.plan.grouping import group_rejections
 from toma_fx.plan.key_sizes import refuse_key_sizes, refuse_sums
 from toma_fx.plan.places import places_of
 from toma_fx.plan.plan import KeptUpdate, MergePlan, MergeSegment, PatternGroup, Rejection
@@ -85,7 +86,7 @@ def _plan_phase(
     if not segments and config.merges:
         raise NoMergeSites(
             "no attention or MLP of this model can be merged with this configuration",
-            [f"{r.module or r.node} ({r.kind}): {r.reason}" for r in rejections],
+            [str(group) for group in group_rejections(rejections)],
             hint=hint_no_sites(analysis, config),
         )
     return plan

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
+WIDTH = 100
+"""Columns where no terminal and no `COLUMNS` in the environment says how many."""
+
 
 class Printable:
-    """Prints `_renderables` one below the other."""
+    """Prints `_renderables` one below the other, as wide as the terminal; as HTML in a notebook."""
 
     def _renderables(self) -> list[Any]:
         raise NotImplementedError
@@ -24,5 +28,14 @@ class Printable:
         from rich.console import Console
 
         out = StringIO()
-        Console(file=out, width=140, color_system=None).print(self)
+        width = shutil.get_terminal_size((WIDTH, 24)).columns
+        Console(file=out, width=width, color_system=None).print(self)
         return out.getvalue()
+
+    def _repr_html_(self) -> str:
+        from rich.console import Console
+
+        console = Console(file=StringIO(), width=WIDTH, record=True)
+        console.print(self)
+        form = '<pre style="font-family: monospace; line-height: 1.3">{code}</pre>'
+        return console.export_html(inline_styles=True, code_format=form)

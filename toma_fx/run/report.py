@@ -15,183 +15,39 @@ from toma_fx.graph.flops import find_uncounted, graph_flops
 from toma_fx.methods.cached_steps import Length, count_steps
 from toma_fx.methods.kinds import REFRESH, kind_in
 from toma_fx.methods.sharded import Sharded
-from toma_fx.methods.windows import Size, size_text
-from toma_fx.plan.plan import Rejection
+from toma_fx.run import report_tables as tables
 from toma_fx.run.denoiser import OptimizedDenoiser
+from toma_fx.run.findings import CachedRow, Findings, Row
 from toma_fx.run.printable import Printable
 from toma_fx.run.programs import Specialization
+from toma_fx.run.report_page import page_of
+from toma_fx.run.report_tables import Tables
 
 STEPS = 30
 """Of a generation that is looked at, where phases differ and a cache does not say how many."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """One merged branch.
+@dataclass(frozen=True, repr=False)
+class Report(Findings, Printable):
+    """What `explain` returns; prints as tables of what is alike, converts to JSON."""
 
-    Attributes:
-        phase: of the generation, from 0.
-        site: attention node, or the branch's output node. module: module path. kind: what it is.
-        scope: residual adds its segment spans. tokens, merged: image tokens before and after.
-        grid: in tokens. window: the method's window, cell or factor. group: pattern group.
-        flops_before, flops_after: of its nodes.
-    """
+    def full(self) -> Printable:
+        """Every branch in a line of its own, with its window, pattern and reason; to be printed."""
+        return Tables([*tables.all_rows(self), *tables.other_parts(self, every=True)])
 
-    phase: int
-    site: str
-    module: str
-    kind: str
-    scope: str
-    tokens: int
-    merged: int
-    grid: Size
-    window: str
-    group: str
-    flops_before: int
-    flops_after: int
+    def tree(self) -> Printable:
+        """Modules that merge or are left alone, as a tree; to be printed."""
+        return Tables([tables.tree_of(self)])
 
-
-@dataclass(frozen=True)
-class CachedRow:
-    """One stretch of blocks that a cached step does not compute.
-
-    Attributes:
-        first, last: module paths of its first and last part. value: "update" that is added to what
-            enters the stretch, or "value" that is kept itself. shape: of that. order: of the
-            extrapolation. bytes: of all tensors that are kept for it.
-    """
-
-    first: str
-    last: str
-    value: str
-    shape: tuple[int, ...]
-    order: int
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Report(Printable):
-    """What `explain` returns; prints as a table, converts to JSON.
-
-    Attributes:
-        rows: merged branches. rejections: attention and branches left alone, with reasons.
-        flops_before, flops_after: of the whole model, merging included, in the step after the
-            first: one that reuses the pattern, unless the method selects at every step; of several
-            phases the mean over the steps that compute.
-        flops_refresh: of a step that selects destinations anew (comparisons not counted).
-        cached: what a cached step does not compute. flops_cached: of a cached step, or their mean;
-            None without a cache. steps: of a generation that is looked at. computed: of these,
-            those that compute. phases: the first step of each, of these.
-        uncounted: operators that multiply matrices but whose FLOPs aren't known.
-        processes: that share the tokens. All of the above but `flops_before` is of one of them.
-        exchanges: in the step after the first, of which each sends what one process has to all.
-        sent_bytes: by one process to each other one in that step.
-    """
-
-    rows: tuple[Row, ...]
-    rejections: tuple[Rejection, ...]
-    flops_before: int
-    flops_after: int
-    flops_refresh: int
-    cached: tuple[CachedRow, ...] = ()
-    flops_cached: int | None = None
-    steps: int = 0
-    computed: int = 0
-    phases: tuple[int, ...] = (0,)
-    uncounted: tuple[str, ...] = ()
-    processes: int = 1
-    exchanges: int = 0
-    sent_bytes: int = 0
-
-    @property
-    def ideal_speedup(self) -> float:
-        """FLOPs of the model over FLOPs of the step after the first that merges, or, where steps
-        are cached, over the mean of all steps."""
-        if self.flops_cached is None:
-            return self.flops_before / self.flops_after
-        left = self.steps - self.computed
-        spent = self.computed * self.flops_after + left * self.flops_cached
-        return self.steps * self.flops_before / spent
-
-    @property
-    def kept_bytes(self) -> int:
-        """Memory of the kept updates of one pass."""
-        return sum(row.bytes for row in self.cached)
-
-    def to_json(self) -> str:
-        """The report as JSON text."""
-        return json.dumps({**asdict(self), "ideal_speedup": self.ideal_speedup}, indent=2)
+    def to_html(self, title: str = "toma_fx") -> str:
+        """A page with a picture of where it merges and what that saves."""
+        return page_of(self, title)
 
     def _renderables(self) -> list[Any]:
-        from rich.box import SIMPLE
-        from rich.table import Table
-        from rich.text import Text
+        return [*tables.grouped_rows(self), *tables.other_parts(self, every=False)]
 
-        table = Table(title="merged", title_justify="left", box=SIMPLE)
-        table.add_column("module, kind, scope", overflow="fold")
-        for name in ("tokens", "grid", "window", "pattern", "MFLOP"):
-            table.add_column(name, no_wrap=True)
-        for row in self.rows:
-            where = f", from step {self.phases[row.phase]}" if row.phase else ""
-            table.add_row(
-                f"{row.module}\n  {row.kind}, {row.scope}{where}",
-                f"{row.tokens} -> {row.merged}",
-                size_text(row.grid),
-                row.window,
-                row.group,
-                f"{row.flops_before / 1e6:.1f} -> {row.flops_after / 1e6:.1f}",
-            )
-        total = (
-            f"whole model {self.flops_before / 1e9:.3f} -> {self.flops_after / 1e9:.3f} GFLOP "
-            f"a step, ideal speed-up {self.ideal_speedup:.2f}x"
-        )
-        if self.uncounted:
-            total += f"; the FLOPs of {', '.join(self.uncounted)} are not counted"
-        parts: list[Any] = [table, Text(total)] if self.rows else [Text(total)]
-        if self.processes > 1:
-            shared = (
-                f"1 of {self.processes} processes: tokens and FLOPs are its own; in a step it "
-                f"sends {self.sent_bytes / 1e6:.2f} MB to each other one, "
-                f"in {self.exchanges} exchanges"
-            )
-            parts.append(Text(shared))
-        if self.flops_cached is not None:
-            parts += self._cached_parts()
-        if self.rejections:
-            reasons = Table(title="left alone", title_justify="left", box=SIMPLE)
-            for name in ("module", "kind", "reason"):
-                reasons.add_column(name, overflow="fold")
-            for r in self.rejections:
-                where = f" [{r.refusal.line}]" if r.refusal and r.refusal.line else ""
-                reasons.add_row(r.module or r.node, r.kind, Text(f"{r.reason}{where}"))
-            parts.append(reasons)
-            advice = dict.fromkeys(r.refusal.advice for r in self.rejections if r.refusal)
-            parts += [Text(f"  {line}") for line in advice]
-        return parts
-
-    def _cached_parts(self) -> list[Any]:
-        from rich.box import SIMPLE
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(title="kept over steps", title_justify="left", box=SIMPLE)
-        table.add_column("from, to", overflow="fold")
-        for name in ("kept", "shape", "order", "MB"):
-            table.add_column(name, no_wrap=True)
-        for row in self.cached:
-            table.add_row(
-                row.first if row.first == row.last else f"{row.first}\n  {row.last}",
-                row.value,
-                "x".join(map(str, row.shape)),
-                str(row.order),
-                f"{row.bytes / 1e6:.1f}",
-            )
-        share = (self.flops_cached or 0) / self.flops_before
-        text = (
-            f"a cached step computes {share:.0%} of the model; {self.computed} of {self.steps} "
-            f"steps compute; {self.kept_bytes / 1e6:.1f} MB are kept for each pass"
-        )
-        return [table, Text(text)]
+    def __repr__(self) -> str:
+        return f"<Report: {len(self.rows)} merged branches, {tables.total_text(self)}>"
 
 
 def make_report(specialization: Specialization) -> Report:
@@ -306,7 +162,7 @@ class LiveGraph:
     steps: dict[str, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Summary(Printable):
     """What `summary` returns; prints as a table, converts to JSON.
 
@@ -333,6 +189,10 @@ class Summary(Printable):
     def to_json(self) -> str:
         """The summary as JSON text."""
         return json.dumps(asdict(self), indent=2)
+
+    def __repr__(self) -> str:
+        state = "optimized" if self.active else "not optimized"
+        return f"<Summary: {self.denoiser}, {state}, {sum(self.steps.values())} steps>"
 
     def _renderables(self) -> list[Any]:
         from rich.box import SIMPLE
