@@ -70,9 +70,10 @@ def main() -> None:
     """Measure one, two and four processes, with much text and with little."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--texts", type=int, nargs="+", default=[64, 512], help="text tokens")
     options = parser.parse_args()
     rows = []
-    for text in (64, 512):
+    for text in options.texts:
         for count in (1, 2, 4):
             with tempfile.TemporaryDirectory() as folder:
                 multiprocessing.spawn(measure, (count, text, folder), nprocs=count)
