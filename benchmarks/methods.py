@@ -556,8 +556,8 @@ def row_of(results: dict[str, Any], name: str, entry: Entry) -> dict[str, Any]:
 
 def options_of(config: MethodConfig) -> dict[str, Any]:
     """A configuration's fields where they are not a new one's of the class."""
-    usual = type(config)().to_json()
-    found = config.to_json()
+    usual = type(config)().to_dict()
+    found = config.to_dict()
     if isinstance(found.get("ratios"), tuple):
         found["ratios"] = dict(found["ratios"])
     return {k: v for k, v in found.items() if k == "method" or v != usual[k]}

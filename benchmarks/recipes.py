@@ -36,7 +36,7 @@ def described(recipe: toma_fx.Recipe) -> dict[str, Any]:
     """A recipe for the record."""
     cache = recipe.config.cache
     fields = {
-        k: v for k, v in recipe.to_json()["config"].items() if k in ("ratio", "phases", "overrides")
+        k: v for k, v in recipe.to_dict()["config"].items() if k in ("ratio", "phases", "overrides")
     }
     if isinstance(cache, toma_fx.CacheConfig):
         mask = "".join(map(str, cache.steps_mask or ()))

@@ -99,7 +99,7 @@ class Entry:
         method, own = VARIANTS.get(self.method, (self.method, {}))
         options = {**PLACEMENTS[self.placement], **OPTIONS.get(method, {}), **own}
         options |= {"ratio": self.ratio, "proportional": self.proportional}
-        if "weights_every" in make_config(method=method).to_json():
+        if "weights_every" in make_config(method=method).to_dict():
             options["weights_every"] = 5
         return make_config(method=method, options=options)
 

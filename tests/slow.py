@@ -46,6 +46,13 @@ SLOW = (
     Slow("measure/test_work.py::test_kept_bytes_*", "draws whole pictures"),
     Slow("measure/test_bench.py::test_the_command_writes_json", "draws whole pictures"),
     Slow("measure/test_merging.py::test_levels_of_a_unet_merge_alone", WHOLE),
+    # inputs
+    Slow(
+        "test_inputs.py::test_they_are_those_of_the_pipelines_own_call[*]",
+        PIPELINE,
+        quick=("sdxl_controlnet", "flux_kontext"),
+    ),
+    Slow("test_types.py::*", "runs mypy over the whole package"),
     # models
     Slow("models/test_train_latent.py::test_a_training_stops_*", "trains"),
     Slow("models/test_latent.py::test_merging_and_caching_apply[latent-sdxl]", WHOLE),

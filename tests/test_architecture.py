@@ -15,8 +15,8 @@ import toma_fx
 ROOT = Path(__file__).parent.parent / "toma_fx"
 ORDER = (
     "errors", "events", "files", "devices", "compat", "methods", "models", "graph", "capture",
-    "analysis", "plan", "passes", "run", "export", "api", "serving", "calibration", "measure",
-    "offline", "cli", "__main__",
+    "analysis", "plan", "passes", "run", "export", "api", "inputs", "serving",
+    "calibration", "measure", "offline", "cli", "__main__",
 )  # fmt: skip
 """Folders and files of the package in the order of the pipeline. `toma_fx/__init__.py` is last."""
 LONGEST = 400

@@ -38,6 +38,7 @@ from tests import denoisers
 from tests.diffusers_pipelines import vae
 from tests.methods import test_methods as one_block
 from toma_fx.export.to_onnx.target import ONNXTarget
+from toma_fx.inputs import example_inputs
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -222,10 +223,21 @@ def test_artifact(run: Run) -> None:
     assert denoisers.relative(got, want) < 1e-5
 
 
-def test_explain(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    model, example_inputs = denoisers.small_flux(), denoisers.flux_inputs()
-    run("What would merge", model=model, example_inputs=example_inputs, toma_fx=toma_fx)
-    assert "256 -> 128" in capsys.readouterr().out
+def test_explain(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_flux(tmp_path / FLUX, tmp_path / "work")
+    pipe = FluxPipeline.from_pretrained(FLUX)
+    sizes: dict[str, int] = {}
+
+    def small(pipe: Any, *, height: int, width: int) -> Any:
+        sizes.update(height=height, width=width)
+        return example_inputs(pipe, 128, 128)
+
+    monkeypatch.setattr(toma_fx, "example_inputs", small)
+    run("What would merge", pipe=pipe, toma_fx=toma_fx)
+    assert sizes == {"height": 1024, "width": 1024}
+    assert "32x32: 1024 -> 512" in capsys.readouterr().out
 
 
 def test_every_snippet_is_run() -> None:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:  # the names of the table, for type checkers and editors
     from toma_fx.events import Event as Event, on_event as on_event
     from toma_fx.export.denoiser import ArtifactDenoiser as ArtifactDenoiser
     from toma_fx.export.loader import load as load
+    from toma_fx.inputs import example_inputs as example_inputs
     from toma_fx.measure.bench import bench as bench
     from toma_fx.measure.intervals import paired_interval as paired_interval
     from toma_fx.measure.quality import quality as quality
@@ -66,6 +67,7 @@ if TYPE_CHECKING:  # the names of the table, for type checkers and editors
     from toma_fx.offline.generate import generate as generate
     from toma_fx.offline.stage import DrawPictures as DrawPictures
     from toma_fx.run.batching import State as State
+    from toma_fx.run.denoiser import OptimizedDenoiser as OptimizedDenoiser
     from toma_fx.run.ranks import Parallel as Parallel
     from toma_fx.run.report import Report as Report, Summary as Summary
     # fmt: on
@@ -86,6 +88,7 @@ _NAMES = {
     "toma_fx.events": "Event on_event",
     "toma_fx.export.denoiser": "ArtifactDenoiser",
     "toma_fx.export.loader": "load",
+    "toma_fx.inputs": "example_inputs",
     "toma_fx.measure.bench": "bench",
     "toma_fx.measure.intervals": "paired_interval",
     "toma_fx.measure.quality": "quality",
@@ -110,6 +113,7 @@ _NAMES = {
     "toma_fx.offline.generate": "generate",
     "toma_fx.offline.stage": "DrawPictures",
     "toma_fx.run.batching": "State",
+    "toma_fx.run.denoiser": "OptimizedDenoiser",
     "toma_fx.run.ranks": "Parallel",
     "toma_fx.run.report": "Report Summary",
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, overload
 
 from torch import nn
 
@@ -33,8 +33,36 @@ from toma_fx.run.tracing import tracing
 T = TypeVar("T")
 
 
+@overload
+def optimize(
+    model: nn.Module,
+    toma: bool | str | MethodConfig | Recipe | Mapping[str, Any] = ...,
+    *,
+    method: str | MethodConfig | type[MethodConfig] | None = ...,
+    example_inputs: Any = ...,
+    max_signatures: int = ...,
+    like: nn.Module | None = ...,
+    parallel: Any = ...,
+    **options: Any,
+) -> OptimizedDenoiser: ...
+
+
+@overload
 def optimize(
     model: T,
+    toma: bool | str | MethodConfig | Recipe | Mapping[str, Any] = ...,
+    *,
+    method: str | MethodConfig | type[MethodConfig] | None = ...,
+    example_inputs: Any = ...,
+    max_signatures: int = ...,
+    like: nn.Module | None = ...,
+    parallel: Any = ...,
+    **options: Any,
+) -> T: ...
+
+
+def optimize(
+    model: Any,
     toma: bool | str | MethodConfig | Recipe | Mapping[str, Any] = True,
     *,
     method: str | MethodConfig | type[MethodConfig] | None = None,
@@ -43,7 +71,7 @@ def optimize(
     like: nn.Module | None = None,
     parallel: Any = None,
     **options: Any,
-) -> T:
+) -> Any:
     """Token merging for a denoiser, or for the denoiser of a diffusers pipeline.
 
     Args:
@@ -100,7 +128,7 @@ def optimize(
         return optimized
 
     if isinstance(model, nn.Module):
-        return cast(T, wrap(model))
+        return wrap(model)
     denoisers = {name: wrap(restore(inner)) for name, inner in find_components(model).items()}
     for name, denoiser in denoisers.items():
         setattr(model, name, denoiser)

@@ -129,7 +129,7 @@ def test_a_probed_step_is_predicted_as_it_was_measured() -> None:
 
 def test_what_was_recorded_survives_as_text() -> None:
     updates = UpdateErrors.of([recorded(0)])
-    again = UpdateErrors.of_json(updates.to_json())
+    again = UpdateErrors.of_json(updates.to_dict())
     assert again.times == updates.times
     assert np.array_equal(again.products, updates.products)
 

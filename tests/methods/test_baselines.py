@@ -190,8 +190,8 @@ def test_all_but_the_selection_is_as_in_toma(config: ToMAConfig, window: Any) ->
 
 @pytest.mark.parametrize("config", CONFIGS, ids=ids)
 def test_defaults_are_those_of_toma(config: ToMAConfig) -> None:
-    expected = ToMAConfig().to_json()
-    own = config.to_json()
+    expected = ToMAConfig().to_dict()
+    own = config.to_dict()
     assert {name: own[name] for name in expected if name != "method"} == {
         name: value for name, value in expected.items() if name != "method"
     }

@@ -180,7 +180,7 @@ def test_ratios_are_frozen_and_go_through_json() -> None:
     config = CAToMeConfig(ratios={"b": 0.25, "a": 0.5})
     assert config.ratios == (("a", 0.5), ("b", 0.25))
     assert hash(config) == hash(CAToMeConfig(ratios=(("b", 0.25), ("a", 0.5))))
-    fields = json.loads(json.dumps(config.to_json()))
+    fields = json.loads(json.dumps(config.to_dict()))
     assert fields.pop("method") == "ca-tome"
     assert CAToMeConfig(**fields) == config
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,7 +14,7 @@ import torch
 
 import toma_fx
 from tests.methods.test_methods import inputs, model
-from toma_fx.errors import ConfigError, TomaError
+from toma_fx.errors import ConfigError, TomaError, UnknownNameError
 from toma_fx.methods.checks import LARGEST, fits
 from toma_fx.methods.config import METHODS, make_config
 from toma_fx.methods.toma import MOST_SCALE
@@ -34,14 +35,26 @@ BEYOND = (1e39, -1e39, math.inf, -math.inf, math.nan, 10**400, -(10**400), 10**5
 
 
 @pytest.mark.parametrize(("cls", "field"), FIELDS, ids=lambda x: getattr(x, "__name__", x))
-def test_a_value_of_any_kind_is_taken_or_refused(cls: type, field: str) -> None:
+def test_a_value_of_any_kind_is_taken_or_refused(cls: Any, field: str) -> None:
     for value in STRANGE:
         try:
             config = cls(**{field: value})
         except ConfigError as error:
             assert error.what  # noqa: PT017 - that it is no other exception is what is tested
         else:
-            hash(config), repr(config), config.to_json()
+            hash(config), repr(config)
+            assert cls.from_dict(config.to_dict()) == config
+            assert cls.from_dict(json.loads(config.to_json())) == config
+
+
+def test_plain_values_of_another_method() -> None:
+    values = toma_fx.ToMeSDConfig(ratio=0.25).to_dict()
+    for error, message in ((ConfigError, "got: 'tomesd'"), (UnknownNameError, "ratio")):
+        with pytest.raises(error, match=message):
+            toma_fx.ToMAConfig.from_dict(values)
+        values = {"ration": 0.25}
+    recipe = toma_fx.Recipe(toma_fx.ToDoConfig(), model="UNet")
+    assert toma_fx.Recipe.from_dict(json.loads(recipe.to_json())) == recipe
 
 
 @pytest.mark.parametrize(("cls", "field"), FIELDS, ids=lambda x: getattr(x, "__name__", x))

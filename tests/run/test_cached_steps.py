@@ -123,7 +123,7 @@ def test_what_cache_means(value: Any, fields: dict[str, Any]) -> None:
     config = toma_fx.optimize(model(), toma=False, cache=value).config_toma
     for name, expected in fields.items():
         assert getattr(config.cache, name) == expected
-    assert json.loads(json.dumps(config.to_json()))["cache"]["every"] == config.cache.every
+    assert json.loads(json.dumps(config.to_dict()))["cache"]["every"] == config.cache.every
     assert set(POLICIES) < set(CACHES)
 
 

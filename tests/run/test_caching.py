@@ -159,8 +159,8 @@ def test_fitted_weights_of_another_order_of_entries_are_the_same() -> None:
     entries = [(600.0, [1.0, 0.5]), (700.0, [2.0, -1.0])]
     cache = CacheConfig(steps_mask=[1, 1, 0, 0], order=1, fitted=entries)
     assert cache.fitted == ((700.0, (2.0, -1.0)), (600.0, (1.0, 0.5)))
-    assert CacheConfig.of(cache.to_json()) == cache
-    assert hash(cache) == hash(CacheConfig.of(cache.to_json()))
+    assert CacheConfig.of(cache.to_dict()) == cache
+    assert hash(cache) == hash(CacheConfig.of(cache.to_dict()))
 
 
 @pytest.mark.parametrize("name", ["sdxl", "flux"])

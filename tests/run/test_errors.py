@@ -81,7 +81,7 @@ def test_configurations_are_values() -> None:
     assert hash(config) == hash(ToMAConfig(overrides={"a.*": {"ratio": 0.25}}, include=["a.*"]))
     assert config.at("a.b").ratio == 0.25
     assert config.at("c").ratio == 0.5
-    assert set(config.to_json()["overrides"]["a.*"]) <= set(ToMAConfig.overridable)
+    assert set(config.to_dict()["overrides"]["a.*"]) <= set(ToMAConfig.overridable)
     assert make_config(config, options={"ratio": 0.1}).ratio == 0.1
     assert make_config({"ratio": 0.3}).ratio == 0.3
     assert all(isinstance(p, ToMAConfig) for p in PRESETS.values())

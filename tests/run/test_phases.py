@@ -174,7 +174,7 @@ def test_both_forms_are_one() -> None:
     assert short == ToMAConfig(ratio=0.5, phases=((0.6, {"ratio": 0.25}),))
     assert short.phases == ((0.6, (("ratio", 0.25),)),)
     assert hash(short) != hash(ToMAConfig(ratio=0.5))
-    said = short.to_json()
+    said = short.to_dict()
     assert toma_fx.methods.config.make_config(True, said.pop("method"), said) == short
 
 

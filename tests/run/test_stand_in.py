@@ -40,7 +40,10 @@ def test_modules_and_weights_are_the_originals() -> None:
     own = dict(model.named_parameters())
     assert all(p is own[name] for name, p in optimized.named_parameters())
     assert optimized.get_submodule("transformer_blocks.0.attn") is model.transformer_blocks[0].attn
-    assert repr(optimized) == repr(model)
+    assert repr(optimized) == (
+        f"OptimizedDenoiser(method='toma', ratio={optimized.config_toma.ratio}, eager) of {model!r}"
+    )
+    assert {"using", "disable_merging", "step", "compile", "add_adapter"} <= set(dir(optimized))
     optimized.load_state_dict({k: torch.zeros_like(v) for k, v in model.state_dict().items()})
     assert not any(p.any() for p in model.parameters())
 

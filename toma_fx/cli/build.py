@@ -19,7 +19,8 @@ from toma_fx.export.builder import export
 from toma_fx.export.building import OnStage, Stage, report_stage
 from toma_fx.export.destination import check_output
 from toma_fx.export.to_tensorrt.dry_run import tensorrt_coverage
-from toma_fx.models.named import example, license_of
+from toma_fx.inputs import load_example
+from toma_fx.models.named import license_of
 
 
 class ShownStages:
@@ -77,7 +78,7 @@ def build_artifact(args: argparse.Namespace, options: dict[str, Any], console: C
     start = time.perf_counter()
     with ShownStages(console) as show:
         with report_stage("load the model", show):
-            model, inputs = example(
+            model, inputs = load_example(
                 args.model,
                 args.height,
                 args.width,

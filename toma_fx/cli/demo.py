@@ -249,7 +249,7 @@ def _cached(
     model: tiny.TinyModel, original: Callable[..., Any], plain: Tensor, progress: Progress
 ) -> tuple[Tensor, Cached]:
     """(pictures by the preset, how near and how fast they are)"""
-    cached = cast(OptimizedDenoiser, optimize(model.denoiser, PRESET)).compile()
+    cached = optimize(model.denoiser, PRESET).compile()
     task = progress.add_task(f"{model.name}: preset {PRESET}", total=1 + 2 * GENERATIONS)
 
     def draw(denoiser: Callable[..., Any]) -> Tensor:

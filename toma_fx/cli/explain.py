@@ -12,7 +12,8 @@ from torch import nn
 from toma_fx.api import explain
 from toma_fx.errors import ConfigError
 from toma_fx.files import write_file
-from toma_fx.models.named import example, example_inputs, from_config
+from toma_fx.inputs import example_inputs, load_example
+from toma_fx.models.named import from_config
 
 
 def explain_model(args: argparse.Namespace, options: dict[str, Any], console: Console) -> None:
@@ -47,7 +48,7 @@ def _subject(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
         )  # fmt: skip
     if args.model is not None:
         size = args.height, args.width, args.batch
-        return example(args.model, *size, subfolder=args.subfolder)
+        return load_example(args.model, *size, subfolder=args.subfolder)
     model = from_config(args.model_class, args.config)
     height = args.height or 1024
     return model, example_inputs(model, height, args.width or height, args.batch)

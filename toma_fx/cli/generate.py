@@ -27,6 +27,6 @@ def generate_pictures(args: argparse.Namespace, options: dict[str, Any], console
             **{name: getattr(args, name) for name in DRAWING},
         )
     if args.json:
-        print_json(result.to_json())
+        print_json(result.to_dict())
     else:
         console.print(str(result), highlight=False, soft_wrap=True)

@@ -138,7 +138,7 @@ def manifest_of(programs: Programs, lowered: Lowered, license: str) -> Manifest:
         model_config=_jsonable(dict(getattr(denoiser, "config", {}))),
         dtype=TensorSpec.of("", next(denoiser.denoiser.parameters())).dtype,
         license=_jsonable(license),
-        plan=_jsonable(programs.plan.to_json()),
+        plan=_jsonable(programs.plan.to_dict()),
         schedule=_schedule(programs, lowered.programs),
         parameters=denoiser.parameter_names,
         inputs=inputs,
@@ -280,7 +280,7 @@ def _key(programs: Programs, target: Target) -> str:
     """Digest of all that a build depends on: finished stages of another key are not used."""
     digest = hashlib.sha256()
     specs = [TensorSpec.of(name, x) for name, x in programs.inputs.items()]
-    parts = (source_digest(), torch.__version__, repr(target), specs, programs.plan.to_json())
+    parts = (source_digest(), torch.__version__, repr(target), specs, programs.plan.to_dict())
     digest.update(repr(parts).encode())
     for name, x in programs.denoiser.denoiser.state_dict().items():
         digest.update(name.encode())

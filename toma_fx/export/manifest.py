@@ -169,7 +169,7 @@ class Manifest:
         version: of this form. target, device: what runs the programs, and on what.
         model: class of the denoiser. model_config: its configuration. dtype: of its weights.
         license: note on the model's license, from whoever built the artifact.
-        plan: what merges, as `MergePlan.to_json()` gives it. schedule: which program runs when.
+        plan: what merges, as `MergePlan.to_dict()` gives it. schedule: which program runs when.
         parameters: of a call, in order, for arguments without keywords.
         inputs, constants, outputs, structure: what a call takes and gives.
         timestep: path of the input that tells how far a generation is; empty if none does.

@@ -80,7 +80,7 @@ def name_configs(configs: Any) -> dict[str, Any]:
 
 def _is_config(value: Any) -> bool:
     """Whether a value of a mapping is a configuration, so that its keys are names, not fields."""
-    return isinstance(value, (str, bool, Mapping)) or hasattr(value, "to_json")
+    return isinstance(value, (str, bool, Mapping)) or hasattr(value, "to_dict")
 
 
 def resolve_config(value: Any, where: str = "--config") -> Any:
@@ -99,7 +99,7 @@ def _name(value: Any) -> str:
     if not isinstance(value, (MethodConfig, bool, Mapping)):
         return str(getattr(value, "name", "") or type(value).__name__)
     config = make_config(value)
-    plain, fields = type(config)().to_json(), config.to_json()
+    plain, fields = type(config)().to_dict(), config.to_dict()
     cache = fields.pop("cache", None)
     words = [f"{k}={v}" for k, v in fields.items() if v != plain[k] and k != "method"]
     if cache:
@@ -109,5 +109,5 @@ def _name(value: Any) -> str:
 
 def config_json(config: Any) -> Any:
     """A configuration as JSON-able values, for records."""
-    fields = config.to_json() if hasattr(config, "to_json") else config
+    fields = config.to_dict() if hasattr(config, "to_dict") else config
     return json.loads(json.dumps(fields, default=repr))

@@ -65,13 +65,13 @@ class UpdateErrors:
             times |= {step: samples[step][0] for step in steps}
         return cls(tuple(times[step] for step in sorted(times)), np.sum(products, axis=0))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As JSON-able values."""
         return {"times": self.times, "products": self.products.tolist()}
 
     @classmethod
     def of_json(cls, data: Mapping[str, Any]) -> Self:
-        """From what `to_json` gives."""
+        """From what `to_dict` gives."""
         return cls(tuple(data["times"]), np.array(data["products"]))
 
     @property

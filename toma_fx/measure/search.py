@@ -212,7 +212,7 @@ class Search:
                     self.subject.draw(self.cases[start : start + size], every)
                 self.progress("", 1)
             self._captured = denoiser.specializations[-1].captured
-            return UpdateErrors.of(recorded).to_json()
+            return UpdateErrors.of(recorded).to_dict()
 
         return UpdateErrors.of_json(self._known.get({"updates": config_json(every)}, record))
 

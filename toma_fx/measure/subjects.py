@@ -167,11 +167,11 @@ class Subject(ABC):
         if key not in self._optimized:
             own = {}
             for name, denoiser in self.denoisers.items():
-                optimized = cast(OptimizedDenoiser, optimize(denoiser, config))
+                optimized = optimize(denoiser, config)
                 plan = name, plan_key(optimized.config_toma)
                 like = self._by_plan.setdefault(plan, optimized)
                 if like is not optimized:
-                    optimized = cast(OptimizedDenoiser, optimize(denoiser, config, like=like))
+                    optimized = optimize(denoiser, config, like=like)
                 if self.settings.compile:
                     optimized.compile(**self.settings.compile_options)
                 own[name] = optimized

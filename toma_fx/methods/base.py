@@ -238,12 +238,11 @@ class MethodConfig(ByPath, ABC):
         """Whether the model computes something else with it: it merges, or keeps updates."""
         return self.merges or self.caching is not None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The method and its fields as JSON-able values."""
-        out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        out["overrides"] = {pattern: dict(values) for pattern, values in self._overrides()}
+        out = super().to_dict()
         cache = CacheConfig.of(self.cache)
-        out["cache"] = None if cache is None else cache.to_json()
+        out["cache"] = None if cache is None else cache.to_dict()
         out["phases"] = [[begin, dict(fields)] for begin, fields in self.phases]
         return {"method": self.name, **out}
 

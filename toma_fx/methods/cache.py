@@ -172,12 +172,6 @@ class CacheConfig(ByPath):
         orders = [int(dict(values).get("order", 0)) for _, values in self._overrides()]
         return max(self.order, *orders, 0)
 
-    def to_json(self) -> dict[str, Any]:
-        """The fields as JSON-able values."""
-        out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        out["overrides"] = {pattern: dict(values) for pattern, values in self._overrides()}
-        return out
-
     # -- checking -------------------------------------------------------------------------------
 
     def _check(self) -> None:

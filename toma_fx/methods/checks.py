@@ -33,6 +33,15 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         )
 
 
+def with_tuples(value: Any) -> Any:
+    """A JSON value with tuples instead of lists."""
+    if isinstance(value, list):
+        return tuple(map(with_tuples, value))
+    if isinstance(value, dict):
+        return {name: with_tuples(inner) for name, inner in value.items()}
+    return value
+
+
 def check_switch(name: str, value: Any, where: str) -> None:
     """Raise unless a value is True or False.
 

@@ -131,7 +131,7 @@ def _check_off(method: Any, options: Mapping[str, Any]) -> MethodConfig:
         ConfigError, UnknownNameError: as `make_config`.
     """
     config = make_config(True, method, options)
-    overrides = dict(config.to_json()["overrides"])
+    overrides = dict(config.to_dict()["overrides"])
     names = {*options, *(name for values in overrides.values() for name in values)}
     amounts = sorted(names & AMOUNTS)
     if config.merges and (amounts or isinstance(method, MethodConfig)):

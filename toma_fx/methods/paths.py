@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Self
 
 from toma_fx.errors import ConfigError, UnknownNameError, nearest
-from toma_fx.methods.checks import fits, shorten
+from toma_fx.methods.checks import fits, shorten, with_tuples
 
 Fields = Mapping[str, Any] | tuple[tuple[str, Any], ...]
 """{field: value}, or the same as pairs."""
@@ -53,6 +54,44 @@ class ByPath:
         if not valid:
             got, where = shorten(getattr(self, name)), f"{self.prefix}{name}"
             raise error(f"{name} is out of range", where=where, expected=expected, got=got)
+
+    # -- as plain values ------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-able values."""
+        out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        out["overrides"] = {pattern: dict(values) for pattern, values in self._overrides()}
+        return out
+
+    def to_json(self) -> str:
+        """The same as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The configuration that `to_dict` gave, also after a turn through JSON.
+
+        Raises:
+            UnknownNameError: a field that there is not. ConfigError: a value out of its domain, or
+                the fields are of another method.
+        """
+        fields, name = dict(values), getattr(cls, "name", None)
+        method = fields.pop("method", name)
+        if method != name:
+            raise ConfigError(
+                "these are the fields of another method",
+                where=f"{cls.__name__}.from_dict",
+                expected=repr(name),
+                got=repr(method),
+                hint="toma_fx.optimize(model, values, method=...) takes fields of any method",
+            )
+        known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        for each in fields:
+            if each not in known:
+                raise UnknownNameError(
+                    f"unknown field {each!r}", where=cls.__name__, hint=nearest(each, known)
+                )
+        return cls(**{each: with_tuples(value) for each, value in fields.items()})
 
     def _with(self, fields: Mapping[str, Any]) -> Self:
         """The configuration of one path: no overrides, some fields replaced."""

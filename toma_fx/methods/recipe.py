@@ -17,6 +17,7 @@ from typing import Any, Self
 from toma_fx.errors import RecipeError
 from toma_fx.files import write_file
 from toma_fx.methods.base import MethodConfig
+from toma_fx.methods.checks import with_tuples
 from toma_fx.methods.config import METHODS, make_config
 
 VERSION = 1
@@ -61,14 +62,18 @@ class Recipe:
 
     # -- files ----------------------------------------------------------------------------------
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As JSON-able values."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        out: dict[str, Any] = {"version": VERSION, **values, "config": self.config.to_json()}
+        out: dict[str, Any] = {"version": VERSION, **values, "config": self.config.to_dict()}
         return out
 
+    def to_json(self) -> str:
+        """The same as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
     @classmethod
-    def of(
+    def from_dict(
         cls, data: Any, where: str = "recipe", methods: tuple[type[MethodConfig], ...] = ()
     ) -> Self:
         """From JSON-able values.
@@ -100,13 +105,13 @@ class Recipe:
             RecipeError: neither .json nor .yaml.
         """
         path = Path(path)
-        data = json.loads(json.dumps(self.to_json()))  # tuples become lists, as a reader sees them
         if is_yaml_file(path):
             import yaml
 
+            data = json.loads(self.to_json())  # tuples become lists, as a reader sees them
             text = yaml.safe_dump(data, sort_keys=False)
         else:
-            text = json.dumps(data, indent=2) + "\n"
+            text = self.to_json() + "\n"
         write_file(path, text)
 
     @classmethod
@@ -117,7 +122,7 @@ class Recipe:
             methods: classes of methods that are not built in.
 
         Raises:
-            RecipeError: no such file, or not a recipe. As `of`.
+            RecipeError: no such file, or not a recipe. As `from_dict`.
         """
         path = Path(path)
         path = path / FILE if path.is_dir() else path
@@ -135,7 +140,7 @@ class Recipe:
         except Exception as error:  # YAML's errors, JSON's, and text that is not UTF-8
             got = str(error).splitlines()[0]
             raise _malformed(str(path), "YAML" if is_yaml else "JSON", got) from error
-        return cls.of(data, str(path), methods)
+        return cls.from_dict(data, str(path), methods)
 
     # -- hub ------------------------------------------------------------------------------------
 
@@ -159,7 +164,7 @@ class Recipe:
             options: of huggingface_hub's `hf_hub_download` (revision, token, cache_dir, ...).
 
         Raises:
-            RecipeError: it can't be had, or is none. As `of`.
+            RecipeError: it can't be had, or is none. As `from_dict`.
         """
         if Path(source).is_dir():
             return cls.load(source)
@@ -174,20 +179,11 @@ class Recipe:
 
 
 def _config_of(data: Mapping[str, Any], methods: tuple[type[MethodConfig], ...]) -> MethodConfig:
-    """The configuration that `MethodConfig.to_json` gave."""
-    fields = {name: _tuples(value) for name, value in data.items() if name != "method"}
+    """The configuration that `MethodConfig.to_dict` gave."""
+    fields = {name: with_tuples(value) for name, value in data.items() if name != "method"}
     by_name = {cls.name: cls for cls in (*METHODS, *methods)}
     method = data.get("method", METHODS[0].name)
     return make_config(True, by_name.get(method, method), fields)
-
-
-def _tuples(value: Any) -> Any:
-    """A JSON value with tuples instead of lists."""
-    if isinstance(value, list):
-        return tuple(map(_tuples, value))
-    if isinstance(value, dict):
-        return {name: _tuples(inner) for name, inner in value.items()}
-    return value
 
 
 def is_yaml_file(path: Path) -> bool:

@@ -224,7 +224,7 @@ def example_inputs(
         where=family,
         expected="UNet2DConditionModel or FluxTransformer2DModel",
         got=family,
-        hint="call toma_fx.explain(model, example_inputs) with your own",
+        hint="toma_fx.example_inputs(pipe) takes them from its pipeline; or give your own",
     )
 
 

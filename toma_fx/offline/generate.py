@@ -58,7 +58,7 @@ class Generated:
         """Whether every picture is there."""
         return self.present == self.pictures
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As JSON-able values."""
         return {**dataclasses.asdict(self), "complete": self.complete}
 

@@ -262,7 +262,7 @@ class MergePlan:
         """Pattern group by name, of any phase."""
         return next(g for g in self.all_groups if g.name == name)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-able values."""
         out = {
             name: [dataclasses.asdict(x) for x in getattr(self, name)]
@@ -272,5 +272,5 @@ class MergePlan:
             for shown, item in zip(out[name], getattr(self, name), strict=True):
                 shown["setting"] = {"method": type(item.setting).__name__, **shown["setting"]}
         cache = None if self.cache is None else dataclasses.asdict(self.cache)
-        later = [plan.to_json() for plan in self.later]
-        return {**out, "cache": cache, "config": self.config.to_json(), "later": later}
+        later = [plan.to_dict() for plan in self.later]
+        return {**out, "cache": cache, "config": self.config.to_dict(), "later": later}

@@ -96,6 +96,13 @@ class OptimizedDenoiser(  # type: ignore[misc]
         merges = self._standing.config == self._own
         return _rebuild, (*arguments, options["_compile"], options["_fixed"], guidance, merges)
 
+    def __repr__(self) -> str:
+        config = self.config_toma
+        amount = f", ratio={config.ratio}" if hasattr(config, "ratio") else ""
+        cached = ", cached steps" if config.caching else ""
+        how = f"method={config.name!r}{amount}{cached}, {'compiled' if self.compiled else 'eager'}"
+        return f"OptimizedDenoiser({how}) of {self.denoiser!r}"
+
     # -- calling --------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

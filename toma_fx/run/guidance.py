@@ -173,7 +173,7 @@ class SplitsGuidance(Switches):
         """
         guidance = GuidanceRanks(group, self.parameter_names[0])
         hashes = {
-            "configuration": hash_of(self.config_toma.to_json()),
+            "configuration": hash_of(self.config_toma.to_dict()),
             "weights": digest_weights(self.denoiser),
         }
         guidance.ranks.agree_on(f"guidance of {type(self.denoiser).__name__}", hashes)

@@ -121,7 +121,7 @@ class Specialization:
         if ranks is not None:
             numbers = [_numbers_of(node) for node in captured.graph_module.graph.nodes]
             graph = [(name, flow.ops[name], flow.shapes.get(name)) for name in flow.order]
-            digest = hash_of([graph, numbers, plan.to_json()])
+            digest = hash_of([graph, numbers, plan.to_dict()])
             rank = ranks.rank if isinstance(ranks, Ranks) else ranks
             plan = shard_plan(plan, analysis, flow, rank)
         live = ranks if isinstance(ranks, Ranks) else None
@@ -139,7 +139,7 @@ class Specialization:
         if self.ranks is not None:
             hashes = {
                 "graph and plan": self.digest,
-                "configuration": hash_of(self.plan.config.to_json()),
+                "configuration": hash_of(self.plan.config.to_dict()),
                 "weights": digest_weights(model),
                 "inputs": hash_of_inputs(leaves),
             }

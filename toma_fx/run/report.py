@@ -237,7 +237,7 @@ def make_summary(model: nn.Module, optimized: OptimizedDenoiser | None) -> Summa
         type(optimized.denoiser).__name__,
         True,
         optimized.compiled,
-        optimized.config_toma.to_json(),
+        optimized.config_toma.to_dict(),
         optimized.cache.captures,
         tuple(_describe_graph(s) for s in optimized.specializations),
         optimized.totals,

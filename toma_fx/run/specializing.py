@@ -62,7 +62,7 @@ class Specializes(Switches):
             return found.agree(arguments.leaves, self.denoiser)
 
         def describe() -> Mapping[str, str]:
-            fields = {k: str(v) for k, v in variant.config.to_json().items()}
+            fields = {k: str(v) for k, v in variant.config.to_dict().items()}
             return {**arguments.describe(rasters), **fields}
 
         return key, self.cache.get(key, make, describe)

@@ -42,6 +42,9 @@ class StandIn(nn.Module):
             raise AttributeError(name)
         return getattr(self.__dict__["denoiser"], name)
 
+    def __dir__(self) -> list[str]:
+        return sorted({*dir(self.__dict__["denoiser"]), *self.__dict__, *dir(type(self))})
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "training":
             self.denoiser.training = value
