@@ -13,10 +13,13 @@ from typing import Any
 import pytest
 import torch
 
+from toma_fx.cli import build
 from toma_fx.cli import main as command_line
 from toma_fx.cli.main import main
 from toma_fx.cli.status import DONE, FAILED, FAULT, MISUSED, PIPE_CLOSED, STATUS
 from toma_fx.cli.terminal import Terminal, printable
+from toma_fx.errors import MissingPackageError
+from toma_fx.export.to_onnx.target import ONNXTarget
 
 BUILD = ("build", "--model", "tiny-flux", "--target", "onnx")
 MISTAKES: dict[str, tuple[tuple[str, ...], int, str]] = {
@@ -129,3 +132,16 @@ def test_statuses_are_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert all(f"{number} {text}" in said for number, text in STATUS.items())
+
+
+def test_a_missing_tool_is_said_before_a_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lacks(self: ONNXTarget) -> None:
+        raise MissingPackageError("no onnx here", where="target onnx", hint="pip install")
+
+    monkeypatch.setattr(ONNXTarget, "check_installed", lacks)
+    monkeypatch.setattr(build, "load_example", lambda *_, **__: pytest.fail("a model is loaded"))
+    assert main([*BUILD, "--out", str(tmp_path / "a")]) == FAILED
+    assert "no onnx here" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, ModelMixin
@@ -16,7 +17,7 @@ import toma_fx
 from tests.export.edited import edit
 from tests.export.in_process import InProcess
 from tests.methods.test_methods import inputs
-from toma_fx.errors import ArtifactError, BuildError
+from toma_fx.errors import ArtifactError, BuildError, ConfigError, SignatureError
 from toma_fx.export import loader
 from toma_fx.export.builder import export
 from toma_fx.export.denoiser import ArtifactDenoiser
@@ -119,3 +120,60 @@ def test_a_copy_of_what_is_gone_or_another_says_so(
     with pytest.raises(ArtifactError, match="be opened again"):
         artifact.save_pretrained(folder.parent / "saved")
     assert not (folder.parent / "saved").exists()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_calls_in_another_floating_dtype(folder: Path, dtype: torch.dtype) -> None:
+    own, call = toma_fx.load(folder), inputs()
+    other = {**call, "sample": call["sample"].to(dtype), "timestep": call["timestep"].to(dtype)}
+    hint = r"pipe.to\(torch.float32\) before, or toma_fx.load\(..., cast=True\)"
+    with pytest.raises(SignatureError, match=hint):
+        own(**other)
+    casting = toma_fx.load(folder, cast=True)
+    rounded = {name: x.to(torch.float32) for name, x in other.items()}
+    for artifact in (casting, copy.deepcopy(casting), pickle.loads(pickle.dumps(casting))):
+        outputs = artifact(**other)
+        assert outputs.dtype == dtype
+        assert torch.equal(outputs, own(**rounded).to(dtype))
+        own.reset()
+        artifact.reset()
+    stepped, state = casting.step(other, toma_fx.State())
+    assert torch.equal(stepped, own.step(rounded, toma_fx.State())[0].to(dtype))
+    assert {x.dtype for x in state.kept.values() if x.is_floating_point()} <= {torch.float32}
+    assert casting(**call).dtype == torch.float32
+    with pytest.raises(SignatureError, match="sample"):
+        casting(**{**call, "sample": call["sample"].to(torch.int64)})
+    with pytest.raises(ConfigError, match="cast"):
+        toma_fx.load(folder, cast="yes")  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def test_from_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[Any] = []
+
+    def download(name: str, revision: str | None = None) -> str:
+        asked.append((name, revision))
+        if name == "somebody/none":
+            raise OSError("404: no such repository\nand more")
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    artifact = toma_fx.load("somebody/sdxl-onnx", revision="v1")
+    assert torch.equal(artifact(**inputs()), toma_fx.load(folder)(**inputs()))
+    with pytest.raises(ArtifactError, match="no such folder, and OSError: 404"):
+        toma_fx.load("somebody/none")
+    for path in ("nowhere", "./a/b", "a/b/c", tmp_path / "gone"):
+        with pytest.raises(ArtifactError):
+            toma_fx.load(path)
+    assert asked == [("somebody/sdxl-onnx", "v1"), ("somebody/none", None)]
+
+
+def test_a_folder_of_diffusers_is_known(tmp_path: Path) -> None:
+    for name in ("model_index.json", "config.json"):
+        made = tmp_path / name
+        made.mkdir()
+        (made / name).write_text("{}")
+        with pytest.raises(ArtifactError, match=f"a model of diffusers(.|\n)*{made} --target"):
+            toma_fx.load(made)

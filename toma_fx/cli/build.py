@@ -18,6 +18,7 @@ from toma_fx.errors import BuildError, ConfigError
 from toma_fx.export.builder import export
 from toma_fx.export.building import OnStage, Stage, report_stage
 from toma_fx.export.destination import check_output
+from toma_fx.export.registry import make_target
 from toma_fx.export.to_tensorrt.dry_run import tensorrt_coverage
 from toma_fx.inputs import load_example
 from toma_fx.models.named import license_of
@@ -73,6 +74,8 @@ def build_artifact(args: argparse.Namespace, options: dict[str, Any], console: C
         )
     if args.out is not None:
         check_output(args.out, args.overwrite)
+    if not args.dry_run:
+        make_target(args.target, chosen).check_installed()  # before a model is loaded
     default = "cuda" if torch.cuda.is_available() else "cpu"
     device = usable_device(args.device or default)
     start = time.perf_counter()

@@ -19,22 +19,40 @@ from toma_fx.export.manifest import ArtifactInput, Manifest, TensorSpec, raster_
 
 @dataclass(frozen=True)
 class ArtifactCall:
-    """A call that fits an artifact: inputs of its programs, and the arguments they came from."""
+    """A call that fits an artifact.
+
+    Attributes:
+        inputs: of its programs. arguments: they came from, by path. dtype: that outputs are given
+            in, if not their own.
+    """
 
     inputs: tuple[Tensor, ...]
     arguments: Mapping[tuple[str, ...], Any]
+    dtype: torch.dtype | None = None
 
 
 def match_call(
-    manifest: Manifest, args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device
+    manifest: Manifest,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    device: torch.device,
+    *,
+    cast: bool = False,
 ) -> ArtifactCall:
     """A call, checked against the manifest.
+
+    Args:
+        cast: take inputs of another floating dtype, and ask for outputs in that of the first.
 
     Raises:
         SignatureError: names the first argument that does not fit.
     """
     named = {**dict(zip(manifest.parameters, args, strict=False)), **kwargs}
     leaves = dict(_leaves(named))
+    dtype = None
+    if cast:
+        dtype = _floating_dtype(leaves.get(spec.path) for spec in manifest.inputs)
+        leaves |= {s.path: _cast_floats(leaves.get(s.path), s.tensor) for s in manifest.inputs}
     inputs = tuple(
         _match_input(spec, leaves.get(spec.path), device, casts=_may_cast(manifest, spec))
         for spec in manifest.inputs
@@ -48,7 +66,7 @@ def match_call(
     extra = next((p for p, x in leaves.items() if p not in known and x is not None), None)
     if extra is not None:
         raise _misfit(extra, "nothing: the artifact has no such input", repr(leaves[extra])[:80])
-    return ArtifactCall(inputs, leaves)
+    return ArtifactCall(inputs, leaves, dtype)
 
 
 def nest_arguments(manifest: Manifest, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -96,9 +114,24 @@ def _match_input(spec: ArtifactInput, value: Any, device: torch.device, *, casts
     own = TensorSpec.of(spec.tensor.name, value)
     got = f"{own.shape} {own.dtype}"
     if got != want:
-        raise _misfit(spec.path, want, got)
+        floats = value.is_floating_point() and dtype.is_floating_point
+        fits = own.shape == spec.tensor.shape and floats
+        raise _misfit(spec.path, want, got, dtype if fits else None)
     placed: Tensor = value.to(device)
     return placed
+
+
+def _floating_dtype(values: Iterator[Any]) -> torch.dtype | None:
+    """The dtype of the first value that is a floating tensor."""
+    tensors = (x for x in values if isinstance(x, Tensor) and x.is_floating_point())
+    return next((x.dtype for x in tensors), None)
+
+
+def _cast_floats(value: Any, spec: TensorSpec) -> Any:
+    """A floating tensor in the floating dtype that an artifact was built for."""
+    dtype = getattr(torch, spec.dtype)
+    floats = isinstance(value, Tensor) and value.is_floating_point() and dtype.is_floating_point
+    return value.to(dtype) if floats else value
 
 
 def _tensor_of(value: Any, dtype: torch.dtype, path: Sequence[str]) -> Tensor:
@@ -166,11 +199,17 @@ def _cast_exactly(value: Tensor, dtype: torch.dtype) -> Tensor:
     return cast if torch.equal(cast.to(value.dtype), value) else value
 
 
-def _misfit(path: Sequence[str], expected: str, got: str) -> SignatureError:
+def _misfit(
+    path: Sequence[str], expected: str, got: str, dtype: torch.dtype | None = None
+) -> SignatureError:
+    """`dtype`: of the artifact, if only that of the input is another one."""
+    hint = "an artifact is for the shapes, dtypes and constants that it was built with"
+    if dtype is not None:
+        hint = f"pipe.to({dtype}) before, or toma_fx.load(..., cast=True) takes any floating dtype"
     return SignatureError(
         "the call does not fit the artifact",
         where=".".join(path),
         expected=expected,
         got=got,
-        hint="an artifact is for the shapes, dtypes and constants that it was built with",
+        hint=hint,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -93,10 +93,14 @@ class ArtifactDenoiser(KeepsState, nn.Module):
 
     Attributes:
         manifest: what the artifact says of itself. config: the original's configuration.
+        cast: whether calls may come in another floating dtype; they get outputs in theirs.
     """
 
-    def __init__(self, manifest: Manifest, runtime: Runtime, device: torch.device) -> None:
+    def __init__(
+        self, manifest: Manifest, runtime: Runtime, device: torch.device, *, cast: bool = False
+    ) -> None:
         super().__init__()
+        self.cast = cast
         self.manifest = manifest
         self.config = _Config(manifest.model_config)
         self._programs, self._device = ArtifactPrograms(manifest, runtime), device
@@ -131,13 +135,19 @@ class ArtifactDenoiser(KeepsState, nn.Module):
                 schedule needs can't be counted.
             SharedStateError: another thread is in the same pass of a generation.
         """
+        call: ArtifactCall | None = None
 
         def prepare() -> StepCall:
+            nonlocal call
             refuse_gradient((args, kwargs), "the loaded artifact")
-            call = plain_numbers(args, kwargs)
-            return self._step_call(match_call(self.manifest, *call, self._device))
+            call = self._match(*plain_numbers(args, kwargs))
+            return self._step_call(call)
 
-        return self._stepper.step(prepare, self._find, self._structured)
+        def unflatten(outputs: list[Tensor]) -> Any:
+            assert call is not None
+            return self._structured(outputs, call.dtype)
+
+        return self._stepper.step(prepare, self._find, unflatten)
 
     can_mix = False
     """Whether a batch may hold requests that are due different kinds of programs."""
@@ -174,19 +184,22 @@ class ArtifactDenoiser(KeepsState, nn.Module):
         args, kwargs = call_of_step(inputs)
         refuse_gradient((args, kwargs), "the loaded artifact")
         args, kwargs = plain_numbers(args, kwargs)
-        call = match_call(self.manifest, args, kwargs, self._device)
+        call = self._match(args, kwargs)
         step_call = self._step_call(call)
         self._stepper.find(step_call.signature, step_call.ids, self._find)
         model = (self._digest, str(self._device))
         outputs, following = step_states(
             self._stepper, self._programs, call.inputs, state, model, nullcontext, rows
         )
-        return self._structured(outputs), following
+        return self._structured(outputs, call.dtype), following
 
     def _schedule(self) -> Schedule:
         return self.manifest.schedule
 
     # -- what a call is -------------------------------------------------------------------------
+
+    def _match(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ArtifactCall:
+        return match_call(self.manifest, args, kwargs, self._device, cast=self.cast)
 
     def _step_call(self, call: ArtifactCall) -> StepCall:
         arguments, specs = call.arguments, self.manifest.inputs
@@ -201,8 +214,11 @@ class ArtifactDenoiser(KeepsState, nn.Module):
         check_positions(self.manifest, rasters)
         return None, self._programs
 
-    def _structured(self, outputs: list[Tensor]) -> Any:
+    def _structured(self, outputs: list[Tensor], dtype: torch.dtype | None) -> Any:
+        """The outputs as the denoiser returned them; `dtype` is theirs, if not their own."""
         structure = self.manifest.structure
+        if dtype is not None:
+            outputs = [x.to(dtype) if x.is_floating_point() else x for x in outputs]
         if structure.kind == "tensor":
             return outputs[0]
         if structure.kind == "list":

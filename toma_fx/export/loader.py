@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 from functools import cache
@@ -15,10 +16,14 @@ from toma_fx.errors import ArtifactError, ConfigError
 from toma_fx.export.building import building
 from toma_fx.export.denoiser import ArtifactDenoiser
 from toma_fx.export.manifest import Manifest
-from toma_fx.export.reading import ArtifactFiles, open_artifact
+from toma_fx.export.reading import MANIFEST, ArtifactFiles, open_artifact
 from toma_fx.export.registry import TARGETS, target_class
 from toma_fx.export.signatures import check_signature
 from toma_fx.export.targets import Runtime
+from toma_fx.methods.checks import check_switch
+
+REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+"""Ids of repositories of the hub."""
 
 
 def load(
@@ -26,15 +31,22 @@ def load(
     *,
     device: str | torch.device | None = None,
     trust: str | Path | None = None,
+    cast: bool = False,
+    revision: str | None = None,
     **options: Any,
 ) -> ArtifactDenoiser:
     """Load an artifact.
 
     Args:
-        path: the folder that a build made.
+        path: the folder that a build made, or the id of a repository of the hub with its files
+            ("owner/name"), which is downloaded. It holds native code: load what you built, or give
+            `trust`.
         device: to run on; what the artifact was built on if not given. Compiled artifacts are for
             devices of that kind alone, ONNX models for the CPU and for CUDA.
         trust: PEM file of a public key: nothing is run unless its owner signed the artifact.
+        cast: take calls in any floating dtype and give outputs in that of their first floating
+            input, as a float16 artifact in a float32 pipeline needs. Each step then rounds.
+        revision: of the repository: a commit, tag or branch.
         options: of the target: `providers=` for ONNX Runtime.
 
     Returns:
@@ -44,10 +56,44 @@ def load(
         ArtifactError: a file is missing or has changed, another version of the manifest or of what
             the target needs, another device or architecture. Nothing of the artifact was run then.
             Not signed, or not by the owner of the key.
-        ConfigError: no such device, or key.
+        ConfigError: no such device, or key; `cast` is no bool.
         MissingPackageError: the target, or a signature, needs a package that is not installed.
     """
-    return _load(path, device, trust, options)
+    check_switch("cast", cast, "load")
+    return _load(find_folder(path, revision), device, trust, options, cast=cast)
+
+
+def find_folder(path: str | Path, revision: str | None = None) -> Path:
+    """The folder of an artifact, downloaded if it is named by a repository of the hub.
+
+    Raises:
+        ArtifactError: neither. It says so of folders of diffusers, too.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        made = [name for name in ("model_index.json", "config.json") if (folder / name).is_file()]
+        if made and not (folder / MANIFEST).exists():
+            raise ArtifactError(
+                "no artifact, but a model of diffusers",
+                where=str(folder),
+                expected=MANIFEST,
+                got=made[0],
+                hint=f"toma-fx build --model {folder} --target onnx --out artifact makes one of it",
+            )
+        return folder
+    if folder.exists() or not REPOSITORY.fullmatch(str(path)):
+        return folder  # what is wrong with it is said when it is opened
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(path), revision=revision))
+    except OSError as error:  # what the hub's errors are, too
+        raise ArtifactError(
+            "no artifact",
+            where=str(path),
+            expected="a folder, or a repository of the hub",
+            got=f"no such folder, and {type(error).__name__}: {str(error).splitlines()[0]}",
+        ) from error
 
 
 def _load(
@@ -56,6 +102,8 @@ def _load(
     trust: str | Path | None,
     options: Mapping[str, Any],
     digest: str | None = None,
+    *,
+    cast: bool = False,
 ) -> LoadedDenoiser:
     """See `load`; only the artifact of this manifest, if one is named."""
     with open_artifact(path) as artifact:
@@ -74,7 +122,8 @@ def _load(
                 hint="read it with the toma_fx that made it",
             )
         runtime = target_class(manifest.target.name).open(artifact, wanted, options)
-    return LoadedDenoiser(Path(path).resolve(), manifest, runtime, wanted, trust, options)
+    folder = Path(path).resolve()
+    return LoadedDenoiser(folder, manifest, runtime, wanted, trust, options, cast=cast)
 
 
 def _own_device(manifest: Manifest) -> torch.device:
@@ -109,8 +158,10 @@ class LoadedDenoiser(ArtifactDenoiser):
         device: torch.device,
         trust: str | Path | None,
         options: Mapping[str, Any],
+        *,
+        cast: bool = False,
     ) -> None:
-        ArtifactDenoiser.__init__(self, manifest, runtime, device)
+        ArtifactDenoiser.__init__(self, manifest, runtime, device, cast=cast)
         self.folder, self.options = folder, dict(options)
         self.trust = None if trust is None else str(Path(trust).resolve())
 
@@ -121,7 +172,8 @@ class LoadedDenoiser(ArtifactDenoiser):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         device = str(self.device)
-        return _reopen, (str(self.folder), device, self.trust, self.options, self._digest)
+        settings = device, self.trust, self.options, self._digest, self.cast
+        return _reopen, (str(self.folder), *settings)
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """Copy the artifact; called by `save_pretrained` of pipelines.
@@ -169,14 +221,19 @@ def _model_class() -> type:
 
 
 def _reopen(
-    folder: str, device: str, trust: str | None, options: Mapping[str, Any], digest: str
+    folder: str,
+    device: str,
+    trust: str | None,
+    options: Mapping[str, Any],
+    digest: str,
+    cast: bool,
 ) -> ArtifactDenoiser:
     """A copy of a loaded artifact.
 
     Raises:
         ArtifactError: as of `load`, or another artifact is in the folder now.
     """
-    return _load(folder, device, trust, options, digest)
+    return _load(folder, device, trust, options, digest, cast=cast)
 
 
 def _check_same(artifact: ArtifactFiles, digest: str) -> None:
