@@ -37,6 +37,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import toma_fx
 from tests import denoisers
+from tests.capture import replaced_cases
 from tests.reference import Settings, stand_in
 from toma_fx.capture.guard import ModelGuard
 from toma_fx.errors import CompanionError, ModelTypeError, OffloadError
@@ -617,6 +618,32 @@ COMPANIONS = (
         "refused",
         "works on the optimized denoiser itself, around a call",
         own_hook,
+    ),
+    Companion(
+        "cache-dit (`cache_dit.enable_cache`)",
+        "refused",
+        "`cache_dit.disable_cache(...)`; `optimize(model, cache=...)` ([caching.md](caching.md))",
+        replaced_cases.cache_dit,
+    ),
+    Companion(
+        "tomesd (`tomesd.apply_patch`)",
+        "refused",
+        '`tomesd.remove_patch(model)`; `optimize(model, method="tomesd")`',
+        replaced_cases.tome_patch,
+    ),
+    Companion(
+        "`forward` of the model or of a block, or the class of one, replaced",
+        "works",
+        "is captured; where it can't be, the error names the code and its module",
+        replaced_cases.forward_function,
+        ("before", "original"),
+    ),
+    Companion(
+        "`forward` of the optimized denoiser replaced",
+        "works",
+        "around a call; refused if it does not call what it replaced, and in `step`",
+        replaced_cases.forward_around,
+        ("through",),
     ),
 )  # fmt: skip
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from toma_fx.compat.libraries import HISTORY, HOOKS, ORIGINAL_FORWARD, WRAPPING
+from toma_fx.compat.libraries import HISTORY, HOOKS, WRAPPING, own_forward
 from toma_fx.compat.pytorch import module_fields
 
 ATOMS = frozenset({NoneType, bool, int, float, complex, str, bytes})
@@ -30,13 +30,14 @@ def tracked_attributes(owner: Any, *, root: bool = False) -> dict[str, Any]:
     """
     ignored = _ignored(isinstance(owner, nn.Module), type(owner) in _CONTAINERS)
     if root:
-        # without accelerate's mark, a `forward` of the denoiser's own is the user's
-        ignored |= WRAPPING if ORIGINAL_FORWARD in vars(owner) else WRAPPING - {"forward"}
-    return {
+        ignored |= WRAPPING
+    values = {
         name: value
         for name, value in list(vars(owner).items())
         if name not in ignored and not (name in WRAPPING and _is_leftover(owner, name, value))
     }
+    forward = own_forward(owner) if root else None
+    return values if forward is None else {**values, "forward": forward}
 
 
 @cache
@@ -53,6 +54,11 @@ def _is_leftover(owner: Any, name: str, value: Any) -> bool:
     forward = getattr(type(owner), "forward", None)
     own = name == "forward" and getattr(value, "__func__", None) is forward
     return own and getattr(value, "__self__", None) is owner
+
+
+def code_of(cls: type) -> tuple[Any, Any]:
+    """The functions that run a module of a class; others may write them into it."""
+    return cls.forward, cls.__call__  # type: ignore[attr-defined]
 
 
 def is_helper(value: Any) -> bool:

@@ -1,7 +1,8 @@
 """Other libraries that act on a model: what of that is followed, and what is refused.
 
 Followed are diffusers' attention backends and, with merging off, autocast regions. Refused by name
-is what acts inside the forward pass and can't be in a graph: caches, offload hooks, parallelism.
+is what acts inside the forward pass and can't be in a graph: caches, offload hooks, parallelism,
+and packages that merge or skip themselves (`replaced`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from toma_fx.capture.replaced import check_replaced
 from toma_fx.compat.libraries import (
     accelerate_hook,
     active_attention_backend,
@@ -44,6 +46,7 @@ class Companions:
         modules = dict(model.named_modules())
         _check_parallel(model)
         _check_hooks(modules)
+        check_replaced(modules)
         if runs or not all(p.is_meta for p in model.parameters()):
             _check_loaded(model)
         self._first = next(model.parameters(), None)

@@ -11,9 +11,9 @@ scales, processors, flags). `ModelGuard` remembers them. At each step it asks tw
 `key` names the state by value: a model that returns to an earlier state (an adapter switched back)
 finds its earlier graphs.
 
-Outside the guard: values inside tensors (shared with the graph, a change shows at once); the class
-of an object, where nothing else of the model changes with it; and what lies outside the model, of
-which `companions` follows some.
+Outside the guard: values inside tensors (shared with the graph, a change shows at once); what
+lies in classes, but for the `forward` and `__call__` of modules; and what lies outside the model,
+of which `companions` follows some.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from toma_fx.capture.attributes import (
     ATOMS,
     HELPER_DEPTH,
     as_bytes,
+    code_of,
     is_helper,
     tracked_attributes,
 )
@@ -98,6 +99,10 @@ class Snapshot:
         self._seen = {id(model)}
         for owner, depth in self._owners:  # grows as it is walked
             self._add_owner(owner, depth, root=owner is model)
+        self._parts = [owner for owner, _ in self._owners if isinstance(owner, nn.Module)]
+        self._classes = list(map(type, self._parts))
+        self._kinds = tuple(dict.fromkeys(self._classes))
+        self._functions = list(map(code_of, self._kinds))
         self._bytes = as_bytes(self._data)
         # read in the order of addresses, memory is fetched ahead
         self._dicts.sort(key=id)
@@ -109,6 +114,7 @@ class Snapshot:
             and self._shape == other._shape
             and self._plain == other._plain
             and _same_items(self._objects, other._objects)
+            and self._functions == other._functions
         )
 
     def is_untouched(self) -> bool:
@@ -116,6 +122,8 @@ class Snapshot:
         return (
             not any(self._empty)
             and sum(map(self._version, self._dicts)) == self._versions
+            and list(map(type, self._parts)) == self._classes
+            and list(map(code_of, self._kinds)) == self._functions
             and as_bytes(self._data) == self._bytes
             and all(_same_items(items, before) for items, before in self._lists)
         )

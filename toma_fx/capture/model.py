@@ -20,7 +20,7 @@ from toma_fx.capture.canonical import flat_graph
 from toma_fx.capture.grids import Raster, find_raster, size_hints
 from toma_fx.capture.references import without_weak_references
 from toma_fx.capture.traceable import TraceableForms
-from toma_fx.compat.libraries import ORIGINAL_FORWARD, WRAPPING
+from toma_fx.compat.libraries import WRAPPING, own_forward
 from toma_fx.compat.pytorch import lazy_graph_modules, tree_flatten, tree_map, tree_paths
 from toma_fx.errors import (
     CaptureError,
@@ -167,10 +167,10 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The model without wrappers of its call (offload hooks); shares everything."""
     plain = copy.copy(model)
     attributes = vars(plain)
-    forward = attributes.get(ORIGINAL_FORWARD, attributes.get("forward"))
+    forward = own_forward(model)
     for name in WRAPPING:
         attributes.pop(name, None)
-    if forward is not None and getattr(forward, "__func__", None) is not type(model).forward:
+    if forward is not None:
         attributes["forward"] = forward  # set by the user
     return plain
 

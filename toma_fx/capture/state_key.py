@@ -13,6 +13,7 @@ from toma_fx.capture.attributes import (
     ATOMS,
     HELPER_DEPTH,
     as_bytes,
+    code_of,
     is_helper,
     tracked_attributes,
 )
@@ -70,6 +71,7 @@ def state_key(model: nn.Module, *, local: bool = True) -> str:
             idle.update(f"{path}.{k}.{n}" for k in children for n in names - set(acting))
         described = (
             path,
+            (id(type(module)), *map(id, code_of(type(module)))) if local else (),
             _describe_owner(module, HELPER_DEPTH, name, root=not path, adapters=adapters),
             [(key, name(p)) for key, p in parameters.items()],
             [(key, str(_shape(b)) if local else name(b)) for key, b in buffers.items()],

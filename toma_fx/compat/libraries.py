@@ -42,6 +42,27 @@ def accelerate_hook(module: nn.Module) -> Any:
     return vars(module).get("_hf_hook")
 
 
+def own_forward(module: nn.Module) -> Any:
+    """The `forward` that was set on a module, below a hook of accelerate; None: its class's."""
+    own = vars(module)
+    forward = own.get("forward")
+    if ORIGINAL_FORWARD in own and (forward is None or _is_accelerates(forward)):
+        forward = own[ORIGINAL_FORWARD]
+    natural = getattr(forward, "__func__", None) is getattr(type(module), "forward", None)
+    return None if natural and getattr(forward, "__self__", None) is module else forward
+
+
+def covers_hook(module: nn.Module) -> bool:
+    """Whether another `forward` was set on a module over a hook of accelerate."""
+    own = vars(module)
+    return ORIGINAL_FORWARD in own and not _is_accelerates(own.get("forward"))
+
+
+def _is_accelerates(forward: Any) -> bool:
+    written = getattr(getattr(forward, "func", None), "__module__", "")
+    return written.partition(".")[0] == "accelerate"
+
+
 def attention_backend(processor: Any) -> str | None:
     """The attention backend of a processor: None for the global one, "native" if it knows none."""
     backend = getattr(processor, "_attention_backend", "native")

@@ -5,14 +5,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from toma_fx.capture.grids import Raster
 from toma_fx.capture.guard import ModelGuard
-from toma_fx.compat.pytorch import tree_paths
+from toma_fx.compat.libraries import own_forward
+from toma_fx.compat.pytorch import hook_tables, tree_paths
 from toma_fx.errors import ConfigError, SignatureError
 from toma_fx.graph.nodes import TIMESTEPS
 
@@ -80,13 +82,63 @@ class NamedCall:
     token: Tensor | None = None
 
 
+class CallSignature:
+    """What the arguments of a model's call are named, as its `forward` is now."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._forward: Any = None
+        self.now()
+
+    def now(self) -> inspect.Signature:
+        """The signature of what runs when the model is called.
+
+        A function on the model itself that takes anything stands around the class's `forward`.
+        """
+        own = own_forward(self._model)
+        forward = type(self._model).forward if own is None else own
+        if forward is not self._forward:
+            self._forward, self._signature = forward, self._find(own)
+        return self._signature
+
+    @property
+    def is_wrapped(self) -> bool:
+        """Whether hooks or a function around see which arguments have a position."""
+        return any(hook_tables(self._model)) or own_forward(self._model) is not None
+
+    def _find(self, own: Any) -> inspect.Signature:
+        inner = inspect.signature(MethodType(type(self._model).forward, self._model))
+        if own is None:
+            return inner
+        # `update_wrapper` may name what is wrapped before it is bound
+        signature = inspect.signature(own, follow_wrapped=False)
+        kinds = {p.kind for p in signature.parameters.values()}
+        if kinds != {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+            return signature
+        # the function may give what the call leaves out, and take away what is new
+        named = [p.replace(default=None) for p in inner.parameters.values() if _has_name(p)]
+        rest = [p for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
+        return inspect.Signature([*named, *rest])
+
+
+def _has_name(parameter: inspect.Parameter) -> bool:
+    return parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+
+
 def name_arguments(
-    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], where: str
+    signature: inspect.Signature,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    where: str,
+    keep: int = 0,
 ) -> NamedCall:
     """A call in canonical form; a Python number as timestep becomes a tensor.
 
     The denoisers themselves make it one, and a graph takes tensors. A call with more positional
     arguments than the signature names stays as it is.
+
+    Args:
+        keep: how many arguments stay positional.
 
     Raises:
         SignatureError: it does not fit the signature.
@@ -117,7 +169,9 @@ def name_arguments(
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             dtype = torch.float64 if isinstance(value, float) else torch.int64
             named[name] = torch.tensor(value, dtype=dtype)
-    return NamedCall((), named, *_split_options(named))
+    options = _split_options(named)
+    positional = [named.pop(name) for name in list(named)[:keep]]
+    return NamedCall(tuple(positional), named, *options)
 
 
 OPTIONS = "transformer_options"

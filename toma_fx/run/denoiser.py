@@ -9,7 +9,6 @@ the caller holds the state (`batching.step_states`). Inference only: no gradient
 
 from __future__ import annotations
 
-import inspect
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -32,6 +31,7 @@ from toma_fx.run.arguments import are_taken, check_leaves, plain_numbers
 from toma_fx.run.batching import ModelKey, State, step_states
 from toma_fx.run.calls import (
     Arguments,
+    CallSignature,
     NamedCall,
     call_of_step,
     describe_leaves,
@@ -87,7 +87,7 @@ class OptimizedDenoiser(  # type: ignore[misc]
         own["_like"], own["_ranks"] = like, ranks
         own["_compile"] = own["_fixed"] = own["_guidance"] = None
         own["_accepted"] = OrderedDict()
-        own["_forward_signature"] = inspect.signature(model.forward)
+        own["_signature"] = CallSignature(model)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         options = self.__dict__
@@ -119,8 +119,11 @@ class OptimizedDenoiser(  # type: ignore[misc]
                 schedule needs can't be counted.
             SharedStateError: another thread is in the same pass of a generation.
         """
+        around = self.__dict__.get("forward")
+        if around is not None:
+            around.ran = True
         if self._guidance is not None:
-            call = self._named(args, kwargs)
+            call = self._named(args, kwargs, by_name=True)
             return self._guidance.call(self._run, self._stepper.context, call.args, call.kwargs)
         return self._run(*args, **kwargs)
 
@@ -206,9 +209,12 @@ class OptimizedDenoiser(  # type: ignore[misc]
             raise first_difference(self._fixed[1], own, type(self.denoiser).__name__)
         return Arguments(call, leaves, guard, signature)
 
-    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NamedCall:
-        where = type(self.denoiser).__name__
-        return name_arguments(self._forward_signature, args, kwargs, where)
+    def _named(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, by_name: bool = False
+    ) -> NamedCall:
+        where, signature = type(self.denoiser).__name__, self._signature.now()
+        keep = 0 if by_name or not self._signature.is_wrapped else len(args)
+        return name_arguments(signature, args, kwargs, where, keep=keep)
 
     def specialized(
         self, args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -225,7 +231,7 @@ class OptimizedDenoiser(  # type: ignore[misc]
     @property
     def parameter_names(self) -> tuple[str, ...]:
         """Names of the arguments of a call, in order."""
-        return tuple(self._forward_signature.parameters)
+        return tuple(self._signature.now().parameters)
 
     def fix(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Capture for these inputs now and refuse every other signature from here on."""

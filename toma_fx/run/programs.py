@@ -17,9 +17,10 @@ from toma_fx.capture.fingerprint import digest_weights
 from toma_fx.capture.model import Captured, capture, check_model
 from toma_fx.capture.parity import Expected
 from toma_fx.capture.quantized import Parts
+from toma_fx.capture.replaced import with_origin
 from toma_fx.compat.compilers import compile_lock
 from toma_fx.compat.pytorch import tree_leaves
-from toma_fx.errors import UnknownNameError, nearest
+from toma_fx.errors import CaptureError, UnknownNameError, nearest
 from toma_fx.graph.flops import graph_flops
 from toma_fx.graph.templates import Templates
 from toma_fx.graph.verify import output_values, verify
@@ -94,10 +95,13 @@ class Specialization:
             NoMergeSites, TileError: see `make_plan`. ParallelError: see `shard_plan`.
         """
         check_model(model)
-        expected = Expected.compute(model, args, kwargs)
-        captured = capture(model, args, kwargs)
-        if expected is not None:
-            expected.check(captured)
+        try:
+            expected = Expected.compute(model, args, kwargs)
+            captured = capture(model, args, kwargs)
+            if expected is not None:
+                expected.check(captured)
+        except CaptureError as error:
+            raise with_origin(error, model) from error.__cause__
         specialization = cls.of(captured, config, make_runner, ranks)
         specialization.parts = Parts(captured.graph_module, model)
         return specialization

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any, Self
 
 from torch import nn
 
 from toma_fx.capture.guard import ModelGuard
-from toma_fx.compat.libraries import WRAPPING, accelerate_hook, diffusers_hooks
+from toma_fx.capture.replaced import replacement
+from toma_fx.compat.libraries import (
+    WRAPPING,
+    accelerate_hook,
+    diffusers_hooks,
+)
 from toma_fx.compat.pytorch import apply_to_tensors, hook_tables, share_tables
 from toma_fx.errors import CompanionError
+from toma_fx.run.around import AroundForward
 
 
 class StandIn(nn.Module):
@@ -49,6 +56,9 @@ class StandIn(nn.Module):
         if name == "training":
             self.denoiser.training = value
         model = self.__dict__.get("denoiser")
+        if name == "forward" and model is not None:
+            self._replace_forward(value)
+            return
         inner = model is not None and name not in self.__dict__ and name not in WRAPPING
         if inner and (hasattr(model, name) or isinstance(value, (nn.Module, nn.Parameter))):
             setattr(model, name, value)
@@ -60,6 +70,16 @@ class StandIn(nn.Module):
             object.__delattr__(self, name)
         else:
             delattr(self.denoiser, name)
+
+    def _replace_forward(self, function: Any) -> None:
+        """Put a function around `forward`, or the stand-in's own back."""
+        own = self.__dict__
+        if isinstance(function, AroundForward):
+            function = function.function
+        if function == MethodType(type(self).forward, self):
+            own.pop("forward", None)
+        else:
+            own["forward"] = AroundForward(type(self.denoiser).__name__, function)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move or cast the original, in place; graphs follow."""
@@ -108,6 +128,10 @@ class StandIn(nn.Module):
         names = [type(h).__name__ for h in diffusers_hooks(self).values()]
         hooks = [h for table in hook_tables(self) for h in table.values()]
         names += [getattr(h, "__qualname__", repr(h)) for h in hooks]
+        around = self.__dict__.get("forward")
+        origin = None if around is None else replacement("", around.function)
+        if origin is not None and origin.package not in ("accelerate", "diffusers"):
+            names.append(f"{origin.name} of {origin.module} (forward)")
         if names:
             raise CompanionError(
                 "hooks on the optimized denoiser do not act in a step",
