@@ -281,6 +281,7 @@ SLOW = (
     # models
     Slow("models/test_tiny.py::test_merging_stays_close_to_the_*[tiny-sdxl]", WHOLE),
     Slow("models/test_tiny.py::test_demo_writes_pictures_and_figures", PIPELINE),
+    Slow("models/test_tiny.py::test_a_quick_demo_of_one_model", PIPELINE),
     # passes
     Slow(
         "passes/test_oracles.py::test_permuted_tokens_give_the_original_output[*]",

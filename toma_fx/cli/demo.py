@@ -6,15 +6,15 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -22,12 +22,15 @@ from rich.table import Table
 from torch import Tensor
 
 from toma_fx.api import explain, optimize
+from toma_fx.cli.demo_page import page_of_demo
+from toma_fx.cli.demo_sheet import CROP, Row, draw_sheet, heat, picture, token_crop
 from toma_fx.measure.scores import psnr, ssim
 from toma_fx.methods.base import MethodConfig
 from toma_fx.methods.cache import CacheConfig
-from toma_fx.methods.toma import ToMA, ToMAConfig
+from toma_fx.methods.toma import ToMAConfig
 from toma_fx.models import tiny
 from toma_fx.run.denoiser import OptimizedDenoiser
+from toma_fx.run.report import Report
 
 LABELS = (0, 2, 4, 10)
 STEPS = 20
@@ -38,10 +41,11 @@ PRESET = "balanced"
 """What the demo shows beside merging: the fastest preset that passes `PASS`."""
 PASS = {"psnr": 28.0, "ssim": 0.95}
 """Least PSNR (dB) and SSIM of every picture shown, as serving projects ask in their tests."""
-ROUNDS = 12
+ROUNDS, QUICK_ROUNDS = 12, 4
 GENERATIONS = 3
-CELL = 256
-"""Pixels a side of one picture on the contact sheet."""
+NOISY = 0.25
+"""Interquartile range over the median above which times say little."""
+SHEET, PAGE = "contact-sheet.png", "index.html"
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,8 @@ class Cached:
 
     Attributes:
         preset: name. original_s, cached_s: median time of a whole generation, the host included.
-        speedup: original_s / cached_s. counted: speed-up from FLOPs. psnr, ssim: of each picture.
+        speedup: original_s / cached_s. cpu_speedup: of processor time. counted: of FLOPs.
+        psnr, ssim: of each picture.
         steps: run, by kind. kept_mb: of the tensors that are kept over steps.
     """
 
@@ -58,6 +63,7 @@ class Cached:
     original_s: float
     cached_s: float
     speedup: float
+    cpu_speedup: float
     counted: float
     psnr: tuple[float, ...]
     ssim: tuple[float, ...]
@@ -77,8 +83,10 @@ class Outcome:
     Attributes:
         model: name. original_ms, merged_ms: median time of a step (merged: reuse step).
         refresh_ms: median time of a step that selects destinations. quartiles: of both, in ms.
-        speedup: original_ms / merged_ms. ideal: speed-up from FLOPs.
+        cpu_ms: median processor time of a step, by kind. speedup: original_ms / merged_ms.
+        cpu_speedup: the same of processor time. ideal: speed-up from FLOPs.
         mse: mean squared error of the pictures in [-1, 1]. psnr: in dB, peak 2.
+        psnrs, ssims: of each picture. compiled: whether steps are compiled.
         compile_s: seconds to compile original and merged programs. cached: result of the preset.
     """
 
@@ -87,24 +95,37 @@ class Outcome:
     merged_ms: float
     refresh_ms: float
     quartiles: dict[str, tuple[float, float]]
+    cpu_ms: dict[str, float]
     speedup: float
+    cpu_speedup: float
     ideal: float
     mse: float
     psnr: float
+    psnrs: tuple[float, ...]
+    ssims: tuple[float, ...]
+    compiled: bool
     compile_s: float
     cached: Cached
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether the times of single steps vary so much that their quotient says little."""
+        medians = {"original": self.original_ms, "reuse": self.merged_ms}
+        ranges = {key: high - low for key, (low, high) in self.quartiles.items()}
+        return any(ranges[key] > NOISY * median for key, median in medians.items())
 
 
 def show_demo(args: argparse.Namespace, options: dict[str, Any], console: Console) -> None:
     """Run the demo and print its times."""
-    outcomes = run_demo(args.out, console, options)
+    names = tiny.NAMES if args.model is None else (args.model,)
+    outcomes = run_demo(args.out, console, options, names, quick=args.quick)
     table = Table(
         title="time a step, median (quartiles) of alternating runs",
         title_justify="left",
         box=SIMPLE,
     )
-    for name in ("model", "original", "merged", "refresh", "gain", "ideal", "mse", "PSNR"):
-        table.add_column(name, no_wrap=name in ("model", "mse", "PSNR"))
+    for name in ("model", "original", "merged", "refresh", "gain", "CPU", "ideal", "PSNR"):
+        table.add_column(name, no_wrap=name in ("model", "PSNR"))
     for o in outcomes:
 
         def spread(key: str, median: float, quartiles: Any = o.quartiles) -> str:
@@ -117,15 +138,19 @@ def show_demo(args: argparse.Namespace, options: dict[str, Any], console: Consol
             spread("reuse", o.merged_ms),
             spread("refresh", o.refresh_ms),
             f"{o.speedup:.2f}x",
+            f"{o.cpu_speedup:.2f}x",
             f"{o.ideal:.2f}x",
-            f"{o.mse:.4f}",
             f"{o.psnr:.1f} dB",
         )
     console.print(table)
+    noisy = [o.model for o in outcomes if o.is_noisy]
+    if noisy:
+        console.print(
+            f"times of {', '.join(noisy)} vary by more than {NOISY:.0%} of their median: something "
+            "else runs here; CPU is the gain in processor time, which suffers less"
+        )
     _print_cached(outcomes, console)
-    console.print(
-        f"pictures: {args.out / 'contact-sheet.png'}, figures: {args.out / 'results.json'}"
-    )
+    console.print(f"pictures: {args.out / SHEET}, page: {args.out / PAGE}")
 
 
 def _print_cached(outcomes: list[Outcome], console: Console) -> None:
@@ -135,7 +160,7 @@ def _print_cached(outcomes: list[Outcome], console: Console) -> None:
         title_justify="left",
         box=SIMPLE,
     )
-    names = ("model", "time", "gain", "counted", "PSNR", "SSIM", "kept", "pass")
+    names = ("model", "time", "gain", "CPU", "PSNR", "SSIM", "pass")
     for name in names:
         table.add_column(name, no_wrap=True)
     for o in outcomes:
@@ -144,20 +169,31 @@ def _print_cached(outcomes: list[Outcome], console: Console) -> None:
             o.model,
             f"{c.original_s:.1f} -> {c.cached_s:.1f} s",
             f"{c.speedup:.2f}x",
-            f"{c.counted:.2f}x",
+            f"{c.cpu_speedup:.2f}x",
             f"{min(c.psnr):.1f} dB",
             f"{min(c.ssim):.3f}",
-            f"{c.kept_mb:.1f} MB",
             "yes" if c.passes else "no",
         )
     console.print(table)
     console.print(f"passes: PSNR {PASS['psnr']} dB and SSIM {PASS['ssim']} on every picture shown")
 
 
-def run_demo(out: Path, console: Console, options: dict[str, Any] | None = None) -> list[Outcome]:
-    """Run the demo and write `contact-sheet.png` and `results.json` into `out`."""
+def run_demo(
+    out: Path,
+    console: Console,
+    options: dict[str, Any] | None = None,
+    names: Sequence[str] = tiny.NAMES,
+    *,
+    quick: bool = False,
+) -> list[Outcome]:
+    """Run the demo and write `contact-sheet.png`, `index.html` and `results.json` into `out`.
+
+    Args:
+        options: fields of the configuration. names: of embedded models. quick: nothing is compiled,
+            and times are measured a few times only.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    outcomes, sheets = [], []
+    outcomes, sheets, reports = [], [], []
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -165,43 +201,61 @@ def run_demo(out: Path, console: Console, options: dict[str, Any] | None = None)
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        for name in tiny.NAMES:
-            outcome, sheet = _one_model(name, console, progress, options or {})
+        for name in names:
+            outcome, sheet, report = _one_model(name, console, progress, options or {}, quick)
             outcomes.append(outcome)
             sheets.append(sheet)
+            reports.append(report)
     sheet = Image.new("RGB", (sheets[0].width, sum(s.height for s in sheets)), "white")
     top = 0
     for part in sheets:
         sheet.paste(part, (0, top))
         top += part.height
-    sheet.save(out / "contact-sheet.png")
+    sheet.save(out / SHEET)
+    (out / PAGE).write_text(page_of_demo(outcomes, reports, SHEET))
     (out / "results.json").write_text(json.dumps([asdict(o) for o in outcomes], indent=2) + "\n")
     return outcomes
 
 
+@dataclass
+class Timer:
+    """Wall-clock and processor times of what runs in turn, in seconds, by name."""
+
+    wall: dict[str, list[float]] = field(default_factory=dict)
+    cpu: dict[str, list[float]] = field(default_factory=dict)
+
+    def run(self, name: str, function: Callable[[], Any]) -> None:
+        """Run and time."""
+        start, cpu = time.perf_counter(), time.process_time()
+        function()
+        self.cpu.setdefault(name, []).append(time.process_time() - cpu)
+        self.wall.setdefault(name, []).append(time.perf_counter() - start)
+
+    def medians(self) -> tuple[dict[str, float], dict[str, float]]:
+        """(wall-clock, processor)"""
+        wall, cpu = (
+            {name: statistics.median(values) for name, values in times.items()}
+            for times in (self.wall, self.cpu)
+        )
+        return wall, cpu
+
+
 def _one_model(
-    name: str, console: Console, progress: Progress, options: dict[str, Any]
-) -> tuple[Outcome, Image.Image]:
+    name: str, console: Console, progress: Progress, options: dict[str, Any], quick: bool
+) -> tuple[Outcome, Image.Image, Report]:
+    """What one model does: figures, pictures, and what merges."""
     model = tiny.load(name)
     options = {**OPTIONS[name], **options}
-    inputs = model.step_inputs(LABELS, 1.0)
-    report = explain(model.denoiser, inputs, **options)
+    report = explain(model.denoiser, model.step_inputs(LABELS, 1.0), **options)
     console.rule(name)
     console.print(report)
-    original = torch.compile(model.denoiser, dynamic=False)
-    merged = cast(OptimizedDenoiser, optimize(model.denoiser, **options)).compile()
-    start = time.perf_counter()
-    last = merged.config_toma.last_step
-    # up to the first step of each kind: refresh, reuse, and unmerged if the schedule has any
-    count = 2 if last is None else last + 2
-    task = progress.add_task(f"{name}: compile", total=1 + count)
-    with torch.no_grad():
-        original(**model.step_inputs(LABELS, 1.0))
-        progress.advance(task)
-        for i in range(count):
-            merged(**model.step_inputs(LABELS, 1.0 - i / STEPS))
-            progress.advance(task)
-    compile_s = time.perf_counter() - start
+    original: Callable[..., Any] = model.denoiser
+    merged, preset = optimize(model.denoiser, **options), optimize(model.denoiser, PRESET)
+    if not quick:
+        original = torch.compile(model.denoiser, dynamic=False)
+        merged.compile()
+        preset.compile()
+    compile_s = _warm_up(model, original, merged, progress)
 
     def draw(title: str, denoiser: Callable[..., Any]) -> Tensor:
         bar = progress.add_task(f"{name}: {title}", total=STEPS)
@@ -212,45 +266,105 @@ def _one_model(
     plain = draw("original pictures", original)
     with merged.generation(steps=STEPS):
         fast = draw("merged pictures", merged)
-        tokens = [_token_map(fast[i], merged, i) for i in range(len(LABELS))]
-    times = _time(model, original, merged, progress)
-    near, cached = _cached(model, original, plain, progress)
+        tokens = [token_crop(fast[i], merged, i) for i in range(len(LABELS))]
+    timer = _time(model, original, merged, progress, QUICK_ROUNDS if quick else ROUNDS)
+    near, cached = _cached(model, original, preset, plain, progress, 1 if quick else GENERATIONS)
+    wall, cpu = timer.medians()
     mse = float((plain - fast).square().mean())
-    median = {k: statistics.median(v) * 1e3 for k, v in times.items()}
-    quartiles = {}
-    for key, values in times.items():
-        low, _, high = statistics.quantiles(values, n=4)
-        quartiles[key] = (low * 1e3, high * 1e3)
+    quartiles = {key: statistics.quantiles(values, n=4) for key, values in timer.wall.items()}
     outcome = Outcome(
         model=name,
-        original_ms=median["original"],
-        merged_ms=median["reuse"],
-        refresh_ms=median["refresh"],
-        quartiles=quartiles,
-        speedup=median["original"] / median["reuse"],
+        original_ms=wall["original"] * 1e3,
+        merged_ms=wall["reuse"] * 1e3,
+        refresh_ms=wall["refresh"] * 1e3,
+        quartiles={key: (low * 1e3, high * 1e3) for key, (low, _, high) in quartiles.items()},
+        cpu_ms={key: value * 1e3 for key, value in cpu.items()},
+        speedup=wall["original"] / wall["reuse"],
+        cpu_speedup=cpu["original"] / cpu["reuse"],
         ideal=report.ideal_speedup,
         mse=mse,
         psnr=10 * float(np.log10(4 / mse)) if mse else float("inf"),
+        psnrs=tuple(psnr(fast, plain, peak=2.0)),
+        ssims=tuple(ssim(fast, plain, peak=2.0)),
+        compiled=not quick,
         compile_s=compile_s,
         cached=cached,
     )
-    rows = {
-        "original": plain,
-        "merged": fast,
-        "difference x4": (fast - plain) * 4,
-        f"preset {PRESET}": near,
-        "difference x4 ": (near - plain) * 4,
-    }
-    title = f"{name}, {_settings(merged)}; preset {PRESET}: {cached.speedup:.2f}x"
-    return outcome, _sheet(title, rows, tokens)
+    return outcome, _sheet(outcome, merged, plain, fast, near, tokens), report
+
+
+def _warm_up(
+    model: tiny.TinyModel,
+    original: Callable[..., Any],
+    merged: OptimizedDenoiser,
+    progress: Progress,
+) -> float:
+    """Seconds until every kind of step has run: refresh, reuse, and unmerged if there are any."""
+    start, last = time.perf_counter(), merged.config_toma.last_step
+    count = 2 if last is None else last + 2
+    task = progress.add_task(f"{model.name}: capture and compile", total=1 + count)
+    with torch.no_grad():
+        original(**model.step_inputs(LABELS, 1.0))
+        progress.advance(task)
+        for i in range(count):
+            merged(**model.step_inputs(LABELS, 1.0 - i / STEPS))
+            progress.advance(task)
+    return time.perf_counter() - start
+
+
+def _sheet(
+    outcome: Outcome,
+    merged: OptimizedDenoiser,
+    plain: Tensor,
+    fast: Tensor,
+    near: Tensor,
+    tokens: Sequence[Image.Image],
+) -> Image.Image:
+    """The pictures of a model, and below each how near it is to the original."""
+
+    def notes(psnrs: Sequence[float], ssims: Sequence[float]) -> list[str]:
+        pairs = zip(psnrs, ssims, strict=True)
+        return [f"PSNR {p:.1f} dB, SSIM {s:.3f}" for p, s in pairs]
+
+    def heats(images: Tensor) -> list[Image.Image]:
+        return [heat(a, b) for a, b in zip(images, plain, strict=True)]
+
+    cached = outcome.cached
+    difference = ["difference", "largest of a pixel's"]
+    rows = [
+        Row(["original"], [*map(picture, plain)]),
+        Row(
+            ["merged", f"{outcome.cpu_speedup:.2f}x a step", "(processor time)"],
+            [*map(picture, fast)],
+            notes(outcome.psnrs, outcome.ssims),
+        ),
+        Row(difference, heats(fast), scale=True),
+        Row(
+            [f"preset {PRESET}", f"{cached.cpu_speedup:.2f}x a generation", "(processor time)"],
+            [*map(picture, near)],
+            notes(cached.psnr, cached.ssim),
+        ),
+        Row(difference, heats(near), scale=True),
+        Row(
+            ["tokens merged", f"the middle {CROP}x{CROP}", "one color: computed as", "one token,",
+             "that with the dot;", "black: windows"],
+            tokens,
+        ),
+    ]  # fmt: skip
+    names = [tiny.CLASSES[label] for label in LABELS]
+    return draw_sheet(f"{outcome.model}, {_settings(merged)}; preset {PRESET}", names, rows)
 
 
 def _cached(
-    model: tiny.TinyModel, original: Callable[..., Any], plain: Tensor, progress: Progress
+    model: tiny.TinyModel,
+    original: Callable[..., Any],
+    cached: OptimizedDenoiser,
+    plain: Tensor,
+    progress: Progress,
+    generations: int,
 ) -> tuple[Tensor, Cached]:
     """(pictures by the preset, how near and how fast they are)"""
-    cached = optimize(model.denoiser, PRESET).compile()
-    task = progress.add_task(f"{model.name}: preset {PRESET}", total=1 + 2 * GENERATIONS)
+    task = progress.add_task(f"{model.name}: preset {PRESET}", total=1 + 2 * generations)
 
     def draw(denoiser: Callable[..., Any]) -> Tensor:
         return model.generate(LABELS, steps=STEPS, denoiser=denoiser)
@@ -260,26 +374,21 @@ def _cached(
             return draw(cached)
 
     near = draw_cached()
-    steps = cached.totals
+    steps, timer = cached.totals, Timer()
     progress.advance(task)
-    times: dict[str, list[float]] = {"original": [], "cached": []}
-    runs: dict[str, Callable[[], Tensor]] = {
-        "original": partial(draw, original),
-        "cached": draw_cached,
-    }
-    for _ in range(GENERATIONS):
-        for key, run in runs.items():
-            start = time.perf_counter()
-            run()
-            times[key].append(time.perf_counter() - start)
-            progress.advance(task)
+    for _ in range(generations):
+        timer.run("original", partial(draw, original))
+        progress.advance(task)
+        timer.run("cached", draw_cached)
+        progress.advance(task)
     report = explain(model.denoiser, model.step_inputs(LABELS, 1.0), _told_length(cached))
-    medians = {key: statistics.median(each) for key, each in times.items()}
+    wall, cpu = timer.medians()
     return near, Cached(
         preset=PRESET,
-        original_s=medians["original"],
-        cached_s=medians["cached"],
-        speedup=medians["original"] / medians["cached"],
+        original_s=wall["original"],
+        cached_s=wall["cached"],
+        speedup=wall["original"] / wall["cached"],
+        cpu_speedup=cpu["original"] / cpu["cached"],
         counted=report.ideal_speedup,
         psnr=tuple(psnr(near, plain, peak=2.0)),
         ssim=tuple(ssim(near, plain, peak=2.0)),
@@ -309,77 +418,16 @@ def _time(
     original: Callable[..., Any],
     merged: OptimizedDenoiser,
     progress: Progress,
-) -> dict[str, list[float]]:
-    """Seconds of single steps, original, refresh and reuse in turn."""
-    times: dict[str, list[float]] = {"original": [], "refresh": [], "reuse": []}
-    task = progress.add_task(f"{model.name}: time steps", total=ROUNDS)
+    rounds: int,
+) -> Timer:
+    """Times of single steps, original, refresh and reuse in turn."""
+    timer, task = Timer(), progress.add_task(f"{model.name}: time steps", total=rounds)
     early, late = model.step_inputs(LABELS, 1.0), model.step_inputs(LABELS, 0.9)
     with torch.no_grad():
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             merged.reset()
-            for key, run, inputs in (
-                ("original", original, early),
-                ("refresh", merged, early),
-                ("reuse", merged, late),
-            ):
-                start = time.perf_counter()
-                run(**inputs)
-                times[key].append(time.perf_counter() - start)
+            timer.run("original", partial(original, **early))
+            timer.run("refresh", partial(merged, **early))
+            timer.run("reuse", partial(merged, **late))
             progress.advance(task)
-    return times
-
-
-def _picture(image: Tensor) -> Image.Image:
-    """[3, H, W] in [-1, 1] as a picture of CELL pixels a side."""
-    pixels = ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    small = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-    return small.resize((CELL, CELL), Image.Resampling.NEAREST)
-
-
-def _token_map(image: Tensor, merged: OptimizedDenoiser, index: int) -> Image.Image:
-    """The picture with a line from every token to the destination it merged into most."""
-    state = merged.states[0]
-    group = merged.specializations[-1].plan.groups[0]
-    setting = cast(ToMA, group.setting)
-    (height, width), (h, w) = setting.grid, setting.tile
-    idx = state.buffers[group.tensor("idx")][index]
-    share = state.buffers[group.tensor("unmerge")][index]
-    target = torch.take_along_dim(idx, share.argmax(-1), -1)
-    picture = Image.blend(_picture(image), Image.new("RGB", (CELL, CELL), "white"), 0.35)
-    draw = ImageDraw.Draw(picture)
-    dy, dx = CELL / height, CELL / width
-
-    def center(window: int, slot: int) -> tuple[float, float]:
-        row, column = divmod(window, width // w)
-        return ((column * w + slot % w + 0.5) * dx, (row * h + slot // w + 0.5) * dy)
-
-    for window in range(idx.shape[0]):
-        for slot, end in enumerate(target[window].tolist()):
-            if slot != end:
-                draw.line([center(window, slot), center(window, end)], fill=(200, 30, 30), width=1)
-        for slot in idx[window].tolist():
-            x, y = center(window, slot)
-            draw.ellipse([x - 2, y - 2, x + 2, y + 2], fill=(20, 60, 200))
-    for x in range(0, width + 1, w):
-        draw.line([(x * dx, 0), (x * dx, CELL)], fill=(120, 120, 120), width=1)
-    for y in range(0, height + 1, h):
-        draw.line([(0, y * dy), (CELL, y * dy)], fill=(120, 120, 120), width=1)
-    return picture
-
-
-def _sheet(title: str, rows: dict[str, Tensor], tokens: list[Image.Image]) -> Image.Image:
-    """A row of pictures for each name, and one of the tokens. One column a picture."""
-    gap, left, head = 6, 110, 48
-    width = left + len(tokens) * (CELL + gap)
-    sheet = Image.new("RGB", (width, head + (len(rows) + 1) * (CELL + gap)), "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.text((8, 6), title, fill="black", font_size=16)
-    for i, label in enumerate(LABELS):
-        draw.text((left + i * (CELL + gap), 29), tiny.CLASSES[label], fill="gray", font_size=13)
-    pictures = {name: [_picture(x.clamp(-1, 1)) for x in row] for name, row in rows.items()}
-    for row, (name, cells) in enumerate({**pictures, "tokens merged": tokens}.items()):
-        top = head + row * (CELL + gap)
-        draw.text((8, top + CELL // 2), name.strip(), fill="black", font_size=13)
-        for i, cell in enumerate(cells):
-            sheet.paste(cell, (left + i * (CELL + gap), top))
-    return sheet
+    return timer

@@ -103,6 +103,10 @@ def make_parser() -> argparse.ArgumentParser:
     explain = commands.add_parser("explain", help="what would merge where, and why not elsewhere")
     _add_explain_options(explain)
     demo = commands.add_parser("demo", help="original against merged on the embedded models")
+    demo.add_argument(
+        "--model", choices=("tiny-sdxl", "tiny-flux"), help="one model (default: both)"
+    )
+    demo.add_argument("--quick", action="store_true", help="compile nothing, and time a few steps")
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for the pictures")
     build = commands.add_parser("build", help="make an artifact: a folder that runs by itself")
     _add_build_options(build)

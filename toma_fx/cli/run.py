@@ -164,7 +164,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
-        with np.load(path, allow_pickle=False) as arrays:
+        # NumPy leaves a file open that it can't read
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     except (OSError, ValueError, TypeError, EOFError, BadZipFile, SafetensorError) as error:
         raise ConfigError(

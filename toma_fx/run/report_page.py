@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 
 from toma_fx.plan.grouping import LeftAlone, group_rejections
@@ -29,13 +29,23 @@ text { font: 12px system-ui, sans-serif; fill: #555 } .dim { color: #666 }
 
 def page_of(report: Findings, title: str) -> str:
     """The whole page."""
-    name = escape(title)
-    parts = [f"<h1>{name}</h1>", f'<p class="dim">{escape(total_text(report))}</p>']
+    return page_around(title, [f"<h1>{escape(title)}</h1>", *body_of(report)])
+
+
+def body_of(report: Findings) -> list[str]:
+    """What a page says of a report."""
+    parts = [f'<p class="dim">{escape(total_text(report))}</p>']
     if report.rows:
         parts += ["<h2>Where it merges, and what that costs</h2>", _picture(report.rows)]
         parts += ["<h2>Merged</h2>", _merged(report)]
     if report.rejections:
         parts += ["<h2>Left alone</h2>", _rejected(group_rejections(report.rejections))]
+    return parts
+
+
+def page_around(title: str, parts: Iterable[str]) -> str:
+    """A page of parts below each other."""
+    name = escape(title)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
         f"<style>{STYLE}</style></head><body><main>{''.join(parts)}</main></body></html>\n"
@@ -82,15 +92,16 @@ def _merged(report: Findings) -> str:
     rows = [
         (*group.cells, group.rows[0].scope, group.rows[0].window) for group in group_rows(report)
     ]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _rejected(groups: Sequence[LeftAlone]) -> str:
     rows = [(g.where, f"{g.count}x", g.kind, g.reason) for g in groups]
-    return _table(("where", "", "kind", "reason"), rows, "words")
+    return table(("where", "", "kind", "reason"), rows, "words")
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], style: str = "") -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], style: str = "") -> str:
+    """A table; the first column to the left, or, in style "words", all."""
     cells = "".join(f"<th>{escape(name)}</th>" for name in head)
     lines = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows)
     body = "".join(f"<tr>{line}</tr>" for line in lines)
