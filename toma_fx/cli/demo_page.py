@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from typing import Any
 
+from toma_fx.cli.demo_outcome import Outcome
 from toma_fx.run.report import Report
 from toma_fx.run.report_page import body_of, page_around, table
 
@@ -14,7 +14,7 @@ GENERATIONS = ("model", "preset", "original", "cached", "gain", "gain (CPU)", "c
                "SSIM", "kept")  # fmt: skip
 
 
-def page_of_demo(outcomes: Sequence[Any], reports: Sequence[Report], sheet: str) -> str:
+def page_of_demo(outcomes: Sequence[Outcome], reports: Sequence[Report], sheet: str) -> str:
     """The whole page; `sheet` is the name of the picture beside it."""
     compiled = all(outcome.compiled for outcome in outcomes)
     how = "through torch.compile" if compiled else "not compiled (--quick)"
@@ -34,7 +34,7 @@ def page_of_demo(outcomes: Sequence[Any], reports: Sequence[Report], sheet: str)
     return page_around("toma_fx: the demo", parts)
 
 
-def _step_row(o: Any) -> tuple[str, ...]:
+def _step_row(o: Outcome) -> tuple[str, ...]:
     return (
         o.model,
         f"{o.original_ms:.0f} ms",
@@ -48,7 +48,7 @@ def _step_row(o: Any) -> tuple[str, ...]:
     )
 
 
-def _generation_row(o: Any) -> tuple[str, ...]:
+def _generation_row(o: Outcome) -> tuple[str, ...]:
     c = o.cached
     return (
         o.model,
