@@ -10,7 +10,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet
 
 .DEFAULT_GOAL := test
 .NOTPARALLEL:
-.PHONY: venv demo quality-demo bench-gpu test test-all lint clean
+.PHONY: venv demo quality-demo bench-gpu test test-all docs lint clean
 
 venv: $(VENV)/.stamp-dev
 
@@ -55,6 +55,15 @@ test: $(VENV)/.stamp-dev
 test-all: $(VENV)/.stamp-dev
 	$(BIN)/python -m pytest -m ""
 
+# README, docs/ and the docstrings of public names as a site in site/; it needs no torch, and nothing but
+# the registry to install from
+$(VENV)/.stamp-docs: pyproject.toml | $(BIN)/pip
+	$(PIP_INSTALL) $$($(BIN)/python tools/extra.py docs)
+	@touch $@
+
+docs: $(VENV)/.stamp-docs
+	$(BIN)/mkdocs build --strict
+
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -62,5 +71,5 @@ lint: $(VENV)/.stamp-dev
 
 # Outputs and caches; .venv stays, because it is slow to make again.
 clean:
-	rm -rf demo quality-demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf demo quality-demo site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -path ./.git -prune -o -type d -name __pycache__ -exec rm -rf {} +

@@ -105,8 +105,9 @@ def optimize(
             compiled already.
         TrainingModeError: the model is in training mode.
         ParallelError: there are no such processes.
-        CaptureError, CompanionError, NoMergeSites, ParallelError (tokens can't be shared),
-            RankMismatchError: with example inputs; otherwise they come at the first call.
+        CaptureError: with example inputs; otherwise it comes at the first call, as do
+            `CompanionError`, `NoMergeSites`, `RankMismatchError`, and `ParallelError` where tokens
+            can't be shared.
     """
     config = _config_of(toma, method, options)
     if not is_count(max_signatures):
