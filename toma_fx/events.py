@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from toma_fx.errors import ConfigError
+
 VARIABLE = "TOMA_FX_LOG"
 LEVELS = ("debug", "info", "warning", "error")
 Name = Literal["parity", "capture", "plan", "outline", "compile", "warmup", "drop", "thrash"]
@@ -50,7 +52,17 @@ def on_event(listener: Callable[[Event], Any]) -> Callable[[], None]:
 
     Returns:
         A function that ends it.
+
+    Raises:
+        ConfigError: it can't be called.
     """
+    if not callable(listener):
+        raise ConfigError(
+            "a listener can't be called",
+            where="on_event",
+            expected="a function of one event",
+            got=type(listener).__name__,
+        )
     with _lock:
         _listeners.append(listener)
 

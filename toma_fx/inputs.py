@@ -12,6 +12,7 @@ from torch import nn
 
 from toma_fx.api import denoiser_of
 from toma_fx.errors import ConfigError
+from toma_fx.methods.checks import is_count
 from toma_fx.models import named
 from toma_fx.models.tiny import NAMES
 from toma_fx.run.calls import name_arguments
@@ -48,6 +49,14 @@ def example_inputs(
         ConfigError: the pipeline does not run with these arguments, or has no such ones.
         ModelTypeError: another model alone; or no denoiser.
     """
+    for name, number in (("height", height), ("width", width), ("batch", batch)):
+        if number is not None and not is_count(number):
+            raise ConfigError(
+                f"{name} is out of range",
+                where="example_inputs",
+                expected="a whole number of at least 1",
+                got=repr(number),
+            )
     if isinstance(model, nn.Module):
         height = height or 1024
         return named.example_inputs(model, height, width or height, batch, **call)

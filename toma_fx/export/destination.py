@@ -50,6 +50,8 @@ def check_output(out: str | Path, overwrite: bool) -> Path:
     Raises:
         BuildError: it is no folder, not empty and nothing that may be replaced, or can't be moved.
     """
+    if not isinstance(out, (str, os.PathLike)):
+        raise _refusal(out, "export(model, inputs, folder)", f"{type(out).__name__} as the folder")
     path = destination(out)
     if not path.exists():
         return path

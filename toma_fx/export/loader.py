@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -69,6 +70,13 @@ def find_folder(path: str | Path, revision: str | None = None) -> Path:
     Raises:
         ArtifactError: neither. It says so of folders of diffusers, too.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise ArtifactError(
+            "no artifact",
+            where="load",
+            expected="the path of a folder, or the id of a repository",
+            got=type(path).__name__,
+        )
     folder = Path(path)
     if folder.is_dir():
         made = [name for name in ("model_index.json", "config.json") if (folder / name).is_file()]

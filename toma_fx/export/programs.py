@@ -23,6 +23,7 @@ from toma_fx.graph.verify import output_values
 from toma_fx.plan.plan import MergePlan
 from toma_fx.run.calls import call_of
 from toma_fx.run.denoiser import OptimizedDenoiser, optimized_of
+from toma_fx.run.pipelines import COMPONENTS
 from toma_fx.run.program_set import split_outputs
 from toma_fx.run.programs import Specialization
 from toma_fx.run.schedule import kinds_that_run
@@ -132,11 +133,14 @@ def export_programs(optimized: Any, example_inputs: Any) -> Programs:
     """
     denoiser = optimized_of(optimized)
     if denoiser is None:
+        parts = {name: getattr(optimized, name, None) for name in COMPONENTS}
+        own = next((name for name, part in parts.items() if optimized_of(part)), None)
         raise ModelTypeError(
-            "the model is not optimized",
-            where="export_programs",
+            "a pipeline is exported by its denoiser" if own else "the model is not optimized",
+            where="export",
             expected="what toma_fx.optimize(model) returned",
             got=type(optimized).__name__,
+            hint=f"give pipe.{own}" if own else "toma_fx.optimize(model) before",
         )
     if denoiser._ranks is not None:
         raise ParallelError(

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Self
 
 from toma_fx.errors import ConfigError, UnknownNameError, nearest
-from toma_fx.methods.checks import fits, shorten, with_tuples
+from toma_fx.methods.checks import fits, is_number, shorten, with_tuples
 
 Fields = Mapping[str, Any] | tuple[tuple[str, Any], ...]
 """{field: value}, or the same as pairs."""
@@ -53,7 +53,10 @@ class ByPath:
         """Raise `error` about the field `name` unless its value is `valid`."""
         if not valid:
             got, where = shorten(getattr(self, name)), f"{self.prefix}{name}"
-            raise error(f"{name} is out of range", where=where, expected=expected, got=got)
+            hint = _hint_number(name, getattr(self, name))
+            raise error(
+                f"{name} is out of range", where=where, expected=expected, got=got, hint=hint
+            )
 
     # -- as plain values ------------------------------------------------------------------------
 
@@ -75,6 +78,13 @@ class ByPath:
             UnknownNameError: a field that there is not. ConfigError: a value out of its domain, or
                 the fields are of another method.
         """
+        if not isinstance(values, Mapping):
+            raise ConfigError(
+                "no fields",
+                where=f"{cls.__name__}.from_dict",
+                expected="a mapping of fields, as to_dict() gives it",
+                got=type(values).__name__,
+            )
         fields, name = dict(values), getattr(cls, "name", None)
         method = fields.pop("method", name)
         if method != name:
@@ -120,3 +130,15 @@ class ByPath:
             self._with(dict(values))
             frozen.append((pattern, tuple(sorted(dict(values).items()))))
         return tuple(frozen)
+
+
+def _hint_number(name: str, value: Any) -> str:
+    """What was probably meant by a number that a field does not take; "" if that can't be told."""
+    if isinstance(value, str):
+        try:
+            return f"a number, without quotes: {float(value):g}"
+        except ValueError:
+            return ""
+    if name == "ratio" and is_number(value) and 1 < value < 100:
+        return f"{value:g} % is ratio={value / 100:g}"
+    return ""

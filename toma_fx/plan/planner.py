@@ -129,18 +129,24 @@ def _drop_overlaps(segments: list[MergeSegment]) -> Found:
     return [s for s in segments if s.name not in dropped], rejections
 
 
+REGULAR = "\\^$+()|"
+"""Characters of regular expressions that no module path has."""
+_WILDCARDS = "patterns are shell wildcards (blocks.*.attn), no regular expressions"
+
+
 def _check_patterns(analysis: Analysis, config: MethodConfig) -> None:
     paths = {b.module for s in analysis.streams for b in s.branches}
     paths |= {s.module for s in analysis.sites}
     cache = CacheConfig.of(config.cache)
     for pattern in (*config.path_patterns(), *(cache.path_patterns() if cache else ())):
         if not any(fnmatchcase(path, pattern) for path in paths):
+            wildcards = "" if set(pattern).isdisjoint(REGULAR) else "; " + _WILDCARDS
             raise UnknownNameError(
                 f"the module path pattern {pattern!r} matches nothing",
                 where="include, exclude or overrides",
                 expected="a pattern that matches an attention or MLP of the model",
                 got=pattern,
-                hint=nearest(pattern, paths),
+                hint=nearest(pattern, paths) + wildcards,
             )
 
 

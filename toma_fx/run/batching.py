@@ -16,6 +16,7 @@ from toma_fx.capture.fingerprint import CHANGED, Fingerprint
 from toma_fx.capture.guard import ModelGuard
 from toma_fx.errors import StateError
 from toma_fx.methods.cached_steps import Length
+from toma_fx.methods.checks import is_count
 from toma_fx.methods.kinds import is_cached, role_of
 from toma_fx.passes.uses import MASKS
 from toma_fx.run.program_set import (
@@ -99,6 +100,15 @@ class State:
     settings: Hashable = None
     model: Any = None
     steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if not is_count(self.step, 0) or not (self.steps is None or is_count(self.steps)):
+            raise StateError(
+                "a state of no step",
+                where="State",
+                expected="whole numbers: step done so far, steps=None or at least 1",
+                got=f"step={self.step!r}, steps={self.steps!r}",
+            )
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> State:
         """The state with what it keeps on a device: to the host while a request has to wait.

@@ -36,7 +36,7 @@ from toma_fx.compat.compilers import (
     skip_frame,
 )
 from toma_fx.compat.pytorch import fake_values
-from toma_fx.errors import ConfigError
+from toma_fx.errors import ConfigError, UnknownNameError, nearest
 from toma_fx.events import emit
 from toma_fx.graph.lifting import has_subgraphs, lift_constants
 from toma_fx.graph.outline import outline, replace_subgraphs
@@ -80,6 +80,13 @@ class Compilation:
         """
         check_switch("outline", outline, "compile")
         names = list(inspect.signature(torch.compile).parameters)[1:]
+        for name in kwargs:
+            if name not in names:
+                raise UnknownNameError(
+                    f"torch.compile has no option {name!r}",
+                    where="compile",
+                    hint=nearest(name, names),
+                )
         options = {"dynamic": False, **dict(zip(names, args, strict=False)), **kwargs}
         asked = {"backend": "inductor", **options}
         if asked["backend"] != "inductor" or asked.get("disable"):

@@ -56,10 +56,18 @@ class WarmsUp:
             mixed: with the programs for batches of requests at different steps.
 
         Raises:
-            ConfigError: more calls than graphs are kept (`max_signatures`), or none.
+            ConfigError: more calls than graphs are kept (`max_signatures`), or none; no sizes.
             ModelTypeError: `sizes` for another model; give `calls`.
             CaptureError, NoMergeSites, TileError: as the first call of a signature.
         """
+        if not all(isinstance(size, Sequence) and len(size) == 2 for size in sizes):
+            raise ConfigError(
+                "sizes= is no list of sizes",
+                where="warmup",
+                expected="[(height, width), ...] in pixels",
+                got=repr(sizes)[:80],
+                hint="warmup([(512, 512)])",
+            )
         rows = [batch] if isinstance(batch, int) else list(batch)
         named = [
             (f"{height}x{width}, batch {count}",
