@@ -53,6 +53,9 @@ SLOW = (
         quick=("sdxl_controlnet", "flux_kontext"),
     ),
     Slow("test_types.py::*", "runs mypy over the whole package"),
+    # docs
+    Slow("test_docs.py::test_first_picture", "draws whole pictures"),
+    Slow("test_docs.py::test_artifact_of_the_page", ONNX),
     # models
     Slow("models/test_train_latent.py::test_a_training_stops_*", "trains"),
     Slow("models/test_latent.py::test_merging_and_caching_apply[latent-sdxl]", WHOLE),

@@ -6,7 +6,6 @@ tests/run compile with it. Commands of a shell are run in tests/cli; a TensorRT 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,29 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
-from torch._inductor import compile_fx as inductor
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    T5Config,
-    T5EncoderModel,
-    T5TokenizerFast,
-)
+from diffusers import FluxPipeline, FluxTransformer2DModel, UNet2DConditionModel
 
 import toma_fx
 from tests import denoisers
-from tests.diffusers_pipelines import vae
 from tests.methods import test_methods as one_block
+from tests.saved_pipelines import run_uncompiled, save_flux, save_sdxl
 from toma_fx.export.to_onnx.target import ONNXTarget
 from toma_fx.inputs import example_inputs
 
@@ -51,70 +33,10 @@ def snippets() -> dict[str, str]:
     return dict(zip(words, parts[1::2], strict=True))
 
 
-def clip_tokenizer(folder: Path) -> CLIPTokenizer:
-    folder.mkdir(parents=True, exist_ok=True)
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{c}</w>" for c in letters)]
-    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return CLIPTokenizer(
-        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77
-    )
-
-
-def clip(kind: type, vocabulary: int, width: int) -> Any:
-    """A text encoder of two layers."""
-    torch.manual_seed(0)
-    config = CLIPTextConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        projection_dim=16,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    return kind(config).eval()
-
-
-def save_sdxl(folder: Path, work: Path) -> None:
-    tokenizer = clip_tokenizer(work / "clip")
-    StableDiffusionXLPipeline(
-        vae=vae(4),
-        text_encoder=clip(CLIPTextModel, len(tokenizer), 12),
-        text_encoder_2=clip(CLIPTextModelWithProjection, len(tokenizer), 12),
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer,
-        unet=denoisers.small_sdxl(),
-        scheduler=DDIMScheduler(),
-        add_watermarker=False,
-    ).save_pretrained(folder)
-
-
-def save_flux(folder: Path, work: Path) -> None:
-    tokenizer = clip_tokenizer(work / "clip")
-    torch.manual_seed(0)
-    t5 = T5Config(vocab_size=110, d_model=24, d_ff=16, d_kv=8, num_layers=1, num_heads=2)
-    FluxPipeline(
-        vae=vae(4),
-        text_encoder=clip(CLIPTextModel, len(tokenizer), 16),
-        tokenizer=tokenizer,
-        text_encoder_2=T5EncoderModel(t5).eval(),
-        tokenizer_2=T5TokenizerFast(),
-        transformer=denoisers.flux(in_channels=16, num_layers=1, num_single_layers=1),
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-    ).save_pretrained(folder)
-
-
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
     """Runs the snippet whose introduction begins so, on names that are there already."""
-    compile_module, found = torch.compile, snippets()
-
-    def compiled(*args: Any, **options: Any) -> Any:
-        return compile_module(*args, **{"backend": "eager", **options})
+    found = snippets()
 
     def run_snippet(start: str, **names: Any) -> dict[str, Any]:
         (words,) = [words for words in found if words.startswith(start)]
@@ -122,10 +44,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[s
             exec(found[words].replace('"cuda"', '"cpu"'), names)
         return names
 
-    monkeypatch.setattr(torch, "compile", compiled)
-    monkeypatch.setattr(inductor, "compile_fx", lambda gm, inputs, config_patches: gm.forward)
+    run_uncompiled(monkeypatch)
     monkeypatch.chdir(tmp_path)
-    torch._dynamo.reset()
     return run_snippet
 
 
@@ -221,6 +141,8 @@ def test_artifact(run: Run) -> None:
     pipe = run("([docs/artifacts.md]", pipe=Pipe(None), toma_fx=toma_fx)["pipe"]
     got, want = (m(**one_block.inputs()) for m in (pipe.unet, optimized))
     assert denoisers.relative(got, want) < 1e-5
+    halves = {name: x.to(torch.bfloat16) for name, x in one_block.inputs().items()}
+    assert pipe.unet(**halves).dtype is torch.bfloat16  # the pipeline above is loaded in it
 
 
 def test_explain(
