@@ -52,6 +52,22 @@ SLOW = (
         PIPELINE,
         quick=("sdxl_controlnet", "flux_kontext"),
     ),
+    Slow("run/test_switches.py::test_whole_models_need_one_capture[sdxl]", WHOLE),
+    Slow("run/test_explain.py::test_without_weights[sdxl]", WHOLE),
+    *(
+        Slow(f"serving/test_triton.py::test_{name}", ONNX)
+        for name in (
+            "swapped_states_are_noticed",
+            "a_step_of_a_sequence_that_has_not_begun_fails_alone",
+            "a_bad_step_leaves_its_sequence_where_it_was",
+            "what_was_abandoned_makes_room",
+            "an_error_that_nobody_foresaw_fails_its_step",
+            "outside_triton",
+            "the_configuration_is_one_of_the_published_protobuf",
+            "the_folder_is_an_artifact*",
+            "what_python_left_is_no_reason_to_keep_an_artifact",
+        )
+    ),
     Slow("test_types.py::*", "runs mypy over the whole package"),
     # docs
     Slow("test_docs.py::test_first_picture", "draws whole pictures"),

@@ -6,13 +6,17 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import nn
 
 import toma_fx
 from tests import denoisers
+from toma_fx.cli import explain as command
 from toma_fx.cli.main import main
 from toma_fx.cli.status import DONE, FAILED
+from toma_fx.models.named import from_config
 
 SMALL = ("--set", "min_tokens=4", "--height", "64")
 
@@ -22,6 +26,11 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("config")
     denoisers.flux().save_config(folder)
     return folder / "config.json"
+
+
+def model_of(config: Path) -> tuple[nn.Module, dict[str, Any]]:
+    model = from_config("FluxTransformer2DModel", config)
+    return model, toma_fx.example_inputs(model, 64, 64)
 
 
 def explain(*words: str) -> int:
@@ -34,7 +43,15 @@ def test_from_a_configuration_alone(config: Path, capsys: pytest.CaptureFixture[
         assert "4x4: 16 -> 8" in capsys.readouterr().out
 
 
-def test_forms(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_forms(
+    config: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of one report."""
+    made = [toma_fx.explain(*model_of(config), min_tokens=4)]
+    monkeypatch.setattr(command, "explain", lambda *_, **__: made[0])
     model = ("--class", "FluxTransformer2DModel", "--config", str(config))
     outputs = []
     for form in ((), ("--full",), ("--tree",), ("--json",)):

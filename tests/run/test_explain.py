@@ -82,8 +82,13 @@ def test_table_and_json() -> None:
     assert report.flops_before > report.flops_refresh > report.flops_after
 
 
+@cache
+def sdxl_report() -> toma_fx.Report:
+    return toma_fx.explain(denoisers.sdxl(), denoisers.sdxl_inputs(), min_tokens=200)
+
+
 def test_what_is_alike_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    report = toma_fx.explain(denoisers.sdxl(), denoisers.sdxl_inputs(), min_tokens=200)
+    report = sdxl_report()
     monkeypatch.setenv("COLUMNS", "140")
     lines = str(report).splitlines()
     merged = [line.split() for line in lines if "256 -> 128" in line]
@@ -123,7 +128,7 @@ def test_patterns_fit_what_they_stand_for() -> None:
 
 
 def test_tables_are_as_wide_as_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    report = toma_fx.explain(denoisers.sdxl(), denoisers.sdxl_inputs(), min_tokens=200)
+    report = sdxl_report()
     for columns in (60, 80, 120):
         monkeypatch.setenv("COLUMNS", str(columns))
         assert max(map(len, str(report).splitlines())) <= columns
@@ -132,7 +137,7 @@ def test_tables_are_as_wide_as_the_terminal(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_page_of_a_report() -> None:
-    report = toma_fx.explain(denoisers.sdxl(), denoisers.sdxl_inputs(), min_tokens=200)
+    report = sdxl_report()
     page = report.to_html("SDXL <small>")
     assert "<h1>SDXL &lt;small&gt;</h1>" in page
     svg = ElementTree.fromstring(page[page.index("<svg") : page.index("</svg>") + 6])

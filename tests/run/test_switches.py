@@ -215,19 +215,17 @@ def test_many_configurations_are_bounded() -> None:
 
 
 @torch.no_grad()
-def test_whole_models_need_one_capture() -> None:
-    for module, call in (
-        (denoisers.sdxl(), denoisers.sdxl_inputs()),
-        (denoisers.flux(), denoisers.flux_inputs(8, 8)),
-    ):
-        denoiser: Any = toma_fx.optimize(module, min_tokens=1)
-        plain = module(**call)[0]
-        merged = denoiser(**call)[0]
-        denoiser.disable_merging()
-        assert torch.equal(denoiser(**call)[0], plain)
-        with denoiser.using(ratio=0.25, min_tokens=1):
-            less = denoiser(**call)[0]
-        alone: Any = toma_fx.optimize(module, ratio=0.25, min_tokens=1)
-        assert torch.equal(less, alone(**call)[0])
-        assert not torch.equal(merged, less)
-        assert denoiser.cache.captures == 1
+@pytest.mark.parametrize("family", ["sdxl", "flux"])
+def test_whole_models_need_one_capture(family: str) -> None:
+    module: Any = getattr(denoisers, family)()
+    call = denoisers.sdxl_inputs() if family == "sdxl" else denoisers.flux_inputs(8, 8)
+    denoiser: Any = toma_fx.optimize(module, min_tokens=1)
+    plain, merged = module(**call)[0], denoiser(**call)[0]
+    denoiser.disable_merging()
+    assert torch.equal(denoiser(**call)[0], plain)
+    with denoiser.using(ratio=0.25):
+        less = denoiser(**call)[0]
+    alone: Any = toma_fx.optimize(module, ratio=0.25, min_tokens=1)
+    assert torch.equal(less, alone(**call)[0])
+    assert not torch.equal(merged, less)
+    assert denoiser.cache.captures == 1
