@@ -65,7 +65,7 @@ SLOW = (
             "outside_triton",
             "the_configuration_is_one_of_the_published_protobuf",
             "the_folder_is_an_artifact*",
-            "what_python_left_is_no_reason_to_keep_an_artifact",
+            "what_python_left_is_no_reason_to_keep_an_artifact*",
         )
     ),
     Slow("test_types.py::*", "runs mypy over the whole package"),
