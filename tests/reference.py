@@ -127,13 +127,16 @@ def make_pattern(x: Tensor, grids: Sequence[Grid], s: Settings) -> Pattern:
 # -- in a pipeline --------------------------------------------------------------------------------
 
 
-def stand_in(model: nn.Module, settings: Settings) -> nn.Module:
+def stand_in(model: nn.Module, settings: Settings, *, itself: bool = False) -> nn.Module:
     """A copy of a UNet or Flux transformer that merges; type, attributes and modules stay.
+
+    With `itself` the model is changed, and not copied.
 
     It follows the schedule: every pass of a step (a label of `cache_context`, or the second and
     later calls at one timestep) counts its own steps and keeps its own patterns.
     """
-    model, s = copy.deepcopy(model), replace(settings, patterns={})
+    model = model if itself else copy.deepcopy(model)
+    s = replace(settings, patterns={})
     schedule = Schedule(s.destinations_every)
     if type(model).__name__ == "FluxTransformer2DModel":
         model.forward = ReferenceFlux(model, s, schedule)

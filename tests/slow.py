@@ -193,6 +193,8 @@ SLOW = (
     Slow("analysis/test_variants.py::test_half_precision_*[unet-torch.float16]", MORE),
     Slow("analysis/test_own_models.py::test_both_pass_*[*-grid1]", MORE),
     Slow("capture/test_companions.py::test_companion[*-before]", MORE),
+    Slow("capture/test_opaque.py::test_compiled[*]", INDUCTOR),
+    Slow("capture/test_opaque.py::test_quantized[bitsandbytes *]", MORE),
     Slow("capture/test_companions.py::test_companion[FreeU*-through]", MORE),
     Slow("run/test_data_dependent.py::test_all_masks_*[options2]", MORE),
     Slow("run/test_data_dependent.py::test_all_masks_*[options3]", MORE),

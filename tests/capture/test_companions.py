@@ -681,7 +681,8 @@ def test_companion(row: Companion, when: str) -> None:
 
 
 def test_the_docs_say_what_is_tested() -> None:
-    lines = [line for line in DOCS.read_text().splitlines() if line.startswith("| ")]
+    table = DOCS.read_text().partition("## Quantized models")[0]
+    lines = [line for line in table.splitlines() if line.startswith("| ")]
     cells = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines]
     assert cells[1:] == [(row.name, row.verdict, row.advice) for row in COMPANIONS]
     assert {row.verdict for row in COMPANIONS} == {"works", "refused"}

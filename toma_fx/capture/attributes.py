@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from toma_fx.compat.libraries import HISTORY, HOOKS, WRAPPING, own_forward
-from toma_fx.compat.pytorch import module_fields
+from toma_fx.compat.pytorch import module_fields, module_tables
 
 ATOMS = frozenset({NoneType, bool, int, float, complex, str, bytes})
 """Types of values that never change and whose `repr` tells them apart."""
@@ -22,12 +22,18 @@ _CONTAINER_FIELDS = frozenset({"training", "_keys"})
 """Fields that the containers of `nn` do not read when they are called."""
 
 
+_OPAQUE_FIELDS = frozenset({"compute_dtype", "in_features", "out_features"})
+"""What a graph depends on of a layer that is one operator in it."""
+
+
 def tracked_attributes(owner: Any, *, root: bool = False) -> dict[str, Any]:
     """Attributes of a module or helper that the forward pass may read, by name.
 
     Left out are children, parameters, buffers and hooks, the history of a model, what removed hooks
     leave behind, and, if the owner is the denoiser itself (`root`), what others wrapped around it.
     """
+    if is_opaque(owner):
+        return {name: vars(owner)[name] for name in _OPAQUE_FIELDS & vars(owner).keys()}
     ignored = _ignored(isinstance(owner, nn.Module), type(owner) in _CONTAINERS)
     if root:
         ignored |= WRAPPING
@@ -38,6 +44,17 @@ def tracked_attributes(owner: Any, *, root: bool = False) -> dict[str, Any]:
     }
     forward = own_forward(owner) if root else None
     return values if forward is None else {**values, "forward": forward}
+
+
+def is_opaque(owner: Any) -> bool:
+    """Whether an owner is a linear layer with parameters of a class that tracing would lose.
+
+    It runs as it is, and may write what it likes (see `opaque`).
+    """
+    return isinstance(owner, nn.Linear) and any(
+        type(p) is not nn.Parameter and p is not None and not hasattr(p, "__tensor_flatten__")
+        for p in module_tables(owner)[1].values()
+    )
 
 
 @cache

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from toma_fx.capture.canonical import flat_graph
 from toma_fx.capture.grids import Raster, find_raster, size_hints
+from toma_fx.capture.opaque import traceable
 from toma_fx.capture.references import without_weak_references
 from toma_fx.capture.traceable import TraceableForms
 from toma_fx.compat.libraries import WRAPPING, own_forward
@@ -133,7 +134,7 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         ModelTypeError, TrainingModeError: see `check_model`.
     """
     check_model(model)
-    kwargs, plain = dict(sorted(kwargs.items())), unwrap(model)
+    kwargs, plain = dict(sorted(kwargs.items())), traceable(unwrap(model))
     try:
         with torch.no_grad(), lazy_graph_modules(), without_weak_references() as graphs:
             with TraceableForms():

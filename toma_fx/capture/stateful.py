@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toma_fx.capture.attributes import ATOMS, as_bytes, is_helper, tracked_attributes
+from toma_fx.capture.attributes import ATOMS, as_bytes, is_helper, is_opaque, tracked_attributes
 from toma_fx.compat.pytorch import hook_tables
 from toma_fx.errors import StatefulModelError
 
@@ -61,6 +61,8 @@ class PythonState:
         for name, buffer in module.named_buffers(recurse=False):
             # by content: some models put an equal buffer in its place at each call
             self._note(f"{dot}{name}", None if buffer.is_meta else buffer.detach().clone())
+        if is_opaque(module):  # runs at each step as it does in the model
+            return
         self._add_attributes(module, dot, 0, root=not path)
         for table in hook_tables(module):
             for hook in list(table.values()):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -144,6 +145,13 @@ def share_tables(module: nn.Module, model: nn.Module) -> None:
     """Make a module hold the very children, parameters and buffers of another one."""
     for name in (*CONTENTS, "_non_persistent_buffers_set"):
         vars(module)[name] = attribute("torch", model, name)
+
+
+def copy_with_children(module: nn.Module, children: Mapping[str, Any]) -> nn.Module:
+    """A copy of a module that has these children, and shares all else."""
+    copied = copy.copy(module)
+    vars(copied)["_modules"] = dict(children)
+    return copied
 
 
 def hook_tables(module: nn.Module) -> tuple[dict[int, Any], ...]:

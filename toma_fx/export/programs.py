@@ -13,9 +13,10 @@ from torch.export import ExportedProgram
 
 from toma_fx.capture.references import without_weak_references
 from toma_fx.compat.pytorch import tree_paths
-from toma_fx.errors import ModelTypeError, ParallelError
+from toma_fx.errors import BuildError, ModelTypeError, ParallelError
 from toma_fx.export.manifest import TensorSpec
 from toma_fx.export.selection import ExpandSelection
+from toma_fx.graph.nodes import module_path, op_name
 from toma_fx.graph.passes import EraseInputs, run_passes
 from toma_fx.graph.rewriter import Rewriter, copy_graph
 from toma_fx.graph.specs import EXPORTABLE
@@ -127,6 +128,7 @@ def export_programs(optimized: Any, example_inputs: Any) -> Programs:
         example_inputs: a call: a dict of keyword arguments, a tuple, or a pair (args, kwargs).
 
     Raises:
+        BuildError: quantized layers that can't be traced.
         DynamicError: the method's number of merged tokens depends on the data, or which steps
             compute; names the form that can be exported. ModelTypeError: not an optimized
             denoiser. SignatureError, CaptureError, NoMergeSites, TileError: as at a call.
@@ -154,6 +156,7 @@ def export_programs(optimized: Any, example_inputs: Any) -> Programs:
     denoiser.config_toma.check_static("export")
     denoiser.config_toma.check_fixed_steps("export")
     specialization, arguments = denoiser.specialized(*call_of(example_inputs))
+    _check_layers(specialization)
     leaves = arguments.leaves
     by_kind: dict[str, Exported] = {}
     kept: dict[str, Tensor] = {}
@@ -164,6 +167,24 @@ def export_programs(optimized: Any, example_inputs: Any) -> Programs:
     names = tuple(path[1:] for path, _ in tree_paths((args, kwargs)))
     plan = specialization.plan
     return Programs(denoiser, specialization, plan, by_kind, names, tuple(leaves), kept)
+
+
+def _check_layers(specialization: Specialization) -> None:
+    """Refuse layers that only this process has.
+
+    Raises:
+        BuildError: the graph calls one.
+    """
+    graph = specialization.captured.graph_module.graph
+    for node in graph.nodes:
+        if op_name(node.target) == "toma_fx.layer":
+            raise BuildError(
+                "quantized layers that run in Python can't be in an artifact",
+                where=module_path(node),
+                expected="layers that torch.export can trace",
+                got="one of GGUF or bitsandbytes, which the graph calls as it is",
+                hint="build the artifact from the model before it was quantized",
+            )
 
 
 def _export(

@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import fx
 
-from toma_fx.graph.nodes import ATTENTION, CONVOLUTIONS, PACKED, WEIGHTED, op_name
+from toma_fx.graph.nodes import ATTENTION, CONVOLUTIONS, LINEAR_LAYERS, PACKED, WEIGHTED, op_name
 
 _SUMMED = {
-    **dict.fromkeys((*WEIGHTED, *PACKED), 0),
+    **dict.fromkeys((*WEIGHTED, *PACKED, *LINEAR_LAYERS), 0),
     "aten.matmul": 0, "aten.mm": 0, "aten.bmm": 0, "aten.mv": 0, "aten.dot": 0,
     "aten.addmm": 1, "aten.baddbmm": 1, "aten.addmv": 1,
 }  # fmt: skip

@@ -41,6 +41,8 @@ PACKED = {
     "aten._weight_int8pack_mm", "aten._weight_int4pack_mm", "aten._weight_int4pack_mm_for_cpu",
 }  # fmt: skip
 """Products of [N, C] with a weight that is packed in a layout of its own."""
+LINEAR_LAYERS = frozenset({"bitsandbytes.gemm_4bit", "quanto.qbytes_mm", "toma_fx.layer"})
+"""Operators of other libraries that are a linear layer of tokens [..., C], and this one's."""
 WEIGHTED = {"aten.linear", "aten._int_mm", "aten._scaled_mm"}
 """Products with a weight."""
 PRODUCTS = {"aten.matmul", "aten.mm", "aten.bmm", "aten.baddbmm", "aten.einsum"}

@@ -6,11 +6,14 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import count
 from typing import Literal
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from toma_fx.errors import StatefulModelError
 from toma_fx.methods.facility import facility_location
 
 MOST_TOKENS = 512
@@ -40,6 +43,48 @@ def facility_location_op(similarity: Tensor, keep: int) -> Tensor:
 @facility_location_op.register_fake
 def _(similarity: Tensor, keep: int) -> Tensor:
     return similarity.new_empty((*similarity.shape[:-2], keep), dtype=torch.int64)
+
+
+class Layers:
+    """Layers that an operator runs, by number; none is kept alive."""
+
+    def __init__(self) -> None:
+        self._numbers: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+        self._layers: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
+        self._next = count()
+
+    def number_of(self, layer: nn.Module) -> int:
+        """The number of a layer, the same whenever it is asked for."""
+        number = self._numbers.setdefault(layer, next(self._next))
+        self._layers[number] = layer
+        return number
+
+    def __getitem__(self, number: int) -> nn.Module:
+        layer = self._layers.get(number)
+        if layer is None:
+            raise StatefulModelError(
+                "a quantized layer of the captured model is gone",
+                where=f"toma_fx.layer {number}",
+                expected="the model that was captured, in the process that captured it",
+                hint="keep the model, and optimize it again",
+            )
+        return layer
+
+
+LAYERS = Layers()
+"""Graphs hold numbers and tensors alone, so what a number means is kept beside them."""
+
+
+@torch.library.custom_op("toma_fx::layer", mutates_args=())
+def layer_op(x: Tensor, number: int, features: int, dtype: torch.dtype) -> Tensor:
+    """A layer of `LAYERS` as one opaque, token-wise node: [..., C] -> [..., features]."""
+    outputs: Tensor = LAYERS[number](x)
+    return outputs.contiguous()
+
+
+@layer_op.register_fake
+def _(x: Tensor, number: int, features: int, dtype: torch.dtype) -> Tensor:
+    return x.new_empty((*x.shape[:-1], features), dtype=dtype)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from toma_fx.analysis.rules.base import (
     rule,
     tokenwise_rule,
 )
-from toma_fx.graph.nodes import PACKED, shape_of
+from toma_fx.graph.nodes import LINEAR_LAYERS, PACKED, shape_of
 
 
 @rule("_int_mm")
@@ -101,7 +101,7 @@ def _check_scale(call: Call, layout: Layout, scale: object) -> None:
 
 RULES.update(
     {
-        **dict.fromkeys(PACKED, tokenwise_rule),
+        **dict.fromkeys((*PACKED, *LINEAR_LAYERS), tokenwise_rule),
         "torchao.choose_qparams_affine": choose_scales,
         "torchao.choose_scale_float8": choose_scale,
         "torchao.quantize_affine": quantize,
