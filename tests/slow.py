@@ -72,6 +72,10 @@ SLOW = (
     # docs
     Slow("test_docs.py::test_first_picture", "draws whole pictures"),
     Slow("test_docs.py::test_artifact_of_the_page", ONNX),
+    Slow("test_docs.py::test_quality", "draws whole pictures"),
+    Slow("test_docs.py::test_generate", "draws whole pictures"),
+    Slow("test_docs.py::test_methods", PIPELINE),
+    Slow("test_docs.py::test_warmup", PIPELINE),
     # models
     Slow("models/test_train_latent.py::test_a_training_stops_*", "trains"),
     Slow("models/test_latent.py::test_merging_and_caching_apply[latent-sdxl]", WHOLE),

@@ -131,7 +131,7 @@ def test_first_picture(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     names = run("first-picture.md", "import toma_fx")
     assert "1024 -> 512" in capsys.readouterr().out
     names = run("first-picture.md", "denoiser =", small={"steps=20": "steps=4"}, **names)
-    assert toma_fx.summary(names["denoiser"]).steps == {"refresh": 2, "reuse": 2}
+    assert toma_fx.summary(names["denoiser"]).steps == {"refresh": 1, "reuse": 3}
     few = {"steps=20": "steps=4"}
     names = run("first-picture.md", "original =", small=few, **names)
     assert torch.equal(names["same"], names["original"])
