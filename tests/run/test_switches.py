@@ -229,3 +229,24 @@ def test_whole_models_need_one_capture(family: str) -> None:
     assert torch.equal(less, alone(**call)[0])
     assert not torch.equal(merged, less)
     assert denoiser.cache.captures == 1
+
+
+def test_a_pipeline_whose_class_gets_another_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its generations are told as before, and run what the class has now."""
+
+    class Pipeline:
+        def __init__(self) -> None:
+            self.unet = model()
+
+        def __call__(self, steps: int = 2) -> list[Tensor]:
+            calls = (inputs(seed=i, timestep=900.0 - i) for i in range(steps))
+            with torch.no_grad():
+                return [self.unet(**call) for call in calls]
+
+    for steps in (2, 3):
+        call = Pipeline.__call__
+        monkeypatch.setattr(Pipeline, "__call__", lambda self, call=call, n=steps: call(self, n))
+        pipe: Any = toma_fx.optimize(Pipeline(), min_tokens=1)
+        assert len(pipe()) == steps
+        assert pipe.unet.totals == {"refresh": 1, "reuse": steps - 1}
+        monkeypatch.undo()

@@ -78,7 +78,7 @@ def find_folder(path: str | Path, revision: str | None = None) -> Path:
             got=type(path).__name__,
         )
     folder = Path(path)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # False, too, for names that no file can have
         made = [name for name in ("model_index.json", "config.json") if (folder / name).is_file()]
         if made and not (folder / MANIFEST).exists():
             raise ArtifactError(
@@ -89,7 +89,7 @@ def find_folder(path: str | Path, revision: str | None = None) -> Path:
                 hint=f"toma-fx build --model {folder} --target onnx --out artifact makes one of it",
             )
         return folder
-    if folder.exists() or not REPOSITORY.fullmatch(str(path)):
+    if os.path.exists(folder) or not REPOSITORY.fullmatch(str(path)):
         return folder  # what is wrong with it is said when it is opened
     from huggingface_hub import snapshot_download
 

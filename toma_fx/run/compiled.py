@@ -79,9 +79,11 @@ class Compilation:
             ConfigError: options that Inductor doesn't have.
         """
         check_switch("outline", outline, "compile")
-        names = list(inspect.signature(torch.compile).parameters)[1:]
+        parameters = inspect.signature(torch.compile).parameters
+        names = list(parameters)[1:]
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         for name in kwargs:
-            if name not in names:
+            if name not in names and not takes_any:
                 raise UnknownNameError(
                     f"torch.compile has no option {name!r}",
                     where="compile",

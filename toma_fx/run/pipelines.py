@@ -137,28 +137,31 @@ def told_by(pipeline: Any) -> Iterator[None]:
 
 @functools.cache
 def _telling(base: Any) -> Any:
-    """A subclass of a pipeline's class that looks like it, and whose calls are generations."""
+    """A subclass of a pipeline's class that looks like it, and whose calls are generations.
+
+    What they run is asked of the class at each call: somebody may write another one into it.
+    """
     call: Any = base.__call__
 
     @functools.wraps(call)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         with told_by(self):
-            return call(self, *args, **kwargs)
+            return base.__call__(self, *args, **kwargs)
 
     @functools.wraps(call)
     def stream(self: Any, *args: Any, **kwargs: Any) -> Any:
         with told_by(self):
-            return (yield from call(self, *args, **kwargs))
+            return (yield from base.__call__(self, *args, **kwargs))
 
     @functools.wraps(call)
     async def run_async(self: Any, *args: Any, **kwargs: Any) -> Any:
         with told_by(self):
-            return await call(self, *args, **kwargs)
+            return await base.__call__(self, *args, **kwargs)
 
     @functools.wraps(call)
     async def stream_async(self: Any, *args: Any, **kwargs: Any) -> Any:
         with told_by(self):
-            async for item in call(self, *args, **kwargs):
+            async for item in base.__call__(self, *args, **kwargs):
                 yield item
 
     def reduce(self: Any, protocol: Any) -> Any:
