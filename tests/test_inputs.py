@@ -16,6 +16,7 @@ from tests import denoisers
 from tests.diffusers_pipelines import CASES
 from toma_fx.cli.main import main
 from toma_fx.errors import ConfigError, ModelTypeError
+from toma_fx.inputs import load_example
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -87,6 +88,8 @@ def test_the_command_line_takes_any_pipeline(
 ) -> None:
     assert main(["explain", str(folder), "--set", "min_tokens=16"]) == 0
     assert "8x8: 64 -> 32" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="encodes its own text"):
+        load_example(str(folder), None, None, 1, text=8)
 
 
 def test_of_models_alone() -> None:

@@ -17,7 +17,7 @@ from toma_fx.compat.libraries import accelerate_hook
 from toma_fx.errors import ConfigError, ModelTypeError
 from toma_fx.graph.dump import dumping
 from toma_fx.methods.base import MethodConfig
-from toma_fx.methods.checks import is_count
+from toma_fx.methods.checks import check_count
 from toma_fx.methods.config import make_config
 from toma_fx.methods.planning import merging
 from toma_fx.methods.recipe import Recipe
@@ -110,14 +110,7 @@ def optimize(
             can't be shared.
     """
     config = _config_of(toma, method, options)
-    if not is_count(max_signatures):
-        raise ConfigError(
-            "max_signatures is out of range",
-            where="max_signatures",
-            expected="a whole number of at least 1",
-            got=repr(max_signatures),
-        )
-
+    check_count("max_signatures", max_signatures)
     ranks = None if parallel is None else Ranks(parallel)
 
     def wrap(inner: nn.Module) -> OptimizedDenoiser:

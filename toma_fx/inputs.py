@@ -12,7 +12,7 @@ from torch import nn
 
 from toma_fx.api import denoiser_of
 from toma_fx.errors import ConfigError
-from toma_fx.methods.checks import is_count
+from toma_fx.methods.checks import check_count
 from toma_fx.models import named
 from toma_fx.models.tiny import NAMES
 from toma_fx.run.calls import name_arguments
@@ -50,13 +50,8 @@ def example_inputs(
         ModelTypeError: another model alone; or no denoiser.
     """
     for name, number in (("height", height), ("width", width), ("batch", batch)):
-        if number is not None and not is_count(number):
-            raise ConfigError(
-                f"{name} is out of range",
-                where="example_inputs",
-                expected="a whole number of at least 1",
-                got=repr(number),
-            )
+        if number is not None:
+            check_count(name, number, "example_inputs")
     if isinstance(model, nn.Module):
         height = height or 1024
         return named.example_inputs(model, height, width or height, batch, **call)
@@ -94,6 +89,13 @@ def load_example(
     """
     if name in NAMES or _family(name, options.get("subfolder")) in (None, *FAMILIES):
         return named.example(name, height, width, batch, **options)
+    if options.get("text") is not None:
+        raise ConfigError(
+            "a pipeline encodes its own text",
+            where="text",
+            expected="nothing, for other models than UNets and Flux transformers",
+            got=repr(options["text"]),
+        )
     dtype = str(options.get("dtype", torch.float32)).removeprefix("torch.")
     pipe = named.load_pipeline(name, dtype, options.get("device"))
     inputs = example_inputs(pipe, height, width, batch)

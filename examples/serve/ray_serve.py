@@ -165,7 +165,7 @@ class Replica:
                 for event in await steps:
                     if event.picture[0] in self.events:
                         self.events[event.picture[0]].put_nowait(event)
-        except Exception as error:
+        except Exception as error:  # of any kind: whoever waits has to hear of it
             log.exception("a step failed")
             self.failed = f"{type(error).__name__}: {error}"
             for name, events in self.events.items():

@@ -27,7 +27,7 @@ from toma_fx.api import find_components, optimize
 from toma_fx.capture.fingerprint import digest_weights
 from toma_fx.errors import ConfigError, ModelTypeError, TomaError, UnknownNameError, nearest
 from toma_fx.measure.cases import Case, batch_option, naming
-from toma_fx.methods.checks import is_count
+from toma_fx.methods.checks import check_count
 from toma_fx.methods.planning import plan_key
 from toma_fx.models.embedded import EmbeddedModel
 from toma_fx.run.denoiser import OptimizedDenoiser, optimized_of
@@ -60,13 +60,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch"):
-            if not is_count(getattr(self, name), 1):
-                raise ConfigError(
-                    f"{name} is out of range",
-                    where=name,
-                    expected="a whole number of at least 1",
-                    got=repr(getattr(self, name)),
-                )
+            check_count(name, getattr(self, name))
 
 
 class Subject(ABC):

@@ -64,6 +64,21 @@ def is_count(value: Any, least: int = 1) -> bool:
     return type(value) is int and value >= least
 
 
+def check_count(name: str, value: Any, where: str = "") -> None:
+    """Raise unless a value is an int, no bool, of at least 1.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if not is_count(value):
+        raise ConfigError(
+            f"{name} is out of range",
+            where=where or name,
+            expected="a whole number of at least 1",
+            got=repr(value),
+        )
+
+
 def is_size(value: Any) -> bool:
     """Whether a value is (height, width) or (frames, height, width) of at least 1 each."""
     return isinstance(value, tuple) and len(value) in (2, 3) and all(map(is_count, value))

@@ -60,6 +60,35 @@ class WarmsUp:
             ModelTypeError: `sizes` for another model; give `calls`.
             CaptureError, NoMergeSites, TileError: as the first call of a signature.
         """
+        named = self._named_calls(sizes, batch, text, calls)
+        for i, (name, call) in enumerate(named, start=1):
+            start = time.perf_counter()
+            with self.cache.expecting():
+                kinds = warm(*self.specialized((), call), mixed=mixed)
+            seconds, ran = time.perf_counter() - start, ", ".join(kinds)
+            emit(
+                _log,
+                logging.INFO,
+                "warmup",
+                "warm-up %d of %d: %s in %.1f s (%s)",
+                i,
+                len(named),
+                name,
+                seconds,
+                ran,
+                seconds=seconds,
+                call=name,
+                kinds=tuple(kinds),
+            )
+
+    def _named_calls(
+        self,
+        sizes: Sequence[tuple[int, int]],
+        batch: int | Sequence[int],
+        text: int | None,
+        calls: Sequence[Mapping[str, Any]],
+    ) -> list[tuple[str, dict[str, Any]]]:
+        """The calls of a warm-up, and what they are called in the log."""
         if not all(isinstance(size, Sequence) and len(size) == 2 for size in sizes):
             raise ConfigError(
                 "sizes= is no list of sizes",
@@ -86,25 +115,7 @@ class WarmsUp:
                 if named
                 else "warmup([(512, 512)])",
             )
-        for i, (name, call) in enumerate(named, start=1):
-            start = time.perf_counter()
-            with self.cache.expecting():
-                kinds = warm(*self.specialized((), call), mixed=mixed)
-            seconds, ran = time.perf_counter() - start, ", ".join(kinds)
-            emit(
-                _log,
-                logging.INFO,
-                "warmup",
-                "warm-up %d of %d: %s in %.1f s (%s)",
-                i,
-                len(named),
-                name,
-                seconds,
-                ran,
-                seconds=seconds,
-                call=name,
-                kinds=tuple(kinds),
-            )
+        return named
 
 
 def warm(specialization: Specialization, arguments: Any, *, mixed: bool) -> Sequence[str]:

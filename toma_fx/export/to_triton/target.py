@@ -19,12 +19,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from toma_fx.errors import ArtifactError, BuildError, ConfigError
+from toma_fx.errors import ArtifactError, BuildError
 from toma_fx.export.manifest import TargetSpec, TensorSpec
 from toma_fx.export.registry import make_target, target_class
 from toma_fx.export.targets import Lowered, Runtime, Target
 from toma_fx.export.to_triton.config import CONFIG, CONTROLS, DTYPES, STEPS, config_text
-from toma_fx.methods.checks import check_choice, is_count
+from toma_fx.methods.checks import check_choice, check_count
 
 if TYPE_CHECKING:
     import torch
@@ -72,13 +72,7 @@ class TritonTarget(Target):
     def __post_init__(self) -> None:
         check_choice("engine", self.engine, get_args(Engine))
         for name in ("sequences", "instances", "idle_seconds"):
-            if not is_count(getattr(self, name)):
-                raise ConfigError(
-                    f"{name} is out of range",
-                    where=name,
-                    expected="a whole number from 1",
-                    got=repr(getattr(self, name)),
-                )
+            check_count(name, getattr(self, name))
         _ = self.inner
 
     @property
