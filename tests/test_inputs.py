@@ -86,7 +86,7 @@ def test_of_a_pipeline_by_class_labels(folder: Path) -> None:
 def test_the_command_line_takes_any_pipeline(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["explain", str(folder), "--set", "min_tokens=16"]) == 0
+    assert main(["explain", str(folder), "--min_tokens", "16"]) == 0
     assert "8x8: 64 -> 32" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="encodes its own text"):
         load_example(str(folder), None, None, 1, text=8)

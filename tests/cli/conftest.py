@@ -23,7 +23,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def build(*args: Any) -> int:
     given: list[Any] = ["--height", 128, "--batch", 1, "--text", 8, "--method", "grid"]
-    given += ["--set", "min_tokens=16", "--set", "destinations_every=5"]
+    given += ["--min_tokens", "16", "--destinations_every", "5"]
     return main(["build", *map(str, given), *map(str, args)])
 
 

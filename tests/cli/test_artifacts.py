@@ -146,7 +146,7 @@ def test_inputs_that_are_pickled_or_not_all(
         (["--target", "onnx"], "--out"),
         (["--target", "tensorrt", "--out", "OUT"], "toma_fx[tensorrt]"),
         (["--target", "onnx", "--out", "OUT", "--opset", 17], "18 to 25"),
-        (["--target", "onnx", "--out", "OUT", "--set", "ration=0.5"], "ration"),
+        (["--target", "onnx", "--out", "OUT", "--ration", "0.5"], "ration"),
     ],
 )
 def test_bad_builds(
@@ -198,7 +198,7 @@ def test_a_folder_in_use_is_refused_before_the_model_is_loaded(
 @pytest.mark.parametrize("name", tiny.NAMES)
 @pytest.mark.parametrize("route", ["torch", "onnx"])
 def test_dry_run(name: str, route: str, capsys: pytest.CaptureFixture[str]) -> None:
-    merge = ("--set", "min_tokens=64")
+    merge = ("--min_tokens", "64")
     args = ("--target", "tensorrt", "--dry-run", "--route", route, *merge)
     assert main(["build", "--model", name, *args]) == 0
     text = capsys.readouterr().out
@@ -209,7 +209,7 @@ def test_dry_run(name: str, route: str, capsys: pytest.CaptureFixture[str]) -> N
 def test_dry_run_says_what_is_not_taken(
     model_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    merge = ("--method", "toma", "--set", "inverse=pinv", "--set", "destinations_every=2")
+    merge = ("--method", "toma", "--inverse", "pinv", "--destinations_every", "2")
     args = ("--target", "tensorrt", "--dry-run", *merge)
     assert build("--model", model_folder, *args) == 1
     found = capsys.readouterr()

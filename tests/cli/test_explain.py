@@ -18,7 +18,7 @@ from toma_fx.cli.main import main
 from toma_fx.cli.status import DONE, FAILED
 from toma_fx.models.named import from_config
 
-SMALL = ("--set", "min_tokens=4", "--height", "64")
+SMALL = ("--min_tokens", "4", "--height", "64")
 
 
 @pytest.fixture(scope="module")

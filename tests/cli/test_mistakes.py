@@ -42,7 +42,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], int, str]] = {
     "a long name": ((*BUILD, "--out", "x" * 300), FAILED, "can be put there"),
     "no folder for pictures": (("demo", "--out", "/proc/x"), FAILED, "/proc/x"),
     "no artifact": (("info", "nowhere"), FAILED, "no artifact"),
-    "a field that is none": (("explain", "tiny-flux", "--set", "ratoi=1"), FAILED, "ratio"),
+    "a field that is none": (("explain", "tiny-flux", "--ratoi", "1"), FAILED, "ratio"),
     "no command": ((), MISUSED, "required"),
 }
 

@@ -35,7 +35,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "command", ["--help", "--version", "build --help", "info", "info --json", "verify"]
+    "command", ["--help", "--version", "run --help", "info", "info --json", "verify"]
 )
 def test_no_torch(command: str, artifact: Path) -> None:
     words = command.split()

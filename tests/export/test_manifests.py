@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Callable
@@ -208,7 +209,7 @@ def test_what_is_written_is_read(small_artifact: Path) -> None:
 
 
 def test_configurations_without_a_form_in_json(tmp_path: Path) -> None:
-    network = model()
+    network = copy.deepcopy(model())  # others share it
     config = {"limit": float("inf"), "none": float("nan"), "text": "\ud800", "big": 10**30}
     network.__class__ = type("Configured", (type(network),), {"config": config})
     optimized = toma_fx.optimize(network, method="toma", min_tokens=1)

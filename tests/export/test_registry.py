@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,6 @@ from typing import Any
 import pytest
 
 import toma_fx
-from toma_fx.cli.main import make_parser
-from toma_fx.cli.options import target_options
 from toma_fx.errors import ConfigError, UnknownNameError
 from toma_fx.export.registry import TARGETS, make_target, target_class
 from toma_fx.export.targets import Target
@@ -54,25 +51,6 @@ def test_refusals(
     with pytest.raises(error, match=words):
         toma_fx.export.export(None, None, tmp_path / "a", target, **options)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_command_line_has_the_options_of_every_target() -> None:
-    parser: Any = make_parser()
-    build = parser._subparsers._group_actions[0].choices["build"]
-    for name in TARGETS:
-        for field in dataclasses.fields(target_class(name)):
-            if "help" in field.metadata:
-                flag = f"--{field.name.replace('_', '-')}"
-                assert flag in build.format_help()
-    text = " ".join(build.format_help().split())
-    assert "of onnx: version of operators, 18 to 25 (default 23)" in text
-    args = ["build", "--model", "m", "--target", "tensorrt", "--out", "o"]
-    given = ["--route", "onnx", "--optimization-level", "5", "--workspace", "7"]
-    options = target_options(parser.parse_args([*args, *given]))
-    assert options == {"route": "onnx", "optimization_level": 5, "workspace": 7}
-    assert target_options(parser.parse_args(args)) == {}, "others keep their defaults"
-    with pytest.raises(ConfigError, match="--target onnx"):
-        target_options(parser.parse_args([*args, "--opset", "20"]))
 
 
 def test_unknown_names_of_the_package() -> None:

@@ -48,19 +48,19 @@ def test_packing_round_trip_and_ids() -> None:
 
 
 def test_command_line_explain(capsys: Any) -> None:
-    assert main(["explain", "tiny-flux", "--json", "--set", "ratio=0.75", "--batch", "1"]) == 0
+    assert main(["explain", "tiny-flux", "--json", "--ratio", "0.75", "--batch", "1"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert {(r["tokens"], r["merged"]) for r in report["rows"]} == {(1024, 256)}
 
 
 def test_command_line_says_what_is_wrong(capsys: Any) -> None:
-    assert main(["explain", "tiny-flux", "--set", "ratoi=0.5"]) == 1
+    assert main(["explain", "tiny-flux", "--ratoi", "0.5"]) == 1
     assert "nearest: ratio" in capsys.readouterr().err
 
 
 def test_a_quick_demo_of_one_model(tmp_path: Path, capsys: Any) -> None:
     words = ["demo", "--quick", "--model", "tiny-flux", "--out", str(tmp_path)]
-    assert main([*words, "--set", "ratio=0.25"]) == 0
+    assert main([*words, "--ratio", "0.25"]) == 0
     assert "page: " in capsys.readouterr().out
     (result,) = json.loads((tmp_path / "results.json").read_text())
     assert (result["model"], result["compiled"]) == ("tiny-flux", False)

@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from toma_fx.api import optimize
-from toma_fx.cli.options import target_options
 from toma_fx.cli.text import bytes_text
 from toma_fx.devices import usable_device
 from toma_fx.errors import BuildError, ConfigError
@@ -59,7 +58,7 @@ def build_artifact(args: argparse.Namespace, options: dict[str, Any], console: C
     Raises:
         ConfigError: no output folder, or an option of another target. As `export`.
     """
-    chosen = target_options(args)
+    chosen: dict[str, Any] = args.target_fields
     if args.dry_run and args.target != "tensorrt":
         raise ConfigError(
             "only TensorRT has a dry run",
@@ -91,7 +90,7 @@ def build_artifact(args: argparse.Namespace, options: dict[str, Any], console: C
                 dtype=getattr(torch, args.dtype),
                 device=device,
             )
-        optimized = optimize(model, method=args.method, **options)
+        optimized = optimize(model, **options)
         if args.dry_run:
             _print_coverage(optimized, inputs, chosen.get("route", "torch"), show, console)
             return

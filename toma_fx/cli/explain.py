@@ -22,7 +22,7 @@ def explain_model(args: argparse.Namespace, options: dict[str, Any], console: Co
     Raises:
         ConfigError: a model, and the configuration of one, or neither.
     """
-    report = explain(*_subject(args), method=args.method, **options)
+    report = explain(*_subject(args), **options)
     if args.html is not None:
         write_file(args.html, report.to_html(args.model or args.model_class))
     if args.json:

@@ -1,7 +1,7 @@
 """Command line: `toma-fx explain`, `demo`, and the commands on artifacts.
 
-The parser needs no torch, and a command's module is imported when the command runs: `--help`,
-`info` and `verify` answer at once.
+A command's module is imported when the command runs, and torch with it: `--help`, `info` and
+`verify` answer at once. Only `explain`, `demo` and `build` need torch for their parser (`fields`).
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from toma_fx.cli.options import add_target_options
+from toma_fx.cli.fields import FieldParser, choosing_options
 from toma_fx.cli.status import DONE, FAILED, FAULT, INTERRUPTED, PIPE_CLOSED, STATUS
 from toma_fx.errors import ConfigError, TomaError
 from toma_fx.export.registry import TARGETS
-from toma_fx.measure.fields import parse_field
 
 MODES = ("eager", "compiled")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -39,6 +38,7 @@ COMMANDS = {
 """Module and function of every command; what it returns, if anything, is the exit status."""
 
 
+FIELDS = "and the fields of the configuration, as --ratio 0.4 or --cache.every 3:"
 MOST = 2**31 - 1
 """The largest whole number of an option."""
 TRACEBACK = "TOMA_FX_TRACEBACK"
@@ -51,15 +51,13 @@ FORESEEN = (TomaError, OSError)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    args = make_parser().parse_args(argv)
     from toma_fx.cli.terminal import Terminal, leave_closed_pipe, prepare_streams
 
     prepare_streams()
-    module, _, function = COMMANDS[args.command].partition(":")
     try:
-        options = {}
-        if hasattr(args, "set"):
-            options = {"toma": _toma(args), **dict(parse_field(text) for text in args.set)}
+        args = make_parser().parse_args(argv)
+        module, _, function = COMMANDS[args.command].partition(":")
+        options = _configuration(args) if hasattr(args, "fields") else {}
         run = getattr(importlib.import_module(module), function)
         status = run(args, options, Terminal()) or DONE
         sys.stdout.flush()
@@ -99,33 +97,31 @@ def make_parser() -> argparse.ArgumentParser:
         epilog="exit status: " + "; ".join(f"{n} {text}" for n, text in STATUS.items()),
     )
     parser.add_argument("--version", action="version", version=f"toma-fx {version('toma-fx')}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    explain = commands.add_parser("explain", help="what would merge where, and why not elsewhere")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=FieldParser)
+    chosen: dict[str, Any] = {"fields": True, "parents": [choosing_options()], "epilog": FIELDS}
+    explain = commands.add_parser(
+        "explain", help="what would merge where, and why not elsewhere", **chosen
+    )
     _add_explain_options(explain)
-    demo = commands.add_parser("demo", help="original against merged on the embedded models")
+    demo = commands.add_parser(
+        "demo",
+        help="original against merged on the embedded models",
+        **{**chosen, "parents": [choosing_options(method=False)]},
+    )
     demo.add_argument(
         "--model", choices=("tiny-sdxl", "tiny-flux"), help="one model (default: both)"
     )
     demo.add_argument("--quick", action="store_true", help="compile nothing, and time a few steps")
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for the pictures")
-    build = commands.add_parser("build", help="make an artifact: a folder that runs by itself")
+    build = commands.add_parser(
+        "build", help="make an artifact: a folder that runs by itself", **chosen
+    )
     _add_build_options(build)
     for command in (explain, build):
         command.add_argument("--subfolder", help="unet or transformer, inside a pipeline")
         command.add_argument("--height", type=count, help="pixels (default 1024, tiny models 64)")
         command.add_argument("--width", type=count, help="pixels (default: as height)")
         command.add_argument("--batch", type=count, default=2, help="rows of a call (2: with CFG)")
-        command.add_argument("--method", help="how to merge (default toma; see docs/methods.md)")
-    for command in (explain, build, demo):
-        command.add_argument("--preset", help="as balanced, or paper-sdxl")
-        command.add_argument("--recipe", type=Path, help="file that toma_fx.tune has written")
-        command.add_argument(
-            "--set",
-            action="append",
-            default=[],
-            metavar="FIELD=VALUE",
-            help="any field of the method's configuration",
-        )
     info = commands.add_parser("info", help="what an artifact says of itself")
     info.add_argument("--json", action="store_true", help="print the manifest")
     verify = commands.add_parser("verify", help="check that the files of an artifact are unchanged")
@@ -207,7 +203,6 @@ def _add_build_options(build: argparse.ArgumentParser) -> None:
     build.add_argument(
         "--dry-run", action="store_true", help="of tensorrt: print what it takes, build nothing"
     )
-    add_target_options(build)
 
 
 def _add_run_options(run: argparse.ArgumentParser) -> None:
@@ -308,17 +303,26 @@ def _add_quality_options(quality: argparse.ArgumentParser) -> None:
     add("--shown", type=natural, default=12, help="pictures on the page (default 12)")
 
 
-def _toma(args: argparse.Namespace) -> Any:
-    """What `--preset` or `--recipe` says."""
-    if args.recipe is None:
-        return args.preset or True
-    if args.preset:
-        raise ConfigError(
-            "a preset and a recipe", where="--recipe", expected="one of them", got="both"
-        )
+def _configuration(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `optimize`: what the preset, the recipe, the method and the fields say.
+
+    Raises:
+        ConfigError, UnknownNameError: fields that can't be; found before a model is loaded.
+    """
+    from toma_fx.methods.config import make_config
     from toma_fx.methods.recipe import Recipe
 
-    return Recipe.load(args.recipe)
+    toma, config = args.preset or True, args.preset or True
+    if args.recipe is not None:
+        if args.preset:
+            raise ConfigError(
+                "a preset and a recipe", where="--recipe", expected="one of them", got="both"
+            )
+        toma = Recipe.load(args.recipe)
+        config = toma.config
+    method = getattr(args, "method", None)
+    make_config(config, method, args.fields)
+    return {"toma": toma, "method": method, **args.fields}
 
 
 if __name__ == "__main__":

@@ -95,10 +95,9 @@ def check_options(owner: str, options: Mapping[str, Any], known: Sequence[str] =
 class Target(ABC):
     """A kind of artifact. Its fields are its options.
 
-    A field with a help text in its metadata is also an option of `toma-fx build`.
-
-    The module of a target imports no torch at its top: the command line reads the options of all
-    targets. What lowers and opens is imported when it is used.
+    They are options of `toma-fx build`, too, which describes them by the docstring of the class.
+    The module of a target imports no torch at its top; what lowers and opens is imported when it
+    is used.
     """
 
     @abstractmethod

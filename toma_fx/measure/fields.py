@@ -8,7 +8,7 @@ from typing import Any
 from toma_fx.errors import ConfigError
 
 
-def parse_field(text: str, where: str = "--set") -> tuple[str, Any]:
+def parse_field(text: str, where: str) -> tuple[str, Any]:
     """`ratio=0.5` as a name and a Python value (plain words are strings).
 
     Raises:

@@ -136,9 +136,10 @@ class CellConfig(MethodConfig):
     """What methods have in common that match sources with one destination a cell.
 
     Attributes:
-        sx, sy: columns and rows of a cell. Columns and rows of a grid that don't fill a cell are
-            all sources.
-        random, seed: as in `Cells`.
+        sx: columns of a cell. Columns of a grid that don't fill a cell are all sources.
+        sy: rows of a cell, likewise.
+        random: whether the destination of a cell is any of its tokens, instead of the top left.
+        seed: which draw; a draw holds for all steps and batch elements.
         max_downsample: how many times coarser than the model's finest attention a grid may be. 1
             merges at the finest only, whatever that is. (The published package counts from the
             latent instead, so that its 1 merges nothing on SDXL, whose finest attention is at half

@@ -101,7 +101,7 @@ def make_config(
     if isinstance(method, MethodConfig):
         return with_options(method, fields)
     cls = _method_class(method)
-    _check_options(cls, fields)
+    check_field_names(cls, fields)
     return cls(**fields)
 
 
@@ -112,7 +112,7 @@ def with_options(config: Config, options: Mapping[str, Any]) -> Config:
         UnknownNameError: no such field, with the nearest, or the built-in methods that have it.
         ConfigError: a field out of its domain.
     """
-    _check_options(type(config), options)
+    check_field_names(type(config), options)
     return dataclasses.replace(config, **options)
 
 
@@ -170,8 +170,12 @@ def _method_class(method: Any) -> type[MethodConfig]:
     )
 
 
-def _check_options(cls: type[MethodConfig], options: Iterable[str]) -> None:
-    """Raise unless every option is a field of the class."""
+def check_field_names(cls: type[MethodConfig], options: Iterable[str]) -> None:
+    """Raise unless every option is a field of the class.
+
+    Raises:
+        UnknownNameError: one is not; says whose it is, or what is nearest.
+    """
     known = _fields(cls)
     for name in options:
         if name not in known:

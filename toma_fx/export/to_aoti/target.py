@@ -18,7 +18,7 @@ only `AOTIRuntime` runs one, and it can't be made without all of them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from toma_fx.compat.compilers import has_cpp_compiler, inductor_options
@@ -45,9 +45,7 @@ class AOTITarget(Target):
         inductor: other options of `torch._inductor.config`, as pairs of name and value.
     """
 
-    max_autotune: bool = field(
-        default=False, metadata={"help": "let Inductor time alternatives of kernels, on GPUs"}
-    )
+    max_autotune: bool = False
     inductor: tuple[tuple[str, Any], ...] = ()
 
     def check_installed(self) -> None:

@@ -17,7 +17,7 @@ model, once for each model, and so hold every such weight several times.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from toma_fx.errors import BuildError, ConfigError
@@ -54,14 +54,8 @@ class ONNXTarget(Target):
         UnknownNameError: no such form. ConfigError: no such opset.
     """
 
-    form: Form = field(
-        default="cached",
-        metadata={"help": "models that hand patterns on, or one that selects in every merged step"},
-    )
-    opset: int = field(
-        default=DEFAULT_OPSET,
-        metadata={"help": f"version of operators, {OPSETS[0]} to {OPSETS[-1]}"},
-    )
+    form: Form = "cached"
+    opset: int = DEFAULT_OPSET
 
     def __post_init__(self) -> None:
         check_choice("form", self.form, get_args(Form))

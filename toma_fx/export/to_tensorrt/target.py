@@ -14,7 +14,7 @@ operators is in `coverage`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from toma_fx.errors import BuildError, ConfigError
@@ -48,15 +48,9 @@ class TensorRTTarget(Target):
         UnknownNameError: no such route. ConfigError: another value that can't be.
     """
 
-    route: Route = field(
-        default="torch", metadata={"help": "through Torch-TensorRT, or through ONNX models"}
-    )
-    optimization_level: int | None = field(
-        default=None, metadata={"help": "0 to 5, how long to look for kernels"}
-    )
-    workspace: int = field(
-        default=0, metadata={"help": "bytes of GPU memory for kernels, 0 for all there is"}
-    )
+    route: Route = "torch"
+    optimization_level: int | None = None
+    workspace: int = 0
 
     def __post_init__(self) -> None:
         check_choice("route", self.route, get_args(Route))

@@ -15,7 +15,7 @@ instances load it so themselves.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -48,25 +48,21 @@ class TritonTarget(Target):
     """A model folder of Triton Inference Server, with the programs of another target.
 
     Attributes:
-        engine: the target that makes the programs. sequences: generations that an instance has
-            under way at a time; others wait. instances: processes, each with the model; of a GPU,
-            on each one. idle_seconds: that a client may let pass between two steps before Triton
-            gives its place away. options: of the engine, as pairs of name and value.
+        engine: the target that makes the programs.
+        sequences: generations that an instance has under way at a time; others wait.
+        instances: processes, each with the model; of a GPU, on each one.
+        idle_seconds: that a client may let pass between two steps before Triton gives its place
+            away.
+        options: of the engine, as pairs of name and value.
 
     Raises:
         UnknownNameError: no such engine, or option of it. ConfigError: a number out of range.
     """
 
-    engine: Engine = field(default="aoti", metadata={"help": "the target that makes the programs"})
-    sequences: int = field(
-        default=4, metadata={"help": "generations that an instance has under way at a time"}
-    )
-    instances: int = field(
-        default=1, metadata={"help": "processes, each with the model; on each GPU"}
-    )
-    idle_seconds: int = field(
-        default=60, metadata={"help": "that a client may let pass between two steps"}
-    )
+    engine: Engine = "aoti"
+    sequences: int = 4
+    instances: int = 1
+    idle_seconds: int = 60
     options: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
