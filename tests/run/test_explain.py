@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from fnmatch import fnmatchcase
 from functools import cache
+from io import StringIO
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 import toma_fx
@@ -134,6 +136,20 @@ def test_tables_are_as_wide_as_the_terminal(monkeypatch: pytest.MonkeyPatch) -> 
         assert max(map(len, str(report).splitlines())) <= columns
     assert "<pre" in report._repr_html_()
     assert "256 -&gt; 128" in report._repr_html_()
+
+
+def test_a_notebook_shows_a_report_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Consoles of rich display what they print there, as well as write it."""
+    shown = list[Any]()
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setattr("rich.jupyter.display", lambda *args: shown.append(args))
+    report = sdxl_report()
+    assert "256 -&gt; 128" in report._repr_html_()
+    assert "256 -> 128" in str(report)
+    assert "256 -> 128" in str(report.full())
+    assert not shown
+    Console(file=StringIO()).print(report)
+    assert shown, "what the test would notice"
 
 
 def test_the_page_of_a_report() -> None:

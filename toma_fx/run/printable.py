@@ -25,17 +25,20 @@ class Printable:
         yield Group(*self._renderables())
 
     def __str__(self) -> str:
-        from rich.console import Console
-
         out = StringIO()
         width = shutil.get_terminal_size((WIDTH, 24)).columns
-        Console(file=out, width=width, color_system=None).print(self)
+        _console(file=out, width=width, color_system=None).print(self)
         return out.getvalue()
 
     def _repr_html_(self) -> str:
-        from rich.console import Console
-
-        console = Console(file=StringIO(), width=WIDTH, record=True)
+        console = _console(file=StringIO(), width=WIDTH, record=True)
         console.print(self)
         form = '<pre style="font-family: monospace; line-height: 1.3">{code}</pre>'
         return console.export_html(inline_styles=True, code_format=form)
+
+
+def _console(**options: Any) -> Console:
+    """A console that writes to its file; in a notebook rich would show all it prints there, too."""
+    from rich.console import Console
+
+    return Console(force_jupyter=False, **options)
