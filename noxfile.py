@@ -2,9 +2,13 @@
 
     nox -s tests            # Python 3.11 to 3.13, the newest releases that pyproject.toml allows
     nox -s edges            # Python 3.11, the oldest and the newest diffusers
+    nox -s first_hour       # a wheel in a fresh environment: Python 3.11 and 3.13
 
 nox is a tool of its own (`pipx install nox`). Every session installs torch anew: hours on a laptop.
 """
+
+import glob
+import os
 
 import nox
 
@@ -33,3 +37,15 @@ def tests(session: nox.Session) -> None:
 def edges(session: nox.Session, diffusers: str) -> None:
     """The quick tests with one release of diffusers."""
     run_tests(session, diffusers)
+
+
+@nox.session(python=["3.11", "3.13"])
+def first_hour(session: nox.Session) -> None:
+    """What a new user does, with nothing but the wheel and what it asks for."""
+    folder = session.create_tmp()
+    session.run("python", "-m", "pip", "wheel", "--no-deps", "--wheel-dir", folder, ".")
+    (wheel,) = glob.glob(f"{folder}/toma_fx-*.whl")
+    session.install(TORCH, f"{wheel}[onnx]")
+    script = os.path.abspath("tools/first_hour.py")
+    session.cd(folder)  # so that what is imported is the wheel
+    session.run("python", script, "--folder", "work")

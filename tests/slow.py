@@ -76,6 +76,7 @@ SLOW = (
     Slow("test_docs.py::test_generate", "draws whole pictures"),
     Slow("test_docs.py::test_methods", PIPELINE),
     Slow("test_docs.py::test_warmup", PIPELINE),
+    Slow("test_first_hour.py::*", SUBPROCESS),
     Slow("test_notebook.py::test_its_cells_run", "draws whole pictures"),
     # models
     Slow("models/test_train_latent.py::test_a_training_stops_*", "trains"),

@@ -14,6 +14,7 @@ from toma_fx.api import denoiser_of
 from toma_fx.errors import ConfigError
 from toma_fx.methods.checks import check_count
 from toma_fx.models import named
+from toma_fx.models.hub import check_model_name
 from toma_fx.models.tiny import NAMES
 from toma_fx.run.calls import name_arguments
 
@@ -87,7 +88,10 @@ def load_example(
     Raises:
         ConfigError, ModelTypeError: as `models.named.example` and `example_inputs`.
     """
-    if name in NAMES or _family(name, options.get("subfolder")) in (None, *FAMILIES):
+    if name in NAMES:
+        return named.example(name, height, width, batch, **options)
+    check_model_name(name, NAMES)
+    if _family(name, options.get("subfolder")) in (None, *FAMILIES):
         return named.example(name, height, width, batch, **options)
     if options.get("text") is not None:
         raise ConfigError(

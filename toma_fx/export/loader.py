@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Mapping
 from functools import cache
@@ -22,9 +21,7 @@ from toma_fx.export.registry import TARGETS, target_class
 from toma_fx.export.signatures import check_signature
 from toma_fx.export.targets import Runtime
 from toma_fx.methods.checks import check_switch
-
-REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-"""Ids of repositories of the hub."""
+from toma_fx.models.hub import REPOSITORY
 
 
 def load(

@@ -16,6 +16,7 @@ from toma_fx.devices import usable_device
 from toma_fx.errors import ConfigError, ModelTypeError, UnknownNameError, nearest
 from toma_fx.models import latent, tiny
 from toma_fx.models.embedded import EmbeddedModel
+from toma_fx.models.hub import check_model_name
 
 PARTS = ("unet", "transformer")
 """Folders of a pipeline that hold its denoiser."""
@@ -147,6 +148,7 @@ def load_pipeline(name: str, dtype: str | None = None, device: str | None = None
 
     own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     place = usable_device(device or own)
+    check_model_name(name)
     try:
         pipe = DiffusionPipeline.from_pretrained(
             name, torch_dtype=getattr(torch, dtype or "float32")
@@ -164,6 +166,7 @@ def load_pipeline(name: str, dtype: str | None = None, device: str | None = None
 def _load(name: str, subfolder: str | None, dtype: torch.dtype) -> Any:
     from diffusers import AutoModel
 
+    check_model_name(name, tiny.NAMES)
     errors = []
     for part in (None, *PARTS) if subfolder is None else (subfolder,):
         try:
