@@ -110,6 +110,16 @@ SLOW = (
     Slow("serving/test_server.py::*", "starts servers and waits for time-outs"),
     Slow("serving/test_triton.py::test_with_compiled_programs", INDUCTOR),
     Slow("serving/test_ray_serve.py::*", "starts Ray and waits for time-outs"),
+    Slow("serving/test_comfyui_itself.py::*", "imports ComfyUI, which the stand-in is for"),
+    Slow("serving/test_comfyui.py::test_a_picture[*]", MORE, quick=("False",)),
+    *(
+        Slow(f"serving/test_comfyui.py::test_{name}", "captures several more states of the model")
+        for name in (
+            "a_controlnet",
+            "weights_patched_in_place_or_replaced",
+            "clones_have_settings_of_their_own",
+        )
+    ),
     Slow("run/test_warmup.py::test_another_process_compiles_nothing", INDUCTOR),
     Slow("measure/test_subjects.py::test_compiled_subjects_draw_the_same", INDUCTOR),
     Slow("methods/test_recipe.py::test_a_model_takes_its_recipe", INDUCTOR),

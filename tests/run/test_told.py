@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import torch
@@ -321,10 +322,13 @@ def test_the_options_of_comfyui_tell_generation_and_pass() -> None:
     calls, got = [], []
     for picture in (1, 2):
         levels = torch.linspace(1, 0, 5)
+        names = [uuid4(), uuid4()]
         for step in range(4):
             for side in (0, 1):
                 each = call(10 * picture + side, step)
-                options = {"cond_or_uncond": [side], "sample_sigmas": levels, "uuids": [object()]}
+                options = {
+                    "cond_or_uncond": [side], "sample_sigmas": levels, "uuids": [names[side]]
+                }  # fmt: skip
                 arguments = {
                     "x": each["sample"],
                     "timesteps": each["timestep"],

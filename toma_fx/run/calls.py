@@ -191,7 +191,7 @@ def _split_options(named: dict[str, Any]) -> tuple[Hashable, Tensor | None]:
         return None, None
     named[OPTIONS] = {k: v for k, v in options.items() if k not in _BOOKKEEPING}
     levels = options.get("sample_sigmas")
-    label = tuple(options.get("cond_or_uncond") or ())
+    label = tuple(tuple(options.get(name) or ()) for name in ("cond_or_uncond", "uuids"))
     return label, levels if isinstance(levels, Tensor) else None
 
 
