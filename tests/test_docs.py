@@ -25,6 +25,7 @@ from tests import denoisers
 from tests.export.test_signatures import new_key
 from tests.methods import test_methods as one_block
 from tests.saved_pipelines import run_uncompiled, save_flux, save_sdxl
+from tests.serving.comfyui_stand_in import BaseModel, ModelPatcher, UNetModel
 from toma_fx.export import builder
 from toma_fx.export.registry import make_target
 from toma_fx.models.named import load_embedded
@@ -261,11 +262,18 @@ def test_generate(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
 def test_serving(run: Run) -> None:
     call = one_block.inputs(batch=1)
     names = {"denoiser": denoiser(), "call_of_a": call, "call_of_b": call}
-    source = find("serving.md", "from toma_fx.serving")
+    source = find("serving.md", "from toma_fx.serving import Step")
     assert '# and "b", whenever it comes' in source
     both = {"steps=20)": 'steps=20); batcher.join("b", steps=20)'}
-    names = run("serving.md", "from toma_fx.serving", small=both, **names)
+    names = run("serving.md", "from toma_fx.serving import Step", small=both, **names)
     assert names["state"].step == 1
+
+
+def test_comfyui(run: Run) -> None:
+    model = ModelPatcher(BaseModel(UNetModel().eval()))
+    names = run("serving.md", "from toma_fx.serving import comfyui", model=model)
+    assert names["model"] is not model
+    assert names["model"].model is model.model
 
 
 def test_compiling(run: Run) -> None:

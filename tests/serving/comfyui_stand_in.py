@@ -54,6 +54,7 @@ class ModelPatcher:
         self.model_options: dict[str, Any] = {"transformer_options": {}}
         self.wrappers: dict[str, dict[str, list[Any]]] = {}
         self.dynamic = False
+        self.cached_patcher_init: Any = (copy.deepcopy, (model,))
 
     def is_dynamic(self) -> bool:
         return self.dynamic

@@ -225,19 +225,35 @@ def test_patches_run_the_original_and_say_so_once() -> None:
 def test_options_that_no_graph_knows_of(options: dict[str, Any], reason: str) -> None:
     unet = UNetModel()
     executor = WrapperExecutor(unet._forward, unet, [print])
-    got = comfyui._reason_against(executor, options, {"x": torch.zeros(1)})
+    got = comfyui._reason_against(executor, options)
     assert (reason in got) if reason else got == ""
 
 
 def test_weights_that_are_not_whole_on_the_device() -> None:
     unet = UNetModel()
-    reason = comfyui._reason_of_weights
+    reason = comfyui.reason_of_weights
     assert reason(unet, torch.device("cpu")) == ""
     assert "meta" in reason(unet, torch.device("meta"))
     unet.conv_in.weight_function = [print]  # type: ignore[assignment]
     assert "conv_in" in reason(unet, torch.device("cpu"))
     unet.conv_in.weight_function = []  # type: ignore[assignment]
     assert reason(unet, torch.device("cpu")) == ""
+
+
+def test_weights_are_looked_at_in_every_run() -> None:
+    """ComfyUI may load less of a model for the next picture."""
+    model = patcher()
+    on, layer = comfyui.accelerate(model, **MERGE), model.model.diffusion_model.conv_in
+    picture(on)
+    before = dict(totals(on))
+    layer.weight_function = [print]
+    with logged() as said:
+        assert torch.equal(picture(on), picture(model))
+    assert totals(on) == before
+    assert "conv_in" in said[0]
+    layer.weight_function = []
+    picture(on)
+    assert totals(on) == {kind: 2 * count for kind, count in before.items()}
 
 
 def test_other_wrappers() -> None:
@@ -360,10 +376,7 @@ def test_dynamic_weights_are_loaded_whole() -> None:
     assert totals(on)["refresh"] == 2
     assert comfyui.restore(model).dynamic
 
-    def refuse(disable_dynamic: bool = False) -> Any:
-        raise RuntimeError("cached_patcher_init is not initialized")
-
-    model.clone = refuse  # type: ignore[method-assign]
+    model.cached_patcher_init = None
     with pytest.raises(ConfigError, match="--disable-dynamic-vram"):
         comfyui.accelerate(model)
 

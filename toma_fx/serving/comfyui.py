@@ -117,14 +117,13 @@ def _clone(model: Any, *, whole: bool = True) -> Any:
             hint="update ComfyUI (wrappers came in December 2024); Forge has none",
         )  # fmt: skip
     dynamic = whole and getattr(model, "is_dynamic", lambda: False)()
-    try:
-        clone = model.clone(disable_dynamic=True) if dynamic else model.clone()
-    except RuntimeError as error:  # of a loader that can't load it again
+    if dynamic and getattr(model, "cached_patcher_init", None) is None:
         raise ConfigError(
-            "the weights of this model come to the device as they are needed, and it can't be "
-            "loaded in another way", where="model", expected="a model that is loaded whole",
-            got=str(error), hint="start ComfyUI with --disable-dynamic-vram",
-        ) from error  # fmt: skip
+            "the weights of this model come to the device as they are needed, and its loader does "
+            "not say how to load it whole", where="model", expected="a model that is loaded whole",
+            got="dynamic VRAM", hint="start ComfyUI with --disable-dynamic-vram",
+        )  # fmt: skip
+    clone = model.clone(disable_dynamic=True) if dynamic else model.clone()
     for kind in (DIFFUSION_MODEL, SAMPLER_SAMPLE):
         clone.remove_wrappers_with_key(kind, KEY)
     return clone
@@ -162,6 +161,8 @@ class Acceleration:
         self._refused: dict[Any, str] = {}
         self._said: set[str] = set()
         self._calls = 0
+        # what was found out about the weights in this run of a sampler; None outside of one
+        self._weights: dict[nn.Module, str] | None = None
 
     def optimized(self, diffusion_model: nn.Module) -> OptimizedDenoiser:
         """What runs in place of a diffusion model; made at first."""
@@ -179,8 +180,9 @@ class Acceleration:
                 than there are steps. args, kwargs: what else the sampler gets.
         """
         model = getattr(getattr(guider, "inner_model", None), "diffusion_model", None)
-        before = self._calls
+        calls, weights, self._weights = self._calls, self._weights, {}
         with ExitStack() as stack:
+            stack.callback(setattr, self, "_weights", weights)
             if isinstance(model, nn.Module):
                 function = getattr(executor.class_obj, "sampler_function", None)
                 known = getattr(function, "__name__", "") in ONE_CALL and len(sigmas) > 1
@@ -190,10 +192,10 @@ class Acceleration:
                 except TomaError as error:  # the calls will say so, too, or belong to one outside
                     self._say(str(error))
             out = executor(guider, sigmas, *args, **kwargs)
-        if self._calls == before:
+        if self._calls == calls:
             self._say(
-                f"{type(model).__name__} was sampled without a call of its wrappers: this version "
-                "of ComfyUI has none around this model; update it"
+                f"{type(model).__name__} was sampled without a call of its wrappers: it is "
+                "compiled, or this version of ComfyUI has no wrappers around it; update ComfyUI"
             )
         return out
 
@@ -211,7 +213,7 @@ class Acceleration:
         self._calls += 1
         named = _named(executor.original, args, kwargs)
         options = named.pop(OPTIONS, None) or {}
-        reason = _reason_against(executor, options, named)
+        reason = _reason_against(executor, options) or self._reason_of_weights(executor, named)
         if not reason and self._refused:
             reason = self._refused.get(_shapes(named), "")
         if not reason:
@@ -225,6 +227,20 @@ class Acceleration:
                     self._refused[_shapes(named)] = reason
         self._say(reason)
         return executor(*args, **kwargs)
+
+    def _reason_of_weights(self, executor: Any, named: Mapping[str, Any]) -> str:
+        """As `reason_of_weights`, which takes milliseconds: once in a run of a sampler.
+
+        ComfyUI loads and patches weights before it. Should some be taken off the device during it,
+        a step fails, and does not go wrong.
+        """
+        tensors = [value for value in named.values() if isinstance(value, Tensor)]
+        if not tensors:
+            return "no argument of the call is a tensor"
+        model, known = executor.class_obj, {} if self._weights is None else self._weights
+        if model not in known:
+            known[model] = reason_of_weights(model, tensors[0].device)
+        return known[model]
 
     def _say(self, reason: str) -> None:
         """Log a reason, once."""
@@ -250,8 +266,8 @@ def _named(original: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> d
     return named
 
 
-def _reason_against(executor: Any, options: Mapping[str, Any], named: Mapping[str, Any]) -> str:
-    """Why the original has to run; "" if it need not."""
+def _reason_against(executor: Any, options: Mapping[str, Any]) -> str:
+    """Why the original has to run, of what acts around and inside the call; "" if it need not."""
     model = executor.class_obj
     if executor.original != getattr(model, _method_of(model), None):
         return f"{type(model).__name__} is called in a way that is not known"
@@ -266,13 +282,10 @@ def _reason_against(executor: Any, options: Mapping[str, Any], named: Mapping[st
         if name not in HARMLESS and name != DYNAMIC and _holds(value):
             parts = ", ".join(map(str, value)) if isinstance(value, Mapping) else ""
             return f"{OPTIONS}[{name!r}] acts inside it" + (f" ({parts})" if parts else "")
-    devices = [value.device for value in named.values() if isinstance(value, Tensor)]
-    if not devices:
-        return "no argument of the call is a tensor"
-    return _reason_of_weights(model, devices[0])
+    return ""
 
 
-def _reason_of_weights(model: nn.Module, device: torch.device) -> str:
+def reason_of_weights(model: nn.Module, device: torch.device) -> str:
     """Why a graph can't use the weights as they lie there; "" if it can."""
     for name, module in model.named_modules():
         own = vars(module)
