@@ -96,7 +96,7 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
         "weights_mib": weights / 2**20,
         "build_before_mib": before,
         "build_peak_mib": resident(peak=True),
-        "parity": max(p.relative for p in made.parity),
+        "parity": max(p.relative for call in made.calls for p in call.parity),
     }
 
 
@@ -106,7 +106,7 @@ def probe(args: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     if runtime in ARTIFACTS:
         run = toma_fx.load(folder, **load_options(runtime))
-        inputs = arguments_for(run.manifest, {})
+        inputs = arguments_for(run.manifest.calls[0], {})
         seconds, early, late = time.perf_counter() - start, inputs, inputs
     else:
         model, early, late = load_model(args)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +88,19 @@ def load_example(
     Raises:
         ConfigError, ModelTypeError: as `models.named.example` and `example_inputs`.
     """
+    model, (inputs,) = load_examples(name, [(height, width)], batch, **options)
+    return model, inputs
+
+
+def load_examples(
+    name: str, sizes: Sequence[tuple[int | None, int | None]], batch: int, **options: Any
+) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """As `load_example`, for several pairs of height and width; the model is loaded once."""
     if name in NAMES:
-        return named.example(name, height, width, batch, **options)
+        return named.examples(name, sizes, batch, **options)
     check_model_name(name, NAMES)
     if _family(name, options.get("subfolder")) in (None, *FAMILIES):
-        return named.example(name, height, width, batch, **options)
+        return named.examples(name, sizes, batch, **options)
     if options.get("text") is not None:
         raise ConfigError(
             "a pipeline encodes its own text",
@@ -102,7 +110,7 @@ def load_example(
         )
     dtype = str(options.get("dtype", torch.float32)).removeprefix("torch.")
     pipe = named.load_pipeline(name, dtype, options.get("device"))
-    inputs = example_inputs(pipe, height, width, batch)
+    inputs = [example_inputs(pipe, height, width, batch) for height, width in sizes]
     return denoiser_of(pipe).eval(), inputs
 
 

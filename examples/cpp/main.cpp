@@ -1,9 +1,10 @@
 // Runs the steps of a generation from an AOTInductor artifact of toma_fx, without Python.
 //
-//     denoise ARTIFACT INPUTS.safetensors OUTPUT
+//     denoise ARTIFACT INPUTS.safetensors OUTPUT [CALL]
 //
-// INPUTS holds the model's inputs of every step: "0/sample", "0/timestep", "1/sample", ... The
-// schedule in ARTIFACT/manifest.json says which program runs at which step. The first output of
+// INPUTS holds the model's inputs of every step: "0/sample", "0/timestep", "1/sample", ... Of the
+// calls (sizes) in ARTIFACT/manifest.json the one whose shapes these are is run, or the one that is
+// named; its schedule says which program runs at which step. The first output of
 // step i is written to OUTPUT.i as raw values; a line for each step goes to standard output.
 
 #include <ATen/ATen.h>
@@ -308,10 +309,11 @@ class Program {
 class Artifact {
  public:
   explicit Artifact(const std::string& folder)
-      : manifest_(JsonReader::read(slurp(folder + "/manifest.json"))),
+      : folder_(folder),
+        manifest_(JsonReader::read(slurp(folder + "/manifest.json"))),
         device_(manifest_["device"]["type"].text()) {
-    if (manifest_["version"].integer() != 6 || manifest_["target"]["name"].text() != "aoti") {
-      throw std::runtime_error("no AOTInductor artifact of version 6: " + folder);
+    if (manifest_["version"].integer() != 7 || manifest_["target"]["name"].text() != "aoti") {
+      throw std::runtime_error("no AOTInductor artifact of version 7: " + folder);
     }
     // libtorch says "2.13.0", the artifact "2.13.0+cpu" (or "+cu130")
     const std::string made_with = manifest_["versions"]["torch"].text();
@@ -319,21 +321,39 @@ class Artifact {
       throw std::runtime_error("made with torch " + made_with + ", not " + TORCH_VERSION);
     }
     weights_ = read_tensors(folder + "/weights.safetensors", device_);
-    for (const auto& [call, spec] : manifest_["programs"].object()) {
-      programs_.try_emplace(call, folder + "/" + spec["file"].text(), spec, weights_);
+  }
+
+  // Chooses the call that inputs of a first step are of, or the one of this name, and loads its
+  // programs. The weights are those of all calls.
+  void choose(const std::map<std::string, at::Tensor>& given, const std::string& name) {
+    std::string known;
+    std::vector<const Json*> fitting;
+    const auto& calls = manifest_["calls"].array();
+    for (const Json& call : calls) {
+      const bool meant = name.empty() ? calls.size() == 1 || fits(call, given) : call["name"].text() == name;
+      known += (known.empty() ? "" : ", ") + call["name"].text();
+      if (meant) fitting.push_back(&call);
     }
-    for (const Json& input : manifest_["inputs"].array()) inputs_.push_back(input["tensor"]);
-    for (const auto& [from, to] : manifest_["older"].object()) older_.push_back({from, to.text()});
+    if (fitting.size() != 1) {
+      const std::string problem = fitting.empty() ? "the inputs are of none" : "several fit: name one";
+      throw std::runtime_error(problem + " of the calls that the artifact is for: " + known);
+    }
+    call_ = fitting[0];
+    for (const auto& [kind, spec] : (*call_)["programs"].object()) {
+      programs_.try_emplace(kind, folder_ + "/" + spec["file"].text(), spec, weights_);
+    }
+    for (const Json& input : (*call_)["inputs"].array()) inputs_.push_back(input["tensor"]);
+    for (const auto& [from, to] : (*call_)["older"].object()) older_.push_back({from, to.text()});
   }
 
   // Begins a generation of so many steps.
   void begin(int64_t steps) {
     begins_.clear();
-    for (const Json& phase : manifest_["schedule"]["phases"].array()) {
+    for (const Json& phase : (*call_)["schedule"]["phases"].array()) {
       begins_.push_back(count(phase["begin"], steps));
     }
     computes_.clear();
-    const Json& caching = manifest_["schedule"]["caching"];
+    const Json& caching = (*call_)["schedule"]["caching"];
     if (!caching.null()) computes_ = computed_steps(caching, steps);
   }
 
@@ -383,13 +403,23 @@ class Artifact {
   at::Device device() const { return device_; }
 
  private:
+  // Whether the inputs of step 0 have the shapes of a call.
+  static bool fits(const Json& call, const std::map<std::string, at::Tensor>& given) {
+    for (const Json& input : call["inputs"].array()) {
+      const auto found = given.find("0/" + input["tensor"]["name"].text());
+      const auto shape = input["tensor"]["shape"].integers();
+      if (found == given.end() || found->second.sizes() != at::IntArrayRef(shape)) return false;
+    }
+    return true;
+  }
+
   bool computes(int64_t index) const {
     return index >= static_cast<int64_t>(computes_.size()) || computes_[index];
   }
 
   // Which kind of program is due where every step computes.
   std::string merging(int64_t index) const {
-    const Json& schedule = manifest_["schedule"];
+    const Json& schedule = (*call_)["schedule"];
     const int64_t first_step = schedule["first_step"].integer();
     const Json& last = schedule["last_step"];
     if (index < first_step || (!last.null() && index > last.integer())) return "plain";
@@ -399,7 +429,7 @@ class Artifact {
     return since < first.size() ? first[since] : cycle[(since - first.size()) % cycle.size()];
   }
 
-  const std::vector<Json>& phases() const { return manifest_["schedule"]["phases"].array(); }
+  const std::vector<Json>& phases() const { return (*call_)["schedule"]["phases"].array(); }
 
   // The phase of a step: the last that has begun.
   size_t phase_at(int64_t index) const {
@@ -464,7 +494,9 @@ class Artifact {
     return static_cast<int64_t>(number < 1 ? std::ceil(number * static_cast<double>(steps)) : number);
   }
 
+  std::string folder_;
   Json manifest_;
+  const Json* call_ = nullptr;  // of the manifest
   at::Device device_;
   Tensors weights_;  // before the programs, which point into it
   std::map<std::string, Program> programs_;
@@ -481,7 +513,9 @@ void write(const std::string& path, const at::Tensor& x) {
   if (!file.flush()) throw std::runtime_error("can't write " + path);
 }
 
-void generate(const std::string& folder, const std::string& given, const std::string& out) {
+void generate(
+    const std::string& folder, const std::string& given, const std::string& out,
+    const std::string& call) {
   Artifact artifact(folder);
   const Tensors inputs = read_tensors(given, artifact.device());
   int64_t steps = 0;
@@ -489,6 +523,7 @@ void generate(const std::string& folder, const std::string& given, const std::st
     steps = std::max<int64_t>(steps, std::stoll(name.substr(0, name.find('/'))) + 1);
   }
   std::map<std::string, at::Tensor> kept;
+  artifact.choose(inputs.tensors, call);
   artifact.begin(steps);
   for (int64_t i = 0; i < steps; ++i) {
     const std::string kind = artifact.kind(i, kept);
@@ -502,14 +537,14 @@ void generate(const std::string& folder, const std::string& given, const std::st
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 4) {
-    std::cerr << "usage: denoise ARTIFACT INPUTS.safetensors OUTPUT\n";
+  if (argc != 4 && argc != 5) {
+    std::cerr << "usage: denoise ARTIFACT INPUTS.safetensors OUTPUT [CALL]\n";
     return 2;
   }
   const c10::InferenceMode guard;
   std::cout.precision(9);
   try {
-    generate(argv[1], argv[2], argv[3]);
+    generate(argv[1], argv[2], argv[3], argc == 5 ? argv[4] : "");
   } catch (const std::exception& error) {
     std::cerr << "denoise: " << error.what() << "\n";
     return 1;

@@ -31,9 +31,9 @@ def test_what_was_built(artifact: Path) -> None:
     assert manifest.model == "FluxTransformer2DModel", "found inside the pipeline's folder"
     assert manifest.license == "flux-1-dev", "from the model card"
     assert manifest.target.options["form"] == "cached"
-    hidden = next(s for s in manifest.inputs if s.path == ("hidden_states",))
+    hidden = next(s for s in manifest.calls[0].inputs if s.path == ("hidden_states",))
     assert hidden.tensor.shape[:2] == (1, 64)
-    assert manifest.plan["config"]["min_tokens"] == 16
+    assert manifest.calls[0].plan["config"]["min_tokens"] == 16
 
 
 def test_what_a_build_says(
@@ -88,8 +88,8 @@ def test_run(artifact: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFi
     assert counts == [["refresh", "1"], ["reuse", "2"]]
 
     manifest = verify_artifact(artifact)
-    call = arguments_for(manifest, {})
-    given = {spec.tensor.name: call[spec.path[0]] for spec in manifest.inputs}
+    call = arguments_for(manifest.calls[0], {})
+    given = {spec.tensor.name: call[spec.path[0]] for spec in manifest.calls[0].inputs}
     path = tmp_path / f"inputs.{kind}"
     if kind == "npz":
         np.savez(path, **{name: x.numpy() for name, x in given.items()})
@@ -245,9 +245,9 @@ def test_sizes() -> None:
 
 def test_positions_of_several_images(artifact: Path) -> None:
     manifest = _with_raster(artifact, ((4, 2), 4, 0, 3))
-    ids = arguments_for(manifest, {})["img_ids"]
+    ids = arguments_for(manifest.calls[0], {})["img_ids"]
     assert ids.shape == (27, 3)
-    spec = next(s for s in manifest.inputs if s.path == ("img_ids",))
+    spec = next(s for s in manifest.calls[0].inputs if s.path == ("img_ids",))
     found = find_raster(ids)
     assert found is not None
     assert (found.heights, found.width, found.rest, found.before) == spec.raster
@@ -261,6 +261,7 @@ def _with_raster(artifact: Path, raster: Any) -> Manifest:
         replace(spec, raster=raster, tensor=replace(spec.tensor, shape=shape))
         if spec.path == ("img_ids",)
         else spec
-        for spec in manifest.inputs
+        for spec in manifest.calls[0].inputs
     )
-    return replace(manifest, inputs=tuple(inputs))
+    call = replace(manifest.calls[0], inputs=tuple(inputs))
+    return replace(manifest, calls=(call,))

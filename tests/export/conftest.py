@@ -11,20 +11,22 @@ import pytest
 import toma_fx
 from tests.export.in_process import InProcess
 from tests.methods.test_methods import inputs, model
+from toma_fx.compat.pytorch import tree_leaves
 from toma_fx.export import builder
 from toma_fx.export.programs import Programs, export_programs
 
-EXPORTED: dict[int, tuple[Any, Programs]] = {}
+EXPORTED: dict[Any, tuple[Any, Programs]] = {}
 
 
 @pytest.fixture
 def exported_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each optimized model is exported once, for the inputs of its first build."""
+    """Each optimized model is exported once for each shape of inputs."""
 
     def export(optimized: Any, inputs: Any) -> Programs:
-        if id(optimized) not in EXPORTED:
-            EXPORTED[id(optimized)] = optimized, export_programs(optimized, inputs)
-        return EXPORTED[id(optimized)][1]
+        key = id(optimized), *(tuple(getattr(x, "shape", ())) for x in tree_leaves(inputs))
+        if key not in EXPORTED:
+            EXPORTED[key] = optimized, export_programs(optimized, inputs)
+        return EXPORTED[key][1]
 
     monkeypatch.setattr(builder, "export_programs", export)
 

@@ -31,12 +31,15 @@ class InProcess(Target):
         pass
 
     def check(self, programs: Programs) -> None:
-        self.programs = programs
+        pass
 
-    def lower(self, programs: Programs, build: Build) -> Lowered:
-        specs = {}
-        for kind, program in programs.items():
-            file = f"{kind}.txt"
+    def lower(self, calls: Sequence[Programs], build: Build) -> Lowered:
+        self.calls, self.programs = calls, calls[0]
+        specs: list[dict[str, ProgramSpec]] = [{} for _ in calls]
+        every = [(i, kind) for i, programs in enumerate(calls) for kind in programs]
+        for i, kind in every:
+            label, program = calls[i].label(kind), calls[i][kind]
+            file = f"{label}.txt"
 
             def write(folder: Path, file: str = file) -> None:
                 if file == self.fail_at:
@@ -44,9 +47,9 @@ class InProcess(Target):
                 self.made.append(file)
                 (folder / file).write_text(file)
 
-            build.stage(kind, write, file)
+            build.stage(label, write, file)
             takes, gives, instead = program.takes, program.gives, program.instead
-            specs[kind] = ProgramSpec(file, kind, takes, gives, instead)
+            specs[i][kind] = ProgramSpec(file, label, takes, gives, instead)
         return Lowered(TargetSpec("in-process", {}), Device("cpu", "", ""), specs, {})
 
     def open(  # type: ignore[override]  # of an instance: it knows the programs
@@ -55,7 +58,8 @@ class InProcess(Target):
         target = self
 
         class Run(Runtime):
-            def run(self, kind: Any, inputs: Any, kept: Any) -> Any:
+            def run(self, call: int, kind: Any, inputs: Any, kept: Any) -> Any:
+                target.programs = target.calls[call]
                 return target.step(kind, inputs, kept)
 
         return Run()

@@ -67,8 +67,8 @@ def rewritten(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
 @torch.no_grad()
 def test_steps_equal_the_process(artifact: Path) -> None:
     loaded = load(artifact)
-    assert set(loaded.manifest.programs) == {"refresh", "reuse"}
-    assert all(p.relative < 1e-5 for p in loaded.manifest.parity)
+    assert set(loaded.manifest.calls[0].programs) == {"refresh", "reuse"}
+    assert all(p.relative < 1e-5 for p in loaded.manifest.calls[0].parity)
     for generation in range(2):
         optimized().reset()
         for step in range(5):
@@ -133,7 +133,7 @@ def test_weights_are_in_memory_once(artifact: Path) -> None:
             assert options == {"check_full_update": True, "user_managed": True}
             given.append(constants)
 
-    for entry, loader in runtime._runners.items():
+    for (_, entry), loader in runtime._runners.items():
         runtime._complete({entry: Spy(loader)}, entry)
     assert len(given) == 2
     for name, x in given[0].items():
@@ -242,7 +242,7 @@ def test_a_weights_file_that_is_none(copied: Path) -> None:
 
 def test_a_package_without_the_program(copied: Path) -> None:
     def rename(data: dict[str, Any]) -> None:
-        data["programs"]["reuse"]["entry"] = "reweigh"
+        data["calls"][0]["programs"]["reuse"]["entry"] = "reweigh"
 
     with pytest.raises(ArtifactError, match="the programs"):
         load(rewritten(copied, rename))

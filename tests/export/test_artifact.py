@@ -40,9 +40,10 @@ ONE_BLOCK: dict[str, Any] = {
 def test_steps_of_generations(tmp_path: Path, optimized: Any, target: InProcess) -> None:
     """The same programs at the same steps as in process, over two generations."""
     manifest = export(optimized, inputs(), tmp_path / "a", target)
-    assert set(manifest.programs) == {"refresh", "reweigh", "reuse"}
-    assert [p.kind for p in manifest.parity] == ["refresh", "reuse", "reweigh", "reuse"]
-    assert all(p.relative <= p.tolerance for p in manifest.parity)
+    (call,) = manifest.calls
+    assert set(call.programs) == {"refresh", "reweigh", "reuse"}
+    assert [p.kind for p in call.parity] == ["refresh", "reuse", "reweigh", "reuse"]
+    assert all(p.relative <= p.tolerance for p in call.parity)
     loaded = opened(target, tmp_path / "a")
     for generation in range(2):
         optimized.reset()
@@ -63,9 +64,10 @@ def test_a_model_that_does_not_merge(
     made = export(
         toma_fx.optimize(plain, min_tokens=1, **options), inputs(), tmp_path / "a", target
     )
-    assert list(made.programs) == ["plain"]
-    assert made.kinds(3) == ["plain"] * 3
-    assert {p.kind for p in made.parity} == {"plain"}
+    (call,) = made.calls
+    assert list(call.programs) == ["plain"]
+    assert call.kinds(3) == ["plain"] * 3
+    assert {p.kind for p in call.parity} == {"plain"}
     with torch.no_grad():
         got = opened(target, tmp_path / "a")(**inputs())
         assert torch.equal(got, plain(**inputs()))
@@ -75,7 +77,7 @@ def test_manifest_reads_back(tmp_path: Path, optimized: Any, target: InProcess) 
     manifest = export(optimized, inputs(), tmp_path / "a", target, license="mine")
     assert verify_artifact(tmp_path / "a") == manifest
     assert manifest.license == "mine"
-    assert {s.tensor.name: s.tensor.shape for s in manifest.inputs} == {
+    assert {s.tensor.name: s.tensor.shape for s in manifest.calls[0].inputs} == {
         "sample": (2, 4, 16, 24), "timestep": (2,)
     }  # fmt: skip
     assert set(manifest.files) == {"refresh.txt", "reweigh.txt", "reuse.txt"}
@@ -85,8 +87,8 @@ def test_nested_inputs_constants_and_structure(tmp_path: Path, target: InProcess
     unet = toma_fx.optimize(denoisers.sdxl(**ONE_BLOCK), min_tokens=60)
     call = {**denoisers.sdxl_inputs(), "return_dict": True}
     manifest = export(unet, call, tmp_path / "a", target)
-    assert "added_cond_kwargs_time_ids" in {s.tensor.name for s in manifest.inputs}
-    assert [(c.path, c.value) for c in manifest.constants] == [(("return_dict",), True)]
+    assert "added_cond_kwargs_time_ids" in {s.tensor.name for s in manifest.calls[0].inputs}
+    assert [(c.path, c.value) for c in manifest.calls[0].constants] == [(("return_dict",), True)]
     loaded = opened(target, tmp_path / "a")
     with torch.no_grad():
         want = unet(**call).sample
@@ -216,7 +218,7 @@ def edited(folder: Path, change: dict[str, Any]) -> None:
         (lambda a: edited(a, {"files": {"../../passwd": {"size": 1, "sha256": ""}}}), "outside"),
         (lambda a: edited(a, {"files": {}}), "files that are listed"),
         (lambda a: edited(a, {"surprise": 1}), "every field once"),
-        (lambda a: edited(a, {"inputs": [{"path": "x"}]}), "inputs"),
+        (lambda a: edited(a, {"calls": [{"inputs": [{"path": "x"}]}]}), "inputs"),
         (lambda a: edited(a, {"target": TARGET}), "unknown target"),
     ],
 )  # fmt: skip

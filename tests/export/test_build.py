@@ -197,6 +197,6 @@ class Choosing(InProcess):
 
 def test_choices_that_depend_on_rounding_are_no_fault(tmp_path: Path, optimized: Any) -> None:
     made = export(optimized, inputs(), tmp_path / "a", Choosing(1))
-    assert 0.95 < made.parity[0].alike < 1 == made.parity[1].alike
+    assert 0.95 < made.calls[0].parity[0].alike < 1 == made.calls[0].parity[1].alike
     with pytest.raises(BuildError, match="merged alike"):
         export(optimized, inputs(), tmp_path / "b", Choosing(1000))

@@ -49,8 +49,8 @@ def generation(denoiser: Any, steps: int = STEPS, seed: int = 0) -> list[torch.T
 
 def check_artifact(folder: Path, loaded: Any) -> None:
     """The artifact computes what the process computes, in each of two generations."""
-    assert loaded.manifest.kinds(STEPS) == KINDS
-    assert set(loaded.manifest.programs) == {"refresh", "reuse", "cached"}
+    assert loaded.manifest.calls[0].kinds(STEPS) == KINDS
+    assert set(loaded.manifest.calls[0].programs) == {"refresh", "reuse", "cached"}
     for seed in range(2):
         pairs = zip(generation(loaded, seed=seed), generation(optimized(), seed=seed), strict=True)
         for i, (got, want) in enumerate(pairs):
@@ -72,10 +72,10 @@ def test_in_process(tmp_path: Path) -> None:
     target = InProcess()
     manifest = export(optimized(), inputs(), tmp_path / "a", target)
     check_artifact(tmp_path / "a", opened(target, tmp_path / "a"))
-    assert dict(manifest.older) == {"update_u0_0": "update_u0_1", "update_time_0": "update_time_1"}
-    assert manifest.schedule.caching == optimized().config_toma.caching
+    assert dict(manifest.calls[0].older) == {"update_u0_0": "update_u0_1", "update_time_0": "update_time_1"}
+    assert manifest.calls[0].schedule.caching == optimized().config_toma.caching
     assert parse_manifest(manifest.to_json().encode(), "text") == manifest
-    assert {p.kind for p in manifest.parity} == set(KINDS)
+    assert {p.kind for p in manifest.calls[0].parity} == set(KINDS)
 
 
 @torch.no_grad()
@@ -127,7 +127,7 @@ def test_without_merging(tmp_path: Path) -> None:
     target = InProcess()
     caching = toma_fx.optimize(model(), toma=False, cache=CacheConfig(every=2, order=2))
     manifest = export(caching, inputs(), tmp_path / "a", target)
-    assert manifest.kinds(5) == ["plain", "cached_plain"] * 2 + ["plain"]
+    assert manifest.calls[0].kinds(5) == ["plain", "cached_plain"] * 2 + ["plain"]
     loaded = opened(target, tmp_path / "a")
     for got, want in zip(generation(loaded), generation(caching), strict=True):
         assert relative(got, want) < 1e-5
@@ -138,7 +138,7 @@ def test_a_mask_belongs_to_its_number_of_steps(tmp_path: Path) -> None:
     target, mask = InProcess(), (1, 1, 0, 1, 0)
     caching = toma_fx.optimize(model(), toma=False, cache=CacheConfig(steps_mask=mask))
     manifest = export(caching, inputs(), tmp_path / "a", target)
-    assert manifest.kinds(5) == ["plain", "plain", "cached_plain", "plain", "cached_plain"]
+    assert manifest.calls[0].kinds(5) == ["plain", "plain", "cached_plain", "plain", "cached_plain"]
     with pytest.raises(GenerationError, match="steps_mask is of another length"):
         generation(opened(target, tmp_path / "a"), steps=6)
 

@@ -30,7 +30,7 @@ def whole_number(target: InProcess, folder: Path, optimized: Any, dtype: str) ->
     export(optimized, inputs(), folder, target)
 
     def change(data: Any) -> None:
-        for spec in data["inputs"]:
+        for spec in data["calls"][0]["inputs"]:
             if spec["path"] == ["timestep"]:
                 spec["tensor"] |= {"shape": [], "dtype": dtype}
 
@@ -76,7 +76,7 @@ def test_numbers_that_a_dtype_does_not_hold(
 
 
 def _timestep(manifest: Any) -> int:
-    return [spec.path for spec in manifest.inputs].index(("timestep",))
+    return [spec.path for spec in manifest.calls[0].inputs].index(("timestep",))
 
 
 class Named(Tensor):
@@ -115,7 +115,7 @@ def test_tensors_whose_values_lie_otherwise(
 
     monkeypatch.setattr(target, "step", step)
     loaded(**{**inputs(), "sample": x})
-    index = [spec.path for spec in loaded.manifest.inputs].index(("sample",))
+    index = [spec.path for spec in loaded.manifest.calls[0].inputs].index(("sample",))
     assert torch.equal(seen[0][index], torch.zeros(x.shape) + x)
 
 

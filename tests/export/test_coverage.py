@@ -286,8 +286,8 @@ def test_onnx_artifacts_of_every_method(name: str, tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     manifest = export(optimized(name), inputs(), tmp_path / "out", ONNXTarget(opset=23))
-    assert len(manifest.programs) == (1 if name.startswith("todo") else 2)
-    for program in manifest.programs.values():
+    assert len(manifest.calls[0].programs) == (1 if name.startswith("todo") else 2)
+    for program in manifest.calls[0].programs.values():
         made = onnx.load(tmp_path / "out" / program.file, load_external_data=False)
         typed = {value.name for value in (*made.graph.value_info, *made.graph.output)}
         assert {name for node in made.graph.node for name in node.output} <= typed

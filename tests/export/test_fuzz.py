@@ -30,16 +30,18 @@ class Zeros(Runtime):
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
 
-    def run(self, kind: str, inputs: Sequence[Any], kept: Any) -> Any:
-        gives = self.manifest.outputs_of(kind)
+    def run(self, call: int, kind: str, inputs: Sequence[Any], kept: Any) -> Any:
+        spec = self.manifest.calls[call]
+        gives = spec.outputs_of(kind)
         tensors = {s.name: torch.zeros(s.shape, dtype=getattr(torch, s.dtype)) for s in gives}
-        results = list(tensors.values())[: len(self.manifest.outputs)]
-        return results, {name: tensors[name] for name in self.manifest.gives(kind)}
+        results = list(tensors.values())[: len(spec.outputs)]
+        return results, {name: tensors[name] for name in spec.gives(kind)}
 
 
 def use(manifest: Manifest) -> None:
     """Steps of an artifact with this manifest: they work, or say what is wrong."""
-    large = [s for s in (*manifest.outputs, *manifest.kept) if torch.Size(s.shape).numel() > 10**6]
+    specs = (s for call in manifest.calls for s in (*call.outputs, *call.kept))
+    large = [s for s in specs if torch.Size(s.shape).numel() > 10**6]
     if large:
         return
     try:
@@ -127,7 +129,7 @@ def test_a_manifest_of_other_shapes(models: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(models, tmp_path / "a"))
 
     def change(data: dict[str, Any]) -> None:
-        for spec in data["inputs"]:
+        for spec in data["calls"][0]["inputs"]:
             spec["tensor"]["shape"] = [1, *spec["tensor"]["shape"][1:]]
 
     with pytest.raises(ArtifactError, match="other tensors than the manifest"):

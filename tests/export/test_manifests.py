@@ -82,6 +82,9 @@ def at(data: Any, *path: str | int) -> Any:
     return data
 
 
+CALL = ("calls", 0)
+
+
 def setting(*path: Any) -> Callable[[dict[str, Any]], None]:
     """A change of the field at a path (all but the last) to the last."""
 
@@ -108,17 +111,17 @@ def renaming(name: str) -> Callable[[dict[str, Any]], None]:
 
 
 def twice(data: dict[str, Any]) -> None:
-    data["programs"]["reuse"]["takes"].append(data["kept"][0]["name"])
+    data["calls"][0]["programs"]["reuse"]["takes"].append(data["calls"][0]["kept"][0]["name"])
 
 
 def late(data: dict[str, Any]) -> None:
-    first = data["schedule"]["phases"][0]
-    data["schedule"]["phases"].append({**first, "begin": 10**12})
+    first = data["calls"][0]["schedule"]["phases"][0]
+    data["calls"][0]["schedule"]["phases"].append({**first, "begin": 10**12})
 
 
 def circle(data: dict[str, Any]) -> None:
-    data["programs"]["reuse"]["instead"] = "reweigh"
-    data["programs"]["reweigh"]["instead"] = "reuse"
+    data["calls"][0]["programs"]["reuse"]["instead"] = "reweigh"
+    data["calls"][0]["programs"]["reweigh"]["instead"] = "reuse"
 
 
 CONTRADICTIONS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
@@ -130,43 +133,47 @@ CONTRADICTIONS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "entries": (setting("files", "reuse.txt", "entries", {}), "entries"),
     "device": (setting("device", "type", "foo:3"), "device.type"),
     "dtype": (setting("dtype", "nn"), "dtype"),
-    "output dtype": (setting("outputs", 0, "dtype", "load"), "tensor output_0"),
-    "negative shape": (setting("outputs", 0, "shape", [-1]), "tensor output_0"),
-    "large shape": (setting("outputs", 0, "shape", [10**13]), "tensor output_0"),
-    "larger shape": (setting("outputs", 0, "shape", [2**70]), "tensor output_0"),
-    "output name": (setting("outputs", 0, "name", "zzz"), "outputs"),
-    "no outputs": (setting("outputs", []), "outputs"),
-    "empty path": (setting("inputs", 0, "path", []), "inputs"),
-    "input name": (setting("inputs", 0, "tensor", "name", "x"), "inputs"),
-    "an input twice": (lambda d: d["inputs"].insert(0, d["inputs"][0]), "each once"),
-    "raster": (setting("inputs", 0, "raster", [[10**6], 10**6, 0, 0]), "raster"),
-    "raster of nothing": (setting("inputs", 0, "raster", [[], 1, 0, 0]), "raster"),
-    "timestep": (setting("timestep", ["x"]), "timestep"),
+    "output dtype": (setting(*CALL, "outputs", 0, "dtype", "load"), "tensor output_0"),
+    "negative shape": (setting(*CALL, "outputs", 0, "shape", [-1]), "tensor output_0"),
+    "large shape": (setting(*CALL, "outputs", 0, "shape", [10**13]), "tensor output_0"),
+    "larger shape": (setting(*CALL, "outputs", 0, "shape", [2**70]), "tensor output_0"),
+    "output name": (setting(*CALL, "outputs", 0, "name", "zzz"), "outputs"),
+    "no outputs": (setting(*CALL, "outputs", []), "outputs"),
+    "empty path": (setting(*CALL, "inputs", 0, "path", []), "inputs"),
+    "input name": (setting(*CALL, "inputs", 0, "tensor", "name", "x"), "inputs"),
+    "an input twice": (lambda d: at(d, *CALL)["inputs"].insert(0, at(d, *CALL)["inputs"][0]), "each once"),
+    "raster": (setting(*CALL, "inputs", 0, "raster", [[10**6], 10**6, 0, 0]), "raster"),
+    "raster of nothing": (setting(*CALL, "inputs", 0, "raster", [[], 1, 0, 0]), "raster"),
+    "timestep": (setting(*CALL, "timestep", ["x"]), "timestep"),
     "parameters": (setting("parameters", ["a", "a"]), "parameters"),
-    "structure kind": (setting("structure", "kind", ""), "structure"),
-    "structure fields": (setting("structure", "fields", []), "structure"),
-    "structure numbers": (setting("structure", {"kind": "tuple", "fields": ["1"]}), "structure"),
-    "kept name": (setting("kept", 0, "name", "zzz"), "takes|gives"),
-    "kept by nobody": (lambda d: d["kept"].append({**d["kept"][0], "name": "z"}), "kept"),
-    "takes unknown": (setting("programs", "reuse", "takes", ["zzz"]), "takes"),
+    "structure kind": (setting(*CALL, "structure", "kind", ""), "structure"),
+    "structure fields": (setting(*CALL, "structure", "fields", []), "structure"),
+    "structure numbers": (setting(*CALL, "structure", {"kind": "tuple", "fields": ["1"]}), "structure"),
+    "kept name": (setting(*CALL, "kept", 0, "name", "zzz"), "takes|gives"),
+    "kept by nobody": (lambda d: at(d, *CALL)["kept"].append({**at(d, *CALL)["kept"][0], "name": "z"}), "kept"),
+    "takes unknown": (setting(*CALL, "programs", "reuse", "takes", ["zzz"]), "takes"),
     "takes twice": (twice, "takes"),
-    "instead": (setting("programs", "reuse", "instead", "reuse"), "instead"),
+    "instead": (setting(*CALL, "programs", "reuse", "instead", "reuse"), "instead"),
     "a circle": (circle, "instead"),
-    "program file": (setting("programs", "reuse", "file", "x"), "files that are listed"),
-    "one program for two": (setting("programs", "reuse", "file", "refresh.txt"), None),
-    "a program missing": (removing("programs", "reweigh"), "programs|schedule|parity"),
-    "no programs": (setting("programs", {}), "kept|programs"),
-    "older": (lambda d: d["older"].update({d["kept"][0]["name"]: "z"}), "older"),
-    "cycle": (setting("schedule", "phases", 0, "cycle", []), "phases"),
-    "unknown kind": (setting("schedule", "phases", 0, "cycle", ["x"]), "programs"),
-    "no phases": (setting("schedule", "phases", []), "schedule"),
-    "begin": (setting("schedule", "phases", 0, "begin", 1), "schedule"),
+    "program file": (setting(*CALL, "programs", "reuse", "file", "x"), "files that are listed"),
+    "one program for two": (setting(*CALL, "programs", "reuse", "file", "refresh.txt"), None),
+    "a program missing": (removing(*CALL, "programs", "reweigh"), "programs|schedule|parity"),
+    "no programs": (setting(*CALL, "programs", {}), "kept|programs"),
+    "older": (lambda d: at(d, *CALL)["older"].update({at(d, *CALL)["kept"][0]["name"]: "z"}), "older"),
+    "cycle": (setting(*CALL, "schedule", "phases", 0, "cycle", []), "phases"),
+    "unknown kind": (setting(*CALL, "schedule", "phases", 0, "cycle", ["x"]), "programs"),
+    "no phases": (setting(*CALL, "schedule", "phases", []), "schedule"),
+    "begin": (setting(*CALL, "schedule", "phases", 0, "begin", 1), "schedule"),
     "late begin": (late, "schedule"),
-    "first step": (setting("schedule", "first_step", -1), "schedule"),
-    "last step": (setting("schedule", "last_step", 10**12), "schedule"),
-    "parity": (setting("parity", 0, "relative", 0.5), "parity"),
-    "huge parity": (setting("parity", 0, "tolerance", 10**400), "JSON"),
-    "version": (setting("version", 5), "another version"),
+    "first step": (setting(*CALL, "schedule", "first_step", -1), "schedule"),
+    "last step": (setting(*CALL, "schedule", "last_step", 10**12), "schedule"),
+    "parity": (setting(*CALL, "parity", 0, "relative", 0.5), "parity"),
+    "huge parity": (setting(*CALL, "parity", 0, "tolerance", 10**400), "JSON"),
+    "no calls": (setting("calls", []), "calls"),
+    "a call twice": (lambda d: d["calls"].append({**at(d, *CALL), "name": "other"}), "calls"),
+    "a name twice": (lambda d: d["calls"].append(at(d, *CALL)), "each once"),
+    "a name with a path": (setting(*CALL, "name", "../a"), "names of letters"),
+    "version": (setting("version", 6), "another version"),
 }  # fmt: skip
 
 
@@ -197,7 +204,7 @@ CACHING = {
     ],
 )  # fmt: skip
 def test_contradictions_of_cached_steps(copy: Path, change: dict[str, Any]) -> None:
-    edit(copy, lambda data: data["schedule"].update(caching={**CACHING, **change}))
+    edit(copy, lambda data: data["calls"][0]["schedule"].update(caching={**CACHING, **change}))
     with pytest.raises(ArtifactError, match="schedule"):
         verify_artifact(copy)
 

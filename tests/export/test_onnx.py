@@ -110,15 +110,16 @@ def test_what_the_manifest_says(cached: Any) -> None:
     manifest = verify_artifact(cached[0])
     assert manifest.target.name == "onnx"
     assert manifest.target.options == {"form": "cached", "opset": str(DEFAULT_OPSET)}
-    assert set(manifest.programs) == {"refresh", "reuse"}
+    (call,) = manifest.calls
+    assert set(call.programs) == {"refresh", "reuse"}
     assert set(manifest.files) == {"refresh.onnx", "reuse.onnx", lower.WEIGHTS}
     assert {"onnx", "onnxscript", "onnxruntime", "torch"} <= set(manifest.versions)
-    assert all(p.relative < 1e-5 for p in manifest.parity)
-    own = [spec.tensor.name for spec in manifest.inputs]
-    for program in manifest.programs.values():
+    assert all(p.relative < 1e-5 for p in call.parity)
+    own = [spec.tensor.name for spec in call.inputs]
+    for program in call.programs.values():
         graph = onnx.load(cached[0] / program.file, load_external_data=False).graph
         assert names(graph.input) == [*own, *program.takes]
-        assert names(graph.output) == [*names(manifest.outputs), *program.gives]
+        assert names(graph.output) == [*names(call.outputs), *program.gives]
 
 
 def test_weights_are_there_once(cached: Any) -> None:
@@ -170,33 +171,33 @@ def test_outputs_live_where_torch_has_them(cached: Any) -> None:
     """No step allocates, and a step may take what the last one gave."""
     runtime, _ = opened(cached[0], providers=["CPUExecutionProvider"], threads=1)
     given = list(inputs().values())
-    out, patterns = runtime.run("refresh", given, {})
+    out, patterns = runtime.run(0, "refresh", given, {})
     places = {name: x.data_ptr() for name, x in patterns.items()}
     held = {name: x.clone() for name, x in patterns.items()}
-    again, patterns = runtime.run("refresh", given, {})
+    again, patterns = runtime.run(0, "refresh", given, {})
     assert places == {name: x.data_ptr() for name, x in patterns.items()}
     assert again[0].data_ptr() == out[0].data_ptr()
-    one = runtime.run("reuse", given, patterns)[0][0].clone()
-    two = runtime.run("reuse", [x.clone() for x in given], held)[0][0]
+    one = runtime.run(0, "reuse", given, patterns)[0][0].clone()
+    two = runtime.run(0, "reuse", [x.clone() for x in given], held)[0][0]
     assert torch.equal(one, two)
     strided = [given[0].transpose(2, 3).contiguous().transpose(2, 3), *given[1:]]
     assert not strided[0].is_contiguous()
-    assert torch.equal(runtime.run("reuse", strided, held)[0][0], one)
+    assert torch.equal(runtime.run(0, "reuse", strided, held)[0][0], one)
 
 
 def test_sessions_take_the_weights_they_are_given(cached: Any) -> None:
     """Other values in the shared memory change what both models compute: none has a copy."""
     runtime, _ = opened(cached[0])
     given = list(inputs().values())
-    out, patterns = runtime.run("refresh", given, {})
-    before = out[0].clone(), runtime.run("reuse", given, patterns)[0][0].clone()
+    out, patterns = runtime.run(0, "refresh", given, {})
+    before = out[0].clone(), runtime.run(0, "reuse", given, patterns)[0][0].clone()
     for x in runtime._kept.values():
         x.mul_(1.5)
-    out, _ = runtime.run("refresh", given, {})
-    after = out[0].clone(), runtime.run("reuse", given, patterns)[0][0].clone()
+    out, _ = runtime.run(0, "refresh", given, {})
+    after = out[0].clone(), runtime.run(0, "reuse", given, patterns)[0][0].clone()
     for a, b in zip(after, before, strict=True):
         assert relative(a, b) > 1e-2
-    fresh = opened(cached[0])[0].run("refresh", given, {})[0][0]
+    fresh = opened(cached[0])[0].run(0, "refresh", given, {})[0][0]
     assert torch.equal(fresh, before[0]), "the file is as it was"
 
 
@@ -249,10 +250,11 @@ def test_bfloat16_can_not_be_moved_to_a_cpu(cached: Any, tmp_path: Path) -> None
 def test_stateless(tmp_path: Path) -> None:
     """One model that selects at every step and hands nothing on."""
     manifest = export(optimized(), inputs(), tmp_path / "out", ONNXTarget("stateless"))
-    assert list(manifest.programs) == ["refresh"]
-    assert manifest.kept == ()
-    assert manifest.schedule.phases == (Phase(0, (), ("refresh",), "cached"),)
-    assert manifest.kinds(3) == ["refresh"] * 3
+    (call,) = manifest.calls
+    assert list(call.programs) == ["refresh"]
+    assert call.kept == ()
+    assert call.schedule.phases == (Phase(0, (), ("refresh",), "cached"),)
+    assert call.kinds(3) == ["refresh"] * 3
     graph = onnx.load(tmp_path / "out" / "refresh.onnx", load_external_data=False).graph
     assert names(graph.output) == ["output_0"]
     assert names(graph.input) == ["sample", "timestep"]

@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 
 
 def parity(manifest: Manifest) -> float:
-    return max(p.relative for p in manifest.parity)
+    return max(p.relative for call in manifest.calls for p in call.parity)
 
 
 def half(call: dict[str, Any]) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def test_opsets(opset: int, tmp_path: Path) -> None:
 def test_stateless_without_patterns(tmp_path: Path) -> None:
     """A method without patterns has one program, and both forms are the same."""
     manifest = export(optimized("todo"), inputs(), tmp_path / "out", ONNXTarget("stateless"))
-    assert list(manifest.programs) == ["reuse"]
+    assert list(manifest.calls[0].programs) == ["reuse"]
     for a, b in zip(steps(load(tmp_path / "out"), 2), steps(optimized("todo"), 2), strict=True):
         assert relative(a, b) < 1e-5
 
@@ -69,7 +69,7 @@ def test_steps_without_merging(form: Any, tmp_path: Path) -> None:
     denoiser = toma_fx.optimize(model(), method="tomesd", destinations_every=2, **fields)
     manifest = export(denoiser, inputs(), tmp_path / "out", ONNXTarget(form))
     own = {"refresh", "plain"} if form == "stateless" else {"refresh", "reuse", "plain"}
-    assert set(manifest.programs) == own
+    assert set(manifest.calls[0].programs) == own
     every = denoiser
     if form == "stateless":
         every = toma_fx.optimize(model(), method="tomesd", destinations_every=1, **fields)
@@ -85,7 +85,7 @@ def test_whole_models(name: str, form: Any, tmp_path: Path) -> None:
     manifest = export(denoiser, call(), tmp_path / "out", ONNXTarget(form))
     assert parity(manifest) < 1e-5
     if name == "sdxl":
-        assert "added_cond_kwargs_time_ids" in [x.tensor.name for x in manifest.inputs]
+        assert "added_cond_kwargs_time_ids" in [x.tensor.name for x in manifest.calls[0].inputs]
     denoiser.reset()
     runs = load(tmp_path / "out")
     with torch.no_grad():

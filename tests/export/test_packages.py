@@ -23,7 +23,7 @@ from tests.methods.test_methods import inputs, model
 from toma_fx.errors import ArtifactError
 from toma_fx.export.archive import entry_sizes, read_entries
 from toma_fx.export.builder import export
-from toma_fx.export.manifest import Manifest
+from toma_fx.export.manifest import CallSpec
 from toma_fx.export.programs import export_programs
 from toma_fx.export.reading import file_spec, open_artifact, verify_artifact
 from toma_fx.export.to_aoti.package import PACKAGE, SPECS, check_package, specs_text, write_package
@@ -149,11 +149,9 @@ def test_what_has_no_place_in_a_package(program: Any, name: str) -> None:
         check_package({**entries, name: pickle.dumps(print)}, manifest)
 
 
-def first_input(manifest: Manifest, **change: Any) -> Manifest:
-    first, *others = manifest.inputs
-    return replace(
-        manifest, inputs=(replace(first, tensor=replace(first.tensor, **change)), *others)
-    )
+def first_input(call: CallSpec, **change: Any) -> CallSpec:
+    first, *others = call.inputs
+    return replace(call, inputs=(replace(first, tensor=replace(first.tensor, **change)), *others))
 
 
 @pytest.mark.parametrize(
@@ -170,11 +168,12 @@ def first_input(manifest: Manifest, **change: Any) -> Manifest:
     ],
 )
 def test_a_package_is_bound_to_its_manifest(
-    program: Any, change: Callable[[Manifest], Manifest]
+    program: Any, change: Callable[[CallSpec], CallSpec]
 ) -> None:
     manifest, entries = program
+    changed = replace(manifest, calls=(change(manifest.calls[0]),))
     with pytest.raises(ArtifactError, match="does not belong"):
-        check_package(entries, change(manifest))
+        check_package(entries, changed)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 10**5, "{}", json.dumps({"reuse": 1})])

@@ -78,8 +78,8 @@ def test_engines_through_all_steps(tmp_path: Path, optimized: Any, gpu: None, ro
     if route == "onnx":
         pytest.importorskip("onnxscript")
     made = tensorrt(optimized, inputs(), tmp_path / "a", route=route, license="mine")
-    assert [p.kind for p in made.parity] == ["refresh", "reuse", "reweigh", "reuse"]
-    assert max(p.relative for p in made.parity) < 1e-5
+    assert [p.kind for p in made.calls[0].parity] == ["refresh", "reuse", "reweigh", "reuse"]
+    assert max(p.relative for p in made.calls[0].parity) < 1e-5
     assert verify_artifact(tmp_path / "a") == made
     assert sorted(made.files) == ["refresh.engine", "reuse.engine", "reweigh.engine"]
     assert made.device.arch == "sm_90"
@@ -159,9 +159,10 @@ def test_other_engines_are_refused(
         opened(device=torch.device("cpu"))
     with pytest.raises(UnknownNameError, match="no options"):
         opened(threads=2)
-    (spec,) = made.outputs
+    (call,) = made.calls
+    other = replace(call, outputs=(replace(call.outputs[0], dtype="float16"),))
     with pytest.raises(ArtifactError, match="output0"):
-        opened(replace(made, outputs=(replace(spec, dtype="float16"),)))
+        opened(replace(made, calls=(other,)))
     with pytest.raises(ArtifactError, match="none called"):
         opened(replace(made, target=replace(made.target, options={"route": "onnx"})))
     (tmp_path / "a" / "reuse.engine").write_bytes(b"of another version")

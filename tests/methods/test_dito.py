@@ -232,9 +232,9 @@ def test_states_artifacts_and_compilation_agree(tmp_path: Path) -> None:
     compiled = optimized_model().compile(backend="aot_eager")
     target = InProcess()
     manifest = export(optimized_model(), inputs(), tmp_path / "a", target)
-    assert list(manifest.programs) == ["refresh", "match", "reuse"]
-    assert manifest.programs["match"].takes == ("signal_p0", "pattern_p0_times")
-    assert manifest.programs["match"].instead == "refresh"
+    assert list(manifest.calls[0].programs) == ["refresh", "match", "reuse"]
+    assert manifest.calls[0].programs["match"].takes == ("signal_p0", "pattern_p0_times")
+    assert manifest.calls[0].programs["match"].instead == "refresh"
     loaded = opened(target, tmp_path / "a")
     for call, expected in zip(CALLS, want, strict=True):
         assert denoisers.relative(loaded(**call), expected) < 1e-5

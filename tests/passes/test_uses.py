@@ -154,8 +154,8 @@ def test_it_runs_in_the_back_end_of_torch_compile() -> None:
 def test_it_runs_in_an_artifact(tmp_path: Path) -> None:
     target = InProcess()
     manifest = export(held(), inputs(), tmp_path / "a", target)
-    assert list(manifest.programs) == ["keep", "hold"]
-    assert manifest.programs["hold"].instead == "keep"
+    assert list(manifest.calls[0].programs) == ["keep", "hold"]
+    assert manifest.calls[0].programs["hold"].instead == "keep"
     loaded = opened(target, tmp_path / "a")
     check_held([loaded(**call) for call in CALLS])
 

@@ -56,7 +56,7 @@ def instance(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def inputs(folder: Path, seed: int, step: int) -> dict[str, Tensor]:
     """Inputs of a step by their names; requests differ in their pictures, which are their own."""
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder).calls[0]
     call = arguments_for(manifest, {})
     tensors = {spec.tensor.name: call[spec.path[0]] for spec in manifest.inputs}
     g = torch.Generator().manual_seed(100 * seed + step)
@@ -265,7 +265,7 @@ def test_the_configuration_is_one_of_the_published_protobuf(folder: Path) -> Non
 
     text_format.Parse(TEXT, messages.ModelConfig())
     config = text_format.Parse((folder / "config.pbtxt").read_text(), messages.ModelConfig())
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder).calls[0]
     got = {x.name: (tuple(x.dims), x.data_type) for x in config.input if not x.optional}
     kinds = {"float32": messages.TYPE_FP32, "int64": messages.TYPE_INT64}
     specs = [spec.tensor for spec in manifest.inputs]

@@ -14,12 +14,12 @@ from toma_fx.api import optimize
 from toma_fx.cli.text import bytes_text
 from toma_fx.devices import usable_device
 from toma_fx.errors import BuildError, ConfigError
-from toma_fx.export.builder import export
+from toma_fx.export.builder import call_names, export
 from toma_fx.export.building import OnStage, Stage, report_stage
 from toma_fx.export.destination import check_output
 from toma_fx.export.registry import make_target
 from toma_fx.export.to_tensorrt.dry_run import tensorrt_coverage
-from toma_fx.inputs import load_example
+from toma_fx.inputs import load_examples
 from toma_fx.models.named import license_of
 
 
@@ -73,17 +73,19 @@ def build_artifact(args: argparse.Namespace, options: dict[str, Any], console: C
         )
     if args.out is not None:
         check_output(args.out, args.overwrite)
-    if not args.dry_run:
-        make_target(args.target, chosen).check_installed()  # before a model is loaded
+    sizes, names = _sizes(args)
+    if not args.dry_run:  # before a model is loaded
+        target = make_target(args.target, chosen)
+        target.check_calls(len(sizes))
+        target.check_installed()
     default = "cuda" if torch.cuda.is_available() else "cpu"
     device = usable_device(args.device or default)
     start = time.perf_counter()
     with ShownStages(console) as show:
         with report_stage("load the model", show):
-            model, inputs = load_example(
+            model, inputs = load_examples(
                 args.model,
-                args.height,
-                args.width,
+                sizes,
                 args.batch,
                 subfolder=args.subfolder,
                 text=args.text,
@@ -92,26 +94,48 @@ def build_artifact(args: argparse.Namespace, options: dict[str, Any], console: C
             )
         optimized = optimize(model, **options)
         if args.dry_run:
-            _print_coverage(optimized, inputs, chosen.get("route", "torch"), show, console)
+            _print_coverage(optimized, inputs[0], chosen.get("route", "torch"), show, console)
             return
         manifest = export(
             optimized,
             inputs,
             args.out,
             args.target,
+            names=names,
             overwrite=args.overwrite,
             license=license_of(args.model) if args.license is None else args.license,
             report=show,
             **chosen,
         )
     seconds, size = time.perf_counter() - start, sum(f.size for f in manifest.files.values())
-    worst = max((p.relative for p in manifest.parity), default=0.0)
+    worst = max((p.relative for call in manifest.calls for p in call.parity), default=0.0)
     console.print(
         f"{args.out}: {bytes_text(size)} in {seconds:.0f} s, largest difference from the process "
         f"{worst:.1e} of the largest value",
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _sizes(args: argparse.Namespace) -> tuple[list[tuple[int | None, int | None]], list[str]]:
+    """Heights and widths, and the names of their calls.
+
+    Raises:
+        ConfigError: sizes in two ways, one of them twice, or several for a dry run.
+    """
+    if not args.size:
+        return [(args.height, args.width)], []
+    if args.height is not None or args.width is not None:
+        raise ConfigError(
+            "sizes in two ways", where="--size", expected="--size, or --height and --width",
+            got="both",
+        )  # fmt: skip
+    if args.dry_run and len(args.size) > 1:
+        raise ConfigError(
+            "a dry run is of one size", where="--size", expected="one", got=str(len(args.size))
+        )
+    names = [f"{width}x{height}" for width, height in args.size]
+    return [(height, width) for width, height in args.size], list(call_names(names, len(names)))
 
 
 def _print_coverage(

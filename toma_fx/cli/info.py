@@ -9,7 +9,7 @@ import argparse
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from toma_fx.cli.text import bytes_text, print_json
-from toma_fx.export.manifest import Manifest, TensorSpec
+from toma_fx.export.manifest import CallSpec, Manifest, TensorSpec, describe_calls
 from toma_fx.export.reading import open_artifact, read_manifest
 from toma_fx.export.signatures import check_signature, sign
 from toma_fx.methods.kinds import merges
@@ -40,34 +40,49 @@ def show_manifest(args: argparse.Namespace, options: dict[str, Any], console: Co
 
 def _rows(manifest: Manifest) -> list[tuple[str, str]]:
     """What to show of a manifest: (name, text)."""
-    target, device = manifest.target, manifest.device
-    patterns = sum(map(_bytes, manifest.kept))
+    target, device, calls = manifest.target, manifest.device, manifest.calls
     rows = [
         ("target", ", ".join([target.name, *(f"{k} {v}" for k, v in target.options.items())])),
         ("built for", " ".join(w for w in (device.type, device.name, device.arch) if w)),
         ("model", f"{manifest.model}, {manifest.dtype}"),
         ("license", manifest.license or "not stated"),
-        ("method", _method(manifest.plan)),
-        ("merges", _merged_steps(manifest.schedule)),
-        ("computes", _computed_steps(manifest.schedule)),
-        ("patterns", f"{len(manifest.kept)} tensors, {bytes_text(patterns)}"),
     ]
-    rows += [
-        (f"program {kind}", program.file + (f": {program.entry}" if program.entry else ""))
-        for kind, program in manifest.programs.items()
-    ]
-    tensors = [("input", spec.tensor) for spec in manifest.inputs]
-    tensors += [("output", spec) for spec in manifest.outputs]
-    rows += [(f"{kind} {s.name}", f"{list(s.shape)} {s.dtype}") for kind, s in tensors]
-    rows += [(f"constant {'_'.join(c.path)}", repr(c.value)) for c in manifest.constants]
+    if len(calls) > 1:
+        rows += [(f"size {name}", text) for name, text in describe_calls(calls).items()]
+    rows += _alike([_call_rows(call) for call in calls])
     rows += [(f"file {name}", bytes_text(spec.size)) for name, spec in manifest.files.items()]
     rows += [(f"made with {name}", text) for name, text in manifest.versions.items()]
-    worst = {p.kind: p for p in sorted(manifest.parity, key=lambda p: p.relative)}
+    parity = (p for call in calls for p in call.parity)
+    worst = {p.kind: p for p in sorted(parity, key=lambda p: p.relative)}
     rows += [
         (f"difference, {kind}", f"{p.relative:.1e} (at most {p.tolerance:.0e})")
         for kind, p in worst.items()
     ]
     return rows
+
+
+def _call_rows(call: CallSpec) -> dict[str, str]:
+    """What to show of a call, by name."""
+    patterns = sum(map(_bytes, call.kept))
+    rows = {
+        "method": _method(call.plan),
+        "merges": _merged_steps(call.schedule),
+        "computes": _computed_steps(call.schedule),
+        "patterns": f"{len(call.kept)} tensors, {bytes_text(patterns)}",
+    }
+    for kind, program in call.programs.items():
+        rows[f"program {kind}"] = program.file + (f": {program.entry}" if program.entry else "")
+    tensors = [("input", spec.tensor) for spec in call.inputs]
+    tensors += [("output", spec) for spec in call.outputs]
+    rows |= {f"{kind} {s.name}": f"{list(s.shape)} {s.dtype}" for kind, s in tensors}
+    return rows | {f"constant {'_'.join(c.path)}": repr(c.value) for c in call.constants}
+
+
+def _alike(calls: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
+    """The rows of several calls: one for what is alike, what differs beside each other."""
+    names = dict.fromkeys(name for rows in calls for name in rows)
+    texts = {name: dict.fromkeys(rows.get(name, "none") for rows in calls) for name in names}
+    return [(name, "; ".join(each)) for name, each in texts.items()]
 
 
 def _merged_steps(schedule: Schedule) -> str:

@@ -122,6 +122,8 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument("--height", type=count, help="pixels (default 1024, tiny models 64)")
         command.add_argument("--width", type=count, help="pixels (default: as height)")
         command.add_argument("--batch", type=count, default=2, help="rows of a call (2: with CFG)")
+    build.add_argument("--size", type=size, action="append", metavar="WIDTHxHEIGHT", help="pixels, "
+        "instead of both; may be repeated: one artifact for all sizes")  # fmt: skip
     info = commands.add_parser("info", help="what an artifact says of itself")
     info.add_argument("--json", action="store_true", help="print the manifest")
     verify = commands.add_parser("verify", help="check that the files of an artifact are unchanged")
@@ -184,6 +186,12 @@ def natural(text: str) -> int:
     return _whole(text, 0)
 
 
+def size(text: str) -> tuple[int, int]:
+    """Width and height of a picture."""
+    width, _, height = text.partition("x")
+    return count(width), count(height)
+
+
 def _whole(text: str, least: int) -> int:
     number = int(text)
     if not least <= number <= MOST:
@@ -207,6 +215,8 @@ def _add_build_options(build: argparse.ArgumentParser) -> None:
 
 def _add_run_options(run: argparse.ArgumentParser) -> None:
     run.add_argument("--steps", type=count, default=20, help="of a generation (default 20)")
+    run.add_argument("--size", metavar="WIDTHxHEIGHT", help="one of the artifact's (default: the "
+        "first, or that of the inputs)")  # fmt: skip
     run.add_argument("--inputs", type=Path, help=".npz or .safetensors with inputs by name")
     run.add_argument(
         "--outputs", type=Path, help=".npz or .safetensors for the last step's outputs"

@@ -22,7 +22,7 @@ from toma_fx.cli.text import bytes_text, print_json
 from toma_fx.errors import ArtifactError, ConfigError
 from toma_fx.export.calls import nest_arguments
 from toma_fx.export.loader import load
-from toma_fx.export.manifest import ArtifactInput, Manifest, raster_spec
+from toma_fx.export.manifest import ArtifactInput, CallSpec, Manifest, raster_spec
 
 
 def run_artifact(args: argparse.Namespace, options: dict[str, Any], console: Console) -> None:
@@ -35,13 +35,19 @@ def run_artifact(args: argparse.Namespace, options: dict[str, Any], console: Con
         settings["providers"] = args.providers.split(",")
     if args.threads is not None:
         settings["threads"] = args.threads
+    if args.size and args.inputs:
+        raise ConfigError(
+            "inputs have a size of their own", where="--size", expected="--size or --inputs",
+            got="both",
+        )  # fmt: skip
     start = time.perf_counter()
     denoiser = load(args.path, device=args.device, trust=args.trust, **settings)
     loaded = time.perf_counter() - start
-    call = arguments_for(denoiser.manifest, tensors)
+    spec = _chosen(denoiser.manifest, args.size, tensors)
+    call = arguments_for(spec, tensors)
     timestep = call.get("timestep") if not args.inputs else None
     times, outputs = defaultdict[str, list[float]](list), None
-    kinds = denoiser.manifest.kinds(args.steps)
+    kinds = spec.kinds(args.steps)
     for rounds in range(2):  # the first round warms up
         with denoiser.generation(steps=args.steps) as generation:
             for step, program in enumerate(kinds):
@@ -57,23 +63,45 @@ def run_artifact(args: argparse.Namespace, options: dict[str, Any], console: Con
     if args.outputs:
         _write_tensors(args.outputs, _named_outputs(outputs))
     if args.json:
-        memory = {"peak_bytes": _peak_memory()}
-        print_json({"device": str(denoiser.device), "load_s": loaded, **memory, "step_ms": times})
+        about = {"device": str(denoiser.device), "size": spec.name, "load_s": loaded}
+        print_json({**about, "peak_bytes": _peak_memory(), "step_ms": times})
     else:
-        _print_times(times, loaded, denoiser.device, console)
+        title = f"time a step of {spec.name}" if len(denoiser.manifest.calls) > 1 else "time a step"
+        _print_times(title, times, loaded, denoiser.device, console)
 
 
-def arguments_for(manifest: Manifest, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _chosen(manifest: Manifest, name: str | None, tensors: Mapping[str, Tensor]) -> CallSpec:
+    """The call of the artifact that is meant: by its name, by the inputs' shapes, or the first.
+
+    Raises:
+        ConfigError: the artifact has none of that name.
+    """
+    calls = {call.name: call for call in manifest.calls}
+    if name is not None and name not in calls:
+        raise ConfigError(
+            "the artifact has no such size", where="--size", expected=", ".join(calls), got=name
+        )
+    shapes = {x: tuple(tensor.shape) for x, tensor in tensors.items()}
+    fitting = (
+        call
+        for call in calls.values()
+        if {spec.tensor.name: spec.tensor.shape for spec in call.inputs} == shapes
+    )
+    # inputs that fit none are refused by what they are given to
+    return calls[name] if name is not None else next(fitting, manifest.calls[0])
+
+
+def arguments_for(call: CallSpec, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Keyword arguments of a step, nested as the model takes them.
 
     Args:
-        manifest: of an artifact. tensors: inputs by their names in the programs; if none,
+        call: of an artifact. tensors: inputs by their names in the programs; if none,
             random values, and the positions that the programs are for.
 
     Raises:
         ConfigError: some inputs are given, but not all, or others.
     """
-    names = [spec.tensor.name for spec in manifest.inputs]
+    names = [spec.tensor.name for spec in call.inputs]
     if tensors and set(tensors) != set(names):
         raise ConfigError(
             "the inputs are not those of the artifact",
@@ -82,8 +110,8 @@ def arguments_for(manifest: Manifest, tensors: Mapping[str, Tensor]) -> dict[str
             got=", ".join(sorted(tensors)),
         )
     random = torch.Generator().manual_seed(0)
-    given = tensors or {spec.tensor.name: _random(spec, random) for spec in manifest.inputs}
-    return nest_arguments(manifest, given)
+    given = tensors or {spec.tensor.name: _random(spec, random) for spec in call.inputs}
+    return nest_arguments(call, given)
 
 
 def _random(spec: ArtifactInput, random: torch.Generator) -> Tensor:
@@ -128,9 +156,13 @@ def _positions(spec: ArtifactInput) -> Tensor:
 
 
 def _print_times(
-    times: Mapping[str, list[float]], loaded: float, device: torch.device, console: Console
+    title: str,
+    times: Mapping[str, list[float]],
+    loaded: float,
+    device: torch.device,
+    console: Console,
 ) -> None:
-    table = Table(title="time a step", title_justify="left", box=SIMPLE)
+    table = Table(title=title, title_justify="left", box=SIMPLE)
     for name in ("program", "steps", "median", "fastest", "slowest"):
         table.add_column(name, justify="left" if name == "program" else "right")
     for program, ms in times.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 from toma_fx.capture.parity import perturb, relative_difference, tolerance
-from toma_fx.errors import BuildError
+from toma_fx.errors import BuildError, ConfigError
 from toma_fx.export.building import OnStage, building, ignore, report_stage
+from toma_fx.export.checks import CALL_NAME
 from toma_fx.export.destination import check_output
 from toma_fx.export.folder import OpenFolder
 from toma_fx.export.manifest import (
     VERSION,
     ArtifactInput,
+    CallSpec,
     Constant,
     Manifest,
     Parity,
@@ -37,6 +39,7 @@ from toma_fx.export.registry import make_target
 from toma_fx.export.targets import Lowered, Runtime, Target
 from toma_fx.methods.cached_steps import LONGEST, Length
 from toma_fx.methods.kinds import REUSE, kind_in, phase_of
+from toma_fx.run.calls import calls_of
 from toma_fx.run.schedule import Schedule, aged
 
 ALIKE = {"float16": 0.85, "bfloat16": 0.7}
@@ -59,6 +62,7 @@ def export(
     out: str | Path,
     target: str | Target = "onnx",
     *,
+    names: Sequence[str] = (),
     overwrite: bool = False,
     license: str = "",
     report: OnStage = ignore,
@@ -68,9 +72,10 @@ def export(
 
     Args:
         optimized: what `toma_fx.optimize` returned. inputs: a call, whose shapes, dtypes and
-            constants the artifact is for.
+            constants the artifact is for; or a list of calls, of several sizes, say.
         out: folder to make. target: "onnx", "aoti", "tensorrt", "triton", or a target of
             your own.
+        names: of the calls, as "832x1216", in letters and digits; by default "call0", "call1".
         overwrite: whether an artifact there is replaced, once the new one is done.
         license: note on the model's license, for the manifest.
         report: called with every stage, as it begins and as it ends.
@@ -82,31 +87,35 @@ def export(
 
     Raises:
         UnknownNameError: no such target, or no such option of it. ConfigError: a value that an
-            option can't have. MissingPackageError: the target needs a package.
+            option can't have, calls that are alike, or several of a target that takes one.
+            MissingPackageError: the target needs a package.
         BuildError: the folder can't be used, or the artifact computes something else than the
             process (nothing is left of it then).
         DynamicError, ModelTypeError, SignatureError: see `export_programs`.
     """
     target = make_target(target, options)
     out = check_output(out, overwrite)
+    given = calls_of(inputs)
+    names = call_names(names, len(given))
+    target.check_calls(len(given))
     target.check_installed()
-    with report_stage("export", report):
-        programs = export_programs(optimized, inputs)
-    target.check(programs)
-    key = _key(programs, target)
+    calls = _export_calls(optimized, given, names, report)
+    for programs in calls:
+        target.check(programs)
+    key = _key(calls, target)
     with building(out, key, overwrite=overwrite, report=report) as work, torch.no_grad():
-        lowered = target.lower(programs, work)
-        manifest = manifest_of(programs, lowered, license)
+        lowered = target.lower(calls, work)
+        manifest = manifest_of(calls, names, lowered, license)
         with report_stage("compare with the process", report):
             with OpenFolder(work.folder) as folder:
                 files = ArtifactFiles(folder, work.list_files(manifest))
-                runtime = target.open(files, programs.device, {})
+                runtime = target.open(files, calls[0].device, {})
             try:
-                figures = tuple(_compare(programs, manifest, runtime))
+                compared = tuple(_compared(calls, manifest, runtime))
             except BuildError:
                 work.discard()
                 raise
-        return work.finish(replace(manifest, parity=figures))
+        return work.finish(replace(manifest, calls=compared))
 
 
 aoti = partial(export, target="aoti")
@@ -115,21 +124,58 @@ tensorrt = partial(export, target="tensorrt")
 triton = partial(export, target="triton")
 
 
-def manifest_of(programs: Programs, lowered: Lowered, license: str) -> Manifest:
+def call_names(names: Sequence[str], count: int) -> tuple[str, ...]:
+    """Names of so many calls: those given, or numbers.
+
+    Raises:
+        ConfigError: another number of names, one twice, or one that can't be part of a file's.
+    """
+    chosen = tuple(names) or tuple(f"call{i}" for i in range(count))
+    fitting = all(isinstance(name, str) and CALL_NAME.fullmatch(name) for name in chosen)
+    if not fitting or len({*chosen}) != count or len(chosen) != count:
+        raise ConfigError(
+            "no names for the calls of an artifact",
+            where="names",
+            expected=f"{count}, each once, of letters and digits, as '832x1216'",
+            got=repr(names),
+        )
+    return chosen
+
+
+def _export_calls(
+    optimized: Any, given: Sequence[Any], names: Sequence[str], report: OnStage
+) -> list[Programs]:
+    """The programs of every call.
+
+    Raises:
+        ConfigError: two calls are alike.
+    """
+    if len(given) == 1:
+        with report_stage("export", report):
+            return [export_programs(optimized, given[0])]
+    calls, known = list[Programs](), dict[Any, str]()
+    for call, name in zip(given, names, strict=True):
+        with report_stage(f"export {name}", report):
+            programs = replace(export_programs(optimized, call), call=name)
+        other = known.setdefault(
+            (frozenset(_inputs(programs)), frozenset(_constants(programs))), name
+        )
+        if other != name:
+            raise ConfigError(
+                "two calls are alike",
+                where="inputs",
+                expected="calls that differ in shapes, dtypes, constants or positions",
+                got=f"{other} and {name}, which don't",
+            )
+        calls.append(programs)
+    return calls
+
+
+def manifest_of(
+    calls: Sequence[Programs], names: Sequence[str], lowered: Lowered, license: str
+) -> Manifest:
     """Everything but the parity and the checksums."""
-    denoiser, specialization = programs.denoiser, programs.specialization
-    captured = specialization.captured
-    leaves = list(zip(programs.paths, programs.leaves, captured.inputs, strict=True))
-    inputs = tuple(
-        ArtifactInput(path, TensorSpec.of("_".join(path), leaf), raster_spec(spec.raster))
-        for path, leaf, spec in leaves
-        if isinstance(leaf, Tensor)
-    )
-    constants = tuple(
-        Constant(path, leaf) for path, leaf, _ in leaves if not isinstance(leaf, Tensor)
-    )
-    timestep = specialization.roles.timestep
-    used = {n for p in lowered.programs.values() for n in (*p.takes, *p.gives)}
+    denoiser = calls[0].denoiser
     return Manifest(
         version=VERSION,
         target=lowered.target,
@@ -138,21 +184,47 @@ def manifest_of(programs: Programs, lowered: Lowered, license: str) -> Manifest:
         model_config=_jsonable(dict(getattr(denoiser, "config", {}))),
         dtype=TensorSpec.of("", next(denoiser.denoiser.parameters())).dtype,
         license=_jsonable(license),
-        plan=_jsonable(programs.plan.to_dict()),
-        schedule=_schedule(programs, lowered.programs),
         parameters=denoiser.parameter_names,
-        inputs=inputs,
-        timestep=() if timestep is None else programs.paths[timestep],
-        constants=constants,
-        outputs=tuple(TensorSpec.of(name, x) for name, x in programs.outputs.items()),
-        structure=_structure(captured.out_spec),
-        kept=tuple(TensorSpec.of(name, x) for name, x in programs.kept.items() if name in used),
-        older={a: b for a, b in programs.plan.older.items() if a in used and b in used},
-        programs=lowered.programs,
+        calls=tuple(map(_call_spec, calls, names, lowered.programs)),
         versions={"toma_fx": version("toma_fx"), "torch": torch.__version__, **lowered.versions},
-        parity=(),
         files={},
     )
+
+
+def _call_spec(programs: Programs, name: str, lowered: Mapping[str, ProgramSpec]) -> CallSpec:
+    """What the manifest says of a call, but for the parity."""
+    timestep = programs.specialization.roles.timestep
+    used = {n for p in lowered.values() for n in (*p.takes, *p.gives)}
+    return CallSpec(
+        name=name,
+        plan=_jsonable(programs.plan.to_dict()),
+        schedule=_schedule(programs, lowered),
+        inputs=_inputs(programs),
+        timestep=() if timestep is None else programs.paths[timestep],
+        constants=_constants(programs),
+        outputs=tuple(TensorSpec.of(name, x) for name, x in programs.outputs.items()),
+        structure=_structure(programs.specialization.captured.out_spec),
+        kept=tuple(TensorSpec.of(name, x) for name, x in programs.kept.items() if name in used),
+        older={a: b for a, b in programs.plan.older.items() if a in used and b in used},
+        programs=lowered,
+        parity=(),
+    )
+
+
+def _inputs(programs: Programs) -> tuple[ArtifactInput, ...]:
+    """The tensors of the call."""
+    specs = programs.specialization.captured.inputs
+    return tuple(
+        ArtifactInput(path, TensorSpec.of("_".join(path), leaf), raster_spec(spec.raster))
+        for path, leaf, spec in zip(programs.paths, programs.leaves, specs, strict=True)
+        if isinstance(leaf, Tensor)
+    )
+
+
+def _constants(programs: Programs) -> tuple[Constant, ...]:
+    """What the call has beside tensors."""
+    leaves = zip(programs.paths, programs.leaves, strict=True)
+    return tuple(Constant(path, leaf) for path, leaf in leaves if not isinstance(leaf, Tensor))
 
 
 def _schedule(programs: Programs, lowered: Mapping[str, ProgramSpec]) -> Schedule:
@@ -164,7 +236,17 @@ def _schedule(programs: Programs, lowered: Mapping[str, ProgramSpec]) -> Schedul
     return programs.specialization.schedule.replacing(kind_instead)
 
 
-def _compare(programs: Programs, manifest: Manifest, runtime: Runtime) -> Iterator[Parity]:
+def _compared(
+    calls: Sequence[Programs], manifest: Manifest, runtime: Runtime
+) -> Iterator[CallSpec]:
+    """The calls of the manifest, with the parity of each."""
+    for i, (programs, call) in enumerate(zip(calls, manifest.calls, strict=True)):
+        yield replace(call, parity=tuple(_compare(programs, manifest, i, runtime)))
+
+
+def _compare(
+    programs: Programs, manifest: Manifest, place: int, runtime: Runtime
+) -> Iterator[Parity]:
     """Some steps of a generation; every program takes part.
 
     Which of two nearly equal tokens stays depends on the last bit of a sum, and either is right. So
@@ -174,14 +256,14 @@ def _compare(programs: Programs, manifest: Manifest, runtime: Runtime) -> Iterat
     Raises:
         BuildError: outputs or patterns differ by more than the tolerance.
     """
-    kept = dict[str, Tensor]()
-    for step, kind in enumerate(_checked_kinds(manifest)):
-        where = f"step {step} ({kind})"
+    kept, call = dict[str, Tensor](), manifest.calls[place]
+    for step, kind in enumerate(_checked_kinds(call)):
+        where = f"step {step} ({programs.label(kind)})"
         inputs = [perturb(x, seed=step) for x in programs.inputs.values()]
-        outputs, gives = runtime.run(kind, inputs, kept)
+        outputs, gives = runtime.run(place, kind, inputs, kept)
         got = [x.clone() for x in outputs]
         expected, expected_gives = programs.run(kind, inputs, kept)
-        kept = aged(kept, {name: x.clone() for name, x in gives.items()}, manifest.older)
+        kept = aged(kept, {name: x.clone() for name, x in gives.items()}, call.older)
         alike = 1.0
         reuse = _reusing(kind)
         values = {*programs.plan.signals, *programs.plan.new_updates}
@@ -193,7 +275,7 @@ def _compare(programs: Programs, manifest: Manifest, runtime: Runtime) -> Iterat
             if not alike >= limit:
                 share = f"at least {limit:.0%} of the tokens merged alike"
                 raise _mismatch(where, share, f"{alike:.1%}")
-        for a, b, spec in zip(got, expected, manifest.outputs, strict=True):
+        for a, b, spec in zip(got, expected, call.outputs, strict=True):
             difference, limit = relative_difference(a, b), tolerance(b.dtype)
             if not difference <= limit:
                 most = f"a difference of at most {limit:.0e} of the largest value"
@@ -243,12 +325,12 @@ def _reusing(kind: str) -> str:
     return kind_in(REUSE, phase_of(kind))
 
 
-def _checked_kinds(manifest: Manifest) -> list[str]:
+def _checked_kinds(call: CallSpec) -> list[str]:
     """Kinds of the first merged steps, and those that no such step runs."""
-    first, caching = manifest.schedule.first_step, manifest.schedule.caching
+    first, caching = call.schedule.first_step, call.schedule.caching
     length = Length(LONGEST if caching is None else caching.horizon)
-    kinds = manifest.kinds(first + CHECKED_STEPS, length)[first:]
-    return kinds + [kind for kind in manifest.programs if kind not in kinds]
+    kinds = call.kinds(first + CHECKED_STEPS, length)[first:]
+    return kinds + [kind for kind in call.programs if kind not in kinds]
 
 
 def _structure(spec: Any) -> Structure:
@@ -276,13 +358,12 @@ def source_digest(folder: Path = Path(__file__).parents[1]) -> str:
     return digest.hexdigest()
 
 
-def _key(programs: Programs, target: Target) -> str:
+def _key(calls: Sequence[Programs], target: Target) -> str:
     """Digest of all that a build depends on: finished stages of another key are not used."""
     digest = hashlib.sha256()
-    specs = [TensorSpec.of(name, x) for name, x in programs.inputs.items()]
-    parts = (source_digest(), torch.__version__, repr(target), specs, programs.plan.to_dict())
-    digest.update(repr(parts).encode())
-    for name, x in programs.denoiser.denoiser.state_dict().items():
+    specs = [(each.call, _inputs(each), _constants(each), each.plan.to_dict()) for each in calls]
+    digest.update(repr((source_digest(), torch.__version__, repr(target), specs)).encode())
+    for name, x in calls[0].denoiser.denoiser.state_dict().items():
         digest.update(name.encode())
         digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

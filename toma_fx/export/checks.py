@@ -13,7 +13,14 @@ from itertools import pairwise
 from pathlib import PurePosixPath
 
 from toma_fx.errors import ArtifactError, ConfigError, GenerationError
-from toma_fx.export.manifest import ArtifactInput, FileSpec, Manifest, ProgramSpec, TensorSpec
+from toma_fx.export.manifest import (
+    ArtifactInput,
+    CallSpec,
+    FileSpec,
+    Manifest,
+    ProgramSpec,
+    TensorSpec,
+)
 from toma_fx.methods.cached_steps import POLICIES, CachedSteps, is_step_count
 from toma_fx.run.schedule import Schedule, kinds_that_run
 
@@ -30,7 +37,9 @@ PACKAGE_SUFFIX = ".pt2"
 """Of packages of compiled programs, whose entries the manifest lists."""
 MOST_STEPS = 100_000
 """Steps that a schedule may speak of."""
-MOST_TENSORS, LONGEST_NAME, LONGEST_PATH = 10_000, 255, 1024
+MOST_TENSORS, MOST_CALLS, LONGEST_NAME, LONGEST_PATH = 10_000, 1000, 255, 1024
+CALL_NAME = re.compile("[A-Za-z0-9]{1,64}")
+"""Names of calls: programs of several calls have them in their own names, before a "_"."""
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _WORD = re.compile(r"\w+", re.ASCII)
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -51,6 +60,10 @@ def check_manifest(manifest: Manifest, where: str) -> None:
     for rule in RULES:
         for field, expected, got in rule(manifest):
             raise malformed(f"{where}: {field}", expected, got)
+    for call in manifest.calls:
+        for call_rule in CALL_RULES:
+            for field, expected, got in call_rule(call):
+                raise malformed(f"{where}: calls.{call.name}.{field}", expected, got)
 
 
 def malformed(where: str, expected: str, got: str) -> ArtifactError:
@@ -73,9 +86,6 @@ def _files(manifest: Manifest) -> Iterator[Trouble]:
         if not (0 <= spec.size <= LARGEST_FILE and _DIGEST.fullmatch(spec.sha256)):
             yield f"files.{name}", "a size in bytes and a SHA-256", repr(spec)
         yield from _entries(name, spec)
-    for kind, program in manifest.programs.items():
-        if program.file not in manifest.files:
-            yield f"programs.{kind}.file", "programs in files that are listed", program.file
 
 
 def _entries(name: str, spec: FileSpec) -> Iterator[Trouble]:
@@ -93,12 +103,27 @@ def _device(manifest: Manifest) -> Iterator[Trouble]:
         yield "dtype", "a dtype of torch", repr(manifest.dtype)
 
 
-def _tensors(manifest: Manifest) -> Iterator[Trouble]:
-    inputs = [spec.tensor for spec in manifest.inputs]
-    if len(inputs) + len(manifest.outputs) + len(manifest.kept) > MOST_TENSORS:
-        yield "inputs", f"at most {MOST_TENSORS} tensors", "more"
+def _calls(manifest: Manifest) -> Iterator[Trouble]:
+    calls = manifest.calls
+    if not 0 < len(calls) <= MOST_CALLS or sum(1 for _ in manifest.tensors) > MOST_TENSORS:
+        yield "calls", f"1 to {MOST_CALLS}, of at most {MOST_TENSORS} tensors", str(len(calls))
         return
-    specs = (*inputs, *manifest.outputs, *manifest.kept)
+    for call in calls:
+        if not CALL_NAME.fullmatch(call.name):
+            yield "calls", "names of letters and digits", repr(call.name)
+    yield from _unique("calls", [call.name for call in calls])
+    if len({call.signature for call in calls}) != len(calls):
+        yield "calls", "calls that differ in their inputs or constants", "two that do not"
+    yield from _unique("parameters", manifest.parameters)
+    programs = [program for call in calls for program in call.programs.values()]
+    for program in programs:
+        if program.file not in manifest.files:
+            yield "calls.programs.file", "programs in files that are listed", program.file
+    yield from _unique("calls.programs", [(p.file, p.entry) for p in programs])
+
+
+def _tensors(call: CallSpec) -> Iterator[Trouble]:
+    specs = (*(spec.tensor for spec in call.inputs), *call.outputs, *call.kept)
     for spec in specs:
         yield from _tensor(f"tensor {spec.name}", spec)
     yield from _unique("inputs, outputs and kept", [spec.name for spec in specs])
@@ -115,8 +140,8 @@ def _tensor(field: str, spec: TensorSpec) -> Iterator[Trouble]:
         yield field, f"at most {LARGEST_TENSOR} bytes", f"{spec.shape} {spec.dtype}"
 
 
-def _call(manifest: Manifest) -> Iterator[Trouble]:
-    inputs, constants = manifest.inputs, manifest.constants
+def _arguments(call: CallSpec) -> Iterator[Trouble]:
+    inputs, constants = call.inputs, call.constants
     for spec in inputs:
         if not spec.path or spec.tensor.name != "_".join(spec.path):
             yield "inputs", "a tensor that is named by its path", f"{spec.path} {spec.tensor.name}"
@@ -125,9 +150,8 @@ def _call(manifest: Manifest) -> Iterator[Trouble]:
     if not all(paths):
         yield "constants", "a path", "none"
     yield from _unique("inputs and constants", paths)
-    yield from _unique("parameters", manifest.parameters)
-    if manifest.timestep and manifest.timestep not in [spec.path for spec in inputs]:
-        yield "timestep", "the path of an input", str(manifest.timestep)
+    if call.timestep and call.timestep not in [spec.path for spec in inputs]:
+        yield "timestep", "the path of an input", str(call.timestep)
 
 
 def _raster(spec: ArtifactInput) -> Iterator[Trouble]:
@@ -141,9 +165,9 @@ def _raster(spec: ArtifactInput) -> Iterator[Trouble]:
         yield f"inputs.{spec.tensor.name}.raster", f"tokens of {spec.tensor.shape}", str(tokens)
 
 
-def _results(manifest: Manifest) -> Iterator[Trouble]:
-    count, structure = len(manifest.outputs), manifest.structure
-    names = tuple(spec.name for spec in manifest.outputs)
+def _results(call: CallSpec) -> Iterator[Trouble]:
+    count, structure = len(call.outputs), call.structure
+    names = tuple(spec.name for spec in call.outputs)
     if not count or names != tuple(f"output_{i}" for i in range(count)):
         yield "outputs", "output_0, output_1, ...", str(names)
     numbers = tuple(map(str, range(count)))
@@ -157,25 +181,24 @@ def _results(manifest: Manifest) -> Iterator[Trouble]:
     yield from _unique("structure.fields", structure.fields)
 
 
-def _programs(manifest: Manifest) -> Iterator[Trouble]:
-    kept = {spec.name: spec for spec in manifest.kept}
+def _programs(call: CallSpec) -> Iterator[Trouble]:
+    kept = {spec.name: spec for spec in call.kept}
     used: set[str] = set()
-    for kind, program in manifest.programs.items():
+    for kind, program in call.programs.items():
         if not _WORD.fullmatch(kind):
             yield "programs", "names of kinds", repr(kind)
         for field, names in (("takes", program.takes), ("gives", program.gives)):
             yield from _known(f"programs.{kind}.{field}", names, kept)
             yield from _unique(f"programs.{kind}.{field}", names)
             used |= {*names}
-        yield from _instead(kind, manifest.programs)
+        yield from _instead(kind, call.programs)
     yield from _known("kept", kept, used)
-    yield from _unique("programs", [(p.file, p.entry) for p in manifest.programs.values()])
-    for newer, older in manifest.older.items():
+    for newer, older in call.older.items():
         yield from _known("older", [newer, older], kept)
         a, b = (kept.get(name) for name in (newer, older))
         if newer == older or (a and b and (a.shape, a.dtype) != (b.shape, b.dtype)):
             yield f"older.{newer}", "another kept tensor of the same shape", older
-    yield from _unique("older", [*manifest.older.values()])
+    yield from _unique("older", [*call.older.values()])
 
 
 def _instead(kind: str, programs: Mapping[str, ProgramSpec]) -> Iterator[Trouble]:
@@ -187,8 +210,8 @@ def _instead(kind: str, programs: Mapping[str, ProgramSpec]) -> Iterator[Trouble
         tried.append(other)
 
 
-def _schedule(manifest: Manifest) -> Iterator[Trouble]:
-    schedule = manifest.schedule
+def _schedule(call: CallSpec) -> Iterator[Trouble]:
+    schedule = call.schedule
     begins = [phase.begin for phase in schedule.phases]
     steps = (schedule.first_step, schedule.last_step or 0, *begins)
     if not all(is_step_count(n) and n <= MOST_STEPS for n in steps) or begins[:1] != [0]:
@@ -200,7 +223,7 @@ def _schedule(manifest: Manifest) -> Iterator[Trouble]:
     elif schedule.caching is not None and (trouble := _caching(schedule.caching)):
         yield "schedule.caching", trouble, str(schedule.caching)
     else:
-        yield from _kinds(manifest, schedule)
+        yield from _kinds(call, schedule)
 
 
 def _caching(caching: CachedSteps) -> str:
@@ -224,27 +247,28 @@ def _caching(caching: CachedSteps) -> str:
     return ""
 
 
-def _kinds(manifest: Manifest, schedule: Schedule) -> Iterator[Trouble]:
+def _kinds(call: CallSpec, schedule: Schedule) -> Iterator[Trouble]:
     """Every kind that some step runs must be there, and every program must be of such a kind."""
     try:
-        ran = kinds_that_run(manifest, schedule)
+        ran = kinds_that_run(call, schedule)
     except KeyError as error:
-        yield "programs", f"a program of the kind {error}", ", ".join(manifest.programs)
+        yield "programs", f"a program of the kind {error}", ", ".join(call.programs)
     except (ConfigError, GenerationError) as error:
         yield "schedule", "kinds that can run", str(error)
     else:
-        yield from _known("schedule", sorted(ran), manifest.programs)
+        yield from _known("schedule", sorted(ran), call.programs)
 
 
-def _parity(manifest: Manifest) -> Iterator[Trouble]:
-    for figure in manifest.parity:
-        yield from _known("parity", [figure.kind], manifest.programs)
+def _parity(call: CallSpec) -> Iterator[Trouble]:
+    for figure in call.parity:
+        yield from _known("parity", [figure.kind], call.programs)
         if not (0 <= figure.relative <= figure.tolerance <= 1 and 0 <= figure.alike <= 1):
             yield "parity", "differences within their tolerance", str(figure)
 
 
-RULES: Sequence[Callable[[Manifest], Iterator[Trouble]]] = (
-    _files, _device, _tensors, _call, _results, _programs, _schedule, _parity
+RULES: Sequence[Callable[[Manifest], Iterator[Trouble]]] = (_files, _device, _calls)
+CALL_RULES: Sequence[Callable[[CallSpec], Iterator[Trouble]]] = (
+    _tensors, _arguments, _results, _programs, _schedule, _parity
 )  # fmt: skip
 
 

@@ -14,8 +14,8 @@ from toma_fx.analysis.roles import Roles
 from toma_fx.capture.grids import Raster
 from toma_fx.compat.libraries import ORIGINAL_FORWARD
 from toma_fx.errors import ArtifactError
-from toma_fx.export.calls import ArtifactCall, check_positions, match_call
-from toma_fx.export.manifest import Manifest, ProgramSpec
+from toma_fx.export.calls import find_call, kept_settings, match_call
+from toma_fx.export.manifest import CallSpec, Manifest, ProgramSpec
 from toma_fx.export.targets import Runtime
 from toma_fx.run.arguments import plain_numbers
 from toma_fx.run.batching import State, step_states
@@ -28,16 +28,20 @@ from toma_fx.run.stepper import Stepper
 
 
 class ArtifactPrograms:
-    """The programs of an artifact, by kind: a `run.program_set.ProgramSet`."""
+    """The programs of a call of an artifact, by kind: a `run.program_set.ProgramSet`.
 
-    def __init__(self, manifest: Manifest, runtime: Runtime) -> None:
-        self._manifest, self._runtime = manifest, runtime
-        self.schedule, self.older, self.watched = manifest.schedule, manifest.older, ""
-        paths = [spec.path for spec in manifest.inputs]
-        timestep = paths.index(manifest.timestep) if manifest.timestep else None
+    Attributes:
+        call: of the manifest. settings: what kept tensors must agree on to fit.
+    """
+
+    def __init__(self, call: CallSpec, place: int, settings: Hashable, runtime: Runtime) -> None:
+        self.call, self._place, self._runtime = call, place, runtime
+        self.schedule, self.older, self.watched = call.schedule, call.older, ""
+        paths = [spec.path for spec in call.inputs]
+        timestep = paths.index(call.timestep) if call.timestep else None
         self.roles = Roles.of_names(["_".join(p) for p in paths], [True] * len(paths), timestep)
-        self.settings = tuple((spec.name, spec.shape, spec.dtype) for spec in manifest.kept)
-        self.batch_sizes = frozenset(spec.shape[0] for spec in manifest.kept if spec.shape)
+        self.settings = settings
+        self.batch_sizes = frozenset(spec.shape[0] for spec in call.kept if spec.shape)
 
     def takes(self, kind: str) -> tuple[str, ...]:
         """Names of the kept tensors that follow the model's own inputs."""
@@ -60,11 +64,11 @@ class ArtifactPrograms:
 
     def runner(self, kind: str) -> Callable[..., list[Tensor]]:
         """The program: (inputs, kept tensors) -> (outputs, kept tensors), flat."""
-        own, spec = len(self._manifest.inputs), self._spec(kind)
+        own, spec = len(self.call.inputs), self._spec(kind)
 
         def run(*flat: Tensor) -> list[Tensor]:
             kept = dict(zip(spec.takes, flat[own:], strict=True))
-            outputs, updates = self._runtime.run(kind, flat[:own], kept)
+            outputs, updates = self._runtime.run(self._place, kind, flat[:own], kept)
             # the next run may write to the same memory
             return [x.clone() for x in (*outputs, *(updates[name] for name in spec.gives))]
 
@@ -72,15 +76,15 @@ class ArtifactPrograms:
         return run
 
     def _spec(self, kind: str) -> ProgramSpec:
-        if kind not in self._manifest.programs:
+        if kind not in self.call.programs:
             raise ArtifactError(
                 "the artifact lacks a program that its schedule names",
                 where="manifest.json",
                 expected=f"a program of the kind {kind!r}",
-                got=", ".join(self._manifest.programs),
+                got=", ".join(self.call.programs),
                 hint="the artifact is damaged or was edited: build it anew",
             )
-        return self._manifest.programs[kind]
+        return self.call.programs[kind]
 
 
 class ArtifactDenoiser(KeepsState, nn.Module):
@@ -89,7 +93,8 @@ class ArtifactDenoiser(KeepsState, nn.Module):
     Called by keyword as the original, or with its arguments in the order of the manifest. It keeps
     state as an optimized denoiser does: by `cache_context` and `own_state`, from step to step,
     reset at the end of a pipeline call; or the caller holds it, `step(inputs, state)`. It has no
-    parameters: weights are in the artifact.
+    parameters: weights are in the artifact. Of the calls (sizes) that the artifact is for, each
+    step runs the one that its inputs are of.
 
     Attributes:
         manifest: what the artifact says of itself. config: the original's configuration.
@@ -103,14 +108,19 @@ class ArtifactDenoiser(KeepsState, nn.Module):
         self.cast = cast
         self.manifest = manifest
         self.config = _Config(manifest.model_config)
-        self._programs, self._device = ArtifactPrograms(manifest, runtime), device
+        every = enumerate(zip(manifest.calls, kept_settings(manifest.calls), strict=True))
+        self._programs = [ArtifactPrograms(call, i, kept, runtime) for i, (call, kept) in every]
+        self._device = device
         self._stepper = Stepper("the loaded artifact")
         self._digest = manifest.digest
         self.training = False
         inside = manifest.model_config.get("projection_class_embeddings_input_dim")
         if inside is not None:  # SDXL's pipelines compare it with what they made
             self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=inside))
-        adapters = sum("ip_adapter_image_embeds" in spec.path for spec in manifest.inputs)
+        adapters = max(
+            sum("ip_adapter_image_embeds" in spec.path for spec in call.inputs)
+            for call in manifest.calls
+        )
         if adapters:  # Flux's pipelines compare it with the pictures they were given
             self.encoder_hid_proj = SimpleNamespace(num_ip_adapters=adapters)
 
@@ -135,19 +145,8 @@ class ArtifactDenoiser(KeepsState, nn.Module):
                 schedule needs can't be counted.
             SharedStateError: another thread is in the same pass of a generation.
         """
-        call: ArtifactCall | None = None
-
-        def prepare() -> StepCall:
-            nonlocal call
-            refuse_gradient((args, kwargs), "the loaded artifact")
-            call = self._match(*plain_numbers(args, kwargs))
-            return self._step_call(call)
-
-        def unflatten(outputs: list[Tensor]) -> Any:
-            assert call is not None
-            return self._structured(outputs, call.dtype)
-
-        return self._stepper.step(prepare, self._find, unflatten)
+        turn = _ArtifactTurn(self, args, kwargs)
+        return self._stepper.step(turn.prepare, turn.find, turn.unflatten)
 
     can_mix = False
     """Whether a batch may hold requests that are due different kinds of programs."""
@@ -155,7 +154,8 @@ class ArtifactDenoiser(KeepsState, nn.Module):
     @property
     def parameter_names(self) -> tuple[str, ...]:
         """Names of the arguments of a call, in order."""
-        return tuple(dict.fromkeys(spec.path[0] for spec in self.manifest.inputs))
+        inputs = (spec for call in self.manifest.calls for spec in call.inputs)
+        return tuple(dict.fromkeys(spec.path[0] for spec in inputs))
 
     def step(
         self,
@@ -182,50 +182,19 @@ class ArtifactDenoiser(KeepsState, nn.Module):
             SignatureError: inputs that the artifact was not built for.
         """
         args, kwargs = call_of_step(inputs)
-        refuse_gradient((args, kwargs), "the loaded artifact")
-        args, kwargs = plain_numbers(args, kwargs)
-        call = self._match(args, kwargs)
-        step_call = self._step_call(call)
-        self._stepper.find(step_call.signature, step_call.ids, self._find)
+        turn = _ArtifactTurn(self, args, kwargs)
+        call = turn.prepare()
+        _, (_, programs) = self._stepper.find(call.signature, call.ids, turn.find)
         model = (self._digest, str(self._device))
         outputs, following = step_states(
-            self._stepper, self._programs, call.inputs, state, model, nullcontext, rows
+            self._stepper, programs, call.leaves, state, model, nullcontext, rows
         )
-        return self._structured(outputs, call.dtype), following
+        return turn.unflatten(outputs), following
 
-    def _schedule(self) -> Schedule:
-        return self.manifest.schedule
-
-    # -- what a call is -------------------------------------------------------------------------
-
-    def _match(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ArtifactCall:
-        return match_call(self.manifest, args, kwargs, self._device, cast=self.cast)
-
-    def _step_call(self, call: ArtifactCall) -> StepCall:
-        arguments, specs = call.arguments, self.manifest.inputs
-        return StepCall(
-            signature=None,
-            leaves=call.inputs,
-            ids=[arguments[spec.path] if spec.raster is not None else None for spec in specs],
-        )
-
-    def _find(self, rasters: tuple[Raster | None, ...]) -> tuple[Hashable, ArtifactPrograms]:
-        """The programs; position ids must enumerate the grid that they merge on."""
-        check_positions(self.manifest, rasters)
-        return None, self._programs
-
-    def _structured(self, outputs: list[Tensor], dtype: torch.dtype | None) -> Any:
-        """The outputs as the denoiser returned them; `dtype` is theirs, if not their own."""
-        structure = self.manifest.structure
-        if dtype is not None:
-            outputs = [x.to(dtype) if x.is_floating_point() else x for x in outputs]
-        if structure.kind == "tensor":
-            return outputs[0]
-        if structure.kind == "list":
-            return outputs
-        if structure.kind == "tuple":
-            return tuple(outputs)
-        return _Output(zip(structure.fields, outputs, strict=True))
+    def _schedule(self, state: State) -> Schedule:
+        """Of the call that a state is of; before it keeps anything, of the first."""
+        own = (each for each in self._programs if each.settings == state.settings)
+        return next(own, self._programs[0]).schedule
 
     # -- standing in ----------------------------------------------------------------------------
 
@@ -292,6 +261,43 @@ class ArtifactDenoiser(KeepsState, nn.Module):
         if mode:
             raise ArtifactError("an artifact can't be trained", where="train()")
         return self
+
+
+class _ArtifactTurn:
+    """One call on its way through the stepper."""
+
+    def __init__(
+        self, owner: ArtifactDenoiser, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> None:
+        self.owner, self.args, self.kwargs = owner, args, kwargs
+
+    def prepare(self) -> StepCall:
+        """The call in canonical form."""
+        owner = self.owner
+        refuse_gradient((self.args, self.kwargs), "the loaded artifact")
+        args, kwargs = plain_numbers(self.args, self.kwargs)
+        call = match_call(owner.manifest, args, kwargs, owner.device, cast=owner.cast)
+        self.places, self.dtype = call.places, call.dtype
+        return StepCall(signature=call.places, leaves=call.inputs, ids=call.ids)
+
+    def find(self, rasters: tuple[Raster | None, ...]) -> tuple[Hashable, ArtifactPrograms]:
+        """The programs; position ids must enumerate the grid that they merge on."""
+        place = find_call(self.owner.manifest.calls, self.places, rasters)
+        self.programs = self.owner._programs[place]
+        return place, self.programs
+
+    def unflatten(self, outputs: list[Tensor]) -> Any:
+        """The outputs as the denoiser returned them, in the dtype of the call."""
+        structure, dtype = self.programs.call.structure, self.dtype
+        if dtype is not None:
+            outputs = [x.to(dtype) if x.is_floating_point() else x for x in outputs]
+        if structure.kind == "tensor":
+            return outputs[0]
+        if structure.kind == "list":
+            return outputs
+        if structure.kind == "tuple":
+            return tuple(outputs)
+        return _Output(zip(structure.fields, outputs, strict=True))
 
 
 def _destination(values: Sequence[Any]) -> tuple[torch.device | None, torch.dtype | None]:

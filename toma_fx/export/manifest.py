@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # `toma-fx info` reads manifests without torch
 
     from toma_fx.capture.grids import Raster
 
-VERSION = 6
+VERSION = 7
 """Version of the form of the manifest; readers refuse others."""
 SCHEMA = f"urn:toma-fx:manifest:{VERSION}"
 """Identifier of the schema that `manifest.schema.json` beside this file holds."""
@@ -162,33 +162,22 @@ class Device:
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """What `manifest.json` says; see the attributes' classes.
+class CallSpec:
+    """A call that the artifact is for: its shapes, dtypes and constants, and its programs.
 
     Attributes:
-        version: of this form. target, device: what runs the programs, and on what.
-        model: class of the denoiser. model_config: its configuration. dtype: of its weights.
-        license: note on the model's license, from whoever built the artifact.
+        name: letters and digits, as "832x1216"; no other call of the artifact has it.
         plan: what merges, as `MergePlan.to_dict()` gives it. schedule: which program runs when.
-        parameters: of a call, in order, for arguments without keywords.
         inputs, constants, outputs, structure: what a call takes and gives.
         timestep: path of the input that tells how far a generation is; empty if none does.
         kept: every tensor that is kept from step to step. older: by kept tensor, where its value
             goes when a program gives it anew. programs: by kind of step.
-        versions: of toma_fx, torch, and what the target is made with.
-        parity: the check that the build ended with. files: by path inside the folder.
+        parity: the check that the build ended with.
     """
 
-    version: int
-    target: TargetSpec
-    device: Device
-    model: str
-    model_config: Mapping[str, Any]
-    dtype: str
-    license: str
+    name: str
     plan: Mapping[str, Any]
     schedule: Schedule
-    parameters: tuple[str, ...]
     inputs: tuple[ArtifactInput, ...]
     timestep: tuple[str, ...]
     constants: tuple[Constant, ...]
@@ -197,9 +186,12 @@ class Manifest:
     kept: tuple[TensorSpec, ...]
     older: Mapping[str, str]
     programs: Mapping[str, ProgramSpec]
-    versions: Mapping[str, str]
     parity: tuple[Parity, ...]
-    files: Mapping[str, FileSpec]
+
+    @property
+    def signature(self) -> Hashable:
+        """What calls are told apart by."""
+        return frozenset(self.inputs), frozenset(self.constants)
 
     def kinds(self, steps: int, length: Length | None = None) -> list[str]:
         """Kinds of the programs of the first steps of a generation.
@@ -234,6 +226,45 @@ class Manifest:
         kept = {spec.name: spec for spec in self.kept}
         return [*self.outputs, *(kept[name] for name in self.gives(kind))]
 
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `manifest.json` says; see the attributes' classes.
+
+    Attributes:
+        version: of this form. target, device: what runs the programs, and on what.
+        model: class of the denoiser. model_config: its configuration. dtype: of its weights.
+        license: note on the model's license, from whoever built the artifact.
+        parameters: of a call, in order, for arguments without keywords.
+        calls: those that the artifact is for, at least one, no two of them alike.
+        versions: of toma_fx, torch, and what the target is made with.
+        files: by path inside the folder.
+    """
+
+    version: int
+    target: TargetSpec
+    device: Device
+    model: str
+    model_config: Mapping[str, Any]
+    dtype: str
+    license: str
+    parameters: tuple[str, ...]
+    calls: tuple[CallSpec, ...]
+    versions: Mapping[str, str]
+    files: Mapping[str, FileSpec]
+
+    @property
+    def tensors(self) -> Iterator[TensorSpec]:
+        """Inputs, outputs and kept tensors of every call."""
+        for call in self.calls:
+            yield from (spec.tensor for spec in call.inputs)
+            yield from (*call.outputs, *call.kept)
+
+    @property
+    def each_program(self) -> Iterator[tuple[int, str, CallSpec]]:
+        """Every program: (place of its call, its kind, its call)."""
+        return ((i, kind, call) for i, call in enumerate(self.calls) for kind in call.programs)
+
     @property
     def digest(self) -> str:
         """SHA-256 of all it says, and so of the files."""
@@ -243,3 +274,26 @@ class Manifest:
         """As JSON text: the only one that readers take."""
         content = {"$schema": SCHEMA, **dataclasses.asdict(self)}
         return json.dumps(content, indent=2, allow_nan=False) + "\n"
+
+
+def describe_calls(calls: Sequence[CallSpec]) -> dict[str, str]:
+    """What tells calls apart, by their names: shapes of as few inputs as do, else what else does.
+
+    Of a single call nothing.
+    """
+    features = [_features(call) for call in calls]
+    told: list[tuple[str, ...]] = [() for _ in calls]
+    for key in sorted({key for each in features for key in each}, key=lambda key: key[0]):
+        longer = [(*words, each.get(key, "")) for words, each in zip(told, features, strict=True)]
+        if len({*longer}) > len({*told}):
+            told = longer
+    texts = (", ".join(filter(None, words)) for words in told)
+    return {call.name: text for call, text in zip(calls, texts, strict=True)}
+
+
+def _features(call: CallSpec) -> dict[tuple[int, tuple[str, ...]], str]:
+    """What makes up the signature of a call in words, by kind and path: shapes come first."""
+    found = {(0, x.path): f"{x.tensor.name} {list(x.tensor.shape)}" for x in call.inputs}
+    found |= {(1, x.path): f"{x.tensor.name} of the grid {x.raster}" for x in call.inputs}
+    found |= {(2, x.path): f"{x.tensor.name} {x.tensor.dtype}" for x in call.inputs}
+    return found | {(3, x.path): f"{'_'.join(x.path)} {x.value!r}" for x in call.constants}

@@ -65,6 +65,7 @@ class Programs(Mapping[str, Exported]):
         paths: keyword of every leaf of a call, and keys below it where arguments are nested, in
             the order of `leaves`. leaves: tensors and constants of the example call.
         kept: an example of every kept tensor, by name.
+        call: name of the call among several of one artifact; "" if it is the only one.
     """
 
     denoiser: OptimizedDenoiser
@@ -74,6 +75,7 @@ class Programs(Mapping[str, Exported]):
     paths: tuple[tuple[str, ...], ...]
     leaves: tuple[Any, ...]
     kept: Mapping[str, Tensor]
+    call: str = ""
 
     def __getitem__(self, kind: str) -> Exported:
         return self.by_kind[kind]
@@ -83,6 +85,10 @@ class Programs(Mapping[str, Exported]):
 
     def __len__(self) -> int:
         return len(self.by_kind)
+
+    def label(self, kind: str) -> str:
+        """Name of a program, which no other of the artifact has."""
+        return f"{self.call}_{kind}" if self.call else kind
 
     @property
     def device(self) -> torch.device:

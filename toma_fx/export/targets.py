@@ -5,9 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from toma_fx.errors import UnknownNameError, nearest
+from toma_fx.errors import ConfigError, UnknownNameError, nearest
 
 if TYPE_CHECKING:  # `toma-fx --help` reads the options of targets without torch
     import torch
@@ -24,12 +24,13 @@ class Lowered:
     """What a target made of the programs.
 
     Attributes:
-        target, device: for the manifest. programs: by kind of step. versions: of what it used.
+        target, device: for the manifest. programs: of each call, by kind of step. versions: of what
+            it used.
     """
 
     target: TargetSpec
     device: Device
-    programs: Mapping[str, ProgramSpec]
+    programs: Sequence[Mapping[str, ProgramSpec]]
     versions: Mapping[str, str]
 
 
@@ -38,14 +39,14 @@ class Runtime(ABC):
 
     @abstractmethod
     def run(
-        self, kind: str, inputs: Sequence[Tensor], kept: Mapping[str, Tensor]
+        self, call: int, kind: str, inputs: Sequence[Tensor], kept: Mapping[str, Tensor]
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """One step.
 
         Args:
-            kind: of program. inputs: the model's own, in the order of the manifest, with the shapes
-                and dtypes it says, on the artifact's device. kept: tensors that the program
-                takes besides, by name.
+            call: place of the call in the manifest. kind: of program. inputs: the model's own, in
+                the order of the call, with the shapes and dtypes it says, on the artifact's
+                device. kept: tensors that the program takes besides, by name.
 
         Returns:
             The model's outputs, and the kept tensors that the program gives, by name. They may live
@@ -108,17 +109,39 @@ class Target(ABC):
             MissingPackageError: a package is not installed. BuildError: something else is missing.
         """
 
+    one_call: ClassVar[str] = ""
+    """Why an artifact of the target is for one call alone; "" if it may be for several."""
+
+    def check_calls(self, count: int) -> None:
+        """Raise, before a model is loaded, if an artifact can't be for so many calls.
+
+        Raises:
+            ConfigError: it is for one alone.
+        """
+        if count > 1 and self.one_call:
+            raise ConfigError(
+                "the target takes one call",
+                where="inputs",
+                expected=f"one call, one --size: {self.one_call}",
+                got=f"{count} calls",
+                hint="build an artifact for each of them",
+            )
+
     @abstractmethod
     def check(self, programs: Programs) -> None:
-        """Raise, before anything is made, if the programs can't be lowered here.
+        """Raise, before anything is made, if the programs of a call can't be lowered here.
 
         Raises:
             BuildError: an option, device or program that the target can't have.
         """
 
     @abstractmethod
-    def lower(self, programs: Programs, build: Build) -> Lowered:
-        """Write the files of the artifact, in stages of `build`."""
+    def lower(self, calls: Sequence[Programs], build: Build) -> Lowered:
+        """Write the files of the artifact, in stages of `build`.
+
+        Args:
+            calls: programs of each call, all of one model. Their labels tell all programs apart.
+        """
 
     @staticmethod
     @abstractmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,38 @@ def example(
         ConfigError: a height or width that the model can't have.
         ModelTypeError: there is no such model, or no example inputs for it.
     """
+    sizes = [(height, width)]
+    model, (inputs,) = examples(
+        name, sizes, batch, subfolder=subfolder, text=text, dtype=dtype, device=device
+    )
+    return model, inputs
+
+
+def examples(
+    name: str,
+    sizes: Sequence[tuple[int | None, int | None]],
+    batch: int = 2,
+    *,
+    subfolder: str | None = None,
+    text: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """As `example`, for several pairs of height and width; the model is loaded once."""
+    for height, width in sizes:
+        _check_size(name, height, width)
+    if name in tiny.NAMES:
+        loaded = tiny.load(name)
+        inputs = [_tiny_inputs(loaded, h, w, batch, dtype, device) for h, w in sizes]
+        # diffusers warns of any cast of Flux, though nothing changes
+        model = loaded.denoiser if dtype == torch.float32 else loaded.denoiser.to(dtype)
+        return model.to(device), inputs
+    model = _load(name, subfolder, dtype).eval().to(device)
+    pairs = [(height or 1024, width or height or 1024) for height, width in sizes]
+    return model, [example_inputs(model, *pair, batch, text=text) for pair in pairs]
+
+
+def _check_size(name: str, height: int | None, width: int | None) -> None:
     least = 2 if name in tiny.NAMES else 16
     for where, number in (("height", height), ("width", width)):
         if number is not None and (number < 1 or number % least):
@@ -53,19 +85,25 @@ def example(
                 "no picture has this size", where=where,
                 expected=f"a multiple of {least} pixels", got=str(number),
             )  # fmt: skip
-    if name in tiny.NAMES:
-        loaded = tiny.load(name)
-        size = height or tiny.SIZE
-        tokens, pooled = (x.to(dtype) for x in loaded.conditioning(torch.zeros(batch).long()))
-        images = torch.randn(batch, 3, size, width or size).to(dtype)
-        inputs = tiny.FLOW.denoiser_inputs(name, images, torch.ones(batch), tokens, pooled)
-        inputs = tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, inputs)
-        # diffusers warns of any cast of Flux, though nothing changes
-        model = loaded.denoiser if dtype == torch.float32 else loaded.denoiser.to(dtype)
-        return model.to(device), inputs
-    model = _load(name, subfolder, dtype).eval().to(device)
-    height = height or 1024
-    return model, example_inputs(model, height, width or height, batch, text=text)
+
+
+def _tiny_inputs(
+    loaded: tiny.TinyModel,
+    height: int | None,
+    width: int | None,
+    batch: int,
+    dtype: torch.dtype,
+    device: str | torch.device,
+) -> dict[str, Any]:
+    """Inputs of an embedded model."""
+    size = height or tiny.SIZE
+    tokens, pooled = (x.to(dtype) for x in loaded.conditioning(torch.zeros(batch).long()))
+    images = torch.randn(batch, 3, size, width or size).to(dtype)
+    inputs = tiny.FLOW.denoiser_inputs(loaded.name, images, torch.ones(batch), tokens, pooled)
+    placed: dict[str, Any] = tree_map(
+        lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, inputs
+    )
+    return placed
 
 
 def from_config(name: str, path: Path) -> nn.Module:

@@ -38,6 +38,21 @@ def call_of(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return call
 
 
+def calls_of(inputs: Any) -> list[Any]:
+    """Calls given as one, or as a list of dicts, tuples and pairs, each of which is a call.
+
+    Raises:
+        ConfigError: a list of none.
+    """
+    if not isinstance(inputs, list) or _is_pair(inputs):
+        return [inputs]
+    if not inputs:
+        raise ConfigError(
+            "no call", where="inputs", expected="a call, or a list of calls", got="an empty list"
+        )
+    return inputs if all(isinstance(x, (Mapping, tuple)) for x in inputs) else [inputs]
+
+
 def call_of_step(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """(args, kwargs) of the inputs of `step`.
 

@@ -18,7 +18,7 @@ class KeepsState:
 
     _stepper: Stepper
 
-    def _schedule(self) -> Schedule:
+    def _schedule(self, state: State) -> Schedule:
         raise NotImplementedError
 
     def generation(
@@ -60,7 +60,7 @@ class KeepsState:
             GenerationError: which steps compute can't be told without `State(steps=...)`, or does
                 not fit it.
         """
-        return due(self._schedule(), state.step, length=Length(state.steps))
+        return due(self._schedule(state), state.step, length=Length(state.steps))
 
     def reset(self) -> None:
         """Forget what is kept for this thread or coroutine: its next call begins a generation."""

@@ -22,6 +22,7 @@ from toma_fx.methods.checks import is_number
 from toma_fx.methods.config import make_config, with_options, without_merging
 from toma_fx.methods.planning import plan_key
 from toma_fx.methods.recipe import Recipe
+from toma_fx.run.batching import State
 from toma_fx.run.compiled import Compilation
 from toma_fx.run.schedule import Schedule
 from toma_fx.run.scopes import Scopes
@@ -74,7 +75,7 @@ class Switches:
         """The configuration that holds here."""
         return self.variant.config
 
-    def _schedule(self) -> Schedule:
+    def _schedule(self, state: State) -> Schedule:
         return self.variant.schedule
 
     def using(

@@ -51,6 +51,7 @@ class TritonPythonModel:
         on_gpu = args["model_instance_kind"] == "GPU"
         device = f"cuda:{args['model_instance_device_id']}" if on_gpu else "cpu"
         self.denoiser = load(args["model_repository"], device=device)
+        self._call_spec = self.denoiser.manifest.calls[0]  # config.pbtxt has the shapes of one
         batching = json.loads(args["model_config"])["sequence_batching"]
         self._most = int(batching["oldest"]["max_candidate_sequences"])
         self._states: dict[int, State] = {}  # the one that was used last is last
@@ -77,7 +78,7 @@ class TritonPythonModel:
             code = utils.TritonError.INVALID_ARG if foreseen else utils.TritonError.INTERNAL
             text = f"{type(error).__name__}: {error}"
             return utils.InferenceResponse([], utils.TritonError(text, code))
-        names = [spec.name for spec in self.denoiser.manifest.outputs]
+        names = [spec.name for spec in self._call_spec.outputs]
         tensors = [x.reshape(1) if x.dim() == 0 else x.contiguous() for x in outputs]
         pairs = zip(names, tensors, strict=True)
         return utils.InferenceResponse([utils.Tensor.from_dlpack(*pair) for pair in pairs])
@@ -128,11 +129,11 @@ class TritonPythonModel:
     def _call(self, request: Any) -> dict[str, Any]:
         """Arguments of the step. Memory of a request is Triton's again after it: a copy of it."""
         tensors = {}
-        for spec in self.denoiser.manifest.inputs:
+        for spec in self._call_spec.inputs:
             name = spec.tensor.name
             x = from_dlpack(self._tensor(request, name).to_dlpack()).clone()
             tensors[name] = x if spec.tensor.shape else x.reshape(())
-        return nest_arguments(self.denoiser.manifest, tensors)
+        return nest_arguments(self._call_spec, tensors)
 
     def _number(self, request: Any, name: str) -> int:
         """The value of a control, of shape [1]."""

@@ -22,9 +22,9 @@ PARTS = "parts"
 """Folder of intermediate files, removed when the build ends."""
 
 
-def part_files(kind: str) -> tuple[str, str]:
+def part_files(label: str) -> tuple[str, str]:
     """Files of the stage of one program: compiled code and constants."""
-    return f"{PARTS}/{kind}.zip", f"{PARTS}/{kind}.safetensors"
+    return f"{PARTS}/{label}.zip", f"{PARTS}/{label}.safetensors"
 
 
 def save_part(path: Path, files: Sequence[str]) -> None:
@@ -43,10 +43,10 @@ def join_parts(folder: Path, parts: Mapping[str, str], specs: Mapping[str, IO]) 
             program, what it takes and gives.
     """
     files: dict[str, list[str]] = {}
-    for kind, part in parts.items():
+    for label, part in parts.items():
         with ZipFile(folder / part) as archive:
-            archive.extractall(folder / PARTS / kind)
-            files[kind] = [str(folder / PARTS / kind / name) for name in archive.namelist()]
+            archive.extractall(folder / PARTS / label)
+            files[label] = [str(folder / PARTS / label / name) for name in archive.namelist()]
     package = BytesIO()  # torch's writer of files ends the process when the disk is full
     package_programs(package, files)
     with ZipFile(package, "a") as archive:
@@ -102,27 +102,27 @@ def save_constants(
     save_tensors(path, own, {"sources": json.dumps(sources)}, device)
 
 
-def save_weights(folder: Path, programs: Programs) -> None:
+def save_weights(folder: Path, calls: Sequence[Programs]) -> None:
     """Write every weight that a program uses once, and constants that are no weights."""
     from safetensors import safe_open
 
-    state = weights_of(programs)
+    state, device = weights_of(calls[0]), calls[0].device
     stored: dict[str, Tensor] = {}
     constants: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
-    for kind in programs:
-        with safe_open(folder / part_files(kind)[1], "pt") as part:
+    for label in (programs.label(kind) for programs in calls for kind in programs):
+        with safe_open(folder / part_files(label)[1], "pt") as part:
             sources = json.loads(part.metadata()["sources"])
             for name, source in sources.items():
                 if source:
                     stored[source] = state[source]
                 else:
-                    value = _tensor(part, name, programs.device)
+                    value = _tensor(part, name, device)
                     source = _same(constants, value) or f"constant.{len(constants)}"
                     constants[source] = value
                 if source != name:
-                    metadata[f"alias/{kind}/{name}"] = source
-    save_tensors(folder / WEIGHTS, {**stored, **constants}, metadata, programs.device)
+                    metadata[f"alias/{label}/{name}"] = source
+    save_tensors(folder / WEIGHTS, {**stored, **constants}, metadata, device)
 
 
 def _same(known: Mapping[str, Tensor], x: Tensor) -> str | None:

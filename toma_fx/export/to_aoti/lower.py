@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,45 +33,47 @@ from toma_fx.export.to_aoti.files import (
 from toma_fx.export.to_aoti.package import PACKAGE
 
 
-def lower(options: Mapping[str, Any], programs: Programs, build: Build) -> Lowered:
+def lower(options: Mapping[str, Any], calls: Sequence[Programs], build: Build) -> Lowered:
     """Compile each program, then write the package and the weights.
 
     Args:
-        options: of Inductor, and "max_autotune". programs: what to compile. build: for the stages.
+        options: of Inductor, and "max_autotune". calls: what to compile. build: for the stages.
 
     Raises:
         BuildError: Inductor could not compile a program.
     """
-    arch = architecture(programs.device)
+    place = calls[0].device
+    arch = architecture(place)
     # another machine must not go on with what this one compiled
     machine = f"for {platform.machine()} {hashlib.sha256(arch.encode()).hexdigest()[:8]}"
     package, weights = f"package {machine}", "weights"
-    parts = {kind: part_files(kind) for kind in programs}
+    labeled = {programs.label(kind): (programs, kind) for programs in calls for kind in programs}
+    parts = {label: part_files(label) for label in labeled}
     if not (build.has(package, PACKAGE) and build.has(weights, WEIGHTS)):
-        for i, (kind, program) in enumerate(programs.items(), 1):
-
-            def compile_one(folder: Path, kind: str = kind, program: Exported = program) -> None:
-                compile_program(folder, kind, program, options, programs)
-
-            stage = f"compile {kind} ({i} of {len(programs)}) {machine}"
-            build.stage(stage, compile_one, *parts[kind])
-    compiled: dict[str, str] = {kind: names[0] for kind, names in parts.items()}
-    tensors = {kind: programs.tensors_of(kind) for kind in programs}
+        for i, (label, (programs, kind)) in enumerate(labeled.items(), 1):
+            compile_one = partial(compile_program, label, programs[kind], options, programs)
+            stage = f"compile {label} ({i} of {len(labeled)}) {machine}"
+            build.stage(stage, compile_one, *parts[label])
+    compiled: dict[str, str] = {label: names[0] for label, names in parts.items()}
+    tensors = {label: programs.tensors_of(kind) for label, (programs, kind) in labeled.items()}
     build.stage(package, lambda folder: join_parts(folder, compiled, tensors), PACKAGE)
-    build.stage(weights, lambda folder: save_weights(folder, programs), WEIGHTS)
+    build.stage(weights, lambda folder: save_weights(folder, calls), WEIGHTS)
     shutil.rmtree(build.folder / PARTS, ignore_errors=True)
-    specs: dict[str, ProgramSpec] = {
-        kind: ProgramSpec(PACKAGE, kind, program.takes, program.gives, program.instead)
-        for kind, program in programs.items()
-    }
+    specs: list[dict[str, ProgramSpec]] = [
+        {
+            kind: ProgramSpec(PACKAGE, programs.label(kind), one.takes, one.gives, one.instead)
+            for kind, one in programs.items()
+        }
+        for programs in calls
+    ]
     target = TargetSpec("aoti", {name: str(value) for name, value in options.items()})
-    device = Device(programs.device.type, processor(programs.device), arch)
+    device = Device(place.type, processor(place), arch)
     versions = {"cuda": str(torch.version.cuda)} if device.type == "cuda" else {}
     return Lowered(target, device, specs, versions)
 
 
 def compile_program(
-    folder: Path, kind: str, program: Exported, options: Mapping[str, Any], programs: Programs
+    label: str, program: Exported, options: Mapping[str, Any], programs: Programs, folder: Path
 ) -> None:
     """Keep the files of one compiled program, without weights, and its constants.
 
@@ -85,11 +88,11 @@ def compile_program(
     except Exception as error:  # its passes and the compiler raise whatever they like
         raise BuildError(
             "Inductor could not compile a program",
-            where=kind,
+            where=label,
             got=f"{type(error).__name__}: {str(error)[:500]}",
             hint="try without max_autotune and options of Inductor, or report the model",
         ) from error
-    code, constants = (folder / name for name in part_files(kind))
+    code, constants = (folder / name for name in part_files(label))
     save_part(code, [file for file in files if file])
     save_constants(constants, values, names_by_memory(weights_of(programs)), programs.device)
 

@@ -59,11 +59,12 @@ def check_package(entries: Mapping[str, bytes], manifest: Manifest) -> None:
         if (not program and name not in _BESIDE) or name.lower().endswith(_PICKLES):
             raise _refused("compiled programs alone", repr(name))
         found |= {program[1]} if program else set()
-    entry_of = {spec.entry: kind for kind, spec in manifest.programs.items()}
-    if found != {*entry_of}:
-        raise _refused(f"the programs {sorted(entry_of)}", str(sorted(found)))
-    specs = {e: (manifest.inputs_of(k), manifest.outputs_of(k)) for e, k in entry_of.items()}
-    want = {entry: _plain(*spec) for entry, spec in specs.items()}
+    want = {
+        call.programs[kind].entry: _plain(call.inputs_of(kind), call.outputs_of(kind))
+        for _, kind, call in manifest.each_program
+    }
+    if found != {*want}:
+        raise _refused(f"the programs {sorted(want)}", str(sorted(found)))
     try:
         got = json.loads(entries.get(SPECS, b""))
     except (ValueError, RecursionError) as error:

@@ -29,7 +29,8 @@ class AOTIRuntime(Runtime):
             ArtifactError: a program or constant is missing, or can't be loaded; or the programs
                 have other inputs and outputs than the manifest says.
         """
-        self._specs = artifact.manifest.programs
+        specs = {(i, kind): call.programs[kind] for i, kind, call in artifact.manifest.each_program}
+        self._specs = specs
         weights, package = artifact.file(WEIGHTS), artifact.file(PACKAGE)
         with reading(weights):
             self._weights, self._aliases = load_weights(weights.path, device)
@@ -41,16 +42,16 @@ class AOTIRuntime(Runtime):
             write_package(Path(folder, PACKAGE), entries)
             runners = load_programs(Path(folder, PACKAGE), index)
             self._runners = {
-                kind: self._complete(runners, spec.entry) for kind, spec in self._specs.items()
+                key: self._complete(runners, spec.entry) for key, spec in specs.items()
             }
 
     def run(
-        self, kind: str, inputs: Sequence[Tensor], kept: Mapping[str, Tensor]
+        self, call: int, kind: str, inputs: Sequence[Tensor], kept: Mapping[str, Tensor]
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """One step. Programs read memory as their examples lay: contiguous."""
-        spec = self._specs[kind]
+        spec = self._specs[call, kind]
         tensors = (*inputs, *(kept[name] for name in spec.takes))
-        results = self._runners[kind].run([aligned(x) for x in tensors])
+        results = self._runners[call, kind].run([aligned(x) for x in tensors])
         return split_outputs(results, spec.gives)
 
     def _complete(self, runners: Mapping[str, Any], entry: str) -> Any:

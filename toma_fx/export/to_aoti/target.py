@@ -7,9 +7,10 @@ Weights lie outside the package because a package either repeats them for each p
 them as pickles that only Python reads. This file is mapped into memory, shared by the programs (and
 by processes), holds no code, and is read from C++ in a page (`examples/cpp`).
 
-Its metadata names what differs between the programs: `alias/PROGRAM/CONSTANT` is the tensor that a
-program knows by another name than its own; `strided/NAME` gives shape and strides of a tensor that
-is stored as its memory lies; `host/NAME` marks what GPU programs read from the host's memory.
+Its metadata names what differs between the programs, of several calls too:
+`alias/PROGRAM/CONSTANT` is the tensor that a program knows by another name than its own;
+`strided/NAME` gives shape and strides of a tensor that is stored as its memory lies; `host/NAME`
+marks what GPU programs read from the host's memory.
 
 A program reads whatever memory its constants point to: run without them it ends the process. So
 only `AOTIRuntime` runs one, and it can't be made without all of them.
@@ -17,7 +18,7 @@ only `AOTIRuntime` runs one, and it can't be made without all of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -105,12 +106,12 @@ class AOTITarget(Target):
                     hint="build the artifact from the model before it was quantized",
                 )
 
-    def lower(self, programs: Programs, build: Build) -> Lowered:
+    def lower(self, calls: Sequence[Programs], build: Build) -> Lowered:
         """Compile each program, then write the package and the weights."""
         from toma_fx.export.to_aoti.lower import lower
 
         options = {"max_autotune": self.max_autotune, **dict(self.inductor)}
-        return lower(options, programs, build)
+        return lower(options, calls, build)
 
     @staticmethod
     def open(artifact: ArtifactFiles, device: torch.device, options: Mapping[str, Any]) -> Runtime:

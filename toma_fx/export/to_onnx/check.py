@@ -10,7 +10,7 @@ from toma_fx.export.packages import import_onnx
 from toma_fx.export.to_onnx.names import IONames, unexpected_model
 
 
-def check_model(path: Path, opset: int, names: IONames, kind: str) -> None:
+def check_model(path: Path, opset: int, names: IONames, label: str) -> None:
     """The written model must be valid, of the opset asked for, and of the shapes promised.
 
     Raises:
@@ -20,15 +20,15 @@ def check_model(path: Path, opset: int, names: IONames, kind: str) -> None:
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:  # protobuf's and the checker's errors have no base of their own
-        raise unexpected_model(kind, "a valid ONNX model", str(error)[:500]) from error
+        raise unexpected_model(label, "a valid ONNX model", str(error)[:500]) from error
     model = onnx.load(str(path), load_external_data=False)
     opsets = {entry.domain: entry.version for entry in model.opset_import}
     if opsets != {"": opset}:
-        raise unexpected_model(kind, f"operators of opset {opset} alone", str(opsets))
+        raise unexpected_model(label, f"operators of opset {opset} alone", str(opsets))
     try:
         inferred = onnx.shape_inference.infer_shapes(_bare(onnx, model), strict_mode=True)
     except Exception as error:  # as above
-        raise unexpected_model(kind, "shapes that can be inferred", str(error)[:500]) from error
+        raise unexpected_model(label, "shapes that can be inferred", str(error)[:500]) from error
     for role, values, specs in (
         ("input", model.graph.input, names.inputs),
         ("output", model.graph.output, names.outputs),
@@ -37,7 +37,7 @@ def check_model(path: Path, opset: int, names: IONames, kind: str) -> None:
         for value, spec in zip(values, specs, strict=True):
             got = _spec_of(onnx, value)
             if got != spec:
-                raise unexpected_model(kind, f"{role} {spec}", str(got))
+                raise unexpected_model(label, f"{role} {spec}", str(got))
 
 
 def _bare(onnx: Any, model: Any) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,35 +22,38 @@ from toma_fx.export.to_onnx.passes import cast_mixed_joins, simplify
 from toma_fx.export.to_onnx.weights import WEIGHTS, close_files, externalize_weights, save_model
 
 
-def lower(form: str, opset: int, programs: Programs, build: Build) -> Lowered:
+def lower(form: str, opset: int, calls: Sequence[Programs], build: Build) -> Lowered:
     """Write one model for each program, and the weights with the first of them.
 
     Raises:
         BuildError: a program can't be expressed in ONNX; the disk is full.
     """
-    chosen = programs if form == "cached" else stateless_programs(programs)
-    first = next(iter(chosen))
-    specs = {}
-    for kind, program in chosen.items():
-        names = IONames.of(programs, program)
-
-        def write(
-            folder: Path, kind: str = kind, program: Exported = program, names: IONames = names
-        ) -> None:
-            model = convert(kind, program, names, opset)
-            externalize_weights(model, folder, create=kind == first)
-            save_model(model, folder / file_of(kind))
-            check_model(folder / file_of(kind), opset, names, kind)
-            close_files(model)
-
-        files = (file_of(kind), WEIGHTS) if kind == first else (file_of(kind),)
-        build.stage(f"onnx {kind}", write, *files)
-        takes, gives, instead = program.takes, program.gives, program.instead
-        specs[kind] = ProgramSpec(file_of(kind), "", takes, gives, instead)
+    specs: list[dict[str, ProgramSpec]] = []
+    for programs in calls:
+        chosen = programs if form == "cached" else stateless_programs(programs)
+        specs.append({})
+        for kind, program in chosen.items():
+            label, takes, gives = programs.label(kind), program.takes, program.gives
+            names, first = IONames.of(programs, program), specs == [{}]
+            write = partial(write_model, label, program, names, opset, first)
+            files = (file_of(label), WEIGHTS) if first else (file_of(label),)
+            build.stage(f"onnx {label}", write, *files)
+            specs[-1][kind] = ProgramSpec(file_of(label), "", takes, gives, program.instead)
     target = TargetSpec("onnx", {"form": form, "opset": str(opset)})
-    device = Device(programs.device.type, "", "")
+    device = Device(calls[0].device.type, "", "")
     versions = {p: version_of(p) for p in ("onnx", "onnxscript", "onnxruntime")}
     return Lowered(target, device, specs, versions)
+
+
+def write_model(
+    label: str, program: Exported, names: IONames, opset: int, first: bool, folder: Path
+) -> None:
+    """Write the model of one program; that of the first with the weights."""
+    model = convert(label, program, names, opset)
+    externalize_weights(model, folder, create=first)
+    save_model(model, folder / file_of(label))
+    check_model(folder / file_of(label), opset, names, label)
+    close_files(model)
 
 
 def stateless_programs(programs: Programs) -> Mapping[Any, Exported]:
@@ -58,7 +62,7 @@ def stateless_programs(programs: Programs) -> Mapping[Any, Exported]:
     return {kind: replace(program, gives=()) for kind, program in alone.items()}
 
 
-def convert(kind: str, program: Exported, names: IONames, opset: int) -> Any:
+def convert(label: str, program: Exported, names: IONames, opset: int) -> Any:
     """One program as an ONNX model, weights still those of the process.
 
     Raises:
@@ -74,23 +78,23 @@ def convert(kind: str, program: Exported, names: IONames, opset: int) -> Any:
                 verbose=False,
             )
         except Exception as error:  # the exporter's translations raise whatever they like
-            raise _inexpressible(kind, error) from error
+            raise _inexpressible(label, error) from error
         assert exported is not None
         model = exported.model
         names.keep_outputs(model)
         cast_mixed_joins(model)
         simplify(model)
-    names.assign(model, kind)
+    names.assign(model, label)
     return model
 
 
-def _inexpressible(kind: str, error: Exception) -> BuildError:
+def _inexpressible(label: str, error: Exception) -> BuildError:
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
     return BuildError(
         "a program can't be expressed in ONNX",
-        where=kind,
+        where=label,
         got=f"{type(cause).__name__}: {str(cause)[:500]}",
         hint="report the model, or try another opset or method",
     )

@@ -10,9 +10,9 @@ from toma_fx.export.manifest import TensorSpec
 from toma_fx.export.programs import Exported, Programs
 
 
-def file_of(kind: str) -> str:
+def file_of(label: str) -> str:
     """Name of the model of a program."""
-    return f"{kind}.onnx"
+    return f"{label}.onnx"
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class IONames:
         """Drop outputs that have no name: kept of a program that hands none on."""
         del model.graph.outputs[len(self.outputs) :]
 
-    def assign(self, model: Any, kind: str) -> None:
+    def assign(self, model: Any, label: str) -> None:
         """Name the inputs and outputs.
 
         Raises:
@@ -55,7 +55,9 @@ class IONames:
             if len(values) != len(specs):
                 names = [spec.name for spec in specs]
                 got = [value.name for value in values]
-                raise unexpected_model(kind, f"{role} {', '.join(names)}", ", ".join(map(str, got)))
+                raise unexpected_model(
+                    label, f"{role} {', '.join(names)}", ", ".join(map(str, got))
+                )
         wanted = {spec.name for spec in (*self.inputs, *self.outputs)}
         inner = (v for node in graph for v in node.outputs)
         for value in (*graph.inputs, *inner, *list(graph.initializers.values())):
@@ -67,11 +69,11 @@ class IONames:
             value.name = spec.name
 
 
-def unexpected_model(kind: str, expected: str, got: str) -> BuildError:
+def unexpected_model(label: str, expected: str, got: str) -> BuildError:
     """The error for a model that is not what was asked for."""
     return BuildError(
         "the exporter wrote another model than asked for",
-        where=file_of(kind),
+        where=file_of(label),
         expected=expected,
         got=got,
         hint="please report this model and opset",

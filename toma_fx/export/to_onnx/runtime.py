@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from toma_fx.errors import ArtifactError, UnknownNameError, nearest
-from toma_fx.export.manifest import Manifest, TensorSpec
+from toma_fx.export.manifest import CallSpec, Manifest, TensorSpec
 from toma_fx.export.packages import import_onnx, missing_onnx
 from toma_fx.export.reading import ArtifactFiles, reading
 from toma_fx.export.targets import Runtime, check_options, separate_inputs
@@ -32,7 +32,7 @@ class ORTRuntime(Runtime):
     the host. Weights are read once and given to every session.
 
     Attributes:
-        sessions: by program. providers: those in use, first choice first.
+        sessions: by call and kind. providers: those in use, first choice first.
     """
 
     def __init__(
@@ -51,29 +51,30 @@ class ORTRuntime(Runtime):
         # ONNX Runtime keeps pointers to these
         self._weights = {name: _ort_value(ort, x) for name, x in shared.items()}
         self._kept = shared
-        self.sessions: dict[str, Any] = {}
-        self._programs: dict[str, _Bound] = {}
+        self.sessions: dict[tuple[int, str], Any] = {}
+        self._programs: dict[tuple[int, str], _Bound] = {}
         with reading(artifact.file(WEIGHTS)), TemporaryDirectory() as folder:
             weights = Path(folder, WEIGHTS)
             if shared:  # models name the file, which must be there, but nothing is read from it
                 weights.touch()
             else:
                 artifact.copy(WEIGHTS, weights)
-            for kind, program in manifest.programs.items():
+            for i, kind, call in manifest.each_program:
+                program = call.programs[kind]
                 model = artifact.read(program.file)
                 session = self._session(ort, model, program.file, folder, options, providers)
-                _check_model(session, manifest, kind)
-                self.sessions[kind] = session
-                outputs = manifest.outputs_of(kind)
-                self._programs[kind] = _Bound(session, outputs, program.gives, device)
+                _check_model(session, call, kind)
+                self.sessions[i, kind] = session
+                outputs = call.outputs_of(kind)
+                self._programs[i, kind] = _Bound(session, outputs, program.gives, device)
 
     def run(
-        self, kind: str, inputs: Sequence[Tensor], kept: Mapping[str, Tensor]
+        self, call: int, kind: str, inputs: Sequence[Tensor], kept: Mapping[str, Tensor]
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """One step; see `Runtime.run`."""
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()  # ONNX Runtime has its own
-        return self._programs[kind].run(inputs, kept)
+        return self._programs[call, kind].run(inputs, kept)
 
     def _session(
         self,
@@ -124,15 +125,15 @@ class ORTRuntime(Runtime):
         return session
 
 
-def _check_model(session: Any, manifest: Manifest, kind: str) -> None:
+def _check_model(session: Any, call: CallSpec, kind: str) -> None:
     """Compare the inputs and outputs of a model with the manifest.
 
     Raises:
         ArtifactError: names the first that differs.
     """
     pairs = (
-        (session.get_inputs(), manifest.inputs_of(kind)),
-        (session.get_outputs(), manifest.outputs_of(kind)),
+        (session.get_inputs(), call.inputs_of(kind)),
+        (session.get_outputs(), call.outputs_of(kind)),
     )
     for values, specs in pairs:
         got = [(x.name, tuple(x.shape), x.type) for x in values]
@@ -141,7 +142,7 @@ def _check_model(session: Any, manifest: Manifest, kind: str) -> None:
             first = next(((a, b) for a, b in zip(want, got, strict=False) if a != b), (want, got))
             raise ArtifactError(
                 "a model has other tensors than the manifest says",
-                where=manifest.programs[kind].file,
+                where=call.programs[kind].file,
                 expected=str(first[0])[:200],
                 got=str(first[1])[:200],
                 hint="build the artifact anew",
@@ -264,8 +265,7 @@ def _check_device(providers: Sequence[str], device: torch.device, manifest: Mani
 
 def _dtypes(manifest: Manifest) -> set[str]:
     """Of weights, inputs, outputs and kept tensors."""
-    specs = (*(spec.tensor for spec in manifest.inputs), *manifest.outputs, *manifest.kept)
-    return {manifest.dtype, *(spec.dtype for spec in specs)}
+    return {manifest.dtype, *(spec.dtype for spec in manifest.tensors)}
 
 
 def _shared(

@@ -1,6 +1,7 @@
 """ONNX: models that any runtime which reads ONNX can run, and ONNX Runtime to run them here.
 
-    refresh.onnx, reuse.onnx, plain.onnx   one model for each kind of step, or refresh.onnx alone
+    refresh.onnx, reuse.onnx, plain.onnx   one model for each kind of step, or refresh.onnx alone;
+                                           of several calls 832x1216_refresh.onnx, ...
     weights.safetensors                    the weights of all of them, each once
 
     exported program -> ONNX -> casts before mixed joins -> constants folded -> weights moved out
@@ -16,7 +17,7 @@ model, once for each model, and so hold every such weight several times.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -110,11 +111,11 @@ class ONNXTarget(Target):
                 hint="model.half() or model.float(), or move the model to a GPU",
             )
 
-    def lower(self, programs: Programs, build: Build) -> Lowered:
+    def lower(self, calls: Sequence[Programs], build: Build) -> Lowered:
         """Write one model for each program; `BuildError` if one can't be expressed in ONNX."""
         from toma_fx.export.to_onnx.lower import lower
 
-        return lower(self.form, self.opset, programs, build)
+        return lower(self.form, self.opset, calls, build)
 
     @staticmethod
     def open(artifact: ArtifactFiles, device: torch.device, options: Mapping[str, Any]) -> Runtime:

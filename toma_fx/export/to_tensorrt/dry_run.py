@@ -45,7 +45,7 @@ def tensorrt_coverage(
     with tempfile.TemporaryDirectory() as folder:
         build = Build(Path(folder) / "onnx", "", ignore)
         build.start()
-        target.lower(programs, build)
+        target.lower([programs], build)
         models = {
             c: onnx.load(build.folder / file_of(c), load_external_data=False) for c in programs
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,43 +20,48 @@ from toma_fx.export.to_onnx.target import ONNXTarget
 
 
 def lower(
-    programs: Programs,
+    calls: Sequence[Programs],
     build: Build,
     *,
     route: str,
     optimization_level: int | None,
     workspace: int,
 ) -> Lowered:
-    """Build one engine for each program; options as of `TensorRTTarget`.
+    """Build one engine for each program of each call; options as of `TensorRTTarget`.
 
     Raises:
         BuildError: TensorRT does not take a program, or finds no way to compute it.
     """
     trt = import_tensorrt("tensorrt")
-    device = programs.device
+    device = calls[0].device
     arch, name = compute_capability(device), torch.cuda.get_device_name(device)
     versions = {"tensorrt": str(trt.__version__), "cuda": str(torch.version.cuda)}
     if route == "torch":
         versions["torch_tensorrt"] = str(import_tensorrt("torch_tensorrt").__version__)
     # another machine must not go on with engines of this one
     machine = f"for {name}, {arch}, TensorRT {trt.__version__}"
-    specs: dict[str, ProgramSpec] = {
-        kind: ProgramSpec(f"{kind}.engine", "", program.takes, program.gives, program.instead)
-        for kind, program in programs.items()
-    }
-    finished = all(build.has(f"engine {c} {machine}", s.file) for c, s in specs.items())
+    specs: list[dict[str, ProgramSpec]] = [
+        {
+            kind: ProgramSpec(engine_file(programs.label(kind)), "", p.takes, p.gives, p.instead)
+            for kind, p in programs.items()
+        }
+        for programs in calls
+    ]
+    labeled = {programs.label(kind): p for programs in calls for kind, p in programs.items()}
+    finished = all(build.has(f"engine {c} {machine}", engine_file(c)) for c in labeled)
     if route == "onnx" and not finished:
-        versions.update(ONNXTarget().lower(programs, build).versions)
-    for kind, program in programs.items():
+        versions.update(ONNXTarget().lower(calls, build).versions)
+    for label, program in labeled.items():
 
-        def write(folder: Path, kind: str = kind, program: Exported = program) -> None:
+        def write(folder: Path, label: str = label, program: Exported = program) -> None:
             if route == "onnx":
-                data = engine_of_model(kind, folder / file_of(kind), optimization_level, workspace)
+                path = folder / file_of(label)
+                data = engine_of_model(label, path, optimization_level, workspace)
             else:
-                data = engine_of_program(kind, program, device, optimization_level, workspace)
-            (folder / specs[kind].file).write_bytes(data)
+                data = engine_of_program(label, program, device, optimization_level, workspace)
+            (folder / engine_file(label)).write_bytes(data)
 
-        build.stage(f"engine {kind} {machine}", write, specs[kind].file)
+        build.stage(f"engine {label} {machine}", write, engine_file(label))
     for path in (*build.folder.glob("*.onnx"), *build.folder.glob("*.safetensors")):
         path.unlink()  # the weights are in the engines
     options = {
@@ -66,8 +72,13 @@ def lower(
     return Lowered(TargetSpec("tensorrt", options), Device("cuda", name, arch), specs, versions)
 
 
+def engine_file(label: str) -> str:
+    """Name of the engine of a program."""
+    return f"{label}.engine"
+
+
 def engine_of_program(
-    kind: str, program: Exported, device: torch.device, level: int | None, workspace: int
+    label: str, program: Exported, device: torch.device, level: int | None, workspace: int
 ) -> bytes:
     """A serialized engine of an exported program, through Torch-TensorRT.
 
@@ -90,10 +101,10 @@ def engine_of_program(
         ).dynamo.convert_exported_program_to_serialized_trt_engine
         return bytes(convert(program.program, **settings))
     except Exception as error:  # its converters raise whatever they like
-        raise _build_error(kind, f"{type(error).__name__}: {str(error)[:500]}") from error
+        raise _build_error(label, f"{type(error).__name__}: {str(error)[:500]}") from error
 
 
-def engine_of_model(kind: str, path: Path, level: int | None, workspace: int) -> bytes:
+def engine_of_model(label: str, path: Path, level: int | None, workspace: int) -> bytes:
     """A serialized engine of an ONNX model, through TensorRT's parser.
 
     Raises:
@@ -107,7 +118,7 @@ def engine_of_model(kind: str, path: Path, level: int | None, workspace: int) ->
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(path)):
         errors = [str(parser.get_error(i)) for i in range(parser.num_errors)]
-        raise _build_error(kind, "; ".join(errors)[:1000])
+        raise _build_error(label, "; ".join(errors)[:1000])
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)
     if workspace:
@@ -116,14 +127,14 @@ def engine_of_model(kind: str, path: Path, level: int | None, workspace: int) ->
         config.builder_optimization_level = level
     data = builder.build_serialized_network(network, config)
     if data is None:
-        raise _build_error(kind, "the builder found no engine; its log says why")
+        raise _build_error(label, "the builder found no engine; its log says why")
     return bytes(data)
 
 
-def _build_error(kind: str, got: str) -> BuildError:
+def _build_error(label: str, got: str) -> BuildError:
     return BuildError(
         "TensorRT could not build a program",
-        where=kind,
+        where=label,
         got=got,
         hint="see tensorrt_coverage (toma-fx build --dry-run), try the other route, or another "
         "target",

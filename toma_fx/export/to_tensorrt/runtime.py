@@ -37,31 +37,31 @@ class TensorRTRuntime(Runtime):
             ArtifactError: TensorRT can't, or an engine has other tensors than the manifest says.
         """
         manifest = artifact.manifest
-        self._programs = manifest.programs
+        self._gives = {(i, kind): call.gives(kind) for i, kind, call in manifest.each_program}
         self._logger = trt.Logger(trt.Logger.WARNING)  # the runtime keeps no reference
         self._runtime = trt.Runtime(self._logger)
         self._stream = torch.cuda.Stream(device)
         numbered = manifest.target.options.get("route") == "torch"
         self._engines = {
-            kind: _Engine(
+            (i, kind): _Engine(
                 trt,
                 self._runtime,
-                program.file,
-                artifact.read(program.file),
-                manifest.inputs_of(kind),
-                manifest.outputs_of(kind),
+                call.programs[kind].file,
+                artifact.read(call.programs[kind].file),
+                call.inputs_of(kind),
+                call.outputs_of(kind),
                 numbered,
                 device,
             )
-            for kind, program in manifest.programs.items()
+            for i, kind, call in manifest.each_program
         }
 
     def run(
-        self, kind: str, inputs: Sequence[Tensor], kept: Mapping[str, Tensor]
+        self, call: int, kind: str, inputs: Sequence[Tensor], kept: Mapping[str, Tensor]
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """One step; see `Runtime.run`."""
-        results = self._engines[kind].run(inputs, kept, self._stream)
-        return split_outputs(results, self._programs[kind].gives)
+        results = self._engines[call, kind].run(inputs, kept, self._stream)
+        return split_outputs(results, self._gives[call, kind])
 
 
 class _Engine:

@@ -4,7 +4,8 @@
     route "onnx"    the models of the ONNX target -> TensorRT's ONNX parser -> the same files
 
 Both give plain engines with named tensors, so that the same runtime opens either, and so can
-`trtexec` or a server. An engine holds its weights: programs don't share them.
+`trtexec` or a server. An engine holds its weights: programs don't share them,
+neither those of one call nor those of several.
 
 Nothing here has run with TensorRT yet. It is written against the interfaces of published wheels;
 tests hold every call to them (`tests/data/signatures.json`). What is known beforehand of the
@@ -13,7 +14,7 @@ operators is in `coverage`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -100,11 +101,11 @@ class TensorRTTarget(Target):
             for program in programs.values():
                 require(aten_coverage(program.program, truncate_double=True))
 
-    def lower(self, programs: Programs, build: Build) -> Lowered:
+    def lower(self, calls: Sequence[Programs], build: Build) -> Lowered:
         """Build one engine for each program; `BuildError` with what TensorRT says if it can't."""
         from toma_fx.export.to_tensorrt.lower import lower
 
-        return lower(programs, build, **asdict(self))
+        return lower(calls, build, **asdict(self))
 
     @staticmethod
     def open(artifact: ArtifactFiles, device: torch.device, options: Mapping[str, Any]) -> Runtime:

@@ -14,10 +14,10 @@ instances load it so themselves.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from toma_fx.errors import ArtifactError, BuildError
 from toma_fx.export.manifest import TargetSpec, TensorSpec
@@ -58,6 +58,8 @@ class TritonTarget(Target):
     Raises:
         UnknownNameError: no such engine, or option of it. ConfigError: a number out of range.
     """
+
+    one_call: ClassVar[str] = "config.pbtxt has one shape for each tensor"
 
     engine: Engine = "aoti"
     sequences: int = 4
@@ -106,9 +108,10 @@ class TritonTarget(Target):
                     got=dtype,
                 )
 
-    def lower(self, programs: Programs, build: Build) -> Lowered:
+    def lower(self, calls: Sequence[Programs], build: Build) -> Lowered:
         """Write the files of the engine, then Triton's."""
-        lowered = self.inner.lower(programs, build)
+        lowered = self.inner.lower(calls, build)
+        (programs,) = calls
         text = config_text(
             [TensorSpec.of(name, x) for name, x in programs.inputs.items()],
             [TensorSpec.of(name, x) for name, x in programs.outputs.items()],
