@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 import toma_fx
 from tests.export.in_process import InProcess
@@ -20,15 +21,19 @@ EXPORTED: dict[Any, tuple[Any, Programs]] = {}
 
 @pytest.fixture
 def exported_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each optimized model is exported once for each shape of inputs."""
+    """Each optimized model is exported once for each size."""
 
     def export(optimized: Any, inputs: Any) -> Programs:
-        key = id(optimized), *(tuple(getattr(x, "shape", ())) for x in tree_leaves(inputs))
+        key = id(optimized), *map(_kind, tree_leaves(inputs)), str(inputs.get("img_ids"))
         if key not in EXPORTED:
             EXPORTED[key] = optimized, export_programs(optimized, inputs)
         return EXPORTED[key][1]
 
     monkeypatch.setattr(builder, "export_programs", export)
+
+
+def _kind(leaf: Any) -> Any:
+    return tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf
 
 
 @pytest.fixture(scope="module")

@@ -248,6 +248,56 @@ def test_a_package_without_the_program(copied: Path) -> None:
         load(rewritten(copied, rename))
 
 
+# -- several calls --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One build for batches of two and of one."""
+    out = tmp_path_factory.mktemp("several") / "artifact"
+    calls = [inputs(), inputs(batch=1)]
+    export(optimized(), calls, out, AOTITarget(), names=["two", "one"])
+    return out
+
+
+@torch.no_grad()
+def test_several_calls_share_package_and_weights(several: Path, artifact: Path) -> None:
+    assert {path.name for path in several.iterdir()} == {path.name for path in artifact.iterdir()}
+    one, both = (load_file(folder / WEIGHTS) for folder in (artifact, several))
+    assert one.keys() == both.keys()
+    assert all(torch.equal(x, both[name]) for name, x in one.items())
+    loaded = load(several)
+    for size in (2, 1):
+        optimized().reset()
+        for step in range(4):
+            call = inputs(seed=step, timestep=800.0 - step, batch=size)
+            assert relative(loaded(**call), optimized()(**call)) < 1e-5
+    loaded.reset()
+    for a, b in zip(load(artifact)(**inputs()), loaded(**inputs()), strict=True):
+        assert torch.equal(a, b)
+
+
+@torch.no_grad()
+def test_several_calls_from_cpp(several: Path, tmp_path: Path) -> None:
+    """The call is chosen by the shapes of the inputs, or by its name."""
+    if shutil.which("cmake") is None:
+        pytest.skip("no cmake: pip install cmake")
+    steps = [inputs(seed=step, timestep=800.0 - step, batch=1) for step in range(3)]
+    assert [kind for _, kind, _, _ in run_example(tmp_path, several, steps)] == [
+        "refresh", "reuse", "refresh"
+    ]  # fmt: skip
+    loaded = load(several)
+    for i, call in enumerate(steps):
+        want = loaded(**call)
+        found = torch.from_numpy(np.fromfile(tmp_path / f"out.{i}", dtype=np.float32))
+        assert torch.equal(found.reshape(want.shape), want)
+    given = [tmp_path / "build/denoise", several, tmp_path / "inputs.safetensors", tmp_path / "x"]
+    for name, words in (("two", "another shape"), ("three", "none of the calls"), ("one", "")):
+        run = subprocess.run([*given, name], capture_output=True, text=True)
+        assert run.returncode == (1 if words else 0)
+        assert words in run.stderr
+
+
 # -- whole models, and C++ ------------------------------------------------------------------------
 
 

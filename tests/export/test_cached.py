@@ -72,7 +72,10 @@ def test_in_process(tmp_path: Path) -> None:
     target = InProcess()
     manifest = export(optimized(), inputs(), tmp_path / "a", target)
     check_artifact(tmp_path / "a", opened(target, tmp_path / "a"))
-    assert dict(manifest.calls[0].older) == {"update_u0_0": "update_u0_1", "update_time_0": "update_time_1"}
+    assert dict(manifest.calls[0].older) == {
+        "update_u0_0": "update_u0_1",
+        "update_time_0": "update_time_1",
+    }
     assert manifest.calls[0].schedule.caching == optimized().config_toma.caching
     assert parse_manifest(manifest.to_json().encode(), "text") == manifest
     assert {p.kind for p in manifest.calls[0].parity} == set(KINDS)

@@ -57,7 +57,7 @@ def use(manifest: Manifest) -> None:
 @pytest.mark.parametrize("count", [120, 20_000])
 def test_damaged_manifests(tmp_path: Path, count: int) -> None:
     optimized = toma_fx.optimize(model(), method="toma", min_tokens=1, weights_every=2)
-    export(optimized, inputs(), tmp_path / "a", InProcess())
+    export(optimized, [inputs(), inputs(batch=1)], tmp_path / "a", InProcess())
     results = fuzz_manifests(tmp_path / "a", count, 0, verify_artifact, use)
     assert sum(results.values()) == count
     print(f"{count:,} damaged manifests: {told(results)}")

@@ -110,18 +110,25 @@ def renaming(name: str) -> Callable[[dict[str, Any]], None]:
     return change
 
 
-def twice(data: dict[str, Any]) -> None:
-    data["calls"][0]["programs"]["reuse"]["takes"].append(data["calls"][0]["kept"][0]["name"])
+def in_call(change: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], Any]:
+    return lambda data: change(at(data, *CALL))
 
 
-def late(data: dict[str, Any]) -> None:
-    first = data["calls"][0]["schedule"]["phases"][0]
-    data["calls"][0]["schedule"]["phases"].append({**first, "begin": 10**12})
+NUMBERED = {"kind": "tuple", "fields": ["1"]}
 
 
-def circle(data: dict[str, Any]) -> None:
-    data["calls"][0]["programs"]["reuse"]["instead"] = "reweigh"
-    data["calls"][0]["programs"]["reweigh"]["instead"] = "reuse"
+def twice(call: dict[str, Any]) -> None:
+    call["programs"]["reuse"]["takes"].append(call["kept"][0]["name"])
+
+
+def late(call: dict[str, Any]) -> None:
+    first = call["schedule"]["phases"][0]
+    call["schedule"]["phases"].append({**first, "begin": 10**12})
+
+
+def circle(call: dict[str, Any]) -> None:
+    call["programs"]["reuse"]["instead"] = "reweigh"
+    call["programs"]["reweigh"]["instead"] = "reuse"
 
 
 CONTRADICTIONS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
@@ -141,30 +148,30 @@ CONTRADICTIONS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no outputs": (setting(*CALL, "outputs", []), "outputs"),
     "empty path": (setting(*CALL, "inputs", 0, "path", []), "inputs"),
     "input name": (setting(*CALL, "inputs", 0, "tensor", "name", "x"), "inputs"),
-    "an input twice": (lambda d: at(d, *CALL)["inputs"].insert(0, at(d, *CALL)["inputs"][0]), "each once"),
+    "an input twice": (in_call(lambda c: c["inputs"].insert(0, c["inputs"][0])), "each once"),
     "raster": (setting(*CALL, "inputs", 0, "raster", [[10**6], 10**6, 0, 0]), "raster"),
     "raster of nothing": (setting(*CALL, "inputs", 0, "raster", [[], 1, 0, 0]), "raster"),
     "timestep": (setting(*CALL, "timestep", ["x"]), "timestep"),
     "parameters": (setting("parameters", ["a", "a"]), "parameters"),
     "structure kind": (setting(*CALL, "structure", "kind", ""), "structure"),
     "structure fields": (setting(*CALL, "structure", "fields", []), "structure"),
-    "structure numbers": (setting(*CALL, "structure", {"kind": "tuple", "fields": ["1"]}), "structure"),
+    "structure numbers": (setting(*CALL, "structure", NUMBERED), "structure"),
     "kept name": (setting(*CALL, "kept", 0, "name", "zzz"), "takes|gives"),
-    "kept by nobody": (lambda d: at(d, *CALL)["kept"].append({**at(d, *CALL)["kept"][0], "name": "z"}), "kept"),
+    "kept by nobody": (in_call(lambda c: c["kept"].append({**c["kept"][0], "name": "z"})), "kept"),
     "takes unknown": (setting(*CALL, "programs", "reuse", "takes", ["zzz"]), "takes"),
-    "takes twice": (twice, "takes"),
+    "takes twice": (in_call(twice), "takes"),
     "instead": (setting(*CALL, "programs", "reuse", "instead", "reuse"), "instead"),
-    "a circle": (circle, "instead"),
+    "a circle": (in_call(circle), "instead"),
     "program file": (setting(*CALL, "programs", "reuse", "file", "x"), "files that are listed"),
     "one program for two": (setting(*CALL, "programs", "reuse", "file", "refresh.txt"), None),
     "a program missing": (removing(*CALL, "programs", "reweigh"), "programs|schedule|parity"),
     "no programs": (setting(*CALL, "programs", {}), "kept|programs"),
-    "older": (lambda d: at(d, *CALL)["older"].update({at(d, *CALL)["kept"][0]["name"]: "z"}), "older"),
+    "older": (in_call(lambda c: c["older"].update({c["kept"][0]["name"]: "z"})), "older"),
     "cycle": (setting(*CALL, "schedule", "phases", 0, "cycle", []), "phases"),
     "unknown kind": (setting(*CALL, "schedule", "phases", 0, "cycle", ["x"]), "programs"),
     "no phases": (setting(*CALL, "schedule", "phases", []), "schedule"),
     "begin": (setting(*CALL, "schedule", "phases", 0, "begin", 1), "schedule"),
-    "late begin": (late, "schedule"),
+    "late begin": (in_call(late), "schedule"),
     "first step": (setting(*CALL, "schedule", "first_step", -1), "schedule"),
     "last step": (setting(*CALL, "schedule", "last_step", 10**12), "schedule"),
     "parity": (setting(*CALL, "parity", 0, "relative", 0.5), "parity"),

@@ -23,7 +23,7 @@ from tests.methods.test_methods import inputs, model
 from toma_fx.errors import ArtifactError
 from toma_fx.export.archive import entry_sizes, read_entries
 from toma_fx.export.builder import export
-from toma_fx.export.manifest import CallSpec
+from toma_fx.export.manifest import CallSpec, Manifest
 from toma_fx.export.programs import export_programs
 from toma_fx.export.reading import file_spec, open_artifact, verify_artifact
 from toma_fx.export.to_aoti.package import PACKAGE, SPECS, check_package, specs_text, write_package

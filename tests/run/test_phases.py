@@ -134,9 +134,11 @@ def test_in_an_artifact(tmp_path: Path) -> None:
                 found.append(denoiser(**call))
     for a, b in zip(*outputs, strict=True):
         assert relative(a, b) < 1e-5
-    assert manifest.calls[0].kinds(8) == ["refresh", "reuse", "cached", "refresh", "cached", "refresh_1",
-                                 "cached", "refresh_1"]  # fmt: skip
-    assert "cached_1" not in manifest.calls[0].programs, "nothing merges in a cached step, in any phase"
+    kinds = "refresh reuse cached refresh cached refresh_1 cached refresh_1"
+    assert manifest.calls[0].kinds(8) == kinds.split()
+    assert "cached_1" not in manifest.calls[0].programs, (
+        "nothing merges in a cached step, in any phase"
+    )
 
 
 def test_in_the_back_end() -> None:

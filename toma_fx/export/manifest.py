@@ -283,7 +283,7 @@ def describe_calls(calls: Sequence[CallSpec]) -> dict[str, str]:
     """
     features = [_features(call) for call in calls]
     told: list[tuple[str, ...]] = [() for _ in calls]
-    for key in sorted({key for each in features for key in each}, key=lambda key: key[0]):
+    for key in sorted(dict.fromkeys(key for x in features for key in x), key=lambda key: key[0]):
         longer = [(*words, each.get(key, "")) for words, each in zip(told, features, strict=True)]
         if len({*longer}) > len({*told}):
             told = longer
@@ -294,6 +294,11 @@ def describe_calls(calls: Sequence[CallSpec]) -> dict[str, str]:
 def _features(call: CallSpec) -> dict[tuple[int, tuple[str, ...]], str]:
     """What makes up the signature of a call in words, by kind and path: shapes come first."""
     found = {(0, x.path): f"{x.tensor.name} {list(x.tensor.shape)}" for x in call.inputs}
-    found |= {(1, x.path): f"{x.tensor.name} of the grid {x.raster}" for x in call.inputs}
+    found |= {(1, x.path): f"{x.tensor.name} of {_grid(x.raster)}" for x in call.inputs}
     found |= {(2, x.path): f"{x.tensor.name} {x.tensor.dtype}" for x in call.inputs}
     return found | {(3, x.path): f"{'_'.join(x.path)} {x.value!r}" for x in call.constants}
+
+
+def _grid(raster: RasterSpec | None) -> str:
+    """Rows and columns of the images whose tokens position ids enumerate."""
+    return "any grid" if raster is None else " and ".join(f"{h}x{raster[1]}" for h in raster[0])
