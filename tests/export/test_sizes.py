@@ -20,6 +20,7 @@ from toma_fx import State
 from toma_fx.errors import ArtifactError, BuildError, ConfigError, SignatureError, StateError
 from toma_fx.export.builder import export
 from toma_fx.export.reading import verify_artifact
+from toma_fx.run.calls import calls_of
 from toma_fx.serving.batcher import StepBatcher
 
 pytestmark = pytest.mark.usefixtures("exported_once")
@@ -213,3 +214,10 @@ def test_one_program_for_two_calls(tmp_path: Path, optimized: Any, target: InPro
 
     with pytest.raises(ArtifactError, match="each once"):
         verify_artifact(edit(tmp_path / "a", change))
+
+
+def test_what_is_a_list_of_calls() -> None:
+    x, named = torch.zeros(1), {"sample": torch.zeros(1)}
+    assert calls_of([named, (x,), ((x,), named)]) == [named, (x,), ((x,), named)]
+    for one in (named, (x, x), ((x,), named), [(x,), named], [x, x]):
+        assert calls_of(one) == [one], "a call itself"
