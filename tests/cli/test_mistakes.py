@@ -141,7 +141,7 @@ def test_a_missing_tool_is_said_before_a_model_is_loaded(
         raise MissingPackageError("no onnx here", where="target onnx", hint="pip install")
 
     monkeypatch.setattr(ONNXTarget, "check_installed", lacks)
-    monkeypatch.setattr(build, "load_example", lambda *_, **__: pytest.fail("a model is loaded"))
+    monkeypatch.setattr(build, "load_examples", lambda *_, **__: pytest.fail("a model is loaded"))
     assert main([*BUILD, "--out", str(tmp_path / "a")]) == FAILED
     assert "no onnx here" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
