@@ -9,8 +9,7 @@ import importlib.util
 import logging
 import sys
 import tomllib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import toma_fx
+from tests.logs import logged as warnings_of
 from tests.serving.comfyui_stand_in import (
     BaseModel,
     Interrupted,
@@ -73,21 +73,9 @@ def totals(model: ModelPatcher) -> dict[str, int]:
     return steps
 
 
-@contextmanager
-def logged() -> Iterator[list[str]]:
+def logged() -> AbstractContextManager[list[str]]:
     """What is logged of the original model that runs."""
-    found: list[str] = []
-
-    class Keep(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            found.append(record.getMessage())
-
-    handler, log = Keep(), logging.getLogger("toma_fx.serving")
-    log.addHandler(handler)
-    try:
-        yield found
-    finally:
-        log.removeHandler(handler)
+    return warnings_of(logging.WARNING, "toma_fx.serving")
 
 
 class Truth:

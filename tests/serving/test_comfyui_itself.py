@@ -78,18 +78,21 @@ def with_wrappers(flux: nn.Module) -> nn.Module:
 
 
 @cache
-def model_of(name: str) -> tuple[Any, Any]:
-    """A MODEL with random weights, and conditions of both sides."""
+def model_of(name: str, dtype: torch.dtype = torch.float32, cast: Any = None) -> tuple[Any, Any]:
+    """A MODEL with random weights, and conditions of both sides.
+
+    Args:
+        dtype: of the weights. cast: the dtype in which they compute, if it is another one.
+    """
     own = comfy()
     torch.manual_seed(0)
-    options = dict(UNET if name == "SDXL" else FLUX)
-    config = getattr(own.supported_models, name)(options)
-    config.manual_cast_dtype = None
-    config.custom_operations = own.ops.disable_weight_init
+    config = getattr(own.supported_models, name)(dict(UNET if name == "SDXL" else FLUX))
+    config.set_inference_dtype(dtype, cast)
+    config.custom_operations = own.ops.manual_cast if cast else own.ops.disable_weight_init
     with torch.inference_mode():
         base = getattr(own.model_base, name)(config)
         for parameter in base.diffusion_model.parameters():
-            nn.init.normal_(parameter, std=0.08 if name == "SDXL" else 0.15)
+            parameter.copy_(torch.randn(parameter.shape) * (0.08 if name == "SDXL" else 0.15))
         if name == "Flux":
             with_wrappers(base.diffusion_model)
         width = 1280 if name == "SDXL" else 8
@@ -139,6 +142,36 @@ def test_a_picture(name: str) -> None:
     assert not torch.equal(picture(on, sides, seed=2), merged)
     assert torch.equal(picture(on, sides), merged)
     assert torch.equal(picture(model, sides), original)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cast"),
+    [
+        (torch.bfloat16, None),
+        (torch.bfloat16, torch.float32),
+        (torch.float8_e4m3fn, torch.float32),
+    ],
+)
+def test_dtypes(dtype: torch.dtype, cast: torch.dtype | None) -> None:
+    """Weights that are cast at every use are so in the graph."""
+    model, sides = model_of("SDXL", dtype, cast)
+    assert {p.dtype for p in model.model.diffusion_model.parameters()} == {dtype}
+    original = picture(model, sides)
+    assert torch.equal(picture(comfyui.accelerate(model, ratio=0.0), sides), original)
+    on = comfyui.accelerate(model, **MERGE)
+    assert not torch.equal(picture(on, sides), original)
+    assert sum(totals(on).values()) == 6
+
+
+def test_regions() -> None:
+    """Conditions of parts of a picture: passes of their own, of another size."""
+    model, sides = model_of("SDXL")
+    left = [sides[0][0][0], {**sides[0][0][1], "area": (32, 16, 0, 0), "strength": 1.0}]
+    on = comfyui.accelerate(model, **MERGE)
+    regions = ([*sides[0], left], sides[1])
+    assert not torch.equal(picture(on, regions), picture(model, regions))
+    assert totals(on)["refresh"] == 4
+    assert sum(totals(on).values()) == 12
 
 
 @pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m", "uni_pc"])
