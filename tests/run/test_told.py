@@ -339,3 +339,23 @@ def test_the_options_of_comfyui_tell_generation_and_pass() -> None:
     assert same(got, truth(denoiser, calls))
     assert denoiser.unsure == 0
     assert denoiser.cache.captures == 1
+
+
+def test_the_options_of_comfyui_tell_conditions_of_one_side_apart() -> None:
+    """Regions of a picture, all of them on the conditional side, in an order that changes."""
+    denoiser = toma_fx.optimize(Comfy().eval(), **CONFIG)
+    levels, names = torch.linspace(1, 0, 5), [uuid4(), uuid4()]
+    calls, got = [], []
+    for step, order in enumerate(((0, 1), (1, 0), (0, 1), (1, 0))):
+        for region in order:
+            each = call(region, step)
+            options = {"cond_or_uncond": [0], "sample_sigmas": levels, "uuids": [names[region]]}
+            arguments = {
+                "x": each["sample"],
+                "timesteps": each["timestep"],
+                "context": each["encoder_hidden_states"].clone() + step,
+            }
+            got.append(denoiser(**arguments, transformer_options=options))
+            calls.append((region, {**arguments, "transformer_options": {}}))
+    assert same(got, truth(denoiser, calls))
+    assert denoiser.unsure == 0
