@@ -64,20 +64,28 @@ def test_tied_weights_and_constants(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     state["tied"] = state["in"]
     known = files.names_by_memory(state)
     (tmp_path / files.PARTS).mkdir()
-    for call, extra in (("refresh", table), ("reuse", table.clone()), ("plain", table + 1)):
+    values = {"a_refresh": table, "a_reuse": table.clone(), "b_plain": table + 1, "b_reuse": table}
+    for label, extra in values.items():
         given = {"in": state["in"], "tied": state["tied"], "lifted": extra}
-        files.save_constants(tmp_path / files.part_files(call)[1], given, known, CPU)
+        files.save_constants(tmp_path / files.part_files(label)[1], given, known, CPU)
 
-    class Calls(dict[str, None]):
+    class Calls(list[str]):
         device = CPU
+        name = "a"
 
+        def label(self, kind: str) -> str:
+            return f"{self.name}_{kind}"
+
+    first, second = Calls(("refresh", "reuse")), Calls(("plain", "reuse"))
+    second.name = "b"
     monkeypatch.setattr(files, "weights_of", lambda programs: state)
-    files.save_weights(tmp_path, Calls.fromkeys(("refresh", "reuse", "plain")))  # type: ignore[arg-type]
+    files.save_weights(tmp_path, [first, second])  # type: ignore[list-item]
     found, aliases = files.load_weights(tmp_path / WEIGHTS, CPU)
     assert set(found) == {"in", "constant.0", "constant.1"}
-    assert aliases["refresh/tied"] == aliases["reuse/tied"] == "in"
-    assert aliases["refresh/lifted"] == aliases["reuse/lifted"] != aliases["plain/lifted"]
-    assert torch.equal(found[aliases["plain/lifted"]], table + 1)
+    assert {aliases[f"{label}/tied"] for label in values} == {"in"}
+    lifted = {label: aliases[f"{label}/lifted"] for label in values}
+    assert lifted["a_refresh"] == lifted["a_reuse"] == lifted["b_reuse"] != lifted["b_plain"]
+    assert torch.equal(found[lifted["b_plain"]], table + 1)
 
 
 @pytest.mark.usefixtures("exported_once")
@@ -106,15 +114,17 @@ def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("exported_once")
 def test_an_interrupted_build_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs that were compiled are not compiled again, whenever the interruption comes."""
-    compiled, at = [], ["reuse", "package", "weights", "open", ""]
+    compiled, at = [], ["two_reuse", "one_refresh", "package", "weights", "open", ""]
+    calls, names = [inputs(), inputs(batch=1)], ["two", "one"]
 
-    def compile(folder: Path, call: str, *args: Any) -> None:
-        if at[0] == call:
+    def compile(label: str, *args: Any) -> None:
+        *_, folder = args
+        if at[0] == label:
             raise KeyboardInterrupt
-        compiled.append(call)
+        compiled.append(label)
         (folder / files.PARTS).mkdir(exist_ok=True)
-        for name in files.part_files(call):
-            (folder / name).write_text(call)
+        for name in files.part_files(label):
+            (folder / name).write_text(label)
 
     def step(name: str, file: str) -> Callable[..., None]:
         def write(folder: Path, *args: Any) -> None:
@@ -136,11 +146,11 @@ def test_an_interrupted_build_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(AOTITarget, "open", staticmethod(opened))
     while at[0]:
         with pytest.raises(KeyboardInterrupt):
-            export(optimized(), inputs(), tmp_path / "a", AOTITarget())
+            export(optimized(), calls, tmp_path / "a", AOTITarget(), names=names)
         at.pop(0)
     with pytest.raises(SystemExit):
-        export(optimized(), inputs(), tmp_path / "a", AOTITarget())
-    assert compiled == ["refresh", "reuse"]
+        export(optimized(), calls, tmp_path / "a", AOTITarget(), names=names)
+    assert compiled == ["two_refresh", "two_reuse", "one_refresh", "one_reuse"]
 
 
 def test_architecture_names_the_machine() -> None:
