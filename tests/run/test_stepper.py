@@ -289,7 +289,7 @@ def test_a_failed_step_starts_a_generation(
     with pytest.raises(toma_fx.SignatureError):
         loaded(sample=torch.zeros(3), timestep=700.0)
     assert loaded._stepper.generations()[0].step == 1
-    programs = loaded._programs
+    (programs,) = loaded._programs
 
     def broken(*arguments: Any) -> Any:
         raise RuntimeError("out of memory")
