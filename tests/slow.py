@@ -288,6 +288,7 @@ SLOW = (
     Slow("export/test_onnx_models.py::test_whole_models[*]", ONNX),
     Slow("export/test_onnx_models.py::test_half_precision[*]", ONNX),
     Slow("export/test_tensorrt.py::test_engines_through_all_steps[onnx]", ONNX),
+    Slow("export/test_tensorrt.py::test_several_calls[*]", ONNX),
     Slow("export/test_tensorrt.py::test_coverage_needs_no_tensorrt[onnx]", ONNX),
     # methods
     Slow(

@@ -192,9 +192,9 @@ def test_calls_that_are_alike(tmp_path: Path, optimized: Any, target: InProcess)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("names", [["a"], ["a", "a"], ["a", "../b"], ["a", 5], ["a", "b_c"]])
+@pytest.mark.parametrize("names", [["a"], ["a", "a"], ["a", "../b"], ["a", 5], ["a", "b_c"], "ab"])
 def test_names_that_calls_can_not_have(
-    tmp_path: Path, optimized: Any, target: InProcess, names: list[Any]
+    tmp_path: Path, optimized: Any, target: InProcess, names: Any
 ) -> None:
     with pytest.raises(ConfigError, match="no names for the calls"):
         export(optimized, [inputs(), inputs(batch=1)], tmp_path / "a", target, names=names)

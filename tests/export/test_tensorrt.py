@@ -87,6 +87,16 @@ def test_engines_through_all_steps(tmp_path: Path, optimized: Any, gpu: None, ro
     assert made.target.options["route"] == route
 
 
+@pytest.mark.parametrize("route", ["torch", "onnx"])
+def test_several_calls(tmp_path: Path, optimized: Any, gpu: None, route: Any) -> None:
+    """An engine for each call and kind of step."""
+    calls, names = [inputs(), inputs(batch=1)], ["two", "one"]
+    made = tensorrt(optimized, calls, tmp_path / "a", route=route, names=names)
+    kinds = ("refresh", "reuse", "reweigh")
+    assert {*made.files} == {f"{name}_{kind}.engine" for name in names for kind in kinds}
+    assert max(p.relative for call in made.calls for p in call.parity) < 1e-5
+
+
 @pytest.fixture
 def onnx_file(tmp_path: Path) -> Path:
     onnx = pytest.importorskip("onnx")

@@ -124,7 +124,8 @@ def _sizes(args: argparse.Namespace) -> tuple[list[tuple[int | None, int | None]
         ConfigError: sizes in two ways, one of them twice, or several for a dry run.
     """
     if not args.size:
-        return [(args.height, args.width)], []
+        names = [f"{args.width}x{args.height}"] if args.height and args.width else []
+        return [(args.height, args.width)], names
     if args.height is not None or args.width is not None:
         raise ConfigError(
             "sizes in two ways", where="--size", expected="--size, or --height and --width",

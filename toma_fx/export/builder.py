@@ -88,7 +88,7 @@ def export(
     Raises:
         UnknownNameError: no such target, or no such option of it. ConfigError: a value that an
             option can't have, calls that are alike, or several of a target that takes one.
-            MissingPackageError: the target needs a package.
+        MissingPackageError: the target needs a package.
         BuildError: the folder can't be used, or the artifact computes something else than the
             process (nothing is left of it then).
         DynamicError, ModelTypeError, SignatureError: see `export_programs`.
@@ -130,7 +130,8 @@ def call_names(names: Sequence[str], count: int) -> tuple[str, ...]:
     Raises:
         ConfigError: another number of names, one twice, or one that can't be part of a file's.
     """
-    chosen = tuple(names) or tuple(f"call{i}" for i in range(count))
+    given = names if isinstance(names, (list, tuple)) else [names]  # a text is one name
+    chosen = tuple(given) or tuple(f"call{i}" for i in range(count))
     fitting = all(isinstance(name, str) and CALL_NAME.fullmatch(name) for name in chosen)
     if not fitting or len({*chosen}) != count or len(chosen) != count:
         raise ConfigError(
