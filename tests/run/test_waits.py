@@ -153,7 +153,7 @@ def test_waiting_changes_no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_states_of_callers_read_nothing() -> None:
     """Two requests of one size that take turns, each with position ids of its own."""
     optimized: Any = toma_fx.optimize(
-        denoisers.flux(), min_tokens=1, destinations_every=10, weights_every=10
+        denoisers.small_flux(), min_tokens=1, destinations_every=10, weights_every=10
     )
     requests = [list(flux_calls()) for _ in range(2)]
     states, counts = [State(), State()], []
@@ -170,11 +170,11 @@ def test_states_of_callers_read_nothing() -> None:
 @torch.no_grad()
 def test_position_ids_of_a_call_that_failed_are_forgotten() -> None:
     """Ids of no grid are refused; calls of the same shapes on two grids come next."""
-    call = denoisers.flux_inputs(8, 8)
+    call = denoisers.small_flux_inputs(8, 8)
     scattered = {**call, "img_ids": torch.rand_like(call["img_ids"])}
     grids = [{**call, "img_ids": denoisers.ids(*size)} for size in ((8, 8), (2, 32))]
     for scope in ("method", "step"):
-        optimized: Any = toma_fx.optimize(denoisers.flux(), min_tokens=1)
+        optimized: Any = toma_fx.optimize(denoisers.small_flux(), min_tokens=1)
 
         def run(denoiser: Any, inputs: dict[str, Any], scope: str = scope) -> Tensor:
             if scope == "step":
@@ -184,7 +184,7 @@ def test_position_ids_of_a_call_that_failed_are_forgotten() -> None:
         with pytest.raises(TomaError):
             run(optimized, scattered)
         for each in grids:
-            alone = toma_fx.optimize(denoisers.flux(), min_tokens=1)
+            alone = toma_fx.optimize(denoisers.small_flux(), min_tokens=1)
             assert torch.equal(run(optimized, each), run(alone, each))
 
 
