@@ -113,6 +113,25 @@ def test_what_a_pipeline_does_not_take() -> None:
     assert not pipe.unet._forward_pre_hooks
 
 
+def test_offloaded_models_go_home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As at the end of a call: what stays on the device is in the way of the next model."""
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.enable_model_cpu_offload(device="cpu")
+    freed, home = list[str](), type(pipe).maybe_free_model_hooks
+
+    def free(self: Any) -> None:
+        freed.append("freed")
+        home(self)
+
+    monkeypatch.setattr(type(pipe), "maybe_free_model_hooks", free)
+    inputs = toma_fx.example_inputs(pipe)
+    assert freed == ["freed"]
+    assert pipe.transformer(**inputs)[0].isfinite().all()
+    with pytest.raises(ConfigError, match="does not run"):
+        toma_fx.example_inputs(pipe, class_labels=["none"])
+    assert freed == ["freed", "freed"]
+
+
 class NoCall:
     """A pipeline that denoises nothing."""
 

@@ -73,6 +73,8 @@ def example_inputs(
         raise _no_call(model, arguments, f"{type(error).__name__}: {error}") from error
     finally:
         handle.remove()
+        # what a pipeline does at its end, and does not after an exception: offloaded models go home
+        getattr(model, "maybe_free_model_hooks", lambda: None)()
     if not caught:
         raise _no_call(model, arguments, "a run that did not call the denoiser")
     args, kwargs = caught[0]
