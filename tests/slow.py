@@ -160,7 +160,7 @@ SLOW = (
     Slow("analysis/test_variants.py::test_odd_shapes[2-grid1-5]", MORE),
     Slow("run/test_backend.py::test_modes_are_inductor_patches[reduce-overhead]", INDUCTOR),
     Slow("cli/test_artifacts.py::test_an_interrupted_build_goes_on", ONNX),
-    Slow("cli/test_sizes.py::test_each_size_equals_an_artifact_of_its_own[1]", ONNX),
+    Slow("cli/test_sizes.py::test_generations_equal_those_of_artifacts_of_one_size", ONNX),
     Slow("capture/test_references.py::test_weights_of_another_form_are_captured_anew", MORE),
     Slow("capture/test_references.py::test_model_offload_with_quantized_weights[after]", MORE),
     Slow("run/test_backend.py::test_paths_start_at_the_model_however_it_is_called", INDUCTOR),
@@ -289,6 +289,7 @@ SLOW = (
     Slow("export/test_onnx_models.py::test_half_precision[*]", ONNX),
     Slow("export/test_tensorrt.py::test_engines_through_all_steps[onnx]", ONNX),
     Slow("export/test_tensorrt.py::test_several_calls[*]", ONNX),
+    Slow("export/test_sizes.py::test_constants_choose", MORE),
     Slow("export/test_tensorrt.py::test_coverage_needs_no_tensorrt[onnx]", ONNX),
     # methods
     Slow(

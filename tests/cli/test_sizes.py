@@ -22,45 +22,56 @@ SIZES = ("128x128", "64x128")
 """The first is that of the fixture `artifact`."""
 
 
-def built(model_folder: Path, out: Path, *sizes: str) -> int:
+def built(model_folder: Path, out: Path, every: int, *sizes: str) -> Path:
     given: list[Any] = ["--batch", 1, "--text", 8, "--method", "grid", "--min_tokens", 16]
-    given += ["--destinations_every", 5, "--target", "onnx", "--out", out]
+    given += ["--destinations_every", every, "--target", "onnx", "--out", out]
     given += [word for size in sizes for word in ("--size", size)]
-    return main(["build", "--model", str(model_folder), *map(str, given)])
+    assert main(["build", "--model", str(model_folder), *map(str, given)]) == 0
+    return out
 
 
 @pytest.fixture(scope="module")
 def both(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An artifact of two sizes."""
+    """An artifact of two sizes, which selects in every step."""
     pytest.importorskip("onnxscript")
-    out = tmp_path_factory.mktemp("sizes") / "a"
-    assert built(model_folder, out, *SIZES) == 0
-    return out
+    return built(model_folder, tmp_path_factory.mktemp("sizes") / "a", 1, *SIZES)
 
 
-@pytest.mark.parametrize("place", [0, 1])
-@torch.no_grad()
-def test_each_size_equals_an_artifact_of_its_own(
-    both: Path, artifact: Path, model_folder: Path, tmp_path: Path, place: int
-) -> None:
-    folder = (artifact, tmp_path / "other")[place]
-    if place:
-        assert built(model_folder, folder, SIZES[place]) == 0
-    loaded, alone = toma_fx.load(both), toma_fx.load(folder)
-    call = loaded.manifest.calls[place]
+def check_generations(folder: Path, alone: Path, place: int, steps: int) -> None:
+    """One of two sizes of an artifact computes what the artifact of that size computes."""
+    several, one = toma_fx.load(folder), toma_fx.load(alone)
+    call = several.manifest.calls[place]
     given = arguments_for(call, {})
-    for step in range(4):
+    for step in range(steps):
         each = {**given, "timestep": given["timestep"] * (1 - step / 8)}
-        assert torch.equal(loaded(**each)[0], alone(**each)[0]), step
-    assert loaded._stepper.totals == {"refresh": 1, "reuse": 3}
+        assert torch.equal(several(**each)[0], one(**each)[0]), step
+    kinds = call.kinds(steps)
+    assert several._stepper.totals == {kind: kinds.count(kind) for kind in kinds}
     assert all(p.relative < 1e-5 for p in call.parity)
+
+
+@torch.no_grad()
+def test_a_step_equals_that_of_an_artifact_of_one_size(both: Path, artifact: Path) -> None:
+    check_generations(both, artifact, 0, steps=1)
+
+
+@torch.no_grad()
+def test_generations_equal_those_of_artifacts_of_one_size(
+    artifact: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxscript")
+    several = built(model_folder, tmp_path / "several", 5, *SIZES)
+    second = built(model_folder, tmp_path / "second", 5, SIZES[1])
+    for place, alone in enumerate((artifact, second)):
+        check_generations(several, alone, place, steps=4)
+    assert (several / WEIGHTS).read_bytes() == (artifact / WEIGHTS).read_bytes()
 
 
 def test_the_weights_are_there_once(both: Path, artifact: Path) -> None:
     assert (both / WEIGHTS).read_bytes() == (artifact / WEIGHTS).read_bytes()
-    models = {path.stem: path.stat().st_size for path in both.glob("*.onnx")}
-    assert {*models} == {f"{size}_{kind}" for size in SIZES for kind in ("refresh", "reuse")}
-    assert sum(models.values()) < 2.1 * sum(x.stat().st_size for x in artifact.glob("*.onnx"))
+    models = {path.name: path.stat().st_size for path in both.glob("*.onnx")}
+    assert {*models} == {f"{size}_refresh.onnx" for size in SIZES}
+    assert max(models.values()) < 1.1 * (artifact / "refresh.onnx").stat().st_size
 
 
 def test_an_unknown_size(both: Path) -> None:
@@ -77,7 +88,7 @@ def test_info_shows_the_sizes(both: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "size 128x128 hidden_states [1, 64, 4]" in lines
     assert "size 64x128 hidden_states [1, 32, 4]" in lines
     assert "input hidden_states [1, 64, 4] float32; [1, 32, 4] float32" in lines
-    assert "program reuse 128x128_reuse.onnx; 64x128_reuse.onnx" in lines
+    assert "program refresh 128x128_refresh.onnx; 64x128_refresh.onnx" in lines
 
 
 def test_run_takes_one_of_them(

@@ -19,17 +19,18 @@ from toma_fx.export.programs import Programs, export_programs
 EXPORTED: dict[Any, tuple[Any, Programs]] = {}
 
 
+def export_once(optimized: Any, inputs: Any) -> Programs:
+    """The programs of a call, of each model once for each size."""
+    key = id(optimized), *map(_kind, tree_leaves(inputs)), str(inputs.get("img_ids"))
+    if key not in EXPORTED:
+        EXPORTED[key] = optimized, export_programs(optimized, inputs)
+    return EXPORTED[key][1]
+
+
 @pytest.fixture
 def exported_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each optimized model is exported once for each size."""
-
-    def export(optimized: Any, inputs: Any) -> Programs:
-        key = id(optimized), *map(_kind, tree_leaves(inputs)), str(inputs.get("img_ids"))
-        if key not in EXPORTED:
-            EXPORTED[key] = optimized, export_programs(optimized, inputs)
-        return EXPORTED[key][1]
-
-    monkeypatch.setattr(builder, "export_programs", export)
+    monkeypatch.setattr(builder, "export_programs", export_once)
 
 
 def _kind(leaf: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from torch import Tensor
 import toma_fx
 from tests import denoisers
 from tests.denoisers import relative
+from tests.export.conftest import export_once
 from tests.export.edited import edit
 from tests.export.in_process import InProcess, opened
-from tests.methods.test_methods import inputs, model
 from toma_fx import State
 from toma_fx.errors import ArtifactError, BuildError, ConfigError, SignatureError, StateError
+from toma_fx.export import builder
 from toma_fx.export.builder import export
 from toma_fx.export.reading import verify_artifact
 from toma_fx.run.calls import calls_of
@@ -38,18 +40,26 @@ def flux() -> Any:
     )
 
 
-def call(size: tuple[int, int], step: int = 0, seed: int = 1) -> dict[str, Any]:
+def call(size: tuple[int, int], step: int = 0, seed: int = 1, batch: int = 1) -> dict[str, Any]:
     """A step of a generation: its text stays."""
-    text = denoisers.flux_inputs(*size, batch=1, seed=seed, timestep=0.9 - 0.1 * step)
-    picture = denoisers.flux_inputs(*size, batch=1, seed=100 + step)["hidden_states"]
+    text = denoisers.flux_inputs(*size, batch=batch, seed=seed, timestep=0.9 - 0.1 * step)
+    picture = denoisers.flux_inputs(*size, batch=batch, seed=100 + step)["hidden_states"]
     return {**text, "hidden_states": picture}
 
 
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[InProcess, Path]:
+    """An artifact of all sizes, and its target, which runs it."""
+    target, folder = InProcess(), tmp_path_factory.mktemp("sizes") / "a"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builder, "export_programs", export_once)
+        export(flux(), [call(size) for size in SIZES], folder, target, names=NAMES)
+    return target, folder
+
+
 @pytest.fixture
-def loaded(tmp_path: Path, target: InProcess) -> Any:
-    calls = [call(size) for size in SIZES]
-    export(flux(), calls, tmp_path / "a", target, names=NAMES)
-    return opened(target, tmp_path / "a")
+def loaded(built: tuple[InProcess, Path]) -> Any:
+    return opened(*built)
 
 
 def alone(size: tuple[int, int], seed: int = 1, steps: int = 4) -> list[Tensor]:
@@ -153,22 +163,21 @@ def test_every_call_is_compared(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_batches_of_several_sizes(tmp_path: Path, optimized: Any, target: InProcess) -> None:
-    """A request's state goes from a batch of one to a batch of two and back."""
-    export(optimized, [inputs(batch=1), inputs(batch=2)], tmp_path / "a", target)
+def test_batches_of_several_sizes(tmp_path: Path, target: InProcess) -> None:
+    """A request's state goes from a batch of two to a batch of one and back."""
+    export(flux(), [call(SIZES[1]), call(SIZES[1], batch=2)], tmp_path / "a", target)
     loaded = opened(target, tmp_path / "a")
     batcher = StepBatcher(loaded, buckets=(1, 2))
-    states = dict.fromkeys("ab", State())
-    for name in states:
-        batcher.join(name)
+    for seed in (1, 2):
+        batcher.join(seed)
+    want = {seed: alone(SIZES[1], seed) for seed in (1, 2)}
     for step, together in enumerate((True, False, True)):
-        given = {name: inputs(ord(name) + step, 800.0 - step, batch=1) for name in states}
+        given = {seed: call(SIZES[1], step, seed) for seed in (1, 2)}
         results = batcher.step(given) if together else {}
-        for name, one in given.items():
-            got = results.get(name) or batcher.step({name: one})[name]
-            want, states[name] = optimized.step(one, states[name])
-            assert relative(got.unwrap(), want) < 1e-5
-    assert loaded._stepper.totals == {"refresh": 1, "reuse": 2, "reweigh": 1}
+        for seed, one in given.items():
+            got = results.get(seed) or batcher.step({seed: one})[seed]
+            assert relative(got.unwrap()[0], want[seed][step]) < 1e-5
+    assert loaded._stepper.totals == {"refresh": 1, "reuse": 3}
 
 
 @torch.no_grad()
@@ -184,30 +193,28 @@ def test_constants_choose(tmp_path: Path, target: InProcess) -> None:
         loaded(**{**calls[0], "return_dict": None})
 
 
-def test_calls_that_are_alike(tmp_path: Path, optimized: Any, target: InProcess) -> None:
+def test_calls_that_are_alike(tmp_path: Path, target: InProcess) -> None:
     with pytest.raises(ConfigError, match="call0 and call1, which don't"):
-        export(optimized, [inputs(1), inputs(2)], tmp_path / "a", target)
+        export(flux(), [call(SIZES[1]), call(SIZES[1], step=1)], tmp_path / "a", target)
     with pytest.raises(ConfigError, match="empty list"):
-        export(optimized, [], tmp_path / "a", target)
+        export(flux(), [], tmp_path / "a", target)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("names", [["a"], ["a", "a"], ["a", "../b"], ["a", 5], ["a", "b_c"], "ab"])
-def test_names_that_calls_can_not_have(
-    tmp_path: Path, optimized: Any, target: InProcess, names: Any
-) -> None:
+def test_names_that_calls_can_not_have(tmp_path: Path, target: InProcess, names: Any) -> None:
     with pytest.raises(ConfigError, match="no names for the calls"):
-        export(optimized, [inputs(), inputs(batch=1)], tmp_path / "a", target, names=names)
+        export(flux(), [call(SIZES[0]), call(SIZES[1])], tmp_path / "a", target, names=names)
 
 
 def test_a_target_of_one_call(tmp_path: Path) -> None:
     """Refused before the model is looked at."""
     with pytest.raises(ConfigError, match=r"config\.pbtxt has one shape"):
-        export(model(), [inputs(), inputs(batch=1)], tmp_path / "a", "triton")
+        export(None, [call(SIZES[0]), call(SIZES[1])], tmp_path / "a", "triton")
 
 
-def test_one_program_for_two_calls(tmp_path: Path, optimized: Any, target: InProcess) -> None:
-    export(optimized, [inputs(), inputs(batch=1)], tmp_path / "a", target)
+def test_one_program_for_two_calls(tmp_path: Path, built: tuple[InProcess, Path]) -> None:
+    shutil.copytree(built[1], tmp_path / "a")
 
     def change(data: Any) -> None:
         data["calls"][1]["programs"]["reuse"] |= data["calls"][0]["programs"]["reuse"]
