@@ -27,8 +27,9 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from toma_fx.compat import collectives, compilers, libraries, lookup, pytorch
+from toma_fx.compat import collectives, compilers, libraries, lookup, pytorch, tracebacks
 from toma_fx.errors import CompatError, TomaError
+from toma_fx.graph.nodes import op_name, source_line
 
 ROOT = Path(__file__).parent.parent
 
@@ -697,6 +698,48 @@ def test_collectives_in_a_graph_find_their_group_by_name() -> None:
     assert not sent.is_impure()
     with FakeTensorMode():
         assert collectives.gather(torch.empty(3, 4), 5, name).shape == (15, 4)
+
+
+# -- stacks -------------------------------------------------------------------------------------
+
+
+def exported(model: nn.Module) -> fx.Graph:
+    return torch.export.export(model, (torch.randn(1, 2),), strict=False).graph
+
+
+def test_nodes_note_the_frames_outside_of_torch() -> None:
+    """The innermost of them, by which users find a line, is the one that torch notes, too."""
+    whole = exported(Toy())
+    with tracebacks.own_frames():
+        own = exported(Toy())
+    assert [source_line(n) for n in own.nodes] == [source_line(n) for n in whole.nodes]
+    (linear,) = [n for n in own.nodes if op_name(n.target) == "aten.linear"]
+    assert re.match(r"test_compat.py:\d+ return self.linear", source_line(linear))
+    assert "/torch/" not in linear.meta["stack_trace"]
+    assert any("/torch/" in str(n.meta.get("stack_trace")) for n in whole.nodes)
+
+
+def test_stacks_are_torchs_again_after_threads_that_overlap() -> None:
+    """Each would put back what it found, which is the other's."""
+    original = torch.fx.proxy.CapturedTraceback
+    inside, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with tracebacks.own_frames():
+            inside.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=hold)
+    with tracebacks.own_frames():
+        thread.start()
+        assert inside.wait(60)
+    assert torch.fx.proxy.CapturedTraceback is tracebacks.OwnFrames
+    leave.set()
+    thread.join()
+    assert torch.fx.proxy.CapturedTraceback is original
+    with pytest.raises(KeyError), tracebacks.own_frames():
+        raise KeyError
+    assert torch.fx.proxy.CapturedTraceback is original
 
 
 # -- and nowhere else -----------------------------------------------------------------------------

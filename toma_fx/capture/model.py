@@ -23,6 +23,7 @@ from toma_fx.capture.references import without_weak_references
 from toma_fx.capture.traceable import TraceableForms
 from toma_fx.compat.libraries import WRAPPING, own_forward
 from toma_fx.compat.pytorch import lazy_graph_modules, tree_flatten, tree_map, tree_paths
+from toma_fx.compat.tracebacks import own_frames
 from toma_fx.errors import (
     CaptureError,
     ModelTypeError,
@@ -137,7 +138,7 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     kwargs, plain = dict(sorted(kwargs.items())), traceable(unwrap(model))
     try:
         with torch.no_grad(), lazy_graph_modules(), without_weak_references() as graphs:
-            with TraceableForms():
+            with TraceableForms(), own_frames():
                 inputs = _like_model(plain, (tuple(args), kwargs))
                 program = torch.export.export(plain, *inputs, strict=False)
             graphs.append(program.graph)

@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 
 from toma_fx.capture.references import without_weak_references
 from toma_fx.compat.pytorch import tree_paths
+from toma_fx.compat.tracebacks import own_frames
 from toma_fx.errors import BuildError, ModelTypeError, ParallelError
 from toma_fx.export.manifest import TensorSpec
 from toma_fx.export.selection import ExpandSelection
@@ -216,7 +217,7 @@ def _export(
             for newer, older in specialization.older.items():
                 if newer in kept and older not in kept:
                     kept[older] = kept[newer].clone()  # one tensor twice would become one input
-        with without_weak_references() as graphs:
+        with without_weak_references() as graphs, own_frames():
             exported = torch.export.export(graph_module, example, strict=False)
             graphs.append(exported.graph)
     return Exported(exported, example, program.takes, program.gives, program.use.instead)
