@@ -98,7 +98,9 @@ def test_every_write_to_a_dictionary_has_a_version(make: Any) -> None:
         lambda: table.setdefault("b", 1),
         lambda: table.pop("b"),
         lambda: table.clear(),
-        lambda: table.update(a=2),
+        # not `update`: from Python 3.12 on an empty dictionary takes another one over untold. The
+        # guard asks of those that were empty whether they still are
+        lambda: table.__setitem__("a", 2),
         lambda: table.popitem(),
     ]
     seen = [version(table)]
@@ -111,6 +113,9 @@ def test_every_write_to_a_dictionary_has_a_version(make: Any) -> None:
 
 def test_attributes_that_are_set_have_a_version() -> None:
     """In a loop, too, where the interpreter has ways of its own to set them."""
+    if not pytorch.versions_see_attributes():
+        assert sys.version_info >= (3, 13), "what the guard has another way for"
+        return
     version, module = pytorch.dict_version(), Toy()
     plain = SimpleNamespace(scale=0.0)
     for owner in (module.linear, plain):

@@ -4,7 +4,8 @@ A graph depends on a model's modules, its parameters and its plain Python attrib
 scales, processors, flags). `ModelGuard` remembers them. At each step it asks two questions:
 
 1. Was anything written? Every dictionary of the model has a version (see `compat.dict_version`),
-   and few other containers hold state. This takes about 0.1 us a module.
+   and few other containers hold state. This takes about 0.1 us a module. Where attributes are
+   written without it (`compat.versions_see_attributes`), they are compared by identity instead.
 2. If so: does anything differ? The model is walked and compared, objects by identity and plain
    values by value. An adapter scale that is set to what it was, or `eval()`, changes nothing.
 
@@ -35,7 +36,12 @@ from toma_fx.capture.attributes import (
 from toma_fx.capture.companions import Companions
 from toma_fx.capture.fingerprint import CHANGED, Fingerprint
 from toma_fx.capture.state_key import state_key
-from toma_fx.compat.pytorch import dict_version, hook_tables, module_tables
+from toma_fx.compat.pytorch import (
+    dict_version,
+    hook_tables,
+    module_tables,
+    versions_see_attributes,
+)
 
 
 class ModelGuard:
@@ -95,6 +101,8 @@ class Snapshot:
         self._empty: list[Collection[Any]] = []
         self._data: list[Any] = []
         self._lists: list[tuple[Collection[Any], list[Any]]] = []
+        # attributes, where versions of dictionaries do not tell that they were written
+        self._attributes: list[tuple[dict[str, Any], list[Any]]] = []
         self._owners: list[tuple[Any, int]] = [(model, 0)]
         self._seen = {id(model)}
         for owner, depth in self._owners:  # grows as it is walked
@@ -126,12 +134,13 @@ class Snapshot:
             and list(map(code_of, self._kinds)) == self._functions
             and as_bytes(self._data) == self._bytes
             and all(_same_items(items, before) for items, before in self._lists)
+            and all(_same_items(_flat(table), before) for table, before in self._attributes)
         )
 
     def _add_owner(self, owner: Any, depth: int, *, root: bool) -> None:
         """A module or helper: its type, what it holds and its attributes."""
         self._shape.append(type(owner))
-        self._watch(vars(owner))
+        self._watch_attributes(vars(owner))
         if isinstance(owner, nn.Module):
             tables: tuple[dict[Any, Any], ...] = (*module_tables(owner), *hook_tables(owner))
             for table in tables:
@@ -196,6 +205,13 @@ class Snapshot:
         else:
             self._empty.append(table)
 
+    def _watch_attributes(self, table: dict[str, Any]) -> None:
+        """Notice writes to the attributes of an object; call it before they are read."""
+        if versions_see_attributes():
+            self._watch(table)
+        else:
+            self._attributes.append((table, _flat(table)))
+
     def _watch_items(self, items: Collection[Any]) -> None:
         if not items:
             self._empty.append(items)
@@ -203,6 +219,11 @@ class Snapshot:
             self._data.append(items)
         else:
             self._lists.append((items, list(items)))
+
+
+def _flat(table: dict[str, Any]) -> list[Any]:
+    """Names and values."""
+    return [*table, *table.values()]
 
 
 def _same_items(one: Collection[Any], other: Collection[Any]) -> bool:

@@ -19,8 +19,29 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def dict_version() -> Callable[[dict[Any, Any]], int]:
-    """Version of a dictionary: a greater number after every write. Dynamo's guards go by it."""
+    """Version of a dictionary: a greater number after every write. Dynamo's guards go by it.
+
+    See `versions_see_attributes`, too.
+    """
     return lookup("torch._C._dynamo.guards", "dict_version")
+
+
+@cache
+def versions_see_attributes() -> bool:
+    """Whether a write to an attribute of an object counts as one to its dictionary.
+
+    On Python 3.13.0 it does not: attributes lie in the object, and whoever watches its dictionary
+    is not told of them.
+    """
+
+    class Probe:
+        def __init__(self) -> None:
+            self.value = 0
+
+    version, probe = dict_version(), Probe()
+    before = version(vars(probe))
+    probe.value = 1
+    return version(vars(probe)) != before
 
 
 # -- nested values --------------------------------------------------------------------------------

@@ -29,9 +29,12 @@ def destination(out: str | Path) -> Path:
     Raises:
         BuildError: no folder can be there.
     """
+    exists = True
     try:
         path = Path(out).resolve()
-        exists = path.exists()
+        path.stat()  # from Python 3.13 on `resolve` and `exists` say nothing of a circle of links
+    except (FileNotFoundError, NotADirectoryError):
+        exists = False
     except (OSError, ValueError, RuntimeError) as error:  # a name with NUL, a circle of links
         raise _refusal(out, "the name of a folder", f"{type(error).__name__}: {error}") from error
     if exists and not path.is_dir():
