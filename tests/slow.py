@@ -46,6 +46,54 @@ SLOW = (
     Slow("measure/test_work.py::test_kept_bytes_*", "draws whole pictures"),
     Slow("measure/test_bench.py::test_the_command_writes_json", "draws whole pictures"),
     Slow("measure/test_merging.py::test_levels_of_a_unet_merge_alone", WHOLE),
+    # more values of a parameter, of which the quick run has one or two
+    *(
+        Slow(f"{name}", MORE)
+        for name in (
+            "run/test_switches.py::test_merging_off_is_the_original_and_on_as_before[salient]",
+            "run/test_switches.py::test_merging_off_is_the_original_and_on_as_before[tofu]",
+            "run/test_switches.py::test_merging_off_is_the_original_and_on_as_before[tomesd]",
+            "run/test_runtime.py::test_no_gradients_are_kept_whatever_the_mode[no_grad]",
+            "run/test_runtime.py::test_thrashing_is_a_warning[each twice]",
+            "run/test_caching.py::test_equals_an_eager_implementation[flux-block-1]",
+            "run/test_caching.py::test_fitted_weights_equal_an_eager_implementation[sdxl-deep-2]",
+            "run/test_processes.py::test_copies_of_a_denoiser_keep_its_settings[pickle-True]",
+            "run/test_interrupts.py::test_at_every_line_of_a_step[denoiser-RuntimeError]",
+            "run/test_interrupts.py::test_at_every_line_of_a_told_step[True]",
+            "run/test_stepper.py::test_threads_do_not_disturb_each_other[backend]",
+            "serving/test_batcher.py::test_each_request_gets_what_it_gets_alone[flux-merged-computed]",
+            "analysis/test_variants.py::test_changed_model[flux, DoRA]",
+            "analysis/test_variants.py::test_changed_model[flux, two adapters]",
+            "analysis/test_variants.py::test_odd_shapes[1-grid0-3]",
+            "analysis/test_own_models.py::test_both_pass_the_oracles_of_the_matrix[packed-grid0]",
+            "passes/test_oracles.py::test_permuted_tokens_give_the_original_output[flux-tile-sublayer]",
+            "zoo/test_references.py::test_stack[pixart_sigma]",
+        )
+    ),
+    Slow(
+        "run/test_switches.py::test_a_configuration_for_some_calls[*]",
+        MORE,
+        quick=("args1-options1", "args6-options6"),
+    ),
+    Slow("analysis/test_vision.py::test_merges_or_says_why_not[*]", WHOLE, quick=("vit",)),
+    Slow("methods/test_methods.py::test_compiled_without_recompilation[tomesd]", INDUCTOR),
+    Slow(
+        "run/test_runtime.py::test_one_compiled_program_per_use_and_no_recompilation"
+        "[torch.compile]",
+        INDUCTOR,
+    ),
+    Slow(
+        "run/test_runtime.py::test_weights_and_patterns_are_static_inputs_of_compiled_programs"
+        "[method]",
+        INDUCTOR,
+    ),
+    *(
+        Slow(f"zoo/test_zoo.py::test_denoiser[{name}]", WHOLE)
+        for name in ("ddpm", "aura_flow", "sana")
+    ),
+    Slow("run/test_phases.py::test_every_phase_computes_what_it_does_alone", MORE),
+    Slow("test_readme.py::test_sdxl_another_method_and_the_summary", PIPELINE),
+    Slow("test_readme.py::test_back_end", PIPELINE),
     # inputs
     Slow(
         "test_inputs.py::test_they_are_those_of_the_pipelines_own_call[*]",
