@@ -90,6 +90,10 @@ def test_the_target_says_which_options_there_are() -> None:
         parse(*BUILD, "tensorrt", "--opset", "20")
     with pytest.raises(UnknownNameError, match="nearest: ratio"):
         parse(*BUILD, "onnx", "--ratoi", "0.4")
+    with pytest.raises(UnknownNameError, match="nearest: --height"):
+        parse(*BUILD, "onnx", "--heigth", "64")
+    with pytest.raises(UnknownNameError, match="nearest: --overwrite"):
+        parse(*BUILD, "onnx", "--overwite")
 
 
 @pytest.mark.parametrize(

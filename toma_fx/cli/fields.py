@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from toma_fx.errors import ConfigError
+from toma_fx.errors import ConfigError, UnknownNameError
 from toma_fx.export.registry import TARGETS, target_class
 
 EXPLAINS = ".help"
@@ -114,6 +116,11 @@ class FieldParser(argparse.ArgumentParser):
                     expected=f"--target {target}",
                     got=f"--target {next(t for t in TARGETS if target_class(t) is chosen)}",
                 )
+        own = re.findall(r"--([\w-]+)", self.format_usage())
+        if near := difflib.get_close_matches(name.replace("_", "-"), own, 1, 0.75):
+            raise UnknownNameError(
+                f"unknown option --{name}", where=self.prog, hint=f"nearest: --{near[0]}"
+            )
         check_field_names(self._classes["fields"], [name])
 
 
