@@ -79,6 +79,18 @@ def test_the_method_says_which_fields_there_are(tmp_path: Path) -> None:
         parse(*EXPLAIN, "--method", "tomsd")
 
 
+def test_a_recipe_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be a pipe; a preset beside it is refused."""
+    reads, load, file = list[Path](), Recipe.load, tmp_path / "r.json"
+    Recipe(ToMeSDConfig(ratio=0.25)).save(file)
+    monkeypatch.setattr(Recipe, "load", lambda path: [reads.append(path), load(path)][1])
+    monkeypatch.setattr("toma_fx.cli.explain.explain_model", lambda args, options, console: None)
+    assert main([*EXPLAIN, "--recipe", str(file), "--sx", "4"]) == 0
+    assert reads == [file]
+    with pytest.raises(ConfigError, match="a preset and a recipe"):
+        parse(*EXPLAIN, "--recipe", str(file), "--preset", "fast")
+
+
 def test_the_target_says_which_options_there_are() -> None:
     given = ("--route", "onnx", "--optimization-level", "5", "--workspace", "7", "--ratio", "0.4")
     args = parse(*BUILD, "tensorrt", *given)

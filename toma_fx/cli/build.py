@@ -59,25 +59,7 @@ def build_artifact(args: argparse.Namespace, options: dict[str, Any], console: C
         ConfigError: no output folder, or an option of another target. As `export`.
     """
     chosen: dict[str, Any] = args.target_fields
-    if args.dry_run and args.target != "tensorrt":
-        raise ConfigError(
-            "only TensorRT has a dry run",
-            where="--dry-run",
-            expected="--target tensorrt",
-            got=f"--target {args.target}",
-            hint="toma-fx explain says what would merge",
-        )
-    if args.out is None and not args.dry_run:
-        raise ConfigError(
-            "no output folder", where="--out", expected="a folder to make", got="nothing"
-        )
-    if args.out is not None:
-        check_output(args.out, args.overwrite)
-    sizes, names = _sizes(args)
-    if not args.dry_run:  # before a model is loaded
-        target = make_target(args.target, chosen)
-        target.check_calls(len(sizes))
-        target.check_installed()
+    sizes, names = _checked_sizes(args)
     default = "cuda" if torch.cuda.is_available() else "cpu"
     device = usable_device(args.device or default)
     start = time.perf_counter()
@@ -117,7 +99,40 @@ def build_artifact(args: argparse.Namespace, options: dict[str, Any], console: C
     )
 
 
-def _sizes(args: argparse.Namespace) -> tuple[list[tuple[int | None, int | None]], list[str]]:
+Size = tuple[int | None, int | None]
+"""Height and width of a call."""
+
+
+def _checked_sizes(args: argparse.Namespace) -> tuple[list[Size], list[str]]:
+    """As `_sizes`, once everything is checked that can be before a model is loaded.
+
+    Raises:
+        ConfigError: as `build_artifact`. BuildError: no artifact can be there.
+        MissingPackageError: the target needs a package.
+    """
+    if args.dry_run and args.target != "tensorrt":
+        raise ConfigError(
+            "only TensorRT has a dry run",
+            where="--dry-run",
+            expected="--target tensorrt",
+            got=f"--target {args.target}",
+            hint="toma-fx explain says what would merge",
+        )
+    if args.out is None and not args.dry_run:
+        raise ConfigError(
+            "no output folder", where="--out", expected="a folder to make", got="nothing"
+        )
+    if args.out is not None:
+        check_output(args.out, args.overwrite)
+    sizes, names = _sizes(args)
+    if not args.dry_run:
+        target = make_target(args.target, args.target_fields)
+        target.check_calls(len(sizes))
+        target.check_installed()
+    return sizes, names
+
+
+def _sizes(args: argparse.Namespace) -> tuple[list[Size], list[str]]:
     """Heights and widths, and the names of their calls.
 
     Raises:

@@ -40,7 +40,8 @@ class FieldParser(argparse.ArgumentParser):
     """Parser of a command. With `fields=True`, fields of the configuration that the arguments
     choose are options, too, and with a `--target` those of the target.
 
-    The result has what was given of them, by name, as `fields` and `target_fields`.
+    The result has what was given of them, by name, as `fields` and `target_fields`, and the preset
+    or the recipe, which is read once, as `toma`.
     """
 
     def __init__(self, *args: Any, fields: bool = False, **kwargs: Any) -> None:
@@ -52,14 +53,16 @@ class FieldParser(argparse.ArgumentParser):
 
         Raises:
             UnknownNameError: no such method, preset, target or field.
-            ConfigError: a field of another target. RecipeError: the recipe can't be read.
+            ConfigError: a field of another target, a preset and a recipe.
+            RecipeError: the recipe can't be read.
         """
         if not self._takes:
             return super().parse_known_args(args, namespace)
-        self._classes = _chosen_classes(args)
+        toma, self._classes = _chosen(args)
         given: dict[str, list[str]] = {owner: [] for owner in self._classes}
         own = self._split(list(args), given)
         namespace, rest = super().parse_known_args(own, namespace)
+        namespace.toma = toma
         for owner in given:
             setattr(namespace, owner, _values(self._classes[owner], given[owner]))
         if rest and rest[0].startswith("--"):
@@ -134,8 +137,12 @@ def _annotations(kind: type[Any]) -> dict[str, str]:
     return {field.name: str(field.type) for field in dataclasses.fields(kind)}
 
 
-def _chosen_classes(args: Sequence[str]) -> dict[str, type[Any]]:
-    """Classes of the configuration, and of the target if there is one."""
+def _chosen(args: Sequence[str]) -> tuple[Any, dict[str, type[Any]]]:
+    """What the preset or the recipe says, and the classes that the arguments choose.
+
+    Returns:
+        (`toma` of `optimize`, classes of the configuration and of the target, if there is one).
+    """
     from toma_fx.methods.config import make_config
     from toma_fx.methods.recipe import Recipe
 
@@ -143,12 +150,19 @@ def _chosen_classes(args: Sequence[str]) -> dict[str, type[Any]]:
         add_help=False, parents=[choosing_options()], allow_abbrev=False
     )
     parser.add_argument("--target")
-    chosen, _ = parser.parse_known_args([arg for arg in args if arg not in ("-h", "--help")])
-    given = chosen.preset or True if chosen.recipe is None else Recipe.load(chosen.recipe).config
-    classes: dict[str, type[Any]] = {"fields": type(make_config(given, chosen.method))}
+    chosen, _ = parser.parse_known_args(args)
+    toma = config = chosen.preset or True
+    if chosen.recipe is not None:
+        if chosen.preset:
+            raise ConfigError(
+                "a preset and a recipe", where="--recipe", expected="one of them", got="both"
+            )
+        toma = Recipe.load(chosen.recipe)
+        config = toma.config
+    classes: dict[str, type[Any]] = {"fields": type(make_config(config, chosen.method))}
     if chosen.target in TARGETS:  # if not, the command's own parser says so
         classes["target_fields"] = target_class(chosen.target)
-    return classes
+    return toma, classes
 
 
 def _reader(kind: type[Any]) -> Any:

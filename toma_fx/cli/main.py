@@ -17,7 +17,7 @@ from typing import Any
 
 from toma_fx.cli.fields import FieldParser, choosing_options
 from toma_fx.cli.status import DONE, FAILED, FAULT, INTERRUPTED, PIPE_CLOSED, STATUS
-from toma_fx.errors import ConfigError, TomaError
+from toma_fx.errors import TomaError
 from toma_fx.export.registry import TARGETS
 
 MODES = ("eager", "compiled")
@@ -108,22 +108,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="original against merged on the embedded models",
         **{**chosen, "parents": [choosing_options(method=False)]},
     )
-    demo.add_argument(
-        "--model", choices=("tiny-sdxl", "tiny-flux"), help="one model (default: both)"
-    )
-    demo.add_argument("--quick", action="store_true", help="compile nothing, and time a few steps")
-    demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for the pictures")
+    _add_demo_options(demo)
     build = commands.add_parser(
         "build", help="make an artifact: a folder that runs by itself", **chosen
     )
     _add_build_options(build)
     for command in (explain, build):
-        command.add_argument("--subfolder", help="unet or transformer, inside a pipeline")
-        command.add_argument("--height", type=count, help="pixels (default 1024, tiny models 64)")
-        command.add_argument("--width", type=count, help="pixels (default: as height)")
-        command.add_argument("--batch", type=count, default=2, help="rows of a call (2: with CFG)")
-    build.add_argument("--size", type=size, action="append", metavar="WIDTHxHEIGHT", help="pixels, "
-        "instead of both; may be repeated: one artifact for all sizes")  # fmt: skip
+        _add_call_options(command)
     info = commands.add_parser("info", help="what an artifact says of itself")
     info.add_argument("--json", action="store_true", help="print the manifest")
     verify = commands.add_parser("verify", help="check that the files of an artifact are unchanged")
@@ -176,6 +167,22 @@ def _add_explain_options(explain: argparse.ArgumentParser) -> None:
     explain.add_argument("--html", type=Path, metavar="FILE", help="write a page with a picture")
 
 
+def _add_demo_options(demo: argparse.ArgumentParser) -> None:
+    demo.add_argument(
+        "--model", choices=("tiny-sdxl", "tiny-flux"), help="one model (default: both)"
+    )
+    demo.add_argument("--quick", action="store_true", help="compile nothing, and time a few steps")
+    demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for the pictures")
+
+
+def _add_call_options(command: argparse.ArgumentParser) -> None:
+    """Of which call of which part of a pipeline it is."""
+    command.add_argument("--subfolder", help="unet or transformer, inside a pipeline")
+    command.add_argument("--height", type=count, help="pixels (default 1024, tiny models 64)")
+    command.add_argument("--width", type=count, help="pixels (default: as height)")
+    command.add_argument("--batch", type=count, default=2, help="rows of a call (2: with CFG)")
+
+
 def count(text: str) -> int:
     """A number of things, at least one."""
     return _whole(text, 1)
@@ -202,6 +209,8 @@ def _whole(text: str, least: int) -> int:
 def _add_build_options(build: argparse.ArgumentParser) -> None:
     build.add_argument("--model", required=True, help="tiny-sdxl, tiny-flux, a folder or a hub id")
     build.add_argument("--target", required=True, choices=tuple(TARGETS))
+    build.add_argument("--size", type=size, action="append", metavar="WIDTHxHEIGHT", help="pixels, "
+        "instead of height and width; may be repeated: one artifact for all sizes")  # fmt: skip
     build.add_argument("--text", type=count, help="text tokens (default 77, Flux 512)")
     build.add_argument("--dtype", default="float32", choices=DTYPES)
     build.add_argument("--device", help="default: cuda if there is one, else cpu")
@@ -320,19 +329,10 @@ def _configuration(args: argparse.Namespace) -> dict[str, Any]:
         ConfigError, UnknownNameError: fields that can't be; found before a model is loaded.
     """
     from toma_fx.methods.config import make_config
-    from toma_fx.methods.recipe import Recipe
 
-    toma, config = args.preset or True, args.preset or True
-    if args.recipe is not None:
-        if args.preset:
-            raise ConfigError(
-                "a preset and a recipe", where="--recipe", expected="one of them", got="both"
-            )
-        toma = Recipe.load(args.recipe)
-        config = toma.config
     method = getattr(args, "method", None)
-    make_config(config, method, args.fields)
-    return {"toma": toma, "method": method, **args.fields}
+    make_config(getattr(args.toma, "config", args.toma), method, args.fields)
+    return {"toma": args.toma, "method": method, **args.fields}
 
 
 if __name__ == "__main__":

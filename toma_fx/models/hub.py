@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from functools import cache
 
 from toma_fx.errors import ModelTypeError, nearest
 
@@ -39,6 +40,16 @@ def check_model_name(name: str, known: Sequence[str] = ()) -> None:
             got="no such folder",
             hint=nearest(name, known) if known else "",
         )
+    _ask_hub(name)
+
+
+@cache  # of those that are there: a model and its pipeline are asked for one after the other
+def _ask_hub(name: str) -> None:
+    """Raise unless a repository was, or can be, downloaded.
+
+    Raises:
+        ModelTypeError: neither, or nobody can say.
+    """
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     if any(isinstance(try_to_load_from_cache(name, file), str) for file in FILES):
